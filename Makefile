@@ -1,0 +1,74 @@
+# The two commands of the README are `make hpo` and `make test`. Each makes the virtual environment first.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+SAMPLE := runs/sample
+TESTS := $(BIN)/python -m pytest
+
+.PHONY: help install hpo test test-slow lint format bench clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+
+# With an NVIDIA driver the registry's build of torch, which is the CUDA one on Linux; else the CPU build, which is
+# gigabytes smaller: from the places that pip knows if they have it, else from PyTorch's own index.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	@if [ "$$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia/version ]; then \
+	    echo "no NVIDIA driver: installing the CPU build of torch $(TORCH)"; \
+	    $(PIP) "torch==$(TORCH)+cpu" -c constraints.txt 2>/dev/null || \
+	    $(PIP) "torch==$(TORCH)+cpu" -c constraints.txt --extra-index-url $(CPU_INDEX); \
+	else \
+	    echo "installing torch $(TORCH) from the package registry"; \
+	    $(PIP) "torch==$(TORCH)" -c constraints.txt; \
+	fi
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.torch pyproject.toml
+	@echo "installing lightning-bge into $(VENV)"
+	@$(PIP) --editable . -c constraints.txt
+	@$(BIN)/python -c 'import torch; print("torch", torch.__version__, "- CUDA", torch.version.cuda or "none: CPU build")'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	@$(PIP) --editable '.[test]' -c constraints.txt
+	@touch $@
+
+install: $(VENV)/.run  ## make the virtual environment and install into it
+
+hpo: $(VENV)/.run  ## search, refit and export on generated text pairs: the main job, in about a minute
+	@$(BIN)/lightning-bge sample $(SAMPLE)
+	@$(BIN)/lightning-bge hpo -c configs/quickstart.yaml
+	@echo
+	@echo "Next, with your own pairs of texts:"
+	@echo "  $(BIN)/lightning-bge hpo -c configs/hpo.yaml --data.train_file pairs.csv --data.text_columns '[text, criterion]'"
+
+test: export OMP_NUM_THREADS = 1
+test: lint  ## linters, types, import doors, and the test suite
+	$(TESTS) --numprocesses 2
+
+test-slow: $(VENV)/.test  ## what needs servers, browsers or minutes
+	$(TESTS) -m slow
+
+lint: $(VENV)/.test  ## ruff, mypy, import-linter
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.test  ## let ruff mend what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.test  ## training speed against transformers' Trainer, in turns
+	$(PIP) -r examples/benchmarks/requirements.txt -c constraints.txt
+	$(BIN)/python examples/benchmarks/train_speed.py
+
+clean:  ## remove the environment and the runs
+	rm -rf $(VENV) runs

@@ -1,0 +1,88 @@
+"""Sequences and real tokens per second, without waiting for the device in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+def count_sequences_and_tokens(batch: Any) -> tuple[int, int | Tensor]:
+    """Sequences and real tokens of a batch: ours, or a mapping with an `attention_mask` [N, T].
+
+    The mask's sum stays a tensor: to read it would be to wait for the device.
+
+    Raises:
+        TypeError: the batch is neither; give `Throughput` a `count` of your own.
+    """
+    if hasattr(batch, "tokens") and hasattr(batch, "size"):
+        return batch.size, batch.tokens
+    try:
+        mask = batch["attention_mask"]
+    except (TypeError, KeyError, IndexError):
+        raise TypeError(
+            f"Throughput counts batches with an attention_mask, got {type(batch).__name__}: "
+            "pass count=lambda batch: (sequences, tokens)"
+        ) from None
+    return len(mask), mask.sum()
+
+
+class Throughput(Callback):
+    """Logs `train_sequences_per_s` and `train_tokens_per_s` once an epoch, from training batches alone.
+
+    The clock runs from the start of the first batch to the end of the last one, less validation in between; the device
+    is waited for at these two points only.
+
+    Args:
+        count: sequences and real (non-padding) tokens of a batch: Python ints, or 0-d tensors on the batch's device.
+    """
+
+    def __init__(self, count: Callable[[Any], tuple[int, int | Tensor]] = count_sequences_and_tokens) -> None:
+        self.count = count
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sequences = 0
+        self.tokens: int | Tensor = 0
+        self.seconds = 0.0
+        self._since: float | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what a run that was cut off has left behind."""
+        self._reset()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count the batch, and start the clock where it stands still."""
+        sequences, tokens = self.count(batch)
+        self.sequences += sequences
+        self.tokens = self.tokens + tokens
+        if self._since is None:
+            _wait(pl_module)
+            self._since = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock while validating."""
+        self._stop(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the epoch's rates; none where a run was resumed at an epoch's very end."""
+        self._stop(pl_module)
+        if self.sequences:
+            pl_module.log("train_sequences_per_s", self.sequences / self.seconds)
+            pl_module.log("train_tokens_per_s", self.tokens / self.seconds)
+        self._reset()
+
+    def _stop(self, module: LightningModule) -> None:
+        if self._since is not None:
+            _wait(module)
+            self.seconds += time.perf_counter() - self._since
+            self._since = None
+
+
+def _wait(module: LightningModule) -> None:
+    if module.device.type == "cuda":
+        torch.cuda.synchronize(module.device)

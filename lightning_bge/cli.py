@@ -1,0 +1,445 @@
+"""`lightning-bge`: turns YAML and flags into objects and calls the rooms."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+import warnings
+from argparse import ArgumentParser
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_bge.callbacks import Throughput, choose_precision
+from lightning_bge.data import TableConfig, TextDataModule, read_table, write_sample
+from lightning_bge.errors import ConfigError, StudyError, UserError
+from lightning_bge.hpo import (
+    INTERRUPTED,
+    Objective,
+    Setup,
+    StudyConfig,
+    describe_pruner,
+    describe_study,
+    early_stopping,
+    finish_study,
+    open_study,
+    parse_space,
+    run_study,
+)
+from lightning_bge.models import BGEClassifier, best_threshold
+from lightning_bge.models.metrics import MonitorConfig, check_metric, metric_direction, scores
+from lightning_bge.models.output import write_predictions
+from lightning_bge.models.tiny import build_tiny_bert
+from lightning_bge.runs import create_run_dir, describe_run, read_json, write_json, write_text
+from lightning_bge.settings import LINKS, check_setting, comparable, plain_config, with_overrides
+from lightning_bge.types import Schema
+
+log = logging.getLogger("lightning_bge")
+
+# The trainer's settings that Lightning refuses under manual optimisation, and ours.
+INSTEAD = {
+    "gradient_clip_val": (None, "model.optimizer.max_grad_norm"),
+    "accumulate_grad_batches": (1, "data.batching.tokens"),
+}
+
+Precision = Literal["auto", "bf16-mixed", "32-true", "64-true"]
+
+
+class BGETrainer(Trainer):
+    """Lightning's Trainer, on one device and in the precision that pays on this machine.
+
+    Args:
+        precision: auto takes bf16-mixed (fp32 weights, bf16 matrix products) where the hardware multiplies bf16
+            matrices, else 32-true, and says which and why.
+        devices: number of devices, or their indices.
+        num_sanity_val_steps: validation batches before the first epoch; 0, as they cost time in every fold.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        precision: Precision = "auto",
+        devices: int | list[int] | str = 1,
+        num_sanity_val_steps: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        for name, (off, instead) in INSTEAD.items():
+            if kwargs.get(name, off) != off:
+                raise ConfigError(f"trainer.{name} is not used, as the module steps by itself: set {instead}")
+        if precision == "auto":
+            precision, reason = choose_precision(str(kwargs.get("accelerator", "auto")))  # type: ignore[assignment]
+            _say_once(f"precision {precision}: {reason}")
+        if torch.cuda.is_available():
+            torch.set_float32_matmul_precision("high")  # TF32 for what remains in fp32
+        super().__init__(
+            *args,
+            precision=precision,  # type: ignore[arg-type]
+            devices=devices,
+            num_sanity_val_steps=num_sanity_val_steps,
+            **kwargs,
+        )
+
+    def hpo(self, model: Any, datamodule: Any = None) -> None:
+        """Search for the best settings, prune bad trials, refit and export the best model.
+
+        Args:
+            model: unused; `BGECLI.hpo` runs the search.
+            datamodule: likewise.
+        """
+        raise NotImplementedError("the search is run by `lightning-bge hpo`")
+
+    def predict(  # type: ignore[override]
+        self, model: Any = None, dataloaders: Any = None, datamodule: Any = None, output: str = "predictions.csv"
+    ) -> Any:
+        """Write a score and a label for each row of a file.
+
+        Args:
+            model: the module.
+            dataloaders: batches to predict.
+            datamodule: the data module.
+            output: the CSV file to write.
+        """
+        return super().predict(model, dataloaders, datamodule, return_predictions=False)
+
+
+class BGECLI(LightningCLI):
+    """The sub-commands that train: each builds model, data and trainer from one YAML family."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            BGEClassifier,
+            TextDataModule,
+            trainer_class=BGETrainer,
+            seed_everything_default=42,
+            save_config_callback=None,
+            load_from_checkpoint_support=False,
+            auto_configure_optimizers=False,
+            **kwargs,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Sub-commands, and which of the methods' arguments are no options."""
+        skip = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "weights_only"}
+        return {
+            "fit": skip | {"ckpt_path"},
+            "validate": {*skip, "verbose", "ckpt_path"},
+            "test": {*skip, "verbose", "ckpt_path"},
+            "predict": skip,
+            "hpo": skip,
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The run folder, what a run is judged by, and the links between model and data."""
+        parser.add_argument("--run_dir", type=str, default="runs/default", help="Where everything of this run goes.")
+        parser.add_argument("--monitor", type=MonitorConfig, default=MonitorConfig(), help="What a run is judged by.")
+        for source, target in LINKS:
+            parser.link_arguments(source, target)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if subcommand != "hpo":
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        # jsonargparse makes a group named after the method, which a method's argument `hpo` can't share
+        parser = self.init_parser(**kwargs)
+        self._add_arguments(parser)
+        parser.add_argument("--hpo", type=StudyConfig, default=StudyConfig(), help="The search.")
+        self._subcommand_method_arguments[subcommand] = ["hpo"]
+        return parser
+
+    # ------------------------------------------------------------------ building
+
+    def before_instantiate_classes(self) -> None:
+        """An exported model's own schema says its task; a metric that the task lacks is refused early."""
+        config = self.config[self.subcommand]
+        if self.subcommand in ("validate", "test", "predict"):
+            schema = Schema.load(Path(config.model.name_or_path).expanduser())
+            if schema is not None:
+                config.model.task = config.data.task = schema.task
+        grouped = config.data.group_column is not None
+        config.monitor.metric = check_metric(config.model.task, config.monitor.metric, grouped)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer of this sub-command; `fit` alone writes logs and checkpoints."""
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        if self.subcommand != "fit":
+            return self.trainer_class(**{**config, "logger": False, "enable_checkpointing": False})
+        run_dir, monitor = Path(self._get(self.config_init, "run_dir")), self._get(self.config_init, "monitor")
+        config["default_root_dir"] = str(run_dir)
+        if config["enable_model_summary"] is None:  # it counts no packed FLOPs, and no bf16
+            config["enable_model_summary"] = False
+        if config["logger"] is None:
+            config["logger"] = CSVLogger(run_dir, name="", version="logs")
+        config["callbacks"] = [*(config["callbacks"] or []), *fit_callbacks(run_dir, monitor)]
+        return self.trainer_class(**config)
+
+    def build(self, overrides: dict[str, Any]) -> Setup:
+        """Fresh objects for this command's settings with some of them replaced; data set up.
+
+        Raises:
+            ConfigError: there is no such setting, or it does not take such a value.
+        """
+        parser = self._parser(self.subcommand)
+        config = with_overrides(self.config[self.subcommand], overrides)
+        try:
+            parser.validate(config)
+        except (TypeError, ValueError, KeyError) as error:
+            raise ConfigError(f"hpo.space: {overrides} are not values that these settings take: {error}") from error
+        init = parser.instantiate(config)
+        init.data.setup("fit")
+        plain = plain_config(parser, config)
+        plain.pop("hpo", None)
+        return Setup(init.model, init.data, partial(quiet_trainer, dict(init.trainer)), plain)
+
+    # ------------------------------------------------------------------ sub-commands
+
+    def hpo(self, model: BGEClassifier, datamodule: TextDataModule, hpo: StudyConfig) -> None:
+        """Run the study of the run folder, or what is missing of it."""
+        config = self.config[self.subcommand]
+        space = parse_space(hpo.space)
+        monitor: MonitorConfig = self._get(self.config_init, "monitor")
+        for name, distribution in space.items():
+            check_setting(config, name)
+            for value in _ends(distribution):
+                self.build({name: value})
+        epochs = _most_epochs(config, space)
+        datamodule.setup("fit")
+        folds = datamodule.num_folds
+        run_dir = create_run_dir(self._get(self.config_init, "run_dir"))
+        print(f"study {run_dir.name}: {hpo.trials} trials, {folds} folds, at most {epochs} epochs a fold; ", end="")
+        print(f"{monitor.metric} of the {monitor.objective} epoch, mean over folds")
+        print(describe_pruner(hpo.pruner, hpo.trials, folds * epochs))
+        parser = self._parser(self.subcommand)
+        settings = comparable(plain_config(parser, config), tuple(space))
+        settings |= {"data_hash": datamodule.data_hash, "folds_hash": datamodule.folds_hash}
+        direction = metric_direction(str(monitor.metric))
+        study = open_study(run_dir, hpo, direction, folds * epochs, settings)
+        self._record(run_dir, datamodule)
+        objective = Objective(self.build, space, monitor, folds, epochs, run_dir / "oof")
+        run_study(study, objective, hpo, str(monitor.metric), folds * epochs)
+        summary = finish_study(study, self.build, monitor, run_dir, epochs, hpo.refit)
+        print(describe_study(run_dir, summary))
+
+    def fit(self, model: BGEClassifier, datamodule: TextDataModule) -> None:
+        """Train once; a run that was cut off goes on from its last checkpoint."""
+        run_dir = create_run_dir(self._get(self.config_init, "run_dir"))
+        datamodule.setup("fit")
+        self._check_run(run_dir, datamodule)
+        summary = read_json(run_dir / "summary.json")
+        if summary is None:
+            checkpoint = newest_checkpoint(run_dir)
+            if checkpoint is not None:
+                print(f"going on from {checkpoint}")
+            self._record(run_dir, datamodule)
+            self.trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+            if self.trainer.interrupted:
+                raise KeyboardInterrupt
+            summary = self._finish_fit(run_dir, model, datamodule)
+        else:
+            print(f"{run_dir} is finished; name another --run_dir to train again")
+        print(yaml.safe_dump(summary, sort_keys=False).rstrip())
+
+    def predict(self, model: BGEClassifier, datamodule: TextDataModule, output: str) -> None:
+        """Write a score and a label for each row of `data.predict_file`."""
+        if datamodule.predict_file is None:
+            raise ConfigError("predict needs a file: set data.predict_file")
+        self.trainer.predict(model, datamodule=datamodule)
+        assert model.predictions is not None
+        assert model.schema is not None
+        write_predictions(Path(output), model.schema, replace(model.predictions, labels=None))
+        print(f"{len(model.predictions.rows)} rows: {output}")
+
+    def _finish_fit(self, run_dir: Path, model: BGEClassifier, datamodule: TextDataModule) -> dict[str, Any]:
+        """Take the epoch that counts, choose the threshold, export, score the test file once."""
+        monitor: MonitorConfig = self._get(self.config_init, "monitor")
+        best = self.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+        epoch = self.trainer.current_epoch
+        if monitor.objective == "best" and best:
+            content = torch.load(best, weights_only=True, map_location="cpu")
+            model.load_state_dict(content["state_dict"])
+            epoch = content["epoch"] + 1
+        [found] = self.trainer.validate(model, datamodule=datamodule, verbose=False)
+        assert model.predictions is not None
+        assert model.predictions.labels is not None
+        assert model.schema is not None
+        summary: dict[str, Any] = {"metric": monitor.metric, "epoch": epoch, "validation": _strip(found)}
+        if model.schema.task in ("binary", "multilabel"):
+            score, labels = scores(model.schema.task, model.predictions.logits), model.predictions.labels
+            threshold = best_threshold(score.numpy(), labels.numpy(), str(monitor.metric))
+            model.schema = replace(model.schema, threshold=threshold)
+            summary["threshold"] = threshold
+            summary["threshold_note"] = "chosen on the validation rows; the validation figures are at 0.5"
+        write_predictions(run_dir / "validation.csv", model.schema, model.predictions)
+        summary["model_dir"] = str(model.export(run_dir / "model", datamodule.new_tokenizer()))
+        if datamodule.test_file is not None:
+            [found] = self.trainer.test(model, datamodule=datamodule, verbose=False)
+            write_predictions(run_dir / "test.csv", model.schema, model.predictions)
+            summary["test"] = _strip(found)
+        write_json(run_dir / "summary.json", summary)
+        return summary
+
+    # ------------------------------------------------------------------ run folders
+
+    def _record(self, run_dir: Path, datamodule: TextDataModule) -> None:
+        """Write `config.yaml`, and `run.json` with one entry for each call."""
+        config = self.config[self.subcommand]
+        plain = plain_config(self._parser(self.subcommand), config)
+        write_text(run_dir / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
+        calls = (read_json(run_dir / "run.json") or {}).get("calls", [])
+        seed = config.seed_everything
+        calls.append(describe_run(seed, datamodule.data_hash, config.model.name_or_path, config.model.revision))
+        write_json(run_dir / "run.json", {"calls": calls})
+
+    def _check_run(self, run_dir: Path, datamodule: TextDataModule) -> None:
+        """Refuse to go on with a run of other settings or other data."""
+        path = run_dir / "config.yaml"
+        if not path.is_file():
+            return
+        old = comparable(yaml.safe_load(path.read_text(encoding="utf-8")))
+        new = comparable(plain_config(self._parser(self.subcommand), self.config[self.subcommand]))
+        calls = (read_json(run_dir / "run.json") or {}).get("calls", [])
+        if calls:
+            old["data"], new["data"] = calls[-1]["data_hash"], datamodule.data_hash
+        different = [
+            f"{name}: {old.get(name)} there, {new.get(name)} asked"
+            for name in sorted({*old, *new})
+            if old.get(name) != new.get(name)
+        ]
+        if different:
+            raise StudyError(
+                f"{run_dir} holds another run. What differs:\n  "
+                + "\n  ".join(different)
+                + "\nName another --run_dir, or delete that folder."
+            )
+
+
+def fit_callbacks(run_dir: Path, monitor: MonitorConfig) -> list[Callback]:
+    """Early stopping, tokens per second, and checkpoints: the best epoch, the last one, and one every ten minutes."""
+    mode = "max" if metric_direction(str(monitor.metric)) == "maximize" else "min"
+    folder = run_dir / "checkpoints"
+    best = ModelCheckpoint(folder, "best", monitor=f"val_{monitor.metric}", mode=mode, save_last=True)
+    recent = ModelCheckpoint(folder, "recent", train_time_interval=timedelta(minutes=10), enable_version_counter=False)
+    return [*early_stopping(monitor), Throughput(), best, recent]
+
+
+def newest_checkpoint(run_dir: Path) -> str | None:
+    """The checkpoint to go on from: the end of the last epoch, or a later one within an epoch."""
+    found = [path for name in ("last", "recent") if (path := run_dir / "checkpoints" / f"{name}.ckpt").is_file()]
+    return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
+
+
+def quiet_trainer(config: dict[str, Any], **changes: Any) -> Trainer:
+    """A trainer for one fold: no logger, checkpoints or progress bar, which cost more than a small model's epoch."""
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    callbacks = [*(config.get("callbacks") or []), *changes.pop("callbacks", [])]
+    return BGETrainer(**{**config, **dict.fromkeys(off, False), "callbacks": callbacks, **changes})
+
+
+def _ends(distribution: Any) -> tuple[Any, ...]:
+    """The values at a distribution's ends, to be tried before a study starts."""
+    return tuple(getattr(distribution, "choices", None) or (distribution.low, distribution.high))
+
+
+def _most_epochs(config: Namespace, space: dict[str, Any]) -> int:
+    if any(name.startswith("data.split.") for name in space):
+        raise ConfigError("hpo.space: data.split can't be searched: trials on different folds are not comparable")
+    if "trainer.max_epochs" in space:
+        return max(_ends(space["trainer.max_epochs"]))
+    if config.trainer.max_epochs is None or config.trainer.max_epochs < 1:
+        raise ConfigError(f"trainer.max_epochs: a search needs 1 or more, got {config.trainer.max_epochs}")
+    return int(config.trainer.max_epochs)
+
+
+def _strip(metrics: dict[str, float] | Any) -> dict[str, float]:
+    return {name.split("_", 1)[1]: float(value) for name, value in metrics.items()}
+
+
+_said: set[str] = set()
+
+
+def _say_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        log.info(text)
+
+
+# ---------------------------------------------------------------------- the program
+
+DESCRIPTION = """Fine-tune and tune BGE text encoders: fast by default.
+
+Another command, with a --help of its own: `lightning-bge sample FOLDER` writes generated text pairs and a small
+model, to try everything with and without a network.
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the program; a user's mistake ends with one message and status 2, Ctrl-C with 130."""
+    given = sys.argv[1:] if args is None else args
+    _quieten()
+    try:
+        if given[:1] == ["sample"]:
+            make_sample(given[1:])
+        else:
+            BGECLI(args=args, parser_kwargs={"prog": "lightning-bge", "description": DESCRIPTION})
+    except UserError as error:
+        _leave(str(error), 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _leave(f"no room on the disk ({error}). What is finished is kept: free some room and run this again", 2)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # 1 is what Lightning's `fit` makes of Ctrl-C
+        if isinstance(stop, SystemExit) and stop.code not in (1, INTERRUPTED):
+            raise
+        _leave("interrupted. What is finished is kept: the same command goes on from there", INTERRUPTED)
+
+
+def _leave(text: str, status: int) -> None:
+    print(f"lightning-bge: {text}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _quieten() -> None:
+    """Our own messages on stderr, and of the libraries' only those that a user of this program can act on."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    log.setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed trial's error is ours to show
+    for pattern in (
+        ".*does not have many workers.*",  # rows are tokenised and in memory: 0 workers are the fastest
+        ".*exists and is not empty.*",  # a run folder that is gone on with
+        ".*number of training batches.*smaller than the logging interval.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6.6 under torch 2.13
+    ):
+        warnings.filterwarnings("ignore", pattern)
+
+
+def make_sample(args: list[str]) -> None:
+    """`lightning-bge sample FOLDER`: `train.csv`, `test.csv` and `model/`."""
+    parser = ArgumentParser(
+        prog="lightning-bge sample", description="Write generated text pairs and a small BERT with its own tokenizer."
+    )
+    parser.add_argument("folder", help="Where to; train.csv, test.csv and model/ are written there.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the texts and the model's weights.")
+    chosen = parser.parse_args(args)
+    folder = create_run_dir(chosen.folder)
+    write_sample(folder, seed=chosen.seed)
+    rows = read_table(folder / "train.csv", ("text", "criterion"), None, None, TableConfig())
+    build_tiny_bert(folder / "model", [text for row in rows.texts for text in row], seed=chosen.seed)
+    print(f"{folder}: train.csv, test.csv, model/")
+
+
+if __name__ == "__main__":
+    main()

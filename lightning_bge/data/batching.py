@@ -1,0 +1,236 @@
+"""Effective batches in random order, cut into micro-batches of sequences laid end to end."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lightning_bge.data.cache import TokenArrays
+from lightning_bge.errors import ConfigError
+from lightning_bge.types import Batch, MicroBatch
+
+
+@dataclass(frozen=True)
+class BatchingConfig:
+    """How rows become batches.
+
+    Args:
+        tokens: token budget of a training micro-batch (real tokens, there is no padding). It changes memory and speed,
+            not the result.
+        eval_tokens: token budget of a micro-batch without gradients.
+        balanced: draw every class with equal probability, with replacement.
+        seed: of the training order; apart from the other seeds so that trials can be compared pair by pair.
+        num_workers: processes that assemble batches. Tokenised rows in memory are assembled faster than another
+            process could send them, so 0.
+        pin_memory: copy batches into page-locked memory. Unset: where CUDA is available.
+        persistent_workers: keep the processes between epochs; of no effect with 0 workers.
+        multiprocessing_context: how processes start. Unset: forkserver where there is one, else spawn; a fork of a
+            process that runs threads may hang.
+    """
+
+    tokens: int = 8192
+    eval_tokens: int = 16384
+    balanced: bool = False
+    seed: int = 42
+    num_workers: int = 0
+    pin_memory: bool | None = None
+    persistent_workers: bool = True
+    multiprocessing_context: str | None = None
+
+    def __post_init__(self) -> None:
+        lowest = {"tokens": 1, "eval_tokens": 1, "num_workers": 0, "seed": 0}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in lowest and value < lowest[field.name]:
+                raise ConfigError(f"data.batching.{field.name} must be at least {lowest[field.name]}, got {value}")
+        known = multiprocessing.get_all_start_methods()
+        if self.multiprocessing_context not in (None, *known):
+            raise ConfigError(
+                f"data.batching.multiprocessing_context must be unset or one of {', '.join(known)}, "
+                f"got {self.multiprocessing_context!r}"
+            )
+
+
+def cut(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Cut sequences into runs of similar length.
+
+    Args:
+        lengths: tokens of each sequence, int [N].
+        budget: the most tokens of a run; a longer sequence makes a run of its own.
+
+    Returns:
+        Positions into `lengths`, int64; the longest come first, equal ones in the given order.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    ends = np.cumsum(np.asarray(lengths, dtype=np.int64)[order])
+    runs, start = [], 0
+    while start < len(order):
+        used = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, used + budget, side="right")))
+        runs.append(order[start:stop])
+        start = stop
+    return runs
+
+
+class EffectiveBatchSampler(Sampler[list[int]]):
+    """Row numbers of one effective batch after the other, in an order given by (seed, epoch) alone.
+
+    Every row comes once an epoch, and the last batch may be smaller. With `classes`, as many rows are drawn with
+    replacement, all classes with equal probability.
+
+    Attributes:
+        epoch: set by `set_epoch`, which Lightning calls.
+        skip: batches to leave out at the start of the next iteration only.
+    """
+
+    def __init__(self, rows: np.ndarray, batch_size: int, seed: int, classes: np.ndarray | None = None) -> None:
+        self.rows, self.batch_size, self.seed = np.asarray(rows, dtype=np.int64), batch_size, seed
+        self.epoch = self.skip = 0
+        self.weights: np.ndarray | None = None
+        if classes is not None:
+            _, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
+            self.weights = 1.0 / (counts[inverse] * len(counts))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        skip, self.skip = self.skip, 0
+        random = np.random.default_rng((self.seed, self.epoch))
+        if self.weights is None:
+            order = random.permutation(self.rows)
+        else:
+            order = random.choice(self.rows, size=len(self.rows), p=self.weights)
+        for start in range(skip * self.batch_size, len(order), self.batch_size):
+            yield order[start : start + self.batch_size].tolist()
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+
+class EvalSampler(Sampler[list[int]]):
+    """Row numbers of one micro-batch after the other, longest sequences first, each row once."""
+
+    def __init__(self, rows: np.ndarray, lengths: np.ndarray, tokens: int) -> None:
+        rows = np.asarray(rows, dtype=np.int64)
+        self.batches = [rows[run].tolist() for run in cut(lengths[rows], tokens)]
+        self.skip = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        skip, self.skip = self.skip, 0
+        return iter(self.batches[skip:])
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class EncodedDataset(Dataset[Batch]):
+    """A file's rows as token ids and labels; an item is the `Batch` of a list of row numbers.
+
+    Args:
+        tokens: token ids of all rows of the file.
+        labels: encoded labels of all rows, or None.
+        groups: int64 [N], a group number for each row, or None.
+        budget: the most tokens of a micro-batch.
+    """
+
+    def __init__(self, tokens: TokenArrays, labels: np.ndarray | None, groups: np.ndarray | None, budget: int) -> None:
+        self.tokens, self.labels, self.groups, self.budget = tokens, labels, groups, budget
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Sequence[int]) -> Batch:
+        chosen = np.asarray(rows, dtype=np.int64)
+        return Batch(tuple(self._micro(chosen[run]) for run in cut(self.tokens.lengths[chosen], self.budget)))
+
+    def _micro(self, rows: np.ndarray) -> MicroBatch:
+        tokens = self.tokens
+        lengths = tokens.lengths[rows].astype(np.int64)
+        ends = np.cumsum(lengths)
+        total = np.arange(ends[-1])
+        # Where each token of the micro-batch lies in its own sequence, and then in the file.
+        positions = total - np.repeat(ends - lengths, lengths)
+        source = positions + np.repeat(tokens.offsets[rows], lengths)
+        types = tokens.token_type_ids
+
+        def pick(values: np.ndarray | None) -> torch.Tensor | None:
+            return None if values is None else torch.from_numpy(values[rows])
+
+        return MicroBatch(
+            input_ids=torch.from_numpy(tokens.input_ids[source].astype(np.int64)),
+            positions=torch.from_numpy(positions),
+            cu_seqlens=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
+            lengths=tuple(lengths.tolist()),
+            rows=torch.from_numpy(rows),
+            token_type_ids=None if types is None else torch.from_numpy(types[source].astype(np.int64)),
+            labels=pick(self.labels),
+            groups=pick(self.groups),
+        )
+
+
+class BatchLoader:
+    """A `DataLoader` that Lightning can resume in the middle of an epoch.
+
+    It holds a `DataLoader` instead of being one: Lightning warns about few workers and swaps samplers where it finds
+    the class itself, and both would be wrong here. Lightning calls `set_epoch` only after `iter()`, so nothing is drawn
+    before the first batch is asked for.
+
+    Attributes:
+        sampler: Lightning looks for its `set_epoch`.
+        batch_sampler: None, as in a `DataLoader` whose sampler gives whole batches; Lightning reads it.
+    """
+
+    batch_sampler = None
+
+    def __init__(
+        self, dataset: EncodedDataset, sampler: EffectiveBatchSampler | EvalSampler, config: BatchingConfig
+    ) -> None:
+        self.sampler = sampler
+        context = config.multiprocessing_context
+        if context is None and config.num_workers:
+            methods = multiprocessing.get_all_start_methods()
+            context = "forkserver" if "forkserver" in methods else "spawn"
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=config.num_workers,
+            pin_memory=torch.cuda.is_available() if config.pin_memory is None else config.pin_memory,
+            persistent_workers=config.persistent_workers and config.num_workers > 0,
+            multiprocessing_context=context if config.num_workers else None,
+            # Its seeds for workers would else be drawn from the global generator, and a resumed run, which draws them
+            # at another step, would see other dropout masks.
+            generator=torch.Generator(),
+        )
+        self._epoch = self._served = 0
+        self._resume: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        resume, self._resume = self._resume, None
+        self._epoch, self._served = getattr(self.sampler, "epoch", 0), 0
+        # A state of another epoch, or of a whole one, has nothing left to skip.
+        if resume is not None and resume["epoch"] == self._epoch and resume["batches"] < len(self):
+            self._served = resume["batches"]
+        self.sampler.skip = self._served
+        for batch in self._loader:
+            self._served += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch and the number of its batches handed out so far."""
+        return {"epoch": self._epoch, "batches": self._served}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on where `state` was taken, if it is of the same epoch."""
+        self._resume = dict(state)

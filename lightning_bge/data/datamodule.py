@@ -1,0 +1,288 @@
+"""The LightningDataModule: files and settings in, loaders of effective batches out."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+
+from lightning_bge.data.batching import BatchingConfig, BatchLoader, EffectiveBatchSampler, EncodedDataset, EvalSampler
+from lightning_bge.data.cache import default_cache_dir
+from lightning_bge.data.labels import encode_labels, fit_labels
+from lightning_bge.data.source import EncodedFile, Source, TokenizerKey, Training, load_file, load_training, stamp
+from lightning_bge.data.splits import SplitConfig
+from lightning_bge.data.tables import TableConfig, read_table
+from lightning_bge.data.tokenizer import load_tokenizer
+from lightning_bge.errors import ConfigError
+from lightning_bge.types import TASKS, Schema, Task
+
+log = logging.getLogger(__name__)
+
+DEFAULT_TEXT_COLUMNS = ("text_a", "text_b")
+_TABLE, _SPLIT, _BATCHING = TableConfig(), SplitConfig(), BatchingConfig()
+
+
+class TextDataModule(LightningDataModule):
+    """Rows of one or two texts from files, tokenised once, split into folds, in effective batches.
+
+    Args:
+        tokenizer: name or folder of the tokenizer; the command line takes the model's.
+        task: binary, multiclass, multilabel or regression.
+        train_file: rows to learn from (.csv, .tsv, .jsonl, .parquet).
+        val_file: rows to validate on; unset: they are split off the training file.
+        test_file: rows to test on.
+        predict_file: rows to predict; needs no labels.
+        text_columns: one or two columns with text.
+        label_column: column with the label.
+        group_column: rows of a group stay on one side of a split. Unset: rows are independent.
+        max_length: longest sequence in tokens, special tokens counted; longer ones are truncated, the longer text
+            first.
+        batch_size: rows of an effective batch, which is what one optimizer step sees.
+        cache_dir: folder for token ids. Unset: the environment variable LIGHTNING_BGE_CACHE, else
+            ~/.cache/lightning-bge.
+        table: how files are read.
+        split: how the training file is split.
+        batching: how batches are made.
+        trust_remote_code: run code that comes with the tokenizer.
+        revision: version of a tokenizer on the hub.
+
+    Attributes:
+        schema: what the model reads and predicts, after `setup`.
+        folds: validation rows of each fold, empty with a `val_file`.
+        folds_hash: sha256 of the folds.
+        data_hash: sha256 of the training file's texts, labels and groups.
+        train_labels: encoded labels of all rows of the training file.
+        train_groups: int64 group numbers of these rows, or None.
+        group_names: the names behind the numbers.
+    """
+
+    schema: Schema | None
+    folds: tuple[np.ndarray, ...]
+
+    def __init__(
+        self,
+        tokenizer: str = "",
+        task: Task = "binary",
+        train_file: str | None = None,
+        val_file: str | None = None,
+        test_file: str | None = None,
+        predict_file: str | None = None,
+        text_columns: tuple[str, ...] = DEFAULT_TEXT_COLUMNS,
+        label_column: str = "label",
+        group_column: str | None = None,
+        max_length: int = 512,
+        batch_size: int = 32,
+        cache_dir: str | None = None,
+        table: TableConfig = _TABLE,
+        split: SplitConfig = _SPLIT,
+        batching: BatchingConfig = _BATCHING,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokenizer, self.task = tokenizer, task
+        self.train_file, self.val_file, self.test_file, self.predict_file = (
+            train_file,
+            val_file,
+            test_file,
+            predict_file,
+        )
+        self.text_columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
+        self.label_column, self.group_column = label_column, group_column
+        self.max_length, self.batch_size, self.cache_dir = max_length, batch_size, cache_dir
+        self.table, self.split, self.batching = table, split, batching
+        self.trust_remote_code, self.revision = trust_remote_code, revision
+        self._check_settings()
+        self.schema = None
+        self.folds = ()
+        self.folds_hash = self.data_hash = ""
+        self.train_labels: np.ndarray | None = None
+        self.train_groups: np.ndarray | None = None
+        self.group_names: tuple[str, ...] = ()
+        self._fold: int | None = split.fold
+        self._datasets: dict[str, EncodedDataset] = {}
+
+    def _check_settings(self) -> None:
+        if self.task not in TASKS:
+            raise ConfigError(f"data.task must be one of {', '.join(TASKS)}, got {self.task!r}")
+        for name in ("batch_size", "max_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+        if self.val_file is not None and self.split.folds > 1:
+            raise ConfigError(
+                f"data.val_file and data.split.folds={self.split.folds} exclude each other: leave out val_file to "
+                "validate on folds of the training file, or set folds to 1"
+            )
+        if self.batching.balanced and self.task not in ("binary", "multiclass"):
+            raise ConfigError(f"data.batching.balanced needs classes, the task is {self.task}: set it to false")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, tokenise and split what the stage (fit, validate, test, predict; None: fit) needs; once.
+
+        Raises:
+            UserError: a setting, a file or its content is wrong.
+        """
+        if stage in ("fit", "validate", None):
+            if self.train_file is not None or stage != "validate":
+                self._setup_training()
+            if self.val_file is not None and "val" not in self._datasets:
+                self._setup_file("val", self.val_file)
+        elif stage == "test" and "test" not in self._datasets:
+            self._setup_file("test", self.test_file)
+        elif stage == "predict" and "predict" not in self._datasets:
+            self._setup_file("predict", self.predict_file)
+
+    def _setup_training(self) -> None:
+        if "train" in self._datasets:
+            return
+        if self.train_file is None:
+            raise ConfigError("data.train_file is not set")
+        source = self._source(self.train_file, self.text_columns, self.max_length, self.table.max_rows)
+        training: Training = load_training(source, self.task, self.split if self.val_file is None else None)
+        file = training.file
+        self.schema = Schema(self.task, training.names, self.text_columns, file.max_length)
+        self.folds, self.folds_hash, self.data_hash = training.folds, training.folds_hash, file.data_hash
+        self.train_labels, self.train_groups, self.group_names = training.labels, file.groups, file.group_names
+        self._datasets["train"] = EncodedDataset(file.tokens, training.labels, file.groups, self.batching.tokens)
+        if self.val_file is None:
+            self._datasets["val"] = EncodedDataset(file.tokens, training.labels, file.groups, self.batching.eval_tokens)
+
+    def _setup_file(self, name: str, path: str | None) -> None:
+        if path is None:
+            raise ConfigError(f"data.{name}_file is not set")
+        schema = self.schema = self._known_schema()
+        source = self._source(path, schema.text_columns, schema.max_length)
+        if name == "predict":
+            source = replace(source, label_column=None, group_column=None)
+        file: EncodedFile = load_file(source)
+        labels = None
+        if file.raw_labels is not None:
+            separator = self.table.label_separator
+            labels = encode_labels(file.raw_labels, schema.labels, schema.task, path, separator)
+        shared = set(file.group_names) & set(self.group_names)
+        if name == "val" and shared:
+            log.warning("%d groups of %s are in the training file too: scores will look too good", len(shared), path)
+        self.schema = replace(schema, max_length=file.max_length)
+        self._datasets[name] = EncodedDataset(file.tokens, labels, file.groups, self.batching.eval_tokens)
+
+    def _known_schema(self) -> Schema:
+        """From `setup("fit")`, else from the exported model's folder, else from the settings and the training file."""
+        if self.schema is not None:
+            return self.schema
+        schema = Schema.load(Path(self.tokenizer).expanduser()) if self.tokenizer else None
+        if schema is not None:
+            chosen = self.text_columns if self.text_columns != DEFAULT_TEXT_COLUMNS else schema.text_columns
+            if schema.task != self.task:
+                log.info("task %s of the exported model is used, not %s", schema.task, self.task)
+            return replace(schema, text_columns=chosen, max_length=min(self.max_length, schema.max_length))
+        names = self.table.labels
+        if self.task == "regression":
+            names = ()
+        elif names is None and self.train_file is not None:
+            settings = (self.text_columns, self.label_column, None, self.table, self.table.max_rows)
+            raw = read_table(self.train_file, *settings).labels or []
+            names = fit_labels(raw, self.task, None, self.table.label_separator)
+        elif names is None and self.task == "binary":
+            names = ("0", "1")
+            log.info("label names are not known, 0 and 1 are used; data.table.labels sets them")
+        if names is None:
+            raise ConfigError(
+                "the names of the model's outputs are not known: set data.table.labels, or data.train_file, or use a "
+                "folder exported by this program"
+            )
+        return Schema(self.task, names, self.text_columns, self.max_length)
+
+    def _source(self, path: str, text_columns: tuple[str, ...], max_length: int, max_rows: int | None = None) -> Source:
+        tokenizer = TokenizerKey(self.tokenizer, self.revision, self.trust_remote_code, stamp(self.tokenizer))
+        folder = str(default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser())
+        columns = (text_columns, self.label_column, self.group_column)
+        return Source(path, stamp(path), *columns, self.table, max_rows, tokenizer, max_length, folder)
+
+    @property
+    def num_folds(self) -> int:
+        """Number of folds; 1 for a single split or a validation file."""
+        return self.split.folds
+
+    @property
+    def num_train_rows(self) -> int:
+        """Rows of the training file, whatever the fold."""
+        return len(self._dataset("train"))
+
+    @property
+    def train_rows(self) -> np.ndarray:
+        """Row numbers (int64, from 0) of the training file that the selected fold learns from."""
+        rows = np.arange(self.num_train_rows)
+        return rows if self._fold is None or not self.folds else np.setdiff1d(rows, self.folds[self._fold])
+
+    @property
+    def val_rows(self) -> np.ndarray:
+        """Row numbers (int64, from 0) that the selected fold validates on, in the training or validation file."""
+        if self._fold is None:
+            return np.arange(0)
+        return self.folds[self._fold] if self.folds else np.arange(len(self._dataset("val")))
+
+    @property
+    def class_counts(self) -> np.ndarray | None:
+        """Training rows now selected of each class: binary (negative, positive), multi-class [C], multi-label [L]."""
+        if self.schema is None or self.train_labels is None or self.schema.task == "regression":
+            return None
+        labels = self.train_labels[self.train_rows]
+        if self.schema.task == "multilabel":
+            return labels.sum(axis=0).astype(np.int64)
+        return np.bincount(labels.astype(np.int64), minlength=len(self.schema.labels))
+
+    def select_fold(self, k: int | None) -> None:
+        """Choose the fold to validate on (from 0); None: all rows train and nothing is validated."""
+        if k is not None and not 0 <= k < self.num_folds:
+            raise ConfigError(f"fold {k} does not exist, there are {self.num_folds}, counted from 0")
+        self._fold = k
+
+    def set_token_budget(self, tokens: int) -> None:
+        """Change the token budget of training micro-batches, in loaders that exist too (with 0 workers at once)."""
+        self.batching = replace(self.batching, tokens=tokens)
+        if "train" in self._datasets:
+            self._datasets["train"].budget = tokens
+
+    def new_tokenizer(self) -> Any:
+        """A fresh tokenizer, to be saved beside an exported model: the one in use carries truncation settings."""
+        return load_tokenizer(self.tokenizer, self.revision, self.trust_remote_code)
+
+    def train_dataloader(self) -> BatchLoader:
+        """Effective batches of the training rows, in a new random order each epoch."""
+        dataset, rows = self._dataset("train"), self.train_rows
+        classes = self.train_labels[rows] if self.batching.balanced and self.train_labels is not None else None
+        sampler = EffectiveBatchSampler(rows, self.batch_size, self.batching.seed, classes)
+        return self._loader(dataset, sampler)
+
+    def val_dataloader(self) -> BatchLoader | list[Any]:
+        """Micro-batches of the validation rows; empty while all rows train."""
+        return [] if self._fold is None else self._eval_loader("val", self.val_rows)
+
+    def test_dataloader(self) -> BatchLoader:
+        """Micro-batches of the test file."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> BatchLoader:
+        """Micro-batches of the file to predict; `rows` tells where each belongs."""
+        return self._eval_loader("predict")
+
+    def _eval_loader(self, name: str, rows: np.ndarray | None = None) -> BatchLoader:
+        dataset = self._dataset(name)
+        rows = np.arange(len(dataset)) if rows is None else rows
+        return self._loader(dataset, EvalSampler(rows, dataset.tokens.lengths, self.batching.eval_tokens))
+
+    def _dataset(self, name: str) -> EncodedDataset:
+        if name not in self._datasets:
+            raise RuntimeError(f"the {name} rows are not there: call setup() for their stage first")
+        return self._datasets[name]
+
+    def _loader(self, dataset: EncodedDataset, sampler: EffectiveBatchSampler | EvalSampler) -> BatchLoader:
+        if self.trainer is not None and self.trainer.world_size > 1:
+            raise ConfigError(
+                f"training on {self.trainer.world_size} devices at once is not supported: set trainer.devices to 1"
+            )
+        return BatchLoader(dataset, sampler, self.batching)

@@ -1,0 +1,164 @@
+"""Folds: computed once, checked, and named by a hash."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.model_selection import (
+    GroupKFold,
+    KFold,
+    ShuffleSplit,
+    StratifiedGroupKFold,
+    StratifiedKFold,
+    StratifiedShuffleSplit,
+)
+
+from lightning_bge.errors import ConfigError, DataError
+from lightning_bge.types import Task
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How the training file is split into rows to learn from and rows to validate on.
+
+    Args:
+        folds: number of folds; 1 is a single split (not needed where data.val_file is given).
+        fold: which fold `fit` validates on, counted from 0.
+        val_fraction: validation part of a single split, above 0 and at most 0.5. With groups it is one of k equal
+            parts, k being 1 / val_fraction to the nearest number.
+        stratified: every class has the same part in each fold, as far as groups allow; ignored for regression and
+            multi-label.
+        seed: of the shuffling.
+    """
+
+    folds: int = 1
+    fold: int = 0
+    val_fraction: float = 0.2
+    stratified: bool = True
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.folds < 1:
+            raise ConfigError(f"data.split.folds must be at least 1, got {self.folds}")
+        if not 0 <= self.fold < self.folds:
+            raise ConfigError(f"data.split.fold counts from 0 and must be below folds={self.folds}, got {self.fold}")
+        if not 0 < self.val_fraction <= 0.5:
+            raise ConfigError(f"data.split.val_fraction must be above 0 and at most 0.5, got {self.val_fraction}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"data.split.seed must lie in 0 ... 2**32 - 1, got {self.seed}")
+
+
+def make_folds(
+    n: int,
+    task: Task,
+    labels: np.ndarray,
+    groups: np.ndarray | None,
+    config: SplitConfig,
+    label_names: Sequence[str] = (),
+) -> list[np.ndarray]:
+    """Validation rows of each fold.
+
+    Args:
+        n: number of rows.
+        task: what the labels mean.
+        labels: encoded labels, [N] or [N, L].
+        groups: int64 [N]; rows of a group stay on one side. None: rows are independent.
+        config: number of folds or size of the single split, and the seed.
+        label_names: for error messages.
+
+    Returns:
+        For each fold the sorted row numbers (int64) of its validation side.
+
+    Raises:
+        DataError: too few rows, groups or rows of a class; a fold that is empty or misses a class.
+    """
+    classes = labels.astype(np.int64) if task in ("binary", "multiclass") else None
+    parts = config.folds if config.folds > 1 or groups is None else max(2, round(1 / config.val_fraction))
+    _check_counts(n, classes, groups, max(2, parts), config, label_names)
+    stratified = config.stratified and classes is not None
+    splitter = _splitter(parts, stratified, groups is not None, config)
+    try:
+        folds = [validation for _, validation in splitter.split(np.zeros(n), classes if stratified else None, groups)]
+    except ValueError as error:
+        raise DataError(f"the training rows cannot be split: {error}. Change data.split") from error
+    folds = [np.sort(fold).astype(np.int64) for fold in folds[: config.folds]]
+    _check_folds(folds, n, classes, groups, label_names)
+    return folds
+
+
+def folds_hash(folds: Sequence[np.ndarray]) -> str:
+    """Sha256 (hex) of the folds' row numbers."""
+    digest = hashlib.sha256()
+    for fold in folds:
+        digest.update(len(fold).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(fold, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _splitter(parts: int, stratified: bool, grouped: bool, config: SplitConfig) -> Any:
+    if parts == 1:
+        kind = StratifiedShuffleSplit if stratified else ShuffleSplit
+        return kind(1, test_size=config.val_fraction, random_state=config.seed)
+    kinds = {
+        (False, False): KFold,
+        (True, False): StratifiedKFold,
+        (False, True): GroupKFold,
+        (True, True): StratifiedGroupKFold,
+    }
+    return kinds[stratified, grouped](parts, shuffle=True, random_state=config.seed)
+
+
+def _check_counts(
+    n: int,
+    classes: np.ndarray | None,
+    groups: np.ndarray | None,
+    parts: int,
+    config: SplitConfig,
+    label_names: Sequence[str],
+) -> None:
+    """What scikit-learn would answer with a warning or an obscure error."""
+    setting = "data.split.folds" if config.folds > 1 else "data.split.val_fraction"
+    unit = "rows" if groups is None else "groups"
+    there = n if groups is None else len(np.unique(groups))
+    if there < parts:
+        raise DataError(f"{there} {unit} cannot be split into {parts} parts: change {setting}, or give more {unit}")
+    for code in () if classes is None else np.unique(classes):
+        of_class = classes == code
+        count = int(of_class.sum()) if groups is None else len(np.unique(groups[of_class]))
+        if count < parts:
+            raise DataError(
+                f"class {_name(code, label_names)} is in {count} {unit}, too few for {parts} parts that all need it: "
+                f"change {setting}, or merge or drop the class"
+            )
+
+
+def _check_folds(
+    folds: Sequence[np.ndarray],
+    n: int,
+    classes: np.ndarray | None,
+    groups: np.ndarray | None,
+    label_names: Sequence[str],
+) -> None:
+    if len(folds) > 1 and not np.array_equal(np.sort(np.concatenate(folds)), np.arange(n)):
+        raise AssertionError("a row is missing from the folds, or is in two of them")
+    mend = "Use fewer folds, another data.split.seed, or more data"
+    for number, fold in enumerate(folds):
+        training = np.setdiff1d(np.arange(n), fold)
+        if not len(fold) or not len(training):
+            raise DataError(f"fold {number} would have no rows on one side. {mend}")
+        if groups is not None and np.intersect1d(groups[fold], groups[training]).size:
+            raise AssertionError(f"fold {number} has a group on both sides")
+        for side, rows in (("validation", fold), ("training", training)):
+            for code in () if classes is None else np.setdiff1d(classes, classes[rows]):
+                raise DataError(
+                    f"fold {number} has no row of class {_name(code, label_names)} on its {side} side. {mend}, "
+                    "or merge or drop the class"
+                )
+
+
+def _name(code: int, label_names: Sequence[str]) -> str:
+    return repr(label_names[code]) if label_names else str(code)

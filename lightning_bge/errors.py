@@ -1,0 +1,17 @@
+"""Errors that a user can mend. The command line prints their text without a traceback and exits with status 2."""
+
+
+class UserError(Exception):
+    """What was expected, what came, how to mend it."""
+
+
+class ConfigError(UserError):
+    """A setting is wrong, unknown, or does not go with another."""
+
+
+class DataError(UserError):
+    """A file, a column, a label or a split is not as the settings say."""
+
+
+class StudyError(UserError):
+    """A run folder holds something else than the command asks for."""

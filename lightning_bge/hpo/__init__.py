@@ -1,0 +1,26 @@
+"""The search: the only room that knows Optuna."""
+
+from lightning_bge.hpo.objective import INTERRUPTED, Objective, Setup, early_stopping
+from lightning_bge.hpo.pruning import BootstrapPruner, PrunerConfig, build_pruner, describe_pruner
+from lightning_bge.hpo.reports import FoldPruningCallback
+from lightning_bge.hpo.results import describe_study, finish_study
+from lightning_bge.hpo.space import parse_space
+from lightning_bge.hpo.study import StudyConfig, open_study, run_study
+
+__all__ = [
+    "INTERRUPTED",
+    "BootstrapPruner",
+    "FoldPruningCallback",
+    "Objective",
+    "PrunerConfig",
+    "Setup",
+    "StudyConfig",
+    "build_pruner",
+    "describe_pruner",
+    "describe_study",
+    "early_stopping",
+    "finish_study",
+    "open_study",
+    "parse_space",
+    "run_study",
+]

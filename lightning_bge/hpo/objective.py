@@ -1,0 +1,202 @@
+"""What a trial does: train and validate the model on each fold, report as it goes, and clean up whatever happens."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from optuna.trial import TrialState
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightning_bge.data import TextDataModule
+from lightning_bge.hpo.reports import FoldPruningCallback
+from lightning_bge.hpo.space import Space, suggest
+from lightning_bge.hpo.storage import abandon, mark_alive
+from lightning_bge.models import BGEClassifier
+from lightning_bge.models.metrics import MonitorConfig, Predictions, metric_direction
+
+
+INTERRUPTED = 130  # a shell's exit status for Ctrl-C
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Fresh objects for one set of settings.
+
+    Attributes:
+        model: not yet built: it loads its encoder when it is first trained.
+        datamodule: set up for `fit`.
+        make_trainer: called with `callbacks` and any of the trainer's arguments.
+        config: all settings, as plain data that `fit` takes.
+    """
+
+    model: BGEClassifier
+    datamodule: TextDataModule
+    make_trainer: Callable[..., Trainer]
+    config: dict[str, Any]
+
+
+Build = Callable[[dict[str, Any]], Setup]
+
+
+class EpochThatCounts(Callback):
+    """Remembers which epoch a fold's score comes from, and its predictions.
+
+    Args:
+        monitor: the logged metric.
+        objective: `best` or `last`.
+        direction: `maximize` or `minimize`.
+    """
+
+    def __init__(self, monitor: str, objective: str, direction: str) -> None:
+        self.monitor, self.objective = monitor, objective
+        self.sign = 1.0 if direction == "maximize" else -1.0
+        self.epochs = 0
+        self.predictions: Predictions | None = None
+        self._best = -float("inf")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep this epoch's predictions where they are the ones that count so far."""
+        value = self.sign * float(trainer.callback_metrics.get(self.monitor, float("nan")))
+        if self.objective == "last" or value > self._best:
+            self._best, self.epochs = value, trainer.current_epoch + 1
+            self.predictions = pl_module.predictions  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An Optuna objective over folds.
+
+    All trials see the same folds in the same order with the same seeds, so that their comparison is a paired one.
+
+    Args:
+        build: makes fresh objects from a trial's parameters.
+        space: what is searched.
+        monitor: metric, best or last epoch, patience.
+        folds: number of folds; 1 is a single split.
+        epochs: the most epochs that any trial trains a fold for.
+        oof_dir: where the out-of-fold predictions of trials that were best when they ended are kept.
+    """
+
+    build: Build
+    space: Space
+    monitor: MonitorConfig
+    folds: int
+    epochs: int
+    oof_dir: Path
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        """Train all folds; the trial's value is the mean of their scores.
+
+        Raises:
+            optuna.TrialPruned: the pruner stopped it.
+        """
+        mark_alive(trial)
+        try:
+            return self._run(trial, suggest(trial, self.space))
+        except (KeyboardInterrupt, SystemExit) as stop:
+            # Lightning turns Ctrl-C in `fit` into SystemExit, which Optuna does not catch: the trial would stay RUNNING.
+            # Optuna catches KeyboardInterrupt, and would end a trial that is ended here already.
+            abandon(trial.study, trial.number, f"interrupted: {type(stop).__name__}", max_retries=sys.maxsize)
+            raise SystemExit(INTERRUPTED) from stop
+
+    def _run(self, trial: optuna.Trial, params: dict[str, Any]) -> float:
+        scores: list[float] = []
+        kept: list[EpochThatCounts] = []
+        try:
+            for fold in range(self.folds):
+                score, counts = self._fold(trial, params, fold, scores)
+                scores.append(score)
+                kept.append(counts)
+        finally:
+            release_memory()
+        trial.set_user_attr("fold_scores", scores)
+        trial.set_user_attr("fold_epochs", [counts.epochs for counts in kept])
+        value = sum(scores) / len(scores)
+        if self._is_best(trial.study, value):
+            self.oof_dir.mkdir(parents=True, exist_ok=True)
+            save_predictions(
+                [c.predictions for c in kept if c.predictions], self.oof_dir / f"{trial.number}.safetensors"
+            )
+        return value
+
+    def _fold(
+        self, trial: optuna.Trial, params: dict[str, Any], fold: int, earlier: Sequence[float]
+    ) -> tuple[float, EpochThatCounts]:
+        setup = self.build(params)
+        setup.datamodule.select_fold(fold)
+        metric, direction = f"val_{self.monitor.metric}", metric_direction(str(self.monitor.metric))
+        counts = EpochThatCounts(metric, self.monitor.objective, direction)
+        reports = FoldPruningCallback(
+            trial,
+            metric,
+            fold=fold,
+            folds=self.folds,
+            epochs=self.epochs,
+            earlier=earlier,
+            objective=self.monitor.objective,
+            direction=direction,
+        )
+        trainer = setup.make_trainer(callbacks=[counts, *early_stopping(self.monitor), reports])
+        trainer.fit(setup.model, datamodule=setup.datamodule)
+        return reports.close_fold(), counts
+
+    def _is_best(self, study: optuna.Study, value: float) -> bool:
+        done = [t.value for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.value is not None]
+        if study.direction == optuna.study.StudyDirection.MINIMIZE:
+            return value <= min(done, default=value)
+        return value >= max(done, default=value)
+
+
+def early_stopping(monitor: MonitorConfig) -> list[Callback]:
+    """Lightning's early stopping, where a patience is set."""
+    if monitor.patience is None:
+        return []
+    mode = "max" if metric_direction(str(monitor.metric)) == "maximize" else "min"
+    # a NaN is the reports' to judge: they prune the trial and say so
+    return [EarlyStopping(f"val_{monitor.metric}", mode=mode, patience=monitor.patience, check_finite=False)]
+
+
+def release_memory() -> None:
+    """Free what a trial held: trainer and module hold each other until the garbage collector has run."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def save_predictions(folds: Sequence[Predictions], path: Path) -> None:
+    """Write the folds' predictions as one safetensors file, whole or not at all."""
+    tensors: dict[str, Tensor] = {
+        "rows": torch.cat([p.rows for p in folds]),
+        "logits": torch.cat([p.logits for p in folds]),
+        "labels": torch.cat([p.labels for p in folds if p.labels is not None]),
+        "fold": torch.cat([torch.full((len(p.rows),), k) for k, p in enumerate(folds)]),
+    }
+    groups = [p.groups for p in folds if p.groups is not None]
+    if groups:
+        tensors["groups"] = torch.cat(groups)
+    draft = path.with_suffix(".draft")
+    save_file(tensors, draft)
+    draft.replace(path)
+
+
+def load_predictions(path: Path) -> tuple[Predictions, Tensor]:
+    """Read what `save_predictions` wrote: the predictions, sorted by row, and each row's fold, int64 [N]."""
+    tensors = load_file(path)
+    order = tensors["rows"].argsort()
+    found = Predictions(
+        tensors["rows"][order],
+        tensors["logits"][order],
+        tensors["labels"][order],
+        tensors["groups"][order] if "groups" in tensors else None,
+    )
+    return found, tensors["fold"][order]

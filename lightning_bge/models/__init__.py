@@ -1,0 +1,20 @@
+"""Encoders, heads, losses, optimizer and the LightningModule."""
+
+from lightning_bge.models.classifier import BGEClassifier
+from lightning_bge.models.encoder import TextClassifier, load_classifier
+from lightning_bge.models.losses import Loss, LossConfig
+from lightning_bge.models.metrics import Predictions, best_threshold, compute_metrics
+from lightning_bge.models.optim import OptimizerConfig, ScheduleConfig
+
+__all__ = [
+    "BGEClassifier",
+    "Loss",
+    "LossConfig",
+    "OptimizerConfig",
+    "Predictions",
+    "ScheduleConfig",
+    "TextClassifier",
+    "best_threshold",
+    "compute_metrics",
+    "load_classifier",
+]

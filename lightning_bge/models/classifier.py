@@ -1,0 +1,286 @@
+"""`BGEClassifier`: the LightningModule that fine-tunes an encoder on single texts or pairs of texts."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_bge.errors import ConfigError
+from lightning_bge.models.encoder import Attention, TextClassifier, load_classifier, quiet_transformers
+from lightning_bge.models.losses import Loss, LossConfig
+from lightning_bge.models.metrics import Predictions, compute_metrics
+from lightning_bge.models.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
+from lightning_bge.types import SCHEMA_FILE, TASKS, Batch, Schema, Task
+
+log = logging.getLogger(__name__)
+
+SEED_STRIDE = 1_000_003  # a prime far above any number of steps keeps the steps' seeds of neighbouring runs apart
+
+
+class BGEClassifier(LightningModule):
+    """Fine-tunes an encoder as a text or text-pair classifier, regressor or cross-encoder.
+
+    A Lightning batch is one effective batch: its micro-batches go forward and backward one by one, then the optimizer
+    steps once. Loss and gradient are the mean over the effective batch, however it was cut. Random numbers are drawn
+    anew from the seed and the step's number at every step, so that a resumed run goes on exactly where it stopped.
+
+    Args:
+        name_or_path: name on the hub or folder of any encoder: `BAAI/bge-small-en-v1.5`, `BAAI/bge-reranker-base`...
+        task: binary (yes/no), multiclass, multilabel or regression.
+        loss: which loss, class weights, label smoothing.
+        optimizer: AdamW's settings, clipping, layer-wise decay of the learning rate.
+        schedule: the learning rate over the optimizer steps.
+        dropout: overrides all of the model's dropout probabilities; null keeps the checkpoint's.
+        attention: packed (no padding), padded, or auto: packed where the architecture allows.
+        seed: of a new head, and of dropout.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: whether code from the hub may run. Off: such code can do anything on your machine.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str = "BAAI/bge-small-en-v1.5",
+        task: Task = "binary",
+        loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
+        schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
+        dropout: float | None = None,
+        attention: Attention = "auto",
+        seed: int = 42,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if task not in TASKS:
+            raise ConfigError(f"model.task: expected one of {', '.join(TASKS)}, got {task}")
+        if dropout is not None and not 0 <= dropout < 1:
+            raise ConfigError(f"model.dropout: expected 0 to below 1, or null, got {dropout}")
+        self.automatic_optimization = False
+        self.name_or_path = name_or_path
+        self.task: Task = task
+        self.loss_config = loss
+        self.optimizer_config = optimizer
+        self.schedule_config = schedule
+        self.seed = seed
+        self._load_options: dict[str, Any] = {
+            "attention": attention,
+            "dropout": dropout,
+            "seed": seed,
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+        }
+        self.schema: Schema | None = None
+        self.class_counts: Sequence[float] | None = None
+        self.net: TextClassifier | None = None
+        self.loss: Loss | None = None
+        self.predictions: Predictions | None = None  # of the last validation, test or prediction run
+        self._parts: list[Predictions] = []
+        self._losses: list[Tensor] = []
+
+    # ------------------------------------------------------------------ building
+
+    def configure_model(self) -> None:
+        """Load the encoder, once; the labels come from the data module (or from `self.schema`, set by the caller)."""
+        self._take_schema()
+        assert self.schema is not None
+        if self.net is None:
+            self.net = load_classifier(self.name_or_path, self.schema.num_outputs, **self._load_options)
+        if self.loss is None:
+            self.loss = Loss(self.loss_config, self.task, self.schema.num_outputs, self.class_counts)
+
+    def _take_schema(self) -> None:
+        datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        schema = getattr(datamodule, "schema", None)
+        if schema is not None:
+            self.schema = replace(schema, threshold=self.schema.threshold) if self.schema is not None else schema
+            self.class_counts = getattr(datamodule, "class_counts", None)
+        if self.schema is None:
+            raise ConfigError(
+                "BGEClassifier does not know its labels: train with a data module that has a `schema`, "
+                "or set `module.schema = Schema(task, labels, text_columns, max_length)` first"
+            )
+        if self.schema.task != self.task:
+            raise ConfigError(f"model.task is {self.task}, but the data are for a {self.schema.task} task")
+
+    def configure_optimizers(self) -> Any:
+        """Fused AdamW and a schedule over all optimizer steps of the run."""
+        assert self.net is not None
+        optimizer = build_optimizer(self.net, self.optimizer_config)
+        steps = int(self.trainer.estimated_stepping_batches)
+        # To answer, the trainer makes the training loader before it restores that loader's state, and would keep it:
+        # a run resumed in the middle of an epoch would begin the epoch anew. Without it, it makes another one in time.
+        self.trainer.fit_loop._combined_loader = None
+        if self.schedule_config.epochs is not None and self.trainer.max_epochs:
+            steps = round(steps / self.trainer.max_epochs * self.schedule_config.epochs)
+        return [optimizer], [build_schedule(optimizer, self.schedule_config, steps)]
+
+    # ------------------------------------------------------------------ training
+
+    def on_fit_start(self) -> None:
+        """Refuse what would train wrongly; put every module into train mode."""
+        if self.trainer.world_size > 1:
+            raise ConfigError("BGEClassifier trains on one device for now: set trainer.devices to 1")
+        if self.trainer.precision not in ("32-true", "bf16-mixed", "64-true"):
+            raise ConfigError(f"trainer.precision: expected bf16-mixed, 32-true or auto, got {self.trainer.precision}")
+        self.train()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits, [N, outputs], in the order of the batch's micro-batches."""
+        assert self.net is not None
+        return torch.cat([self.net(micro) for micro in batch.micro])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One optimizer step over one effective batch."""
+        assert self.net is not None
+        assert self.loss is not None
+        _seed(self.device, self.seed * SEED_STRIDE + self.global_step)
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        normalizer = self.loss.normalizer(batch.labels)  # type: ignore[arg-type]
+        total = torch.zeros((), device=self.device)
+        for micro in batch.micro:
+            loss = self.loss(self.net(micro), micro.labels) / normalizer
+            self.manual_backward(loss)
+            total += loss.detach()
+        if self.optimizer_config.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.optimizer_config.max_grad_norm, foreach=True)
+        optimizer.step()  # type: ignore[union-attr]
+        optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+        scheduler.step()  # type: ignore[union-attr]
+        self._losses.append(total)
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.trainer.loggers and every and self.global_step % every == 0:
+            self.log("train_loss_step", total, batch_size=batch.size)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's mean loss: one log call an epoch, as each one costs more than a small model's step."""
+        if self._losses:  # none where a run was resumed at an epoch's very end
+            self.log("train_loss", torch.stack(self._losses).mean(), prog_bar=True)
+            self._losses.clear()
+
+    # ------------------------------------------------------------------ evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Keep the batch's logits on the device; nothing is computed from them before the end."""
+        self._keep(batch, batch_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As `validation_step`."""
+        self._keep(batch, batch_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """The batch's `rows` [N] and `logits` [N, outputs]; `self.predictions` holds all in their order at the end."""
+        parts = self._keep(batch, batch_idx)
+        return {name: torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "logits")}
+
+    def _keep(self, batch: Batch, batch_idx: int) -> list[Predictions]:
+        assert self.net is not None
+        if batch_idx == 0:
+            self._parts.clear()  # of a run that was cut off
+        parts = [Predictions(m.rows, self.net(m).float(), m.labels, m.groups) for m in batch.micro]
+        self._parts += parts
+        return parts
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val_<metric>` for every metric of the task."""
+        self._judge("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test_<metric>`, per class too."""
+        self._judge("test")
+
+    def on_predict_epoch_end(self) -> None:
+        """Put the predictions into the order of the file's rows."""
+        self._gather()
+
+    def _gather(self) -> Predictions:
+        self.predictions = Predictions.collect(self._parts)
+        self._parts.clear()
+        return self.predictions
+
+    def _judge(self, prefix: str) -> None:
+        found = self._gather()
+        if found.labels is None or self.trainer.sanity_checking:
+            return
+        assert self.schema is not None
+        assert self.loss is not None
+        metrics = compute_metrics(self.schema, found, per_class=prefix == "test")
+        loss = self.loss.cpu()
+        metrics["loss"] = float(loss(found.logits, found.labels) / loss.normalizer(found.labels))
+        self.loss.to(self.device)
+        self.log_dict({f"{prefix}_{name}": value for name, value in metrics.items()}, batch_size=len(found.rows))
+
+    # ------------------------------------------------------------------ export
+
+    def export(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+        """Write a folder that transformers, sentence-transformers and FlagEmbedding load as it is.
+
+        The tokenizer's length limit is set to the one trained with, so that they truncate where we did. The folder
+        appears whole or not at all; an older one is replaced.
+
+        Args:
+            folder: where to.
+            tokenizer: the one the texts were tokenised with; a copy with the length limit is saved.
+
+        Raises:
+            ConfigError: the folder holds something else than an exported model, which would be deleted.
+        """
+        assert self.net is not None
+        assert self.schema is not None
+        folder = Path(folder)
+        if folder.exists() and not (folder / SCHEMA_FILE).is_file():
+            raise ConfigError(f"{folder} exists and is no exported model: name another folder, or delete that one")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            _describe(self.net.model.config, self.schema)
+            with quiet_transformers():
+                self.net.model.save_pretrained(draft)
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.model_max_length = self.schema.max_length
+            tokenizer.save_pretrained(draft)
+            self.schema.save(draft)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(draft, folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return folder
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Seed the generators that a step draws from; `torch.manual_seed` formats a stack trace on every call (2 ms)."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
+def _describe(config: Any, schema: Schema) -> None:
+    """Tell the peers what the outputs mean: names, and which function makes a score of a logit."""
+    config.problem_type = {
+        "binary": None,  # one logit with a sigmoid: transformers has no name for it
+        "regression": "regression",
+        "multiclass": "single_label_classification",
+        "multilabel": "multi_label_classification",
+    }[schema.task]
+    if schema.task in ("multiclass", "multilabel"):
+        config.id2label = dict(enumerate(schema.labels))
+    else:
+        config.id2label = {0: schema.labels[1] if schema.labels else "score"}
+    config.label2id = {name: number for number, name in config.id2label.items()}
+    sigmoid = schema.task in ("binary", "multilabel")
+    activation = "torch.nn.modules.activation.Sigmoid" if sigmoid else "torch.nn.modules.linear.Identity"
+    config.sentence_transformers = {"activation_fn": activation}

@@ -1,0 +1,217 @@
+"""Any transformers encoder with its sequence-classification head, fed with micro-batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from lightning_bge.errors import ConfigError
+from lightning_bge.models.attention import PACKED, register_packed_attention
+from lightning_bge.types import MicroBatch
+
+log = logging.getLogger(__name__)
+
+Attention = Literal["auto", "packed", "padded"]
+
+
+def _bert_head(model: Any, pooled: Tensor) -> Tensor:
+    return model.classifier(model.dropout(model.bert.pooler(pooled[:, None])))
+
+
+def _roberta_head(model: Any, pooled: Tensor) -> Tensor:
+    return model.classifier(pooled[:, None])
+
+
+def _modernbert_head(model: Any, pooled: Tensor) -> Tensor:
+    return model.classifier(model.drop(model.head(pooled)))
+
+
+# The architectures that route through transformers' attention interface, and what follows their last layer.
+PACKED_HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "bert": _bert_head,
+    "roberta": _roberta_head,
+    "xlm-roberta": _roberta_head,
+    "modernbert": _modernbert_head,
+}
+
+
+class TextClassifier(nn.Module):
+    """A `...ForSequenceClassification` model that reads micro-batches, packed where its architecture allows.
+
+    Args:
+        model: the transformers model; it is used as it is, so that what is saved is what transformers loads.
+        attention: `packed` (no padding), `padded` (every architecture), or `auto`: packed where that is possible.
+
+    Raises:
+        ConfigError: `packed` was asked of an architecture that does not route through the attention interface.
+    """
+
+    def __init__(self, model: PreTrainedModel, attention: Attention = "auto") -> None:
+        super().__init__()
+        can_pack = model.config.model_type in PACKED_HEADS
+        if attention == "packed" and not can_pack:
+            raise ConfigError(
+                f"model.attention is packed, which needs one of {', '.join(PACKED_HEADS)}; "
+                f"this model is a {model.config.model_type}: use auto or padded"
+            )
+        self.model = model
+        self.packed = can_pack and attention != "padded"
+        if self.packed:
+            register_packed_attention()
+            model.set_attn_implementation(PACKED)
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation in use, as transformers names it."""
+        return str(self.model.config._attn_implementation)
+
+    def forward(self, micro: MicroBatch) -> Tensor:
+        """Logits, [N, outputs], in the order of the micro-batch's sequences."""
+        return self._packed(micro) if self.packed else self._padded(micro)
+
+    def _packed(self, micro: MicroBatch) -> Tensor:
+        config = self.model.config
+        positions = micro.positions
+        if config.model_type in ("roberta", "xlm-roberta"):
+            positions = positions + (config.pad_token_id + 1)
+        inputs = {"input_ids": micro.input_ids[None], "position_ids": positions[None], "lengths": micro.lengths}
+        if config.model_type != "modernbert":
+            inputs["token_type_ids"] = self._token_types(micro)[None]
+        hidden = self.model.base_model(**inputs).last_hidden_state[0]
+        pooled = self._pool(hidden, micro)
+        # the head in full precision: bf16 logits have 8 bits, so that the scores of many rows would be the same
+        with torch.autocast(pooled.device.type, enabled=False):
+            return PACKED_HEADS[config.model_type](self.model, pooled.to(self.model.dtype))
+
+    def _pool(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
+        """[T, hidden] -> [N, hidden]: the first token of each sequence, or the mean where the model is made so."""
+        if getattr(self.model.config, "classifier_pooling", "cls") == "mean":
+            return torch.stack([part.mean(dim=0) for part in hidden.split(micro.lengths)])
+        return hidden.index_select(0, micro.cu_seqlens[:-1])
+
+    def _token_types(self, micro: MicroBatch) -> Tensor:
+        if micro.token_type_ids is None or self.model.config.type_vocab_size < 2:
+            return torch.zeros_like(micro.input_ids)
+        return micro.token_type_ids
+
+    def _padded(self, micro: MicroBatch) -> Tensor:
+        def pad(flat: Tensor, value: int) -> Tensor:
+            return nn.utils.rnn.pad_sequence(list(flat.split(micro.lengths)), batch_first=True, padding_value=value)
+
+        inputs = {
+            "input_ids": pad(micro.input_ids, self.model.config.pad_token_id or 0),
+            "attention_mask": pad(torch.ones_like(micro.input_ids), 0),
+        }
+        if micro.token_type_ids is not None and getattr(self.model.config, "type_vocab_size", 0) > 1:
+            inputs["token_type_ids"] = pad(micro.token_type_ids, 0)
+        return self.model(**inputs).logits
+
+
+def load_classifier(
+    name_or_path: str,
+    num_outputs: int,
+    *,
+    attention: Attention = "auto",
+    dropout: float | None = None,
+    seed: int = 42,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> TextClassifier:
+    """Load an encoder with a classification head from the hub or a folder, in fp32 and in train mode.
+
+    fp32 whatever the checkpoint's dtype: a bf16 checkpoint would train without master weights. Train mode because
+    `from_pretrained` returns eval mode and Lightning leaves that as it is: dropout would be silently off.
+
+    Args:
+        name_or_path: hub name or folder.
+        num_outputs: width of the last layer. A head that the checkpoint holds is kept where its width fits.
+        attention: see `TextClassifier`.
+        dropout: overrides every dropout probability of the model's configuration; None keeps them.
+        seed: what a new head is drawn from.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: whether code from the hub may run; off unless the user says so.
+
+    Raises:
+        ConfigError: there is no such model, it can't be reached, or it has no sequence-classification form.
+    """
+    if name_or_path.startswith("~"):
+        name_or_path = str(Path(name_or_path).expanduser())
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        config.num_labels = num_outputs
+        _set_dropout(config, dropout)
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
+            torch.manual_seed(seed)
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                name_or_path,
+                config=config,
+                dtype=torch.float32,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(_why_not_loaded(name_or_path, error)) from error
+    _tell_new_weights(name_or_path, report)
+    return TextClassifier(model, attention).train()
+
+
+def _set_dropout(config: PretrainedConfig, dropout: float | None) -> None:
+    if dropout is None:
+        return
+    for field, value in config.to_dict().items():
+        if "dropout" in field and isinstance(value, (int, float)):
+            setattr(config, field, dropout)
+
+
+def _tell_new_weights(name_or_path: str, report: dict) -> None:
+    new = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
+    inner = [key for key in new if not any(part in key for part in ("classifier", "pooler", "score", "head"))]
+    if inner:
+        log.warning("%s: %d weights are not in the checkpoint and start at random: %s", name_or_path, len(inner), inner)
+    elif new:
+        _say_new_head(name_or_path, ", ".join(new))
+
+
+@cache
+def _say_new_head(name_or_path: str, names: str) -> None:
+    log.info("%s: the checkpoint has no head of this shape; these start at random: %s", name_or_path, names)
+
+
+def _why_not_loaded(name_or_path: str, error: Exception) -> str:
+    reason = str(error).strip().split("\n")[0]
+    if Path(name_or_path).exists():
+        return (
+            f"model.name_or_path: {name_or_path} is not a folder that transformers loads as a text classifier "
+            f"({reason}): it needs a config.json and model.safetensors of an encoder"
+        )
+    return (
+        f"model.name_or_path: neither a folder nor a model that the hub gave: {name_or_path} ({reason}). "
+        "Check the name, the network, and HF_HUB_OFFLINE; or name a folder that holds the model"
+    )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' loading report and progress bars away; what matters of them is said by `_tell_new_weights`."""
+    level = transformers_logging.get_verbosity()
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,122 @@
+"""AdamW and its schedules, counted in optimizer steps."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_cosine_with_hard_restarts_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
+
+from lightning_bge.errors import ConfigError
+
+LAYER = re.compile(r"\.(?:layer|layers|h)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), always the fused kernel.
+
+    Attributes:
+        lr: peak learning rate.
+        weight_decay: on matrices alone; norms and biases are never decayed.
+        beta1: decay of the gradient's running mean.
+        beta2: decay of its running square.
+        eps: added to the denominator.
+        layer_decay: each layer's learning rate is this times the next higher layer's; 1 means all alike.
+        max_grad_norm: gradients are clipped to this norm; null switches clipping off.
+    """
+
+    lr: float = 2e-5
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    layer_decay: float = 1.0
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ConfigError(f"model.optimizer.lr: expected more than 0, got {self.lr}")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"model.optimizer.layer_decay: expected above 0 and at most 1, got {self.layer_decay}")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ConfigError(f"model.optimizer.max_grad_norm: expected more than 0 or null, got {self.max_grad_norm}")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How the learning rate goes over the optimizer steps of a run.
+
+    Attributes:
+        name: linear (to 0), cosine (to 0), cosine_with_restarts, or constant; each after the warm-up.
+        warmup: steps from 0 to the peak; below 1 it is a share of all steps.
+        cycles: number of restarts of `cosine_with_restarts`.
+        epochs: the run length that the schedule is laid out for; null: the trainer's max_epochs. A refit that stops
+            at an earlier epoch sets this, so that it goes the way that the folds went.
+    """
+
+    name: Literal["linear", "cosine", "cosine_with_restarts", "constant"] = "linear"
+    warmup: float = 0.1
+    cycles: int = 1
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0:
+            raise ConfigError(f"model.schedule.warmup: expected 0 or more, got {self.warmup}")
+        if self.cycles < 1:
+            raise ConfigError(f"model.schedule.cycles: expected 1 or more, got {self.cycles}")
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
+    """Fused AdamW over the parameters that need a gradient, grouped by decay and by layer."""
+    return AdamW(
+        parameter_groups(model, config),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Parameter groups: vectors (norms, biases) without decay; lr = `lr * layer_decay ** (layers above)`.
+
+    The head has the full rate, the top layer one factor of `layer_decay`, the embeddings one for every layer and one.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    layers = 1 + max((int(found.group(1)) for name, _ in named if (found := LAYER.search(name))), default=-1)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in named:
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        lr = config.lr * config.layer_decay ** _layers_above(name, layers)
+        groups[lr, decay].append(parameter)
+    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+
+
+def _layers_above(name: str, layers: int) -> int:
+    found = LAYER.search(name)
+    if found:
+        return layers - int(found.group(1))
+    return layers + 1 if "embeddings" in name else 0
+
+
+def build_schedule(optimizer: Optimizer, config: ScheduleConfig, total_steps: int) -> LambdaLR:
+    """The schedule over `total_steps` optimizer steps, from transformers."""
+    warmup = round(config.warmup * total_steps) if config.warmup < 1 else int(config.warmup)
+    if config.name == "constant":
+        return get_constant_schedule_with_warmup(optimizer, warmup)
+    if config.name == "linear":
+        return get_linear_schedule_with_warmup(optimizer, warmup, total_steps)
+    if config.name == "cosine":
+        return get_cosine_schedule_with_warmup(optimizer, warmup, total_steps)
+    return get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, warmup, total_steps, config.cycles)

@@ -1,0 +1,100 @@
+"""Run folders: files that appear whole or not at all, and the record of how to repeat a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+PACKAGES = ("lightning-bge", "torch", "lightning", "transformers", "tokenizers", "optuna", "torchmetrics", "numpy")
+
+
+def create_run_dir(path: str | Path) -> Path:
+    """Make the folder, readable by its owner alone: texts and scores can be confidential."""
+    folder = Path(path).expanduser()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file through a draft beside it, so that a kill or a full disk leaves the old one as it was."""
+    handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON with a schema version, as `write_text` does."""
+    write_text(path, json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read what `write_json` wrote; None where there is no such file, or one of another schema version."""
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content if content.get("schema_version") == SCHEMA_VERSION else None
+
+
+def describe_run(seed: int, data_hash: str | None, model: str, revision: str | None) -> dict[str, Any]:
+    """What is needed to repeat a run: command, versions, machine, commit, seed, data, model."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "folder": os.getcwd(),
+        "seed": seed,
+        "data_hash": data_hash,
+        "model": model,
+        "model_revision": _hub_commit(model, revision),
+        "git_commit": _git_commit(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the current folder's checkout, with `-dirty` where it has changes; None outside of one."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _hub_commit(model: str, revision: str | None) -> str | None:
+    """The commit behind a branch or tag of a model that the hub's cache holds; None for a folder."""
+    if Path(model).expanduser().exists():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else revision

@@ -1,0 +1,68 @@
+"""Settings as data: dotted names, overrides, and what must stay the same within one run."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from lightning_bge.errors import ConfigError
+
+# What one setting decides of another: the data module reads what the model is, and one seed draws head, dropout and order.
+LINKS = (
+    ("model.name_or_path", "data.tokenizer"),
+    ("model.task", "data.task"),
+    ("model.revision", "data.revision"),
+    ("model.trust_remote_code", "data.trust_remote_code"),
+    ("seed_everything", "model.seed"),
+    ("seed_everything", "data.batching.seed"),
+)
+# Settings that may change between two calls of a run: they do not change what a trial or an epoch is.
+FREE = ("run_dir", "hpo", "config", "data.test_file", "data.predict_file", "data.cache_dir", "trainer.logger")
+
+
+def with_overrides(config: Namespace, overrides: dict[str, Any]) -> Namespace:
+    """A copy of the settings with some replaced by their dotted names, and the data module's links followed."""
+    config = copy.deepcopy(config)
+    for name, value in overrides.items():
+        check_setting(config, name)
+        config[name] = value
+    for source, target in LINKS:
+        config[target] = config[source]
+    return config
+
+
+def check_setting(config: Namespace, name: str) -> None:
+    """Raise `ConfigError` unless `name` is one of the settings of model, data or trainer, and no link's target."""
+    linked = [target for _, target in LINKS]
+    if name in config and name not in linked and name.split(".")[0] in ("model", "data", "trainer"):
+        return
+    known = [key for key, _ in config.items() if key not in linked]
+    near = sorted(key for key in known if key.split(".")[0] == name.split(".")[0])
+    raise ConfigError(
+        f"hpo.space: there is no setting {name}. "
+        + (f"Known there: {', '.join(near)}" if near else "Settings are model.*, data.* and trainer.*")
+    )
+
+
+def plain_config(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
+    """All settings as plain data that the same parser reads again."""
+    return json.loads(parser.dump(config, format="json", skip_unset=False, skip_validation=True))
+
+
+def comparable(config: dict[str, Any], searched: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Dotted name -> value, of the settings that must not change within one run."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, node: Any) -> None:
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                walk(f"{prefix}.{key}" if prefix else key, value)
+        else:
+            flat[prefix] = node
+
+    walk("", config)
+    free = (*FREE, *searched)
+    return {name: value for name, value in flat.items() if not any(name == f or name.startswith(f"{f}.") for f in free)}

@@ -1,0 +1,140 @@
+"""The words that the rooms share: what travels from `data` to `models`, and what a model predicts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_bge.errors import ConfigError
+
+Task = Literal["binary", "multiclass", "multilabel", "regression"]
+TASKS: tuple[str, ...] = get_args(Task)
+
+SCHEMA_FILE = "lightning_bge.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Sequences laid end to end, without padding: N sequences, T tokens in all, longest sequence first.
+
+    Attributes:
+        input_ids: int64 [T].
+        positions: int64 [T], counted from 0 anew in each sequence.
+        cu_seqlens: int32 [N + 1], where each sequence starts, and T at the end.
+        lengths: N Python ints, known on the host so that no kernel has to be waited for.
+        token_type_ids: int64 [T], or None where the tokenizer makes none.
+        labels: float32 [N] (binary, regression), int64 [N] (multi-class), float32 [N, L] (multi-label), or None.
+        rows: int64 [N], each sequence's row in its file; stays on the host.
+        groups: int64 [N], a number for each group, or None; stays on the host.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+    rows: Tensor
+    token_type_ids: Tensor | None = None
+    labels: Tensor | None = None
+    groups: Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
+        """A copy whose model inputs and labels lie on `device`."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        return self._map(move)
+
+    def pin_memory(self) -> MicroBatch:
+        """A copy in page-locked memory; the DataLoader calls this where `pin_memory` is on."""
+        return self._map(lambda tensor: None if tensor is None else tensor.pin_memory())
+
+    def _map(self, move) -> MicroBatch:  # type: ignore[no-untyped-def]
+        names = ("input_ids", "positions", "cu_seqlens", "token_type_ids", "labels")
+        return replace(self, **{name: move(getattr(self, name)) for name in names})
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One effective batch: what one optimizer step sees, cut into micro-batches that fit into memory."""
+
+    micro: tuple[MicroBatch, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of sequences."""
+        return sum(len(m.lengths) for m in self.micro)
+
+    @property
+    def tokens(self) -> int:
+        """Number of real tokens."""
+        return sum(sum(m.lengths) for m in self.micro)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """All labels, in the order of the micro-batches."""
+        parts = [m.labels for m in self.micro if m.labels is not None]
+        return torch.cat(parts) if parts else None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """A copy on `device`."""
+        return Batch(tuple(m.to(device, non_blocking) for m in self.micro))
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory."""
+        return Batch(tuple(m.pin_memory() for m in self.micro))
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """What a model reads and predicts; stored as `lightning_bge.json` beside the exported weights.
+
+    Attributes:
+        task: binary, multiclass, multilabel or regression.
+        labels: names in the order of the model's outputs; binary: (negative, positive); regression: ().
+        text_columns: one or two column names.
+        max_length: the longest sequence in tokens, special tokens counted.
+        threshold: a binary or multi-label score at or above it is a yes.
+    """
+
+    task: Task
+    labels: tuple[str, ...]
+    text_columns: tuple[str, ...]
+    max_length: int
+    threshold: float = 0.5
+
+    @property
+    def num_outputs(self) -> int:
+        """Width of the model's last layer: 1 for binary and regression, else one for each label."""
+        return 1 if self.task in ("binary", "regression") else len(self.labels)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the schema into an exported model's folder."""
+        content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        Path(folder, SCHEMA_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Schema | None:
+        """Read the schema of an exported model; None where the folder holds none (a plain encoder).
+
+        Raises:
+            ConfigError: the file was written by a newer version.
+        """
+        path = Path(folder, SCHEMA_FILE)
+        if not path.is_file():
+            return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise ConfigError(
+                f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: update lightning-bge"
+            )
+        content["labels"] = tuple(content["labels"])
+        content["text_columns"] = tuple(content["text_columns"])
+        return cls(**content)

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from lightning_bge.models.attention import PACKED, packed_attention, register_packed_attention
+
+HEADS, DIM = 3, 4
+
+
+def slow_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+    """The formula, for one sequence: [length, heads, dim] each."""
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scaling
+    if window is not None:
+        for q in range(len(query)):
+            for k in range(len(key)):
+                if abs(q - k) >= window:
+                    scores[:, q, k] = float("-inf")
+    return torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), value)
+
+
+def packed_qkv(tokens: int) -> list[Tensor]:
+    return [torch.randn(1, HEADS, tokens, DIM, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+@pytest.mark.parametrize("scaling", [None, 0.7])
+@pytest.mark.parametrize("lengths", [(7,), (7, 5, 5, 5, 1), (2, 9, 2, 9)], ids=str)
+def test_equals_the_formula_of_each_sequence(
+    lengths: tuple[int, ...], scaling: float | None, window: int | None
+) -> None:
+    qkv = packed_qkv(sum(lengths))
+    out, weights = packed_attention(
+        nn.Module(), *qkv, None, lengths=lengths, scaling=scaling, sliding_window=window, output_attentions=False
+    )
+    assert weights is None
+    assert out.shape == (1, sum(lengths), HEADS, DIM)
+    parts = zip(*(tensor[0].transpose(0, 1).split(lengths) for tensor in qkv), strict=True)
+    expected = torch.cat([slow_attention(*part, scaling or DIM**-0.5, window) for part in parts])
+    torch.testing.assert_close(out[0], expected, rtol=1e-12, atol=1e-12)
+
+    upstream = torch.randn_like(out)
+    ours = torch.autograd.grad(out, qkv, upstream, retain_graph=True)
+    theirs = torch.autograd.grad(expected, qkv, upstream[0])
+    for found, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_dropout_drops_weights_and_keeps_their_mean() -> None:
+    lengths = (6,) * 400
+    query, key, _ = packed_qkv(sum(lengths))
+    out, _ = packed_attention(nn.Module(), query, key, torch.ones_like(query), None, lengths=lengths, dropout=0.25)
+    # Of ones the weighted mean is 1; kept weights are scaled by 1 / (1 - p).
+    assert out.std() > 0.1
+    assert abs(out.mean() - 1) < 0.02
+
+
+def test_lengths_must_be_there_and_fit() -> None:
+    qkv = packed_qkv(6)
+    with pytest.raises(TypeError, match="lengths"):
+        packed_attention(nn.Module(), *qkv, None)
+    with pytest.raises(RuntimeError, match="split_with_sizes"):
+        packed_attention(nn.Module(), *qkv, None, lengths=(4, 4))
+
+
+def test_registering_twice_changes_nothing() -> None:
+    register_packed_attention()
+    register_packed_attention()
+    assert AttentionInterface()[PACKED] is packed_attention
+    assert AttentionMaskInterface()[PACKED](config=None, anything=1) is None
