@@ -1,107 +1,153 @@
 """A generated sample of text pairs, to try everything without data of one's own.
 
-Reviews of an online shop, each asked against some criteria: does the review meet the criterion? A review that complains
-meets the criteria that its complaints are about; most of the criteria that it does not meet are asked of reviews without
-that complaint. So what a review says in general already tells much, and reading it against the criterion tells the rest.
+The posts are messages to a shop. Each is asked against some criteria, such as `late delivery`: does it meet them? A
+post meets a criterion if one of its sentences is evidence for that criterion, whatever else it says. So the post alone
+tells little and the criterion alone nothing: a model has to read both. Some posts only mention a criterion's words
+(`The delivery was quick.`), and a few labels are wrong, as people err too.
 """
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
+from random import Random
 
-import numpy as np
-
-# criterion -> sentences that are evidence for it
-CRITERIA: dict[str, tuple[str, ...]] = {
-    "complains about a late delivery": (
-        "The parcel came two weeks late.",
-        "I am still waiting, delivery was promised for Monday.",
-        "Shipping was delayed again and again.",
-        "It arrived long after the promised date.",
+# criterion -> sentences that meet it, and sentences that share a word with it but do not
+CRITERIA: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "late delivery": (
+        (
+            "The delivery was late.",
+            "The delivery came {n} days late.",
+            "This is the second late delivery.",
+            "The {item} arrived {n} days late.",
+            "Because of the late delivery my {person} had no present.",
+            "I am still waiting for the delivery.",
+        ),
+        ("The delivery was quick.", "The delivery came on {day}.", "There was no trouble with delivery."),
     ),
-    "reports a damaged product": (
-        "The screen was cracked when I opened the box.",
-        "One leg arrived broken.",
-        "The casing is scratched and a corner is broken off.",
-        "It was damaged right out of the box.",
+    "refund wanted": (
+        (
+            "I wanted a refund on {day}.",
+            "A full refund is wanted.",
+            "Please refund the {item}.",
+            "I have wanted a refund for {n} weeks.",
+            "When do I get the refund I wanted?",
+        ),
+        ("I always wanted a {item}.", "No refund is needed."),
     ),
-    "asks for a refund": (
-        "I want my money back.",
-        "Please refund the full amount.",
-        "I have asked twice for a refund.",
-        "Send me the money back or I will call my bank.",
+    "broken part": (
+        (
+            "One part was broken.",
+            "The broken part is the {part}.",
+            "A part of the {item} is broken.",
+            "The {part} is broken.",
+            "Please send a new part for the broken one.",
+        ),
+        ("Each part fits well.", "Nothing was broken."),
     ),
-    "criticises customer service": (
-        "Support never answered my calls.",
-        "The agent on the phone was rude.",
-        "Nobody at the help desk cared about my calls.",
-        "Support hung up on me and never answered.",
+    "friendly staff": (
+        (
+            "Your staff were friendly.",
+            "The staff on the phone were very friendly.",
+            "A friendly member of staff sorted it out.",
+            "The friendly staff helped my {person}.",
+            "The lady on the phone was friendly.",
+        ),
+        ("I asked your staff on {day}.", "The staff did not know the {item}."),
+    ),
+    "high price": (
+        (
+            "The price is too high.",
+            "For a {item} the price is high.",
+            "That is a high price for a {item}.",
+            "I find the price very high.",
+            "It costs {n} times the price elsewhere.",
+        ),
+        ("The price is fair.", "The {item} hangs high on the wall."),
     ),
 }
-PRAISE = (
-    "I love it and use it every day.",
-    "Great value, my whole family enjoys it.",
-    "Works perfectly since the first day.",
-    "Lovely colour and a great finish.",
-    "No trouble with delivery at all, great.",
-    "I would happily buy it again.",
-)
 FILLER = (
-    "I bought it for my sister's birthday in spring.",
-    "It stands in the kitchen next to the window.",
-    "My neighbour has the older model.",
-    "We compared three shops before choosing this one.",
-    "The manual has forty pages in six languages.",
-    "It is a bit heavier than the picture suggests.",
-    "I usually order on Sunday evenings.",
-    "The box was blue and rather large.",
-    "My old one lasted eight years.",
-    "We have two cats and a small garden.",
+    "I ordered the {item} on {day}.",
+    "It is for the {room}.",
+    "My {person} has the same {item}.",
+    "I bought it as a present for my {person}.",
+    "The colour goes well with the {room}.",
+    "We have used it every day since {day}.",
+    "It stands in the {room} next to the {item}.",
+    "I also looked at a {item} on your site.",
+    "The box took {n} minutes to open.",
+    "My {person} put it together on {day}.",
+    "We moved house {n} weeks ago.",
+    "My old {item} lasted {n} years.",
+    "I have been a customer for {n} years.",
+    "The {part} is a little smaller than in the picture.",
+    "It makes a quiet sound when you turn it on.",
+    "You can reach me on {day} after {n}.",
+    "There were {n} of us in the {room} when it came.",
+    "The website shows a different {part}.",
+    "Thank you for reading this.",
 )
-LABEL_NOISE = 0.03  # share of labels that are flipped, as people err too
+SLOTS = {
+    "item": ("kettle", "lamp", "chair", "radio", "toaster", "backpack", "blender", "heater", "clock", "mirror"),
+    "part": ("lid", "handle", "cover", "base", "switch", "frame"),
+    "room": ("kitchen", "office", "bedroom", "hallway"),
+    "person": ("sister", "brother", "mother", "neighbour", "friend", "son"),
+    "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+    "n": ("two", "three", "four", "five", "six", "nine", "ten"),
+}
+ASKED = 3  # criteria asked of a post
+MET = 0.35  # share of the criteria that a post meets
+MENTIONED = 0.15  # share of the other criteria that it mentions all the same
+LABEL_NOISE = 0.03  # share of the labels that are flipped
 
 
-def write_sample(folder: str | Path, posts: int = 180, test_posts: int = 60, seed: int = 0) -> Path:
+def write_sample(folder: str | Path, posts: int = 180, test_posts: int = 70, seed: int = 0) -> Path:
     """Write `train.csv` and `test.csv` with the columns `post_id, text, criterion, label`.
 
-    Three rows a post, about a third of them yes (label 1). The number of sentences of a post is log-normal: most are
-    short, a few have hundreds of words. The same seed gives the same files on every platform.
+    Three rows a post, a good third of them met (label 1). The number of words of a post is log-normal: most have 10 to
+    60, a few have hundreds. The same seed gives the same files on every platform.
 
     Args:
         folder: where to; it is made if need be.
-        posts: number of posts in the training file.
+        posts: number of posts in the training file. The default keeps a whole search on two cores under two minutes.
         test_posts: number of posts in the test file; they share none with the training file.
         seed: of everything that is drawn.
+
+    Returns:
+        The folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.Generator(np.random.PCG64(seed))
+    rng = Random(seed)
     for name, first, count in (("train.csv", 0, posts), ("test.csv", posts, test_posts)):
         with (folder / name).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["post_id", "text", "criterion", "label"])
             for number in range(first, first + count):
-                writer.writerows(_post(f"p{number:04d}", random))
+                writer.writerows(_rows(f"p{number:04d}", rng))
     return folder
 
 
-def _post(post_id: str, random: np.random.Generator) -> list[tuple[str, str, str, int]]:
-    names = list(CRITERIA)
-    complaints = [] if random.random() < 0.5 else [names[i] for i in random.permutation(len(names))[: _some(random)]]
-    length = int(np.clip(random.lognormal(mean=1.3, sigma=0.8), 2, 60))
-    sentences = [_one(CRITERIA[criterion], random) for criterion in complaints]
-    while len(sentences) < length:
-        sentences.append(_one(FILLER if complaints or random.random() < 0.5 else PRAISE, random))
-    text = " ".join(sentences[i] for i in random.permutation(len(sentences)))
-    # what a review complains about is asked first, so that few questions to it are answered with no
-    asked = [*complaints, *(names[i] for i in random.permutation(len(names)) if names[i] not in complaints)][:3]
-    return [(post_id, text, name, int((name in complaints) != (random.random() < LABEL_NOISE))) for name in asked]
+def _rows(post_id: str, rng: Random) -> list[tuple[str, str, str, int]]:
+    met = {criterion for criterion in CRITERIA if rng.random() < MET}
+    asked = rng.sample(list(CRITERIA), ASKED)
+    text = _text(met, rng)
+    return [(post_id, text, name, int((name in met) != (rng.random() < LABEL_NOISE))) for name in asked]
 
 
-def _some(random: np.random.Generator) -> int:
-    return int(random.integers(1, 4))
+def _text(met: set[str], rng: Random) -> str:
+    sentences = []
+    for criterion, (evidence, mentions) in CRITERIA.items():
+        if criterion in met:
+            sentences.append(_fill(rng.choice(evidence), rng))
+        elif rng.random() < MENTIONED:
+            sentences.append(_fill(rng.choice(mentions), rng))
+    words = min(500, max(8, rng.lognormvariate(1.9, 1.4)))
+    while sum(len(sentence.split()) for sentence in sentences) < words:
+        sentences.append(_fill(rng.choice(FILLER), rng))
+    rng.shuffle(sentences)
+    return " ".join(sentences)
 
 
-def _one(sentences: tuple[str, ...], random: np.random.Generator) -> str:
-    return sentences[int(random.integers(len(sentences)))]
+def _fill(sentence: str, rng: Random) -> str:
+    return sentence.format_map({slot: rng.choice(words) for slot, words in SLOTS.items()})

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from lightning_bge.models.dropout import keep_mask
 
 PACKED = "packed"
 
@@ -40,7 +43,6 @@ def packed_attention(
     """Scaled dot-product attention within each sequence.
 
     Neighbouring sequences of one length share a call: as micro-batches are sorted by length, few calls are made.
-    `split` rather than slices: its backward is one concatenation, where each slice would fill a whole gradient.
 
     Args:
         module: the attention layer; unused, as the interface asks for it.
@@ -54,20 +56,105 @@ def packed_attention(
     Returns:
         [1, T, heads, head_dim], and None in place of the attention weights.
     """
-    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    runs = tuple((length, len(list(same))) for length, same in groupby(lengths))
+    flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    if query.device.type == "cpu":
+        return CpuAttention.apply(*flat, runs, dropout, scale, sliding_window).unsqueeze(0), None
+    return _sdpa(*flat, runs, dropout, scale, sliding_window).unsqueeze(0), None
+
+
+Runs = tuple[tuple[int, int], ...]  # (length, count): so many neighbouring sequences of one length
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, runs: Runs, dropout: float, scale: float, window: int | None) -> Tensor:
+    """torch's kernel once a run, [T, heads, head_dim]; `split`, as the backward of a slice fills a whole gradient."""
+    heads, dim = q.shape[1:]
     sizes = [length * count for length, count in runs]
-    heads, dim = query.shape[1], query.shape[3]
-    parts = [tensor[0].transpose(0, 1).split(sizes) for tensor in (query, key, value)]
     outputs = []
-    for (length, count), *qkv in zip(runs, *parts, strict=True):
-        q, k, v = (part.view(count, length, heads, dim).transpose(1, 2) for part in qkv)
-        mask = _window_mask(length, sliding_window, q.device)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    for (length, count), *parts in zip(runs, *(tensor.split(sizes) for tensor in (q, k, v)), strict=True):
+        qkv = (part.view(count, length, heads, dim).transpose(1, 2) for part in parts)
+        seen = _window(length, window, q.device)
+        out = F.scaled_dot_product_attention(*qkv, attn_mask=seen, dropout_p=dropout, scale=scale)
         outputs.append(out.transpose(1, 2).reshape(count * length, heads, dim))
-    return torch.cat(outputs).unsqueeze(0), None
+    return torch.cat(outputs)
 
 
-def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+class CpuAttention(torch.autograd.Function):
+    """Attention a run at a time, forward and backward written out: on a CPU torch's kernel has no dropout of its own
+    and falls back to a chain of recorded operations.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        runs: Runs,
+        dropout: float,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """[T, heads, head_dim] each -> the same shape."""
+        output = torch.empty(q.shape, dtype=q.dtype)
+        kept: list[Tensor | None] = []
+        start = 0
+        for length, count in runs:
+            rows = slice(start, start + length * count)
+            start = rows.stop
+            a, b, c = (_by_head(tensor[rows], length, count) for tensor in (q, k, v))
+            weights = _scores(a, b, scale, window).softmax(dim=-1)
+            mask = keep_mask(weights.shape, dropout, weights.dtype) if dropout > 0 else None
+            out = torch.bmm(weights if mask is None else weights * mask, c)
+            _put(output[rows], out, length, count)
+            kept += [a, b, c, weights, mask]
+        ctx.save_for_backward(*kept)
+        ctx.runs, ctx.scale = runs, scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """The chain rule by hand: d softmax = weights * (d - sum(d * weights))."""
+        grads = [torch.empty(grad.shape, dtype=grad.dtype) for _ in range(3)]
+        start = 0
+        for number, (length, count) in enumerate(ctx.runs):
+            rows = slice(start, start + length * count)
+            start = rows.stop
+            a, b, c, weights, mask = ctx.saved_tensors[5 * number : 5 * number + 5]
+            d_out = _by_head(grad[rows], length, count)
+            d_weights = torch.bmm(d_out, c.transpose(1, 2))
+            if mask is not None:
+                d_weights.mul_(mask)
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+            used = weights if mask is None else weights * mask
+            _put(grads[0][rows], torch.bmm(d_scores, b), length, count)
+            _put(grads[1][rows], torch.bmm(d_scores.transpose(1, 2), a), length, count)
+            _put(grads[2][rows], torch.bmm(used.transpose(1, 2), d_out), length, count)
+        return *grads, None, None, None, None
+
+
+def _by_head(rows: Tensor, length: int, count: int) -> Tensor:
+    """[count * length, heads, dim] -> contiguous [count * heads, length, dim]."""
+    heads, dim = rows.shape[1:]
+    return rows.reshape(count, length, heads, dim).transpose(1, 2).reshape(count * heads, length, dim)
+
+
+def _put(rows: Tensor, by_head: Tensor, length: int, count: int) -> None:
+    """The reverse of `_by_head`, into `rows`."""
+    heads, dim = rows.shape[1:]
+    rows.view(count, length, heads, dim).copy_(by_head.view(count, heads, length, dim).transpose(1, 2))
+
+
+def _scores(a: Tensor, b: Tensor, scale: float, window: int | None) -> Tensor:
+    scores = torch.bmm(a, b.transpose(1, 2)).mul_(scale)
+    seen = _window(a.shape[1], window, a.device)
+    return scores if seen is None else scores.masked_fill_(~seen, -torch.inf)
+
+
+def _window(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Which of `length` tokens see each other, [length, length]; None: all of them."""
     if window is None or length <= window:
         return None
     position = torch.arange(length, device=device)

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.attention import PACKED, register_packed_attention
+from lightning_bge.models.dropout import use_cheap_dropout
 from lightning_bge.types import MicroBatch
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class TextClassifier(nn.Module):
                 f"model.attention is packed, which needs one of {', '.join(PACKED_HEADS)}; "
                 f"this model is a {model.config.model_type}: use auto or padded"
             )
+        use_cheap_dropout(model)
         self.model = model
         self.packed = can_pack and attention != "padded"
         if self.packed:

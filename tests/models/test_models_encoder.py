@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import micro_batch, random_sequences, save_model, small_model
+from small_models import micro_batch, random_sequences, save_model, small_config, small_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.models import TextClassifier, load_classifier
@@ -184,11 +185,14 @@ def test_says_once_that_the_head_is_new_and_nothing_else(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     save_model(tmp_path, outputs=2)
+    verbosity = transformers_logging.get_verbosity()
     capfd.readouterr()
     with caplog.at_level(logging.INFO):
         load_classifier(str(tmp_path), 1)
         load_classifier(str(tmp_path), 1)
     assert capfd.readouterr() == ("", "")
+    assert transformers_logging.get_verbosity() == verbosity
+    assert transformers_logging.is_progress_bar_enabled()
     [message] = [record.getMessage() for record in caplog.records if record.name.startswith("lightning_bge")]
     assert "no head of this shape" in message
     assert "classifier.weight" in message
@@ -231,6 +235,19 @@ def test_attention_dropout_is_on_in_train_mode_alone() -> None:
         layer.attention.self.dropout.p = 0.3
     micro = micro_batch(random_sequences((12, 5)))
     ours = TextClassifier(model, "packed")
+    assert not torch.equal(ours(micro), ours(micro))
+    ours.eval()
+    assert torch.equal(ours(micro), ours(micro))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta", "modernbert"])
+def test_dropout_of_the_head_is_on_in_train_mode_alone(kind: str) -> None:
+    """Packed, the head is called by us; MLP and attention have no dropout here."""
+    config = small_config(kind)
+    config.classifier_dropout = 0.5
+    model = AutoModelForSequenceClassification.from_config(config)
+    micro = micro_batch(random_sequences((12, 5)))
+    ours = TextClassifier(model, "packed").train()
     assert not torch.equal(ours(micro), ours(micro))
     ours.eval()
     assert torch.equal(ours(micro), ours(micro))
