@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import optuna
 import torch
 import yaml
 from jsonargparse import Namespace
@@ -36,6 +35,7 @@ from lightning_bge.hpo import (
     finish_study,
     open_study,
     parse_space,
+    quiet_optuna,
     run_study,
 )
 from lightning_bge.models import BGEClassifier, best_threshold
@@ -54,7 +54,7 @@ INSTEAD = {
     "accumulate_grad_batches": (1, "data.batching.tokens"),
 }
 
-Precision = Literal["auto", "bf16-mixed", "32-true", "64-true"]
+Precision = Literal["auto", "bf16-mixed", "32-true"]
 
 
 class BGETrainer(Trainer):
@@ -122,6 +122,7 @@ class BGECLI(LightningCLI):
             BGEClassifier,
             TextDataModule,
             trainer_class=BGETrainer,
+            trainer_defaults={"max_epochs": 3},  # Lightning's own is 1000
             seed_everything_default=42,
             save_config_callback=None,
             load_from_checkpoint_support=False,
@@ -243,8 +244,6 @@ class BGECLI(LightningCLI):
                 print(f"going on from {checkpoint}")
             self._record(run_dir, datamodule)
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-            if self.trainer.interrupted:
-                raise KeyboardInterrupt
             summary = self._finish_fit(run_dir, model, datamodule)
         else:
             print(f"{run_dir} is finished; name another --run_dir to train again")
@@ -416,7 +415,7 @@ def _quieten() -> None:
     log.setLevel(logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed trial's error is ours to show
+    quiet_optuna()
     for pattern in (
         ".*does not have many workers.*",  # rows are tokenised and in memory: 0 workers are the fastest
         ".*exists and is not empty.*",  # a run folder that is gone on with

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from lightning_bge.errors import ConfigError
 
-# What one setting decides of another: the data module reads what the model is, and one seed draws head, dropout and order.
+# What one setting decides of another: the data module reads what the model is; one seed draws head, dropout and order.
 LINKS = (
     ("model.name_or_path", "data.tokenizer"),
     ("model.task", "data.task"),

@@ -5,7 +5,7 @@ from lightning_bge.hpo.pruning import BootstrapPruner, PrunerConfig, build_prune
 from lightning_bge.hpo.reports import FoldPruningCallback
 from lightning_bge.hpo.results import describe_study, finish_study
 from lightning_bge.hpo.space import parse_space
-from lightning_bge.hpo.study import StudyConfig, open_study, run_study
+from lightning_bge.hpo.study import StudyConfig, open_study, quiet_optuna, run_study
 
 __all__ = [
     "INTERRUPTED",
@@ -22,5 +22,6 @@ __all__ = [
     "finish_study",
     "open_study",
     "parse_space",
+    "quiet_optuna",
     "run_study",
 ]

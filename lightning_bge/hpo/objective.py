@@ -24,7 +24,6 @@ from lightning_bge.hpo.storage import abandon, mark_alive
 from lightning_bge.models import BGEClassifier
 from lightning_bge.models.metrics import MonitorConfig, Predictions, metric_direction
 
-
 INTERRUPTED = 130  # a shell's exit status for Ctrl-C
 
 
@@ -104,8 +103,8 @@ class Objective:
         try:
             return self._run(trial, suggest(trial, self.space))
         except (KeyboardInterrupt, SystemExit) as stop:
-            # Lightning turns Ctrl-C in `fit` into SystemExit, which Optuna does not catch: the trial would stay RUNNING.
-            # Optuna catches KeyboardInterrupt, and would end a trial that is ended here already.
+            # Lightning turns Ctrl-C in `fit` into SystemExit, which Optuna does not catch: the trial would stay
+            # RUNNING. KeyboardInterrupt it catches, and would end a trial that is ended here already.
             abandon(trial.study, trial.number, f"interrupted: {type(stop).__name__}", max_retries=sys.maxsize)
             raise SystemExit(INTERRUPTED) from stop
 

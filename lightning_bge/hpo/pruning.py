@@ -181,8 +181,8 @@ def build_pruner(config: PrunerConfig, n_trials: int, n_reports: int) -> BasePru
             inner = PatientPruner(inner, config.patience)
         if config.name == "hyperband":
             _log.warning(
-                "hpo.pruner.patience around hyperband disarms it: a trial that still improves is never pruned, however bad "
-                "it is, and late values are compared with early ones. Use it with median or percentile."
+                "hpo.pruner.patience around hyperband disarms it: a trial that still improves is never pruned, however "
+                "bad it is, and late values are compared with early ones. Use it with median or percentile."
             )
     return BootstrapPruner(inner, bootstrap_trials(config, n_trials))
 

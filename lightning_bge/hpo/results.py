@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.objective import Build, Setup, load_predictions, release_memory
-from lightning_bge.hpo.study import count
+from lightning_bge.hpo.study import FINISHED, count
 from lightning_bge.models import best_threshold, compute_metrics
 from lightning_bge.models.metrics import (
     LOWER_IS_BETTER,
@@ -71,7 +71,8 @@ def finish_study(
     setup = build(best.params)
     test_file = setup.datamodule.test_file
     known = read_json(run_dir / "summary.json")
-    key = {"n_trials": len(study.trials), "best_trial": best.number, "refit": refit, "test_file": test_file}
+    ended = count(study, *FINISHED, TrialState.FAIL)
+    key = {"n_trials": ended, "best_trial": best.number, "refit": refit, "test_file": test_file}
     if known is not None and all(known.get(name) == value for name, value in key.items()):
         return known
     schema = setup.datamodule.schema
@@ -178,7 +179,6 @@ def _summary(
     interrupted = [trial for trial in failed if "swept" in trial.user_attrs]
     return {
         "study": study.study_name,
-        "n_trials": len(study.trials),
         "n_complete": count(study, TrialState.COMPLETE),
         "n_pruned": count(study, TrialState.PRUNED),
         "n_failed": len(failed) - len(interrupted),

@@ -116,6 +116,11 @@ def _check_same(run_dir: Path, study: optuna.Study, space: dict[str, Any], setti
         )
 
 
+def quiet_optuna() -> None:
+    """Keep Optuna's own lines away: `Progress` prints one a trial, and a failed trial's error ends the program."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
 def count(study: optuna.Study, *states: TrialState) -> int:
     """Number of trials in any of the states."""
     return len(study.get_trials(deepcopy=False, states=states))

@@ -55,13 +55,17 @@ def packed_attention(
 
     Returns:
         [1, T, heads, head_dim], and None in place of the attention weights.
+
+    Raises:
+        ValueError: the lengths do not sum to T.
     """
+    if sum(lengths) != query.shape[2]:
+        raise ValueError(f"lengths: expected a sum of {query.shape[2]} tokens, got {sum(lengths)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     runs = tuple((length, len(list(same))) for length, same in groupby(lengths))
-    flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    if query.device.type == "cpu":
-        return CpuAttention.apply(*flat, runs, dropout, scale, sliding_window).unsqueeze(0), None
-    return _sdpa(*flat, runs, dropout, scale, sliding_window).unsqueeze(0), None
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    kernel = CpuAttention.apply if query.device.type == "cpu" else _sdpa
+    return kernel(q, k, v, runs, dropout, scale, sliding_window).unsqueeze(0), None
 
 
 Runs = tuple[tuple[int, int], ...]  # (length, count): so many neighbouring sequences of one length
@@ -73,9 +77,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, runs: Runs, dropout: float, scale: fl
     sizes = [length * count for length, count in runs]
     outputs = []
     for (length, count), *parts in zip(runs, *(tensor.split(sizes) for tensor in (q, k, v)), strict=True):
-        qkv = (part.view(count, length, heads, dim).transpose(1, 2) for part in parts)
+        a, b, c = (part.view(count, length, heads, dim).transpose(1, 2) for part in parts)
         seen = _window(length, window, q.device)
-        out = F.scaled_dot_product_attention(*qkv, attn_mask=seen, dropout_p=dropout, scale=scale)
+        out = F.scaled_dot_product_attention(a, b, c, attn_mask=seen, dropout_p=dropout, scale=scale)
         outputs.append(out.transpose(1, 2).reshape(count * length, heads, dim))
     return torch.cat(outputs)
 
@@ -86,7 +90,7 @@ class CpuAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
@@ -115,7 +119,7 @@ class CpuAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The chain rule by hand: d softmax = weights * (d - sum(d * weights))."""
         grads = [torch.empty(grad.shape, dtype=grad.dtype) for _ in range(3)]
         start = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -96,7 +97,13 @@ class BGEClassifier(LightningModule):
         self._take_schema()
         assert self.schema is not None
         if self.net is None:
-            self.net = load_classifier(self.name_or_path, self.schema.num_outputs, **self._load_options)
+            net = load_classifier(self.name_or_path, self.schema.num_outputs, **self._load_options)
+            if self.schema.max_length > net.max_positions:
+                raise ConfigError(
+                    f"data.max_length is {self.schema.max_length}, but {self.name_or_path} has positions for "
+                    f"{net.max_positions} tokens: set data.max_length to that or less"
+                )
+            self.net = net
         if self.loss is None:
             self.loss = Loss(self.loss_config, self.task, self.schema.num_outputs, self.class_counts)
 
@@ -118,13 +125,15 @@ class BGEClassifier(LightningModule):
         """Fused AdamW and a schedule over all optimizer steps of the run."""
         assert self.net is not None
         optimizer = build_optimizer(self.net, self.optimizer_config)
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ConfigError("trainer.max_epochs: a schedule needs to know its length; set it, or trainer.max_steps")
         # To answer, the trainer makes the training loader before it restores that loader's state, and would keep it:
         # a run resumed in the middle of an epoch would begin the epoch anew. Without it, it makes another one in time.
         self.trainer.fit_loop._combined_loader = None
         if self.schedule_config.epochs is not None and self.trainer.max_epochs:
             steps = round(steps / self.trainer.max_epochs * self.schedule_config.epochs)
-        return [optimizer], [build_schedule(optimizer, self.schedule_config, steps)]
+        return [optimizer], [build_schedule(optimizer, self.schedule_config, int(steps))]
 
     # ------------------------------------------------------------------ training
 
@@ -132,7 +141,7 @@ class BGEClassifier(LightningModule):
         """Refuse what would train wrongly; put every module into train mode."""
         if self.trainer.world_size > 1:
             raise ConfigError("BGEClassifier trains on one device for now: set trainer.devices to 1")
-        if self.trainer.precision not in ("32-true", "bf16-mixed", "64-true"):
+        if self.trainer.precision not in ("32-true", "bf16-mixed"):
             raise ConfigError(f"trainer.precision: expected bf16-mixed, 32-true or auto, got {self.trainer.precision}")
         self.train()
 

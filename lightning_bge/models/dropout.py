@@ -1,7 +1,7 @@
 """Dropout whose random numbers cost little on a CPU.
 
-There a step of a small encoder spends a sixth of its time drawing one random float for each element: torch's generator is
-serial. Here each 64-bit draw serves four elements with 16 bits each, which fixes the probability to 1 / 65536.
+There a step of a small encoder spends a sixth of its time drawing one random float for each element: torch's generator
+is serial. Here each 64-bit draw serves four elements with 16 bits each, which fixes the probability to 1 / 65536.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -76,6 +77,15 @@ class TextClassifier(nn.Module):
     def attention(self) -> str:
         """The attention implementation in use, as transformers names it."""
         return str(self.model.config._attn_implementation)
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence in tokens that the model's table of positions has room for; no table, no limit."""
+        for name, module in self.model.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+                # RoBERTa and its like count from behind the padding's index, and give the table a padding index
+                return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        return sys.maxsize
 
     def forward(self, micro: MicroBatch) -> Tensor:
         """Logits, [N, outputs], in the order of the micro-batch's sequences."""

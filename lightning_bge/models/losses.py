@@ -42,6 +42,8 @@ class LossConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"model.loss.label_smoothing: expected 0 to below 1, got {self.label_smoothing}")
+        if isinstance(self.class_weights, list) and min(self.class_weights, default=1) <= 0:
+            raise ConfigError(f"model.loss.class_weights: expected weights above 0, got {self.class_weights}")
         if self.focal_gamma < 0:
             raise ConfigError(f"model.loss.focal_gamma: expected 0 or more, got {self.focal_gamma}")
 

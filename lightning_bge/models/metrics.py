@@ -115,7 +115,8 @@ def compute_metrics(schema: Schema, predictions: Predictions, per_class: bool = 
     """All metrics of the task. Multi-class and multi-label figures are macro averages over the classes.
 
     Ranking metrics (auroc, average_precision) are left out where only one class is present, and `map` and `mrr` where
-    there are no groups; groups without a yes are passed over, as TREC's evaluation does.
+    there are no groups; groups without a yes are passed over, as TREC's evaluation does. Where a logit is not finite,
+    every metric is NaN: a model that has diverged is no model that says no.
 
     Args:
         schema: task, label names and threshold.
@@ -123,6 +124,8 @@ def compute_metrics(schema: Schema, predictions: Predictions, per_class: bool = 
         per_class: adds `f1/<label>`, `precision/<label>`, `recall/<label>` (multi-class and multi-label).
     """
     assert predictions.labels is not None
+    if not predictions.logits.isfinite().all():
+        return dict.fromkeys(METRICS[schema.task], float("nan"))
     score = scores(schema.task, predictions.logits)
     labels = predictions.labels
     if schema.task == "regression":

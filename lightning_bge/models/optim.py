@@ -47,6 +47,13 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ConfigError(f"model.optimizer.lr: expected more than 0, got {self.lr}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"model.optimizer.{name}: expected 0 to below 1, got {getattr(self, name)}")
+        if self.weight_decay < 0:
+            raise ConfigError(f"model.optimizer.weight_decay: expected 0 or more, got {self.weight_decay}")
+        if self.eps <= 0:
+            raise ConfigError(f"model.optimizer.eps: expected more than 0, got {self.eps}")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"model.optimizer.layer_decay: expected above 0 and at most 1, got {self.layer_decay}")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
@@ -73,6 +80,8 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if self.warmup < 0:
             raise ConfigError(f"model.schedule.warmup: expected 0 or more, got {self.warmup}")
+        if self.epochs is not None and self.epochs < 1:
+            raise ConfigError(f"model.schedule.epochs: expected 1 or more, or null, got {self.epochs}")
         if self.cycles < 1:
             raise ConfigError(f"model.schedule.cycles: expected 1 or more, got {self.cycles}")
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lightning_bge.models.attention import PACKED, packed_attention, register_packed_attention
+from lightning_bge.models.attention import PACKED, CpuAttention, _sdpa, packed_attention, register_packed_attention
+from lightning_bge.models.dropout import keep_mask
 
 HEADS, DIM = 3, 4
 
@@ -61,7 +62,7 @@ def test_lengths_must_be_there_and_fit() -> None:
     qkv = packed_qkv(6)
     with pytest.raises(TypeError, match="lengths"):
         packed_attention(nn.Module(), *qkv, None)
-    with pytest.raises(RuntimeError, match="split_with_sizes"):
+    with pytest.raises(ValueError, match="expected a sum of"):
         packed_attention(nn.Module(), *qkv, None, lengths=(4, 4))
 
 
@@ -70,3 +71,43 @@ def test_registering_twice_changes_nothing() -> None:
     register_packed_attention()
     assert AttentionInterface()[PACKED] is packed_attention
     assert AttentionMaskInterface()[PACKED](config=None, anything=1) is None
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_backward_written_out_is_the_derivative(window: int | None) -> None:
+    runs = ((5, 2), (2, 1), (1, 1))
+    qkv = [torch.randn(13, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *x: CpuAttention.apply(*x, runs, 0.0, 0.7, window), qkv)
+
+
+def test_dropout_hits_the_attention_weights_in_forward_and_backward_alike() -> None:
+    """A plain version with the very same masks."""
+    runs, p = ((6, 2), (3, 1)), 0.4
+    qkv = [torch.randn(15, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    torch.manual_seed(5)
+    ours = CpuAttention.apply(*qkv, runs, p, 0.5, None)
+    weight = torch.randn_like(ours)
+    found = torch.autograd.grad(ours, qkv, weight)
+    torch.manual_seed(5)
+    plain, start = [], 0
+    for length, count in runs:
+        mask = keep_mask(torch.Size((count * 2, length, length)), p, torch.float64).view(count, 2, length, length)
+        for number in range(count):
+            q, k, v = (x[start : start + length].transpose(0, 1) for x in qkv)
+            weights = (q @ k.transpose(1, 2) * 0.5).softmax(-1) * mask[number]
+            plain.append((weights @ v).transpose(0, 1))
+            start += length
+    expected = torch.cat(plain)
+    assert torch.allclose(ours, expected, atol=1e-12)
+    for one, other in zip(found, torch.autograd.grad(expected, qkv, weight), strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+    assert not torch.allclose(ours, CpuAttention.apply(*qkv, runs, 0.0, 0.5, None))
+
+
+def test_the_kernel_of_other_devices_is_the_same_function() -> None:
+    runs = ((7, 3), (4, 2), (1, 1))
+    qkv = [torch.randn(30, 2, 4, dtype=torch.float64) for _ in range(3)]
+    for window in (None, 3):
+        assert torch.allclose(
+            CpuAttention.apply(*qkv, runs, 0.0, 0.5, window), _sdpa(*qkv, runs, 0.0, 0.5, window), atol=1e-12
+        )

@@ -363,8 +363,20 @@ def test_bf16_autocast_keeps_fp32_weights(folder: str) -> None:
     assert torch.isfinite(trainer.callback_metrics["val_loss"])
 
 
-@pytest.mark.xfail(strict=True, reason="Lightning's 64-true copies dataclasses field by field, and ours are frozen")
-def test_double_precision_of_the_trainer(folder: str) -> None:
-    module = BGEClassifier(folder, loss=LossConfig(class_weights=[1.0, 2.0]), optimizer=FAST)
-    quiet_trainer(precision="64-true").fit(module, datamodule=Batches(BINARY, learnable(), learnable()))
-    assert {p.dtype for p in module.parameters()} == {torch.float64}
+def test_a_precision_that_does_not_work_is_refused(folder: str) -> None:
+    module = BGEClassifier(folder, optimizer=FAST)
+    with pytest.raises(ConfigError, match="expected bf16-mixed, 32-true or auto, got 64-true"):
+        quiet_trainer(precision="64-true").fit(module, datamodule=Batches(BINARY, learnable(), learnable()))
+
+
+def test_more_tokens_than_positions_are_refused(folder: str) -> None:
+    module = BGEClassifier(folder, optimizer=FAST)
+    schema = replace(BINARY, max_length=100_000)
+    with pytest.raises(ConfigError, match=r"has positions for \d+ tokens"):
+        quiet_trainer().fit(module, datamodule=Batches(schema, learnable(), learnable()))
+
+
+def test_a_run_without_an_end_is_refused(folder: str) -> None:
+    module = BGEClassifier(folder, optimizer=FAST)
+    with pytest.raises(ConfigError, match="a schedule needs to know its length"):
+        quiet_trainer(max_epochs=-1).fit(module, datamodule=Batches(BINARY, learnable(), learnable()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -294,3 +295,19 @@ def test_model_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path = broken_folder(tmp_path, name) if name == "missing" else name
     with pytest.raises(ConfigError, match=r"neither a folder nor .* the hub gave.*Check the name, the network"):
         load_classifier(path, 1)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta", "mpnet", "distilbert"])
+def test_the_longest_sequence_is_the_longest_that_the_model_takes(kind: str) -> None:
+    net = TextClassifier(small_model(kind)).eval()
+    limit = net.max_positions
+    with torch.no_grad():
+        assert net(micro_batch(random_sequences([limit]))).shape == (1, 1)
+        with pytest.raises((IndexError, RuntimeError)):
+            net(micro_batch(random_sequences([limit + 1])))
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "deberta-v2"])
+def test_models_without_absolute_positions_have_no_limit(kind: str) -> None:
+    changes = {"position_biased_input": False} if kind == "deberta-v2" else {}
+    assert TextClassifier(small_model(kind, **changes)).max_positions == sys.maxsize
