@@ -42,6 +42,8 @@ $(VENV)/.test: $(VENV)/.run
 
 install: $(VENV)/.run  ## make the virtual environment and install into it
 
+# one thread: so small a model gains little from more, and loses much where something else runs on the machine
+hpo: export OMP_NUM_THREADS = 1
 hpo: $(VENV)/.run  ## search, refit and export on generated text pairs: the main job, in about a minute
 	@$(BIN)/lightning-bge sample $(SAMPLE)
 	@$(BIN)/lightning-bge hpo -c configs/quickstart.yaml
