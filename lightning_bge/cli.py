@@ -218,8 +218,9 @@ class BGECLI(LightningCLI):
         datamodule.setup("fit")
         folds = datamodule.num_folds
         run_dir = create_run_dir(self._get(self.config_init, "run_dir"))
-        print(f"study {run_dir.name}: {hpo.trials} trials, {folds} folds, at most {epochs} epochs a fold; ", end="")
-        print(f"{monitor.metric} of the {monitor.objective} epoch, mean over folds")
+        split = "a single split" if folds == 1 else f"{folds} folds"
+        print(f"study {run_dir.name}: {hpo.trials} trials, {split}, at most {epochs} epochs each; ", end="")
+        print(f"judged by {monitor.metric} of the {monitor.objective} epoch, mean over the folds")
         print(describe_pruner(hpo.pruner, hpo.trials, folds * epochs))
         parser = self._parser(self.subcommand)
         settings = comparable(plain_config(parser, config), tuple(space))

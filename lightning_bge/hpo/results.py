@@ -191,7 +191,7 @@ def _summary(
         "best_params": best.params,
         "fold_scores": best.user_attrs["fold_scores"],
         "fold_epochs": best.user_attrs["fold_epochs"],
-        "threshold": oof.threshold,
+        "threshold": oof.threshold if schema.task in HAS_THRESHOLD else None,
         "threshold_note": oof.threshold_note,
         "out_of_fold": oof.metrics,
         "refit_epochs": refit_epochs,
@@ -253,11 +253,9 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
         *(f"  {name}: {value}" for name, value in summary["best_params"].items()),
     ]
     if summary["metric"] in summary["out_of_fold"]:
-        value = summary["out_of_fold"][summary["metric"]]
-        lines.append(
-            f"out of fold {summary['metric']} {value:.4f}; threshold {summary['threshold']:.3f}: "
-            f"{summary['threshold_note']}"
-        )
+        lines.append(f"out of fold {summary['metric']} {summary['out_of_fold'][summary['metric']]:.4f}")
+    if summary["threshold"] is not None:
+        lines.append(f"threshold {summary['threshold']:.3f}: {summary['threshold_note']}")
     if summary.get("model_dir"):
         lines.append(f"refitted on all rows for {summary['refit_epochs']} epochs, the mean of the folds' best ones")
     if "test" in summary and summary["metric"] in summary["test"]:
