@@ -148,7 +148,7 @@ def build_ours(
     )
     module.schema = data.schema
     module.configure_model()
-    settings = {"max_epochs": job.epochs, "precision": precision, "accelerator": job.device}
+    settings = {"max_epochs": job.epochs, "precision": precision, "accelerator": job.device, "limit_val_batches": 0}
     return quiet_trainer({**settings, "callbacks": list(callbacks)}), module, data
 
 
