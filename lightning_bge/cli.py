@@ -8,20 +8,17 @@ import sys
 import warnings
 from argparse import ArgumentParser
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_bge.callbacks import Throughput, choose_precision
 from lightning_bge.data import TableConfig, TextDataModule, read_table, write_sample
 from lightning_bge.errors import ConfigError, StudyError, UserError
 from lightning_bge.hpo import (
@@ -31,7 +28,6 @@ from lightning_bge.hpo import (
     StudyConfig,
     describe_pruner,
     describe_study,
-    early_stopping,
     finish_study,
     open_study,
     parse_space,
@@ -44,74 +40,10 @@ from lightning_bge.models.output import write_predictions
 from lightning_bge.models.tiny import build_tiny_bert
 from lightning_bge.runs import create_run_dir, describe_run, read_json, write_json, write_text
 from lightning_bge.settings import LINKS, check_setting, comparable, plain_config, with_overrides
+from lightning_bge.trainer import BGETrainer, fit_callbacks, newest_checkpoint, quiet_trainer
 from lightning_bge.types import Schema
 
 log = logging.getLogger("lightning_bge")
-
-# The trainer's settings that Lightning refuses under manual optimisation, and ours.
-INSTEAD = {
-    "gradient_clip_val": (None, "model.optimizer.max_grad_norm"),
-    "accumulate_grad_batches": (1, "data.batching.tokens"),
-}
-
-Precision = Literal["auto", "bf16-mixed", "32-true"]
-
-
-class BGETrainer(Trainer):
-    """Lightning's Trainer, on one device and in the precision that pays on this machine.
-
-    Args:
-        precision: auto takes bf16-mixed (fp32 weights, bf16 matrix products) where the hardware multiplies bf16
-            matrices, else 32-true, and says which and why.
-        devices: number of devices, or their indices.
-        num_sanity_val_steps: validation batches before the first epoch; 0, as they cost time in every fold.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        precision: Precision = "auto",
-        devices: int | list[int] | str = 1,
-        num_sanity_val_steps: int = 0,
-        **kwargs: Any,
-    ) -> None:
-        for name, (off, instead) in INSTEAD.items():
-            if kwargs.get(name, off) != off:
-                raise ConfigError(f"trainer.{name} is not used, as the module steps by itself: set {instead}")
-        if precision == "auto":
-            precision, reason = choose_precision(str(kwargs.get("accelerator", "auto")))  # type: ignore[assignment]
-            _say_once(f"precision {precision}: {reason}")
-        if torch.cuda.is_available():
-            torch.set_float32_matmul_precision("high")  # TF32 for what remains in fp32
-        super().__init__(
-            *args,
-            precision=precision,  # type: ignore[arg-type]
-            devices=devices,
-            num_sanity_val_steps=num_sanity_val_steps,
-            **kwargs,
-        )
-
-    def hpo(self, model: Any, datamodule: Any = None) -> None:
-        """Search for the best settings, prune bad trials, refit and export the best model.
-
-        Args:
-            model: unused; `BGECLI.hpo` runs the search.
-            datamodule: likewise.
-        """
-        raise NotImplementedError("the search is run by `lightning-bge hpo`")
-
-    def predict(  # type: ignore[override]
-        self, model: Any = None, dataloaders: Any = None, datamodule: Any = None, output: str = "predictions.csv"
-    ) -> Any:
-        """Write a score and a label for each row of a file.
-
-        Args:
-            model: the module.
-            dataloaders: batches to predict.
-            datamodule: the data module.
-            output: the CSV file to write.
-        """
-        return super().predict(model, dataloaders, datamodule, return_predictions=False)
 
 
 class BGECLI(LightningCLI):
@@ -324,28 +256,6 @@ class BGECLI(LightningCLI):
             )
 
 
-def fit_callbacks(run_dir: Path, monitor: MonitorConfig) -> list[Callback]:
-    """Early stopping, tokens per second, and checkpoints: the best epoch, the last one, and one every ten minutes."""
-    mode = "max" if metric_direction(str(monitor.metric)) == "maximize" else "min"
-    folder = run_dir / "checkpoints"
-    best = ModelCheckpoint(folder, "best", monitor=f"val_{monitor.metric}", mode=mode, save_last=True)
-    recent = ModelCheckpoint(folder, "recent", train_time_interval=timedelta(minutes=10), enable_version_counter=False)
-    return [*early_stopping(monitor), Throughput(), best, recent]
-
-
-def newest_checkpoint(run_dir: Path) -> str | None:
-    """The checkpoint to go on from: the end of the last epoch, or a later one within an epoch."""
-    found = [path for name in ("last", "recent") if (path := run_dir / "checkpoints" / f"{name}.ckpt").is_file()]
-    return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
-
-
-def quiet_trainer(config: dict[str, Any], **changes: Any) -> Trainer:
-    """A trainer for one fold: no logger, checkpoints or progress bar, which cost more than a small model's epoch."""
-    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    callbacks = [*(config.get("callbacks") or []), *changes.pop("callbacks", [])]
-    return BGETrainer(**{**config, **dict.fromkeys(off, False), "callbacks": callbacks, **changes})
-
-
 def _ends(distribution: Any) -> tuple[Any, ...]:
     """The values at a distribution's ends, to be tried before a study starts."""
     return tuple(getattr(distribution, "choices", None) or (distribution.low, distribution.high))
@@ -363,15 +273,6 @@ def _most_epochs(config: Namespace, space: dict[str, Any]) -> int:
 
 def _strip(metrics: dict[str, float] | Any) -> dict[str, float]:
     return {name.split("_", 1)[1]: float(value) for name, value in metrics.items()}
-
-
-_said: set[str] = set()
-
-
-def _say_once(text: str) -> None:
-    if text not in _said:
-        _said.add(text)
-        log.info(text)
 
 
 # ---------------------------------------------------------------------- the program

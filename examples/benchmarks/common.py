@@ -29,12 +29,12 @@ from transformers import (
 )
 from transformers import Trainer as TransformersTrainer
 
-from lightning_bge.cli import quiet_trainer
 from lightning_bge.data import BatchingConfig, Table, TableConfig, TextDataModule, read_table
 from lightning_bge.models import BGEClassifier
 from lightning_bge.models.losses import LossConfig
 from lightning_bge.models.optim import OptimizerConfig, ScheduleConfig
 from lightning_bge.runs import write_json
+from lightning_bge.trainer import quiet_trainer
 from lightning_bge.types import Task
 
 REPOSITORY = Path(__file__).resolve().parents[2]
