@@ -280,7 +280,7 @@ def _strip(metrics: dict[str, float] | Any) -> dict[str, float]:
 DESCRIPTION = """Fine-tune and tune BGE text encoders: fast by default.
 
 Another command, with a --help of its own: `lightning-bge sample FOLDER` writes generated text pairs and a small
-model, to try everything with and without a network.
+model to try everything with; it needs no network.
 """
 
 
