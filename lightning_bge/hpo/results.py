@@ -267,5 +267,5 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
         "  best.yaml     the best settings  run.json    how to repeat it  journal.log  the study",
     ]
     if summary.get("model_dir"):
-        lines.append("  model/        loads in transformers, sentence-transformers and FlagEmbedding as it is")
+        lines.append("  model/        loads in transformers and sentence-transformers as it is")
     return "\n".join(lines)

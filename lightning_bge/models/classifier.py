@@ -233,7 +233,7 @@ class BGEClassifier(LightningModule):
     # ------------------------------------------------------------------ export
 
     def export(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Path:
-        """Write a folder that transformers, sentence-transformers and FlagEmbedding load as it is.
+        """Write a folder that transformers and sentence-transformers load as it is.
 
         The tokenizer's length limit is set to the one trained with, so that they truncate where we did. The folder
         appears whole or not at all; an older one is replaced.
@@ -269,7 +269,7 @@ class BGEClassifier(LightningModule):
 
 
 def _seed(device: torch.device, seed: int) -> None:
-    """Seed the generators that a step draws from; `torch.manual_seed` formats a stack trace on every call (2 ms)."""
+    """Seed the generators that a step draws from; `torch.manual_seed` formats a stack trace on every call."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
