@@ -31,19 +31,52 @@ def keep_mask(shape: torch.Size | tuple[int, ...], p: float, dtype: torch.dtype)
 
 
 class CheapDropout(nn.Dropout):
-    """`nn.Dropout`, which draws as `keep_mask` does where the input is on a CPU."""
+    """`nn.Dropout`, which draws as `keep_mask` does where the input is on a CPU, and whose rate may change at any time.
+
+    In a compiled graph the rate is read from a buffer, so that one graph serves all rates; `p` reads as 0 there, as
+    attention, to which transformers passes it, runs outside of the graph and asks `rate_of` instead.
+    """
+
+    rate: Tensor
+
+    @property
+    def p(self) -> float:
+        """Probability with which an element is dropped."""
+        return 0.0 if torch.compiler.is_compiling() else self._p
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self._p = float(value)
+        if "rate" not in self._buffers:
+            self.register_buffer("rate", torch.empty(()), persistent=False)
+        self.rate.fill_(value)
 
     def forward(self, input: Tensor) -> Tensor:
         """Drop elements of `input` (any shape) in train mode."""
-        if not self.training or self.p == 0:
+        if not self.training:
             return input
-        if input.device.type != "cpu" or self.p == 1:
-            return F.dropout(input, self.p)
-        return input * keep_mask(input.shape, self.p, input.dtype)
+        if torch.compiler.is_compiling():
+            kept = torch.rand_like(input, dtype=torch.float32) >= self.rate
+            return input * (kept / (1 - self.rate)).to(input.dtype)
+        if self._p == 0:
+            return input
+        if input.device.type != "cpu" or self._p == 1:
+            return F.dropout(input, self._p)
+        return input * keep_mask(input.shape, self._p, input.dtype)
 
 
 def use_cheap_dropout(model: nn.Module) -> None:
     """Turn every `nn.Dropout` of a model into a `CheapDropout`, in place; no key of its state changes."""
     for module in model.modules():
         if type(module) is nn.Dropout and not module.inplace:
+            value = vars(module).pop("p")
             module.__class__ = CheapDropout
+            module.p = value
+
+
+def rate_of(attention: nn.Module, given: float) -> float:
+    """How much of its weights an attention layer drops now: as its dropout module says, else as transformers gave."""
+    dropout = getattr(attention, "dropout", None)
+    if isinstance(dropout, CheapDropout):
+        return dropout.p if attention.training else 0.0
+    return given

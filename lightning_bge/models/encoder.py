@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from transformers.utils import logging as transformers_logging
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.models.attention import PACKED, register_packed_attention
+from lightning_bge.models.attention import PACKED, Packing, register_packed_attention
 from lightning_bge.models.dropout import use_cheap_dropout
 from lightning_bge.types import MicroBatch
 
@@ -96,7 +96,11 @@ class TextClassifier(nn.Module):
         positions = micro.positions
         if config.model_type in ("roberta", "xlm-roberta"):
             positions = positions + (config.pad_token_id + 1)
-        inputs = {"input_ids": micro.input_ids[None], "position_ids": positions[None], "lengths": micro.lengths}
+        inputs: dict[str, Any] = {
+            "input_ids": micro.input_ids[None],
+            "position_ids": positions[None],
+            "packing": Packing(micro.lengths, micro.cu_seqlens),
+        }
         if config.model_type != "modernbert":
             inputs["token_type_ids"] = self._token_types(micro)[None]
         hidden = self.model.base_model(**inputs).last_hidden_state[0]

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lightning_bge.models.attention import PACKED, CpuAttention, _sdpa, packed_attention, register_packed_attention
+from lightning_bge.models.attention import PACKED, Packing, _sdpa, packed_attention, register_packed_attention
+from lightning_bge.models.attention_cpu import CpuAttention
 from lightning_bge.models.dropout import keep_mask
 
 HEADS, DIM = 3, 4
@@ -22,6 +23,10 @@ def slow_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, wi
     return torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), value)
 
 
+def _packing(lengths: tuple[int, ...]) -> Packing:
+    return Packing(lengths, torch.tensor([0, *lengths]).cumsum(0).int())
+
+
 def packed_qkv(tokens: int) -> list[Tensor]:
     return [torch.randn(1, HEADS, tokens, DIM, dtype=torch.float64, requires_grad=True) for _ in range(3)]
 
@@ -34,7 +39,13 @@ def test_equals_the_formula_of_each_sequence(
 ) -> None:
     qkv = packed_qkv(sum(lengths))
     out, weights = packed_attention(
-        nn.Module(), *qkv, None, lengths=lengths, scaling=scaling, sliding_window=window, output_attentions=False
+        nn.Module(),
+        *qkv,
+        None,
+        packing=_packing(lengths),
+        scaling=scaling,
+        sliding_window=window,
+        output_attentions=False,
     )
     assert weights is None
     assert out.shape == (1, sum(lengths), HEADS, DIM)
@@ -52,7 +63,9 @@ def test_equals_the_formula_of_each_sequence(
 def test_dropout_drops_weights_and_keeps_their_mean() -> None:
     lengths = (6,) * 400
     query, key, _ = packed_qkv(sum(lengths))
-    out, _ = packed_attention(nn.Module(), query, key, torch.ones_like(query), None, lengths=lengths, dropout=0.25)
+    out, _ = packed_attention(
+        nn.Module(), query, key, torch.ones_like(query), None, packing=_packing(lengths), dropout=0.25
+    )
     # Of ones the weighted mean is 1; kept weights are scaled by 1 / (1 - p).
     assert out.std() > 0.1
     assert abs(out.mean() - 1) < 0.02
@@ -60,10 +73,10 @@ def test_dropout_drops_weights_and_keeps_their_mean() -> None:
 
 def test_lengths_must_be_there_and_fit() -> None:
     qkv = packed_qkv(6)
-    with pytest.raises(TypeError, match="lengths"):
+    with pytest.raises(TypeError, match="packing"):
         packed_attention(nn.Module(), *qkv, None)
     with pytest.raises(ValueError, match="expected a sum of"):
-        packed_attention(nn.Module(), *qkv, None, lengths=(4, 4))
+        packed_attention(nn.Module(), *qkv, None, packing=_packing((4, 4)))
 
 
 def test_registering_twice_changes_nothing() -> None:
