@@ -7,11 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_bge.callbacks import Throughput, choose_precision
+from lightning_bge.callbacks import Throughput, TorchBackends, choose_precision
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo import early_stopping
 from lightning_bge.models.metrics import MonitorConfig, metric_direction
@@ -51,10 +50,13 @@ class BGETrainer(Trainer):
         if precision == "auto":
             precision, reason = choose_precision(str(kwargs.get("accelerator", "auto")))  # type: ignore[assignment]
             _say_once(f"precision {precision}: {reason}")
-        if torch.cuda.is_available():
-            torch.set_float32_matmul_precision("high")  # TF32 for what remains in fp32
+        callbacks = kwargs.pop("callbacks", None) or []
+        callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+        if not any(isinstance(callback, TorchBackends) for callback in callbacks):
+            callbacks.insert(0, TorchBackends())  # TF32 for what remains in fp32, for the length of a run
         super().__init__(
             *args,
+            callbacks=callbacks,
             precision=precision,  # type: ignore[arg-type]
             devices=devices,
             num_sanity_val_steps=num_sanity_val_steps,

@@ -48,6 +48,8 @@ PACKAGES = (
     "tokenizers",
     "sentence-transformers",
     "datasets",
+    "optuna",
+    "optuna-integration",
     "numpy",
 )
 # What decides how the Trainer trains; written into the record.
@@ -117,11 +119,24 @@ class Job:
 
 
 def build_ours(
-    job: Job, cache: str, precision: str, callbacks: Sequence[Callback] = ()
+    job: Job,
+    cache: str,
+    precision: str,
+    callbacks: Sequence[Callback] = (),
+    dropout: float | None = None,
+    **options: Any,
 ) -> tuple[Trainer, BGEClassifier, TextDataModule]:
     """lightning-bge with its defaults, but Trainer's weight decay (0) and warm-up (0); all rows train.
 
     Weights are loaded and rows are tokenised when this returns.
+
+    Args:
+        job: model, data and settings.
+        cache: folder for token ids.
+        precision: Lightning's name of it.
+        callbacks: for the trainer.
+        dropout: None keeps the checkpoint's.
+        **options: for the trainer, over those of the job.
     """
     data = TextDataModule(
         tokenizer=job.model,
@@ -144,12 +159,13 @@ def build_ours(
         loss=LossConfig(class_weights=[1.0, job.positive_weight] if job.positive_weight else None),
         optimizer=OptimizerConfig(lr=job.lr, weight_decay=0.0),
         schedule=ScheduleConfig(name="linear", warmup=0.0),
+        dropout=dropout,
         seed=job.seed,
     )
     module.schema = data.schema
     module.configure_model()
     settings = {"max_epochs": job.epochs, "precision": precision, "accelerator": job.device, "limit_val_batches": 0}
-    return quiet_trainer({**settings, "callbacks": list(callbacks)}), module, data
+    return quiet_trainer({**settings, "callbacks": list(callbacks)}, **options), module, data
 
 
 def describe_ours(module: BGEClassifier, data: TextDataModule, precision: str) -> dict[str, Any]:
@@ -238,13 +254,14 @@ def describe_trainer(trainer: TransformersTrainer) -> dict[str, Any]:
 # The command line
 
 
-def add_shared_arguments(parser: ArgumentParser, out: str, lr: float) -> None:
-    """Options that every benchmark has."""
+def add_shared_arguments(parser: ArgumentParser, out: str, lr: float | None) -> None:
+    """Options that every benchmark has; no learning rate where none is given."""
     data = os.environ.get("LIGHTNING_BGE_DATA") or REPOSITORY.parent / "shared" / "data"
     parser.add_argument("--data", default=str(data), help="folder with rte/, sick/, trecqa/ ($LIGHTNING_BGE_DATA)")
     parser.add_argument("--model", help=f"folder with weights and tokenizer (default: the package {WEIGHTS})")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--lr", type=float, default=lr, help="peak learning rate (default: %(default)s)")
+    if lr is not None:
+        parser.add_argument("--lr", type=float, default=lr, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--out", default=str(REPOSITORY / out), help=f"the record, JSON (default: {out})")
 
 
@@ -278,7 +295,7 @@ def packaged_weights() -> str:
 
 def write_record(path: str, benchmark: str, given: Namespace, result: dict[str, Any]) -> None:
     """Write what was measured, and all that is needed to measure it again. No path of this machine goes into it."""
-    hidden = ("data", "model", "out")
+    hidden = ("data", "model", "out", "flagembedding")
     content = {
         "benchmark": benchmark,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -338,11 +355,15 @@ def describe_model(folder: str) -> dict[str, str]:
         return {"name": name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table in Markdown, so that it can be pasted into a document."""
     cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    for number, row in enumerate(cells):
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
-        if number == 0:
-            print("| " + " | ".join("-" * width for width in widths) + " |")
+    cells.insert(1, ["-" * width for width in widths])
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table in Markdown."""
+    print(markdown_table(header, rows))

@@ -31,9 +31,9 @@ from common import (
     describe_ours,
     describe_trainer,
     encode,
-    print_table,
     write_record,
 )
+from note import table, write_note
 
 from lightning_bge.data import Table
 from lightning_bge.types import Task
@@ -187,7 +187,9 @@ def majority(job: Job, dev: Table) -> float:
     return max(dev.labels.count(name) for name in job.labels) / len(dev.labels)
 
 
-def print_summary(found: dict[str, Any]) -> None:
+def summary_table(found: dict[str, Any]) -> str:
+    """Mean ± standard deviation over the seeds of each data set and metric."""
+
     def show(part: dict[str, Any]) -> str:
         return f"{part['mean']:.4f}" + ("" if part["std"] is None else f" ± {part['std']:.4f}")
 
@@ -196,9 +198,20 @@ def print_summary(found: dict[str, Any]) -> None:
         for name, result in found.items()
         for metric, values in result["metrics"].items()
     ]
-    print()
-    print_table(("data set", "metric on dev", OURS, PEER, "difference, seed by seed"), rows)
-    print("mean ± standard deviation over the seeds")
+    return table(("data set", "metric on dev", OURS, PEER, "difference, seed by seed"), rows)
+
+
+def note_sections(given: argparse.Namespace, found: dict[str, Any]) -> list[str]:
+    """What the note says besides machine and command."""
+    rows = "all training rows" if given.rows is None else f"the first {given.rows} training rows"
+    about = (
+        f"lightning-bge in {given.precision} against transformers' Trainer with its defaults (fp32): {rows}, epochs: "
+        f"{given.epochs}, effective batch 32, learning rate {given.lr:g}, linear schedule without warm-up, AdamW "
+        f"without weight decay, clipping at 1, dropout as the checkpoint says; seeds {given.seeds}. Mean ± standard "
+        "deviation over the seeds, on the whole dev file; the difference is ours minus the Trainer's, seed by seed."
+    )
+    counted = "MAP and MRR count the questions that have a right answer; among equal scores the wrong ones come first."
+    return [about, summary_table(found), counted]
 
 
 def main(args: list[str] | None = None) -> None:
@@ -212,9 +225,9 @@ def main(args: list[str] | None = None) -> None:
     given = parser.parse_args(args)
     check_shared_arguments(given)
     found = {name: compare(make_job(name, given), given.seeds, given.precision) for name in given.sets}
-    print_summary(found)
+    print(f"\n{summary_table(found)}\nmean ± standard deviation over the seeds")
     write_record(given.out, "quality", given, {"results": found})
-    print(given.out)
+    print(f"{given.out}\n{write_note(given.out, 'Quality', note_sections(given, found))}")
 
 
 if __name__ == "__main__":

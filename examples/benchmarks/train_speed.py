@@ -1,4 +1,4 @@
-"""Training speed: lightning-bge against transformers' Trainer, one epoch over RTE, effective batch 32.
+"""Training speed: lightning-bge against its peers, one epoch over RTE, effective batch 32.
 
     pip install -r examples/benchmarks/requirements.txt
     python examples/benchmarks/train_speed.py --data FOLDER            # FOLDER/rte/train.tsv
@@ -7,25 +7,24 @@
 The contenders take turns (A B C A B C ...), each run in a fresh process: it loads weights, tokenises, trains a few
 steps on a copy to warm up, then trains one epoch from fresh weights. `loop_seconds`, from which all rates come, is
 the time from the epoch's start to its end: fetching and padding batches, forward, backward, clipping, optimizer
-step, with the device waited for at both ends. Loading and tokenising lie outside, except for sentence-transformers,
-whose collator tokenises during training. `call_seconds` is the whole call of `fit` or `train`. Number of threads:
-OMP_NUM_THREADS, the same for all. Give the machine nothing else to do meanwhile.
+step, with the device waited for at both ends. Loading and tokenising lie outside, except for sentence-transformers
+and FlagEmbedding, which tokenise during training. `call_seconds` is the whole call of `fit` or `train`. Number of
+threads: OMP_NUM_THREADS, the same for all. Give the machine nothing else to do meanwhile.
+
+Then the losses of `--loss-curve` steps are compared with those of a plain padded loop: see `loss_curve.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
-import multiprocessing
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,164 +34,47 @@ from common import (
     Job,
     add_shared_arguments,
     build_ours,
-    build_trainer,
     check_shared_arguments,
     describe_ours,
-    describe_trainer,
-    encode,
     print_table,
     write_record,
 )
-from lightning.pytorch import Callback
-from transformers import TrainerCallback
+from loss_curve import compare_losses
+from measures import (
+    DEFINITIONS,
+    Clock,
+    LightningClock,
+    Run,
+    fresh,
+    matmul_peak,
+    model_flops,
+    model_shape,
+    peak_memory_mib,
+    timed,
+)
+from note import table, write_note
+from peers import BATCH, CROSS_ENCODER, SIZES, TEXTBOOK, TRAINER, run_flagembedding, train_tuned
 
-BATCH = 32
-Run = dict[str, Any]
-
-
-class Clock:
-    """Time and work of one training loop; the device is waited for at both ends."""
-
-    def __init__(self) -> None:
-        self.seconds = self.since = 0.0
-        self.sequences = self.tokens = 0
-
-    def start(self) -> None:
-        self.wait()
-        self.since = time.perf_counter()
-
-    def stop(self) -> None:
-        self.wait()
-        self.seconds += time.perf_counter() - self.since
-
-    @staticmethod
-    def wait() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-
-class LightningClock(Callback):
-    """Drives a clock in Lightning, and counts what was really trained on."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self.clock.start()
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.clock.sequences += batch.size
-        self.clock.tokens += batch.tokens
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.clock.stop()
-
-
-class TransformersClock(TrainerCallback):
-    """Drives a clock in transformers' Trainer."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.clock.start()
-
-    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.clock.stop()
-
-
-def timed(clock: Clock, train: Callable[[], Any], config: dict[str, Any]) -> Run:
-    """Call `train`, and report rates over the loop."""
-    gc.collect()
-    clock.wait()
-    since = time.perf_counter()
-    train()
-    clock.wait()
-    return {
-        "loop_seconds": clock.seconds,
-        "call_seconds": time.perf_counter() - since,
-        "sequences": clock.sequences,
-        "tokens": clock.tokens,
-        "samples_per_s": clock.sequences / clock.seconds,
-        "tokens_per_s": clock.tokens / clock.seconds,
-        "config": config,
-    }
+FLAG = "FlagEmbedding"
+BEST = "best tuned Trainer"
 
 
 def train_ours(job: Job, folder: str, precision: str) -> Run:
     clock = Clock()
     trainer, module, data = build_ours(job, folder, precision, [LightningClock(clock)])
     config = describe_ours(module, data, precision)
-    return timed(clock, lambda: trainer.fit(module, datamodule=data), config)
-
-
-def train_trainer(job: Job, folder: str, **options: Any) -> Run:
-    clock = Clock()
-    rows = encode(job, job.read(job.train_file, job.rows))
-    clock.sequences, clock.tokens = len(rows), sum(len(row["input_ids"]) for row in rows)
-    trainer = build_trainer(job, rows, folder, [TransformersClock(clock)], **options)
-    return timed(clock, trainer.train, describe_trainer(trainer))
-
-
-def train_cross_encoder(job: Job, folder: str) -> Run:
-    """sentence-transformers as its training overview shows it; it tokenises in the collator, so within the loop."""
-    from datasets import Dataset
-    from sentence_transformers.cross_encoder import (
-        CrossEncoder,
-        CrossEncoderTrainer,
-        CrossEncoderTrainingArguments,
-        losses,
-    )
-    from transformers import set_seed
-
-    clock = Clock()
-    table = job.read(job.train_file, job.rows)
-    rows = encode(job, table)
-    clock.sequences, clock.tokens = len(rows), sum(len(row["input_ids"]) for row in rows)
-    first, second = zip(*table.texts, strict=True)
-    labels = [float(row["labels"]) for row in rows]
-    set_seed(job.seed)
-    model = CrossEncoder(job.model, num_labels=1, max_length=job.max_length, device=job.device)
-    arguments = CrossEncoderTrainingArguments(
-        output_dir=folder,
-        num_train_epochs=job.epochs,
-        per_device_train_batch_size=job.batch,
-        learning_rate=job.lr,
-        seed=job.seed,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=job.device == "cpu",
-    )
-    trainer = CrossEncoderTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_dict({"premise": first, "hypothesis": second, "label": labels}),
-        loss=losses.BinaryCrossEntropyLoss(model),
-        callbacks=[TransformersClock(clock)],
-    )
-    return timed(clock, trainer.train, {"max_length": model.max_length, "tokenises": "in the loop"})
+    dtype = "bf16" if precision == "bf16-mixed" else "fp32"
+    return timed(clock, lambda: trainer.fit(module, datamodule=data), config, dtype)
 
 
 OURS: dict[str, Callable[[Job, str], Run]] = {
     "lightning-bge bf16": partial(train_ours, precision="bf16-mixed"),
     "lightning-bge fp32": partial(train_ours, precision="32-true"),
 }
-TRAINER: dict[str, Callable[[Job, str], Run]] = {
-    "Trainer": train_trainer,
-    "Trainer bf16": partial(train_trainer, bf16=True),
-}
 TUNED: dict[str, Callable[[Job, str], Run]] = {
-    f"Trainer bf16 grouped {size}x{BATCH // size}": partial(
-        train_trainer,
-        bf16=True,
-        train_sampling_strategy="group_by_length",
-        per_device_train_batch_size=size,
-        gradient_accumulation_steps=BATCH // size,
-    )
-    for size in (4, 8, 16, 32)
+    f"Trainer bf16 grouped {size}x{BATCH // size}": partial(train_tuned, size=size) for size in SIZES
 }
-CONTENDERS = {**OURS, **TRAINER, "CrossEncoderTrainer": train_cross_encoder, **TUNED}
+CONTENDERS = {**OURS, **TRAINER, **CROSS_ENCODER, **TEXTBOOK, **TUNED}
 
 
 def run_contender(name: str, job: Job, warmup_rows: int) -> Run:
@@ -201,32 +83,62 @@ def run_contender(name: str, job: Job, warmup_rows: int) -> Run:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         if warmup_rows:
             train(replace(job, rows=warmup_rows), folder)
-        return {**train(job, folder), "threads": torch.get_num_threads()}
+        run = train(job, folder)
+    return {**run, "threads": torch.get_num_threads(), "peak_memory_mib": peak_memory_mib()}
 
 
-def in_fresh_process(name: str, job: Job, warmup_rows: int) -> Run:
-    """`run_contender` in a process of its own, so that no run finds what another one left behind."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(run_contender, name, job, warmup_rows).result()
+def one_run(name: str, job: Job, warmup_rows: int, flagembedding: str | None = None) -> Run:
+    """`run_contender` in a process of its own."""
+    if name == FLAG:
+        assert flagembedding is not None
+        return run_flagembedding(job, warmup_rows, flagembedding)
+    return fresh(run_contender, name, job, warmup_rows)
 
 
-def measure(names: list[str], job: Job, rounds: int, warmup_rows: int) -> list[Run]:
-    """All runs, in turns.
+def measure(
+    names: list[str], job: Job, rounds: int, warmup_rows: int, flagembedding: str | None = None
+) -> tuple[list[Run], list[dict[str, float]]]:
+    """All runs, in turns, and the machine's peak (FLOP/s) at the start of each round.
 
     Raises:
         RuntimeError: two contenders did not train on the same rows, tokens and threads.
     """
     runs: list[Run] = []
+    peaks: list[dict[str, float]] = []
+    shape = model_shape(job.model)
     for number in range(1, rounds + 1):
+        peaks.append(fresh(matmul_peak, job.device))
+        print(f"round {number}: " + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in peaks[-1].items()), flush=True)
         for name in names:
             load = os.getloadavg()[0]
-            run = {"contender": name, "round": number, "load": load, **in_fresh_process(name, job, warmup_rows)}
-            runs.append(run)
-            print(f"round {number}, {name}: {run['samples_per_s']:.1f} samples/s", flush=True)
-            for same in ("sequences", "tokens", "threads"):
-                if run[same] != runs[0][same]:
-                    raise RuntimeError(f"{name} had {run[same]} {same}, {names[0]} {runs[0][same]}: not comparable")
-    return runs
+            found = one_run(name, job, warmup_rows, flagembedding)
+            flops = model_flops(shape, found["tokens"], found["length_squares"]) / found["loop_seconds"]
+            used = {"flops_per_s": flops, "utilisation": flops / peaks[-1][found["dtype"]]}
+            runs.append({"contender": name, "round": number, "load": load, **found, **used})
+            print(f"round {number}, {name}: {found['samples_per_s']:.1f} samples/s", flush=True)
+            check_same(runs)
+    return runs, peaks
+
+
+def check_same(runs: list[Run]) -> None:
+    """Refuse a run whose work was another than the first one's."""
+    first, last = runs[0], runs[-1]
+    for same in ("sequences", "tokens", "threads"):
+        if last[same] != first[same]:
+            raise RuntimeError(
+                f"{last['contender']} had {last[same]} {same}, {first['contender']} {first[same]}: not comparable"
+            )
+
+
+FIELDS = (
+    "samples_per_s",
+    "tokens_per_s",
+    "utilisation",
+    "flops_per_s",
+    "peak_memory_mib",
+    "loop_seconds",
+    "call_seconds",
+)
 
 
 def summarize(runs: list[Run], names: list[str]) -> dict[str, Any]:
@@ -235,45 +147,107 @@ def summarize(runs: list[Run], names: list[str]) -> dict[str, Any]:
     def values(name: str, field: str) -> list[float]:
         return [run[field] for run in runs if run["contender"] == name]
 
-    fields = ("samples_per_s", "tokens_per_s", "loop_seconds", "call_seconds")
-    medians = {name: {field: median(values(name, field)) for field in fields} for name in names}
-    ratios = {}
-    for ours in OURS:
-        for peer in names:
-            if peer in OURS:
-                continue
-            pairs = zip(values(ours, "samples_per_s"), values(peer, "samples_per_s"), strict=True)
-            ratios[f"{ours} / {peer}"] = {
-                "of_medians": medians[ours]["samples_per_s"] / medians[peer]["samples_per_s"],
-                "by_round": [a / b for a, b in pairs],
-                "of_median_calls": medians[peer]["call_seconds"] / medians[ours]["call_seconds"],
-            }
-    return {"medians": medians, "ratios": ratios}
+    def ratio(ours: str, peer: str) -> dict[str, Any]:
+        pairs = zip(values(ours, "samples_per_s"), values(peer, "samples_per_s"), strict=True)
+        return {
+            "of_medians": medians[ours]["samples_per_s"] / medians[peer]["samples_per_s"],
+            "by_round": [a / b for a, b in pairs],
+            "of_median_calls": medians[peer]["call_seconds"] / medians[ours]["call_seconds"],
+        }
+
+    medians = {name: {field: median(values(name, field)) for field in FIELDS} for name in names}
+    tuned = [name for name in names if name in TUNED]
+    best = max(tuned, key=lambda name: medians[name]["samples_per_s"], default=None)
+    ours = [name for name in names if name in OURS]
+    ratios = {f"{name} / {peer}": ratio(name, peer) for name in ours for peer in names if peer not in OURS}
+    if best is not None:
+        ratios |= {f"{name} / {BEST}": ratio(name, best) for name in ours}
+    return {"medians": medians, "best_tuned": best, "ratios": ratios}
 
 
-def print_summary(summary: dict[str, Any]) -> None:
-    print()
-    rows = [(name, *values.values()) for name, values in summary["medians"].items()]
-    print_table(("median of the rounds", "samples/s", "real tokens/s", "loop s", "call s"), rows)
-    print()
+def tables(summary: dict[str, Any], show: Callable[..., Any]) -> list[Any]:
+    """The two tables of the summary, made by `show(header, rows)`."""
+    header = ("median of the rounds", "samples/s", "real tokens/s", "utilisation", "peak memory, MiB", "loop s")
+    names = ("samples_per_s", "tokens_per_s", "utilisation", "peak_memory_mib", "loop_seconds")
+    rows = [(name, *(values[field] for field in names)) for name, values in summary["medians"].items()]
     ratios = [
         (name, found["of_medians"], min(found["by_round"]), max(found["by_round"]), found["of_median_calls"])
         for name, found in summary["ratios"].items()
     ]
-    print_table(("ratio of samples/s", "of medians", "lowest round", "highest round", "of whole calls"), ratios)
+    columns = ("ratio of samples/s", "of medians", "lowest round", "highest round", "of whole calls")
+    return [show(header, rows), show(columns, ratios)]
 
 
-def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Training speed against transformers' Trainer, on RTE.")
+def describe_losses(found: dict[str, Any]) -> str:
+    return (
+        f"Losses of {found['steps']} steps ({found['epochs']} epochs), fp32, no dropout, lightning-bge packed against "
+        f"a plain padded loop over transformers' model with the same batches and initial weights: they differ by "
+        f"{found['largest_difference']:.2g} at most; the limit is {found['limit']:g}."
+    )
+
+
+def note_sections(record: dict[str, Any], job: Job, rounds: int) -> list[str]:
+    """What the note says besides machine and command."""
+    sections = [
+        f"{job.rows} pairs of RTE, one epoch, effective batch {job.batch}, learning rate {job.lr:g}, linear schedule "
+        "without warm-up, AdamW without weight decay, clipping at 1, dropout as the checkpoint says, fp32 weights "
+        f"everywhere. {rounds} rounds in turns, each run in a fresh process after a warm-up; loading and tokenising "
+        "are outside the clock, but for sentence-transformers and FlagEmbedding, which tokenise in the loop."
+    ]
+    if record["runs"]:
+        sections += tables(record, table)
+        peaks = "; ".join(", ".join(f"{k} {v / 1e9:.0f}" for k, v in peak.items()) for peak in record["peaks"])
+        sections.append(f"The machine's peak by round, GFLOP/s: {peaks}. Best tuned Trainer: {record['best_tuned']}.")
+    if record["loss_curve"] is not None:
+        sections.append(describe_losses(record["loss_curve"]))
+    return [*sections, DEFINITIONS, *(REMARKS[name] for name in record["contenders"] if name in REMARKS)]
+
+
+REMARKS = {
+    "textbook Lightning": "The textbook module calls `.train()` on the encoder, which Lightning does not: without it "
+    "dropout would be off, as `from_pretrained` returns eval mode.",
+    FLAG: "FlagEmbedding trains groups of passages; here each pair is a group of its own, whose loss is 0: the work is "
+    "the same, and nothing is learned.",
+}
+
+
+def parse(args: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Training speed against the peers, on RTE.")
     add_shared_arguments(parser, "docs/benchmarks/train_speed.json", lr=5e-5)
     parser.add_argument("--rows", type=int, default=640, help="pairs of the epoch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each contender (default: %(default)s)")
-    parser.add_argument("--peers", choices=("trainer", "all"), default="trainer", help="all: sentence-transformers too")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each; 0: losses only (default: %(default)s)")
+    parser.add_argument("--peers", choices=("trainer", "all"), default="trainer", help="all: whatever is installed")
+    parser.add_argument("--contenders", nargs="+", choices=(*CONTENDERS, FLAG), help="these alone, whatever --peers")
+    parser.add_argument("--flagembedding", metavar="PYTHON", help="one that has FlagEmbedding: a peer more")
     parser.add_argument("--warmup-steps", type=int, default=4, help="untimed steps before (default: %(default)s)")
+    parser.add_argument("--loss-curve", type=int, default=60, help="steps compared; 0: none (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42)
     given = parser.parse_args(args)
     check_shared_arguments(given)
-    job = Job(
+    given.contenders = choose(given)
+    return given
+
+
+def choose(given: argparse.Namespace) -> list[str]:
+    """The contenders' names; says which of all are left out, and why."""
+    names = given.contenders
+    if names is None:
+        names = [*OURS, *TRAINER] if given.peers == "trainer" else list(CONTENDERS)
+        if given.flagembedding:
+            names.append(FLAG)
+    if FLAG in names and not given.flagembedding:
+        raise SystemExit(f"{FLAG} needs --flagembedding PYTHON, an interpreter that has it installed")
+    missing = [package for package in ("sentence_transformers", "datasets") if find_spec(package) is None]
+    absent = [name for name in names if name in CROSS_ENCODER] if missing else []
+    if absent and given.contenders:
+        raise SystemExit(f"{', '.join(absent)}: needs {', '.join(missing)}")
+    if absent:
+        print(f"left out, as {', '.join(missing)} is not installed: {', '.join(absent)}")
+    return [name for name in names if name not in absent]
+
+
+def make_job(given: argparse.Namespace) -> Job:
+    return Job(
         model=given.model,
         train_file=str(Path(given.data, "rte", "train.tsv")),
         task="binary",
@@ -286,15 +260,34 @@ def main(args: list[str] | None = None) -> None:
         seed=given.seed,
         batch=BATCH,
     )
-    names = list(CONTENDERS) if given.peers == "all" else [*OURS, *TRAINER]
-    runs = measure(names, job, given.rounds, given.warmup_steps * BATCH)
-    summary = summarize(runs, names)
-    print_summary(summary)
-    configs = {run["contender"]: run.pop("config") for run in runs}
-    shared = {name: value for name, value in asdict(job).items() if name not in ("model", "train_file")}
-    record = {"data": "rte/train.tsv", "timed": "loop_seconds: one epoch, from its start to its end", "job": shared}
-    write_record(given.out, "train_speed", given, {**record, "contenders": configs, **summary, "runs": runs})
-    print(f"\n{given.out}")
+
+
+def main(args: list[str] | None = None) -> None:
+    given = parse(args)
+    job = make_job(given)
+    names = given.contenders
+    runs, peaks = measure(names, job, given.rounds, given.warmup_steps * BATCH, given.flagembedding)
+    summary = summarize(runs, names) if runs else {"medians": {}, "best_tuned": None, "ratios": {}}
+    if runs:
+        print()
+        tables(summary, print_table)
+    losses = fresh(compare_losses, job, given.loss_curve) if given.loss_curve else None
+    if losses is not None:
+        print(f"\n{describe_losses(losses)}")
+    record: dict[str, Any] = {
+        "data": "rte/train.tsv",
+        "timed": "loop_seconds: one epoch, from its start to its end",
+        "job": {name: value for name, value in asdict(job).items() if name not in ("model", "train_file")},
+        "shape": model_shape(job.model),
+        "peaks": peaks,
+        "contenders": {run["contender"]: run.pop("config") for run in runs},
+        **summary,
+        "loss_curve": losses,
+        "runs": runs,
+    }
+    write_record(given.out, "train_speed", given, record)
+    note = write_note(given.out, "Training speed", note_sections(record, job, given.rounds))
+    print(f"\n{given.out}\n{note}")
 
 
 if __name__ == "__main__":

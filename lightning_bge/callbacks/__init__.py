@@ -1,7 +1,9 @@
 """Callbacks for any Lightning project: none of them needs our module or data module."""
 
-from lightning_bge.callbacks.precision import choose_precision
+from lightning_bge.callbacks.compile import Compile
+from lightning_bge.callbacks.compile_policy import CompileConfig
+from lightning_bge.callbacks.precision import TorchBackends, choose_precision
 from lightning_bge.callbacks.throughput import Throughput
 from lightning_bge.callbacks.train_mode import TrainMode
 
-__all__ = ["Throughput", "TrainMode", "choose_precision"]
+__all__ = ["Compile", "CompileConfig", "Throughput", "TorchBackends", "TrainMode", "choose_precision"]

@@ -1,4 +1,4 @@
-"""Sequences and real tokens per second, without waiting for the device in between."""
+"""Sequences and real tokens per second and the wait for data, without waiting for the device in between."""
 
 from __future__ import annotations
 
@@ -32,10 +32,16 @@ def count_sequences_and_tokens(batch: Any) -> tuple[int, int | Tensor]:
 
 
 class Throughput(Callback):
-    """Logs `train_sequences_per_s` and `train_tokens_per_s` once an epoch, from training batches alone.
+    """Logs the pace of training once an epoch, from training batches alone.
 
-    The clock runs from the start of the first batch to the end of the last one, less validation in between; the device
-    is waited for at these two points only.
+    - `train_sequences_per_s` and `train_tokens_per_s`. The clock runs from the start of the first batch to the end of
+      the last one, less validation in between; the device is waited for at these two points only.
+    - `train_data_wait`, the share (0 to 1) of that time that lies between the end of a batch and the start of the next
+      one, on the host's clock. Here the loader is asked for the next batch and the batch is moved to the device; what
+      Lightning and callbacks do between batches counts too, so that this is the most that data can have cost. A GPU
+      that still has work queued up does not stand still meanwhile. Left out are the first batch of an epoch and of a
+      stretch after validation, as the clock starts with them, and whatever a module fetches inside its
+      `training_step(dataloader_iter)`.
 
     Args:
         count: sequences and real (non-padding) tokens of a batch: Python ints, or 0-d tensors on the batch's device.
@@ -48,15 +54,18 @@ class Throughput(Callback):
     def _reset(self) -> None:
         self.sequences = 0
         self.tokens: int | Tensor = 0
-        self.seconds = 0.0
+        self.seconds = self.waited = 0.0
         self._since: float | None = None
+        self._batch_ended: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what a run that was cut off has left behind."""
         self._reset()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count the batch, and start the clock where it stands still."""
+        """Count the batch and the wait for it, and start the clock where it stands still."""
+        if self._batch_ended is not None:
+            self.waited += time.perf_counter() - self._batch_ended
         sequences, tokens = self.count(batch)
         self.sequences += sequences
         self.tokens = self.tokens + tokens
@@ -64,19 +73,27 @@ class Throughput(Callback):
             _wait(pl_module)
             self._since = time.perf_counter()
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the time, from which the next batch is waited for."""
+        self._batch_ended = time.perf_counter()
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock while validating."""
         self._stop(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the epoch's rates; none where a run was resumed at an epoch's very end."""
+        """Log the epoch's figures; none where a run was resumed at an epoch's very end."""
         self._stop(pl_module)
         if self.sequences:
             pl_module.log("train_sequences_per_s", self.sequences / self.seconds)
             pl_module.log("train_tokens_per_s", self.tokens / self.seconds)
+            pl_module.log("train_data_wait", self.waited / self.seconds)
         self._reset()
 
     def _stop(self, module: LightningModule) -> None:
+        self._batch_ended = None
         if self._since is not None:
             _wait(module)
             self.seconds += time.perf_counter() - self._since

@@ -11,6 +11,7 @@ from lightning_bge.data.batching import (
 from lightning_bge.data.cache import TokenArrays, clear_cache, list_cache, tokenize_cached
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.labels import encode_labels, fit_labels
+from lightning_bge.data.loading import LoaderChoice, choose_workers
 from lightning_bge.data.sample import write_sample
 from lightning_bge.data.splits import SplitConfig, folds_hash, make_folds
 from lightning_bge.data.tables import Table, TableConfig, read_table
@@ -22,11 +23,13 @@ __all__ = [
     "EffectiveBatchSampler",
     "EncodedDataset",
     "EvalSampler",
+    "LoaderChoice",
     "SplitConfig",
     "Table",
     "TableConfig",
     "TextDataModule",
     "TokenArrays",
+    "choose_workers",
     "clear_cache",
     "cut",
     "encode_labels",

@@ -5,15 +5,18 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_bge.data.cache import TokenArrays
+from lightning_bge.data.loading import PREFETCHED, LoaderChoice, choose_once, choose_workers
 from lightning_bge.errors import ConfigError
 from lightning_bge.types import Batch, MicroBatch
+
+EXAMPLES = 20  # batches that are timed to choose the number of workers
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class BatchingConfig:
         eval_tokens: token budget of a micro-batch without gradients.
         balanced: draw every class with equal probability, with replacement.
         seed: of the training order; apart from the other seeds so that trials can be compared pair by pair.
-        num_workers: processes that assemble batches. Tokenised rows in memory are assembled faster than another
-            process could send them, so 0.
+        num_workers: processes that assemble batches. auto: measured once; 0 where rows are assembled faster than
+            another process could hand them over, as tokenised rows are.
         pin_memory: copy batches into page-locked memory. Unset: where CUDA is available.
         persistent_workers: keep the processes between epochs; of no effect with 0 workers.
         multiprocessing_context: how processes start. Unset: forkserver where there is one, else spawn; a fork of a
@@ -38,17 +41,20 @@ class BatchingConfig:
     eval_tokens: int = 16384
     balanced: bool = False
     seed: int = 42
-    num_workers: int = 0
+    num_workers: int | Literal["auto"] = "auto"
     pin_memory: bool | None = None
     persistent_workers: bool = True
     multiprocessing_context: str | None = None
 
     def __post_init__(self) -> None:
-        lowest = {"tokens": 1, "eval_tokens": 1, "num_workers": 0, "seed": 0}
+        lowest = {"tokens": 1, "eval_tokens": 1, "seed": 0}
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in lowest and value < lowest[field.name]:
                 raise ConfigError(f"data.batching.{field.name} must be at least {lowest[field.name]}, got {value}")
+        workers = self.num_workers
+        if workers != "auto" and (type(workers) is not int or workers < 0):
+            raise ConfigError(f"data.batching.num_workers must be auto, or 0 or more processes, got {workers!r}")
         known = multiprocessing.get_all_start_methods()
         if self.multiprocessing_context not in (None, *known):
             raise ConfigError(
@@ -114,6 +120,13 @@ class EffectiveBatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
 
+    def examples(self, count: int) -> list[list[int]]:
+        """Batches like those to come, for measurements; the order of those to come is not touched."""
+        if not len(self.rows):
+            return []
+        size = min(self.batch_size, len(self.rows))
+        return np.random.default_rng(self.seed).choice(self.rows, size=(count, size)).tolist()
+
 
 class EvalSampler(Sampler[list[int]]):
     """Row numbers of one micro-batch after the other, longest sequences first, each row once."""
@@ -129,6 +142,10 @@ class EvalSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def examples(self, count: int) -> list[list[int]]:
+        """Some of the batches, for measurements."""
+        return self.batches[:: max(1, len(self.batches) // count)]
 
 
 class EncodedDataset(Dataset[Batch]):
@@ -176,6 +193,43 @@ class EncodedDataset(Dataset[Batch]):
         )
 
 
+def _data_loader(
+    dataset: EncodedDataset, batches: Sampler[list[int]] | list[list[int]], config: BatchingConfig, num_workers: int
+) -> DataLoader:
+    context = config.multiprocessing_context
+    if context is None and num_workers:
+        methods = multiprocessing.get_all_start_methods()
+        context = "forkserver" if "forkserver" in methods else "spawn"
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=batches,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available() if config.pin_memory is None else config.pin_memory,
+        persistent_workers=config.persistent_workers and num_workers > 0,
+        multiprocessing_context=context if num_workers else None,
+        # Its seeds for workers would else be drawn from the global generator, and a resumed run, which draws them at
+        # another step, would see other dropout masks.
+        generator=torch.Generator(),
+    )
+
+
+def _choose(
+    dataset: EncodedDataset, sampler: EffectiveBatchSampler | EvalSampler, config: BatchingConfig
+) -> LoaderChoice:
+    if config.num_workers != "auto":
+        return LoaderChoice(config.num_workers, "as data.batching.num_workers says", {})
+
+    def make_loader(workers: int) -> DataLoader:
+        examples = sampler.examples(EXAMPLES)
+        repeats = -(-(EXAMPLES + 2 + PREFETCHED * workers) // max(1, len(examples)))
+        return _data_loader(dataset, examples * repeats, config, workers)
+
+    rows = sampler.batch_size if isinstance(sampler, EffectiveBatchSampler) else None
+    key = (type(dataset).__name__, len(dataset), dataset.budget, rows)
+    return choose_once(key, lambda: choose_workers(make_loader, batches=EXAMPLES))
+
+
 class BatchLoader:
     """A `DataLoader` that Lightning can resume in the middle of an epoch.
 
@@ -186,6 +240,7 @@ class BatchLoader:
     Attributes:
         sampler: Lightning looks for its `set_epoch`.
         batch_sampler: None, as in a `DataLoader` whose sampler gives whole batches; Lightning reads it.
+        choice: the number of worker processes, and why.
     """
 
     batch_sampler = None
@@ -194,22 +249,8 @@ class BatchLoader:
         self, dataset: EncodedDataset, sampler: EffectiveBatchSampler | EvalSampler, config: BatchingConfig
     ) -> None:
         self.sampler = sampler
-        context = config.multiprocessing_context
-        if context is None and config.num_workers:
-            methods = multiprocessing.get_all_start_methods()
-            context = "forkserver" if "forkserver" in methods else "spawn"
-        self._loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=sampler,
-            num_workers=config.num_workers,
-            pin_memory=torch.cuda.is_available() if config.pin_memory is None else config.pin_memory,
-            persistent_workers=config.persistent_workers and config.num_workers > 0,
-            multiprocessing_context=context if config.num_workers else None,
-            # Its seeds for workers would else be drawn from the global generator, and a resumed run, which draws them
-            # at another step, would see other dropout masks.
-            generator=torch.Generator(),
-        )
+        self.choice = _choose(dataset, sampler, config)
+        self._loader = _data_loader(dataset, sampler, config, self.choice.num_workers)
         self._epoch = self._served = 0
         self._resume: dict[str, Any] | None = None
 

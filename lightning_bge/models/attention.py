@@ -7,31 +7,67 @@ shape [1, T] and the extra keyword `packing`, which transformers hands through t
 
 from __future__ import annotations
 
-from itertools import groupby
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lightning_bge.models.attention_cpu import CpuAttention, Runs, window_mask
-from lightning_bge.models.dropout import rate_of
+from lightning_bge.models.attention_cpu import CpuAttention
+from lightning_bge.models.attention_cuda import (
+    Capabilities,
+    by_runs,
+    capabilities,
+    flash,
+    flash_at_rate,
+    nested,
+    no_flash,
+    no_nested,
+    varlen,
+)
+from lightning_bge.models.dropout import CheapDropout, rate_of
+from lightning_bge.models.packing import Packing
+
+log = logging.getLogger(__name__)
 
 PACKED = "packed"
 
+# q, k, v [T, heads, head_dim], packing, dropout, scale, window -> [T, heads, head_dim]
+Kernel = Callable[[Tensor, Tensor, Tensor, Packing, float, float, "int | None"], Tensor]
 
-class Packing:
-    """Where the sequences of a packed batch lie. A plain object, so that a compiled graph does not depend on it.
 
-    Args:
-        lengths: the sequences' lengths in tokens, in order.
-        cu_seqlens: int32 [N + 1], where each sequence starts, and T at the end; on the model's device.
+@dataclass(frozen=True)
+class Backend:
+    """What computes the attention of one kind of call.
+
+    Attributes:
+        name: cpu, flash, varlen, nested or sdpa.
+        reason: why this one.
+        call: the kernel; see `attention_cuda` for its signature.
+        fallback: a faster one exists for this device, but not for such calls.
     """
 
-    def __init__(self, lengths: tuple[int, ...], cu_seqlens: Tensor) -> None:
-        self.lengths, self.cu_seqlens = lengths, cu_seqlens
-        self.runs: Runs = tuple((length, len(list(same))) for length, same in groupby(lengths))
+    name: str
+    reason: str
+    call: Kernel
+    fallback: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a back end is chosen for: device, dtype, whether there is dropout or a window, and the heads' width."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dropout: bool
+    windowed: bool
+    head_dim: int
+
+
+_in_use: dict[Kind, Backend] = {}
 
 
 def register_packed_attention() -> None:
@@ -55,11 +91,14 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention within each sequence.
 
-    Neighbouring sequences of one length share a call: as micro-batches are sorted by length, few calls are made.
+    In a compiled layer the flash kernel is part of the graph; every other back end runs outside of it, as it would
+    make a graph for each length. A layer's dropout rate may change without another graph where its dropout module is
+    a `CheapDropout`; where transformers gives a number (ModernBERT), each number has its own.
 
     Args:
         module: the attention layer; its dropout module, where it has one, says how much is dropped.
-        query: [1, heads, T, head_dim]; `key` and `value` likewise.
+        query: [1, heads, T, head_dim], or [1, heads, N, head_dim]: the first token of each of N sequences.
+        key: [1, heads, T, head_dim]; `value` likewise.
         attention_mask: ignored; `packing` says which tokens belong together.
         packing: where the sequences lie.
         dropout: probability with which an attention weight is dropped, for a layer without a dropout module.
@@ -67,13 +106,24 @@ def packed_attention(
         sliding_window: a token sees those less than so many positions away (ModernBERT's local layers); None: all.
 
     Returns:
-        [1, T, heads, head_dim], and None in place of the attention weights.
+        [1, T or N, heads, head_dim], and None in place of the attention weights.
 
     Raises:
-        ValueError: the lengths do not sum to T.
+        ValueError: the lengths do not fit the shapes, or a window was asked for first tokens alone.
     """
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return _outside_graphs(module, q, k, v, packing, dropout, scaling, sliding_window).unsqueeze(0), None
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    if sliding_window is not None and len(q) != len(k):
+        raise ValueError("sliding_window: expected None for the first tokens alone")
+    if torch.compiler.is_compiling() and _fits_into_graphs(q.device, q.dtype, q.shape[-1]):
+        layer = getattr(module, "dropout", None)
+        if isinstance(layer, CheapDropout) and module.training:
+            out = flash_at_rate(q, k, v, packing, layer.host_rate, scale, sliding_window)
+        else:
+            rate = 0.0 if isinstance(layer, CheapDropout) else dropout
+            out = flash(q, k, v, packing, rate, scale, sliding_window)
+        return out.unsqueeze(0), None
+    return _outside_graphs(module, q, k, v, packing, dropout, scale, sliding_window).unsqueeze(0), None
 
 
 @torch.compiler.disable
@@ -84,28 +134,71 @@ def _outside_graphs(
     v: Tensor,
     packing: Packing,
     dropout: float,
-    scaling: float | None,
+    scale: float,
     window: int | None,
 ) -> Tensor:
-    """[T, heads, head_dim] each -> the same shape; a compiled layer breaks here, as each length is another shape."""
-    if sum(packing.lengths) != q.shape[0]:
-        raise ValueError(f"lengths: expected a sum of {q.shape[0]} tokens, got {sum(packing.lengths)}")
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    kernel = CpuAttention.apply if q.device.type == "cpu" else _sdpa
-    return kernel(q, k, v, packing.runs, rate_of(module, dropout), scale, window)
+    """[T, heads, head_dim] each -> the same shape; a compiled layer breaks here."""
+    if packing.tokens != len(k):
+        raise ValueError(f"lengths: expected a sum of {len(k)} tokens, got {packing.tokens}")
+    if len(q) not in (len(k), len(packing.lengths)):
+        raise ValueError(f"query: expected {len(k)} tokens, or {len(packing.lengths)} first ones, got {len(q)}")
+    if window is not None and window >= packing.longest:
+        window = None
+    rate = rate_of(module, dropout)
+    backend = _backend_for(Kind(q.device, q.dtype, rate > 0, window is not None, q.shape[-1]))
+    return backend.call(q, k, v, packing, rate, scale, window)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, runs: Runs, dropout: float, scale: float, window: int | None) -> Tensor:
-    """torch's kernel once a run, [T, heads, head_dim]; `split`, as the backward of a slice fills a whole gradient."""
-    heads, dim = q.shape[1:]
-    sizes = [length * count for length, count in runs]
-    outputs = []
-    for (length, count), *parts in zip(runs, *(tensor.split(sizes) for tensor in (q, k, v)), strict=True):
-        a, b, c = (part.view(count, length, heads, dim).transpose(1, 2) for part in parts)
-        seen = window_mask(length, window, q.device)
-        out = F.scaled_dot_product_attention(a, b, c, attn_mask=seen, dropout_p=dropout, scale=scale)
-        outputs.append(out.transpose(1, 2).reshape(count * length, heads, dim))
-    return torch.cat(outputs)
+@torch.compiler.assume_constant_result
+def _fits_into_graphs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether such calls go to the flash operator, which the compiler knows; asked once, while a graph is made."""
+    return _backend_for(Kind(device, dtype, dropout=True, windowed=False, head_dim=head_dim)).name == "flash"
+
+
+def _backend_for(kind: Kind) -> Backend:
+    """The back end of such calls; chosen, and told with its reason, at the first one."""
+    backend = _in_use.get(kind)
+    if backend is None:
+        backend = _in_use[kind] = choose_backend(kind, capabilities(kind.device))
+        log.log(
+            logging.WARNING if backend.fallback else logging.INFO,
+            "packed attention on %s in %s%s%s: %s (%s)",
+            kind.device,
+            str(kind.dtype).removeprefix("torch."),
+            " with dropout" if kind.dropout else "",
+            " with a window" if kind.windowed else "",
+            backend.name,
+            backend.reason,
+        )
+    return backend
+
+
+def choose_backend(kind: Kind, able: Capabilities) -> Backend:
+    """The fastest back end that computes such calls exactly; asks nothing but its arguments."""
+    if kind.device.type == "cpu":
+        return Backend("cpu", "written for CPUs", _cpu)
+    if kind.device.type != "cuda" or able.compute == (0, 0):
+        return Backend("sdpa", f"{kind.device.type}: no kernel over packed sequences is known here", by_runs)
+    problem = no_flash(kind.dtype, kind.head_dim, able)
+    if problem is None:
+        if able.flash:
+            return Backend("flash", "one kernel over all sequences", flash)
+        problem = "this torch's flash operator has another signature"
+        if able.varlen and not kind.dropout:
+            return Backend("varlen", problem, varlen, fallback=True)
+    more = no_nested(kind.dtype, kind.head_dim, kind.windowed, able)
+    if more is None:
+        return Backend("nested", problem, nested, fallback=True)
+    return Backend("sdpa", f"{problem}; {more}", by_runs, fallback=True)
+
+
+def backends_in_use() -> list[tuple[Kind, Backend]]:
+    """The kinds of calls that this process has made so far, each with what computes them, and why."""
+    return list(_in_use.items())
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float, scale: float, window: int | None) -> Tensor:
+    return CpuAttention.apply(q, k, v, packing.runs, dropout, scale, window)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

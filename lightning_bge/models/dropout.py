@@ -6,38 +6,73 @@ is serial. Here each 64-bit draw serves four elements with 16 bits each, which f
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 LEVELS = 2**16
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
-def keep_mask(shape: torch.Size | tuple[int, ...], p: float, dtype: torch.dtype) -> Tensor:
-    """A mask on the CPU, 0 with probability `p`, elsewhere the factor that keeps the mean; from torch's generator.
+def keep_bits(size: int, p: float, dtype: torch.dtype) -> Tensor:
+    """What dropout keeps: all bits set, or none with probability `p`, in integers [size] as wide as `dtype`.
+
+    On the CPU, where any operation on booleans takes several times as long.
 
     Args:
-        shape: of the mask.
+        size: number of elements.
         p: probability of 0, at least 0 and below 1; rounded to a multiple of 1 / 65536.
-        dtype: of the mask: that of what it is multiplied with.
+        dtype: floating type of what is to be masked.
     """
-    size = math.prod(shape)
-    dropped = round(p * LEVELS)
-    draws = torch.empty((size + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    kept = draws.view(torch.int16)[:size].view(shape) >= dropped - LEVELS // 2
-    return torch.empty(shape, dtype=dtype).copy_(kept).mul_(LEVELS / (LEVELS - dropped))
+    draws = torch.empty((size + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:size]
+    return draws.ge_(_dropped(p) - LEVELS // 2).neg_().to(INTEGERS[dtype.itemsize])
+
+
+def keep_scale(p: float) -> float:
+    """The factor that keeps the mean of what `keep_bits` masks."""
+    return LEVELS / (LEVELS - _dropped(p))
+
+
+def _dropped(p: float) -> int:
+    return min(round(p * LEVELS), LEVELS - 1)
+
+
+def masked(values: Tensor, bits: Tensor, out: Tensor | None = None) -> Tensor:
+    """`values` where `bits` (as many elements) are set, else 0; into `out` if given."""
+    flat = values.view(bits.dtype)
+    return torch.bitwise_and(flat, bits.view(flat.shape), out=None if out is None else out.view(bits.dtype)).view(
+        values.dtype
+    )
+
+
+class _Drop(torch.autograd.Function):
+    """Dropout with bits for a mask."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, p: float) -> Tensor:
+        bits = keep_bits(values.numel(), p, values.dtype)
+        ctx.save_for_backward(bits)
+        ctx.scale = keep_scale(p)
+        return masked(values, bits).mul_(ctx.scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return masked(grad, *ctx.saved_tensors).mul_(ctx.scale), None
 
 
 class CheapDropout(nn.Dropout):
-    """`nn.Dropout`, which draws as `keep_mask` does where the input is on a CPU, and whose rate may change at any time.
+    """`nn.Dropout`, which draws as `keep_bits` does where the input is on a CPU, and whose rate may change at any time.
 
-    In a compiled graph the rate is read from a buffer, so that one graph serves all rates; `p` reads as 0 there, as
-    attention, to which transformers passes it, runs outside of the graph and asks `rate_of` instead.
+    In a compiled graph the rate is read from a buffer, so that one graph serves all rates. `p` reads as 0 there:
+    attention, to which transformers passes it, reads `host_rate` in a graph, and asks `rate_of` outside of it.
     """
 
     rate: Tensor
+    host_rate: Tensor  # no buffer: it stays on the host, where compiled attention reads it without waiting
 
     @property
     def p(self) -> float:
@@ -49,7 +84,10 @@ class CheapDropout(nn.Dropout):
         self._p = float(value)
         if "rate" not in self._buffers:
             self.register_buffer("rate", torch.empty(()), persistent=False)
+            # Lightning builds modules under `with device`
+            self.host_rate = torch.empty((), dtype=torch.float64, device="cpu")
         self.rate.fill_(value)
+        self.host_rate.fill_(value)
 
     def forward(self, input: Tensor) -> Tensor:
         """Drop elements of `input` (any shape) in train mode."""
@@ -62,7 +100,7 @@ class CheapDropout(nn.Dropout):
             return input
         if input.device.type != "cpu" or self._p == 1:
             return F.dropout(input, self._p)
-        return input * keep_mask(input.shape, self._p, input.dtype)
+        return _Drop.apply(input, self._p)
 
 
 def use_cheap_dropout(model: nn.Module) -> None:

@@ -17,8 +17,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from transformers.utils import logging as transformers_logging
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.models.attention import PACKED, Packing, register_packed_attention
+from lightning_bge.models.attention import PACKED, register_packed_attention
+from lightning_bge.models.bert import use_packed_layers
 from lightning_bge.models.dropout import use_cheap_dropout
+from lightning_bge.models.packing import Packing, pad_to_bucket
 from lightning_bge.types import MicroBatch
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,11 @@ class TextClassifier(nn.Module):
         model: the transformers model; it is used as it is, so that what is saved is what transformers loads.
         attention: `packed` (no padding), `padded` (every architecture), or `auto`: packed where that is possible.
 
+    Attributes:
+        packed: whether it is.
+        token_bucket: round a packed micro-batch's tokens up to a multiple of this with dummy sequences, as CUDA graphs
+            want few shapes; None, the default: not at all.
+
     Raises:
         ConfigError: `packed` was asked of an architecture that does not route through the attention interface.
     """
@@ -69,9 +76,12 @@ class TextClassifier(nn.Module):
         use_cheap_dropout(model)
         self.model = model
         self.packed = can_pack and attention != "padded"
+        self.token_bucket: int | None = None
         if self.packed:
             register_packed_attention()
             model.set_attn_implementation(PACKED)
+            if model.config.model_type != "modernbert":
+                use_packed_layers(model.base_model.encoder.layer, first_tokens_only=True)
 
     @property
     def attention(self) -> str:
@@ -93,16 +103,17 @@ class TextClassifier(nn.Module):
 
     def _packed(self, micro: MicroBatch) -> Tensor:
         config = self.model.config
-        positions = micro.positions
+        fed = micro if self.token_bucket is None else pad_to_bucket(micro, self.token_bucket)
+        positions = fed.positions
         if config.model_type in ("roberta", "xlm-roberta"):
             positions = positions + (config.pad_token_id + 1)
         inputs: dict[str, Any] = {
-            "input_ids": micro.input_ids[None],
+            "input_ids": fed.input_ids[None],
             "position_ids": positions[None],
-            "packing": Packing(micro.lengths, micro.cu_seqlens),
+            "packing": Packing(fed.lengths, fed.cu_seqlens),
         }
         if config.model_type != "modernbert":
-            inputs["token_type_ids"] = self._token_types(micro)[None]
+            inputs["token_type_ids"] = self._token_types(fed)[None]
         hidden = self.model.base_model(**inputs).last_hidden_state[0]
         pooled = self._pool(hidden, micro)
         # the head in full precision: bf16 logits have 8 bits, so that the scores of many rows would be the same
@@ -110,9 +121,11 @@ class TextClassifier(nn.Module):
             return PACKED_HEADS[config.model_type](self.model, pooled.to(self.model.dtype))
 
     def _pool(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
-        """[T, hidden] -> [N, hidden]: the first token of each sequence, or the mean where the model is made so."""
-        if getattr(self.model.config, "classifier_pooling", "cls") == "mean":
-            return torch.stack([part.mean(dim=0) for part in hidden.split(micro.lengths)])
+        """What the layers gave -> [N, hidden]: each sequence's first token, or the mean where the model is made so."""
+        if self.model.config.model_type != "modernbert":
+            return hidden[: len(micro.lengths)]  # the last layer gave the first tokens alone
+        if self.model.config.classifier_pooling == "mean":
+            return torch.stack([part.mean(dim=0) for part in hidden[: sum(micro.lengths)].split(micro.lengths)])
         return hidden.index_select(0, micro.cu_seqlens[:-1])
 
     def _token_types(self, micro: MicroBatch) -> Tensor:

@@ -17,7 +17,7 @@ from lightning_bge.callbacks import Throughput, TrainMode
 from lightning_bge.callbacks import throughput as throughput_module
 from lightning_bge.errors import ConfigError
 
-CALLBACKS = [getattr(room, name) for name in room.__all__ if isinstance(getattr(room, name), type)]
+CALLBACKS = [c for name in room.__all__ if isinstance(c := getattr(room, name), type) and issubclass(c, Callback)]
 SIZES = (4, 4, 2)
 
 
@@ -210,6 +210,68 @@ def test_one_callback_may_serve_several_runs(monkeypatch: pytest.MonkeyPatch) ->
     clock.now += 1000
     train(Slow(clock), throughput, logged)
     assert logged.rates == [RATES]
+
+
+class SlowLoader(Loader):
+    """Takes 1 s for a batch."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(dict_batches())
+        self.clock = clock
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            self.clock.now += 1
+            yield batch
+
+
+class Unsized:
+    """Of unknown length, so that Lightning fetches one batch ahead."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.loader = SlowLoader(clock)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+class Waits(Logged):
+    def note(self, trainer: Trainer) -> None:
+        if "train_data_wait" in trainer.callback_metrics:
+            self.rates.append(float(trainer.callback_metrics["train_data_wait"]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "share"),
+    [
+        # 3 batches of 2 s, and 1 s before the second and the third
+        (SlowLoader, {}, 2 / 8),
+        (SlowLoader, {"limit_val_batches": 0}, 2 / 8),
+        # validation after each batch stops the clock
+        (SlowLoader, {"val_check_interval": 1}, 0),
+        # the first two are fetched before the clock starts
+        (Unsized, {}, 1 / 7),
+        (Unsized, {"val_check_interval": 2}, 1 / 7),
+    ],
+)
+def test_share_of_time_spent_waiting_for_data(
+    monkeypatch: pytest.MonkeyPatch, kind: Any, options: dict[str, Any], share: float
+) -> None:
+    clock, waits = Clock(monkeypatch), Waits()
+    trainer = quiet_trainer(callbacks=[Throughput(), waits], max_epochs=2, **options)
+    trainer.fit(Slow(clock), kind(clock), Loader(dict_batches()))
+    assert waits.rates == [pytest.approx(share)] * 2
+
+
+def test_other_callbacks_between_batches_count_as_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, waits = Clock(monkeypatch), Waits()
+
+    class Busy(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            clock.now += 2
+
+    train(Slow(clock), Throughput(), Busy(), waits)
+    assert waits.rates == [pytest.approx(4 / 12)]  # after the last batch nothing is waited for
 
 
 class Resumable(Loader):

@@ -5,9 +5,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lightning_bge.models.attention import PACKED, Packing, _sdpa, packed_attention, register_packed_attention
+from lightning_bge.models.attention import PACKED, Packing, packed_attention, register_packed_attention
 from lightning_bge.models.attention_cpu import CpuAttention
-from lightning_bge.models.dropout import keep_mask
 
 HEADS, DIM = 3, 4
 
@@ -94,33 +93,46 @@ def test_the_backward_written_out_is_the_derivative(window: int | None) -> None:
 
 
 def test_dropout_hits_the_attention_weights_in_forward_and_backward_alike() -> None:
-    """A plain version with the very same masks."""
-    runs, p = ((6, 2), (3, 1)), 0.4
-    qkv = [torch.randn(15, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    torch.manual_seed(5)
-    ours = CpuAttention.apply(*qkv, runs, p, 0.5, None)
-    weight = torch.randn_like(ours)
-    found = torch.autograd.grad(ours, qkv, weight)
-    torch.manual_seed(5)
-    plain, start = [], 0
-    for length, count in runs:
-        mask = keep_mask(torch.Size((count * 2, length, length)), p, torch.float64).view(count, 2, length, length)
-        for number in range(count):
-            q, k, v = (x[start : start + length].transpose(0, 1) for x in qkv)
-            weights = (q @ k.transpose(1, 2) * 0.5).softmax(-1) * mask[number]
-            plain.append((weights @ v).transpose(0, 1))
-            start += length
-    expected = torch.cat(plain)
-    assert torch.allclose(ours, expected, atol=1e-12)
-    for one, other in zip(found, torch.autograd.grad(expected, qkv, weight), strict=True):
-        assert torch.allclose(one, other, atol=1e-12)
-    assert not torch.allclose(ours, CpuAttention.apply(*qkv, runs, 0.0, 0.5, None))
+    """With unit vectors for values the output is the dropped weights themselves: a plain version can use them."""
+    lengths, scale = (6, 6, 3), 0.5
+    query, key = (torch.randn(1, 2, 15, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    value = (
+        torch.cat([torch.eye(n, 6, dtype=torch.float64) for n in lengths]).expand(1, 2, 15, 6).clone().requires_grad_()
+    )
+    out, _ = packed_attention(
+        nn.Module(), query, key, value, None, packing=_packing(lengths), dropout=0.4, scaling=scale
+    )
+    plain = []
+    parts = (tensor[0].transpose(0, 1).split(lengths) for tensor in (query, key, value, out.transpose(1, 2)))
+    for q, k, v, dropped in zip(*parts, strict=True):
+        weights = (torch.einsum("qhd,khd->hqk", q, k) * scale).softmax(-1)
+        kept = dropped.transpose(0, 1)[:, :, : len(q)].detach() / weights.detach()
+        assert torch.all((kept.abs() < 1e-9) | ((kept - 1 / 0.6).abs() < 1e-3))
+        plain.append(torch.einsum("hqk,khd->qhd", weights * kept, v))
+    weight = torch.randn_like(out)
+    found = torch.autograd.grad(out, (query, key, value), weight)
+    for one, other in zip(found, torch.autograd.grad(torch.cat(plain), (query, key, value), weight[0]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_the_kernel_of_other_devices_is_the_same_function() -> None:
-    runs = ((7, 3), (4, 2), (1, 1))
-    qkv = [torch.randn(30, 2, 4, dtype=torch.float64) for _ in range(3)]
-    for window in (None, 3):
-        assert torch.allclose(
-            CpuAttention.apply(*qkv, runs, 0.0, 0.5, window), _sdpa(*qkv, runs, 0.0, 0.5, window), atol=1e-12
-        )
+@pytest.mark.parametrize("lengths", [(7, 5, 5, 5, 1), (4, 2)], ids=str)
+def test_first_tokens_alone_are_the_first_rows_of_all(lengths: tuple[int, ...]) -> None:
+    packing = _packing(lengths)
+    query, key, value = packed_qkv(sum(lengths))
+    first = packing.cu_seqlens[:-1]
+    whole, _ = packed_attention(nn.Module(), query, key, value, None, packing=packing)
+    alone, _ = packed_attention(nn.Module(), query[:, :, first], key, value, None, packing=packing)
+    torch.testing.assert_close(alone, whole[:, first], rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(alone)
+    ours = torch.autograd.grad(alone, (query, key, value), upstream)
+    theirs = torch.autograd.grad(whole[:, first], (query, key, value), upstream)
+    for found, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_first_tokens_alone_take_no_window_and_no_other_number() -> None:
+    query, key, value = packed_qkv(6)
+    with pytest.raises(ValueError, match="sliding_window: expected None"):
+        packed_attention(nn.Module(), query[:, :, :2], key, value, None, packing=_packing((4, 2)), sliding_window=2)
+    with pytest.raises(ValueError, match="or 2 first ones, got 3"):
+        packed_attention(nn.Module(), query[:, :, :3], key, value, None, packing=_packing((4, 2)))

@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bge.models.dropout import CheapDropout, keep_mask, use_cheap_dropout
+from lightning_bge.models.dropout import CheapDropout, keep_bits, keep_scale, masked, use_cheap_dropout
+
+
+def keep_mask(shape: tuple[int, ...], p: float, dtype: torch.dtype) -> torch.Tensor:
+    ones = torch.ones(shape, dtype=dtype)
+    return masked(ones, keep_bits(ones.numel(), p, dtype)) * keep_scale(p)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -47,6 +52,23 @@ def test_the_gradient_goes_where_the_value_went() -> None:
     assert x.grad is not None
     assert torch.equal(x.grad, y.detach() / x.detach()) or torch.allclose(x.grad, y.detach() / x.detach())
     assert (x.grad == 0).any()
+
+
+def test_a_mask_fits_values_of_any_layout_and_goes_into_a_tensor_that_is_there() -> None:
+    values = torch.randn(6, 4, dtype=torch.bfloat16).T
+    bits = keep_bits(24, 0.5, torch.bfloat16)
+    expected = values * (bits.view(4, 6) != 0)
+    out = torch.empty(4, 6, dtype=torch.bfloat16)
+    assert torch.equal(masked(values, bits), expected)
+    assert masked(values, bits, out=out).data_ptr() == out.data_ptr()
+    assert torch.equal(out, expected)
+
+
+def test_a_rate_is_the_same_in_the_buffer_and_on_the_host() -> None:
+    dropout = CheapDropout(0.25)
+    dropout.p = 0.5
+    assert (dropout.p, dropout.rate.item(), dropout.host_rate.item()) == (0.5, 0.5, 0.5)
+    assert not dropout.state_dict()
 
 
 def test_eval_mode_0_and_1_are_as_torch_has_them() -> None:
