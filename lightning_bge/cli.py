@@ -19,6 +19,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
+from lightning_bge.callbacks import CompileConfig
 from lightning_bge.data import TableConfig, TextDataModule, read_table, write_sample
 from lightning_bge.errors import ConfigError, StudyError, UserError
 from lightning_bge.hpo import (
@@ -78,6 +79,8 @@ class BGECLI(LightningCLI):
         """The run folder, what a run is judged by, and the links between model and data."""
         parser.add_argument("--run_dir", type=str, default="runs/default", help="Where everything of this run goes.")
         parser.add_argument("--monitor", type=MonitorConfig, default=MonitorConfig(), help="What a run is judged by.")
+        text = "When the encoder's layers are compiled."
+        parser.add_argument("--compile", type=CompileConfig, default=CompileConfig(), help=text)
         for source, target in LINKS:
             parser.link_arguments(source, target)
 
@@ -109,12 +112,13 @@ class BGECLI(LightningCLI):
         if self.subcommand != "fit":
             return self.trainer_class(**{**config, "logger": False, "enable_checkpointing": False})
         run_dir, monitor = Path(self._get(self.config_init, "run_dir")), self._get(self.config_init, "monitor")
+        compiling = self._get(self.config_init, "compile")
         config["default_root_dir"] = str(run_dir)
         if config["enable_model_summary"] is None:  # it counts no packed FLOPs, and no bf16
             config["enable_model_summary"] = False
         if config["logger"] is None:
             config["logger"] = CSVLogger(run_dir, name="", version="logs")
-        config["callbacks"] = [*(config["callbacks"] or []), *fit_callbacks(run_dir, monitor)]
+        config["callbacks"] = [*(config["callbacks"] or []), *fit_callbacks(run_dir, monitor, compiling)]
         return self.trainer_class(**config)
 
     def build(self, overrides: dict[str, Any]) -> Setup:
@@ -160,7 +164,8 @@ class BGECLI(LightningCLI):
         direction = metric_direction(str(monitor.metric))
         study = open_study(run_dir, hpo, direction, folds * epochs, settings)
         self._record(run_dir, datamodule)
-        objective = Objective(self.build, space, monitor, folds, epochs, run_dir / "oof")
+        compiling = self._get(self.config_init, "compile")
+        objective = Objective(self.build, space, monitor, folds, epochs, run_dir / "oof", hpo.trials, compiling)
         run_study(study, objective, hpo, str(monitor.metric), folds * epochs)
         summary = finish_study(study, self.build, monitor, run_dir, epochs, hpo.refit)
         print(describe_study(run_dir, summary))

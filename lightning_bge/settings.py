@@ -20,7 +20,11 @@ LINKS = (
     ("seed_everything", "data.batching.seed"),
 )
 # Settings that may change between two calls of a run: they do not change what a trial or an epoch is.
-FREE = ("run_dir", "hpo", "config", "data.test_file", "data.predict_file", "data.cache_dir", "trainer.logger")
+FREE = (
+    *("run_dir", "hpo", "config", "compile", "trainer.logger"),
+    *("data.test_file", "data.predict_file", "data.cache_dir"),
+    *("data.batching.num_workers", "data.batching.pin_memory", "data.batching.persistent_workers"),
+)
 
 
 def with_overrides(config: Namespace, overrides: dict[str, Any]) -> Namespace:

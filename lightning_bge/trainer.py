@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_bge.callbacks import Throughput, TorchBackends, choose_precision
+from lightning_bge.callbacks import Compile, CompileConfig, Throughput, TorchBackends, choose_precision
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo import early_stopping
 from lightning_bge.models.metrics import MonitorConfig, metric_direction
@@ -86,13 +86,16 @@ class BGETrainer(Trainer):
         return super().predict(model, dataloaders, datamodule, return_predictions=False)
 
 
-def fit_callbacks(run_dir: Path, monitor: MonitorConfig) -> list[Callback]:
-    """Early stopping, tokens per second, and checkpoints: the best epoch, the last one, and one every ten minutes."""
+def fit_callbacks(run_dir: Path, monitor: MonitorConfig, compile_config: CompileConfig) -> list[Callback]:
+    """Early stopping, tokens per second, compiling where it pays, and checkpoints.
+
+    Kept are the best epoch, the last one, and one every ten minutes.
+    """
     mode = "max" if metric_direction(str(monitor.metric)) == "maximize" else "min"
     folder = run_dir / "checkpoints"
     best = ModelCheckpoint(folder, "best", monitor=f"val_{monitor.metric}", mode=mode, save_last=True)
     recent = ModelCheckpoint(folder, "recent", train_time_interval=timedelta(minutes=10), enable_version_counter=False)
-    return [*early_stopping(monitor), Throughput(), best, recent]
+    return [*early_stopping(monitor), Throughput(), Compile(compile_config), best, recent]
 
 
 def newest_checkpoint(run_dir: Path) -> str | None:

@@ -20,7 +20,6 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import islice
@@ -157,8 +156,8 @@ def summarize(runs: list[Run], names: list[str]) -> dict[str, Any]:
     return {"medians": medians, "ratios": ratios}
 
 
-def tables(summary: dict[str, Any], show: Callable[..., Any]) -> list[Any]:
-    """The tables of the summary, made by `show(header, rows)`: the fixed list, pruned searches, ratios."""
+def tables(summary: dict[str, Any]) -> list[str]:
+    """The tables of the summary: the fixed list, pruned searches, ratios."""
     header = (
         "median of the rounds",
         "wall s",
@@ -177,10 +176,10 @@ def tables(summary: dict[str, Any], show: Callable[..., Any]) -> list[Any]:
             if name.endswith(PRUNED) == pruned:
                 rows.append((name, *seconds, 100 * found["outside_share"], found["pruned"], found["best_value"]))
         if rows:
-            made.append(show(header, rows))
+            made.append(table(header, rows))
     ratios = [(k, r["of_medians"], min(r["by_round"]), max(r["by_round"])) for k, r in summary["ratios"].items()]
     if ratios:
-        made.append(show(("times less wall time", "of medians", "lowest round", "highest round"), ratios))
+        made.append(table(("times less wall time", "of medians", "lowest round", "highest round"), ratios))
     return made
 
 
@@ -202,7 +201,7 @@ def note_sections(record: dict[str, Any], job: Job, given: argparse.Namespace) -
         "MedianPruner: they then prune different trials, so that the work differs too."
     )
     fixed = table(("trial", *(name for name, *_ in SPACE)), trials)
-    return [about, contenders, *tables(record, table), DEFINITIONS, "## The trials", fixed]
+    return [about, contenders, *tables(record), DEFINITIONS, "## The trials", fixed]
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
@@ -249,9 +248,7 @@ def main(args: list[str] | None = None) -> None:
         )
         runs = measure(names, job, trials, given.rounds, given.rows)
     summary = summarize(runs, names)
-    print()
-    for text in tables(summary, table):
-        print(f"{text}\n")
+    print("", *tables(summary), "", sep="\n\n")
     hidden = ("model", "train_file", "dev_file", "lr")
     record = {
         "data": f"rte/train.tsv, first {given.rows} rows; rte/dev.tsv, first {given.val_rows}",

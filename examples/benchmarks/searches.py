@@ -7,11 +7,13 @@ which `enqueue_trial` puts into the study before it starts.
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import numpy as np
@@ -67,7 +69,7 @@ class Race:
 
     def new_study(self, storage: optuna.storages.BaseStorage, names: dict[str, str]) -> dict[str, Any]:
         """A study whose queue holds the trials; the arguments by which `create_study` finds it again."""
-        found = {"storage": storage, "study_name": NAME, "load_if_exists": True}
+        found: dict[str, Any] = {"storage": storage, "study_name": NAME, "load_if_exists": True}
         study = optuna.create_study(direction="maximize", **found)
         for trial in self.trials:
             study.enqueue_trial({names[name]: value for name, value in trial.items()})
@@ -156,7 +158,8 @@ def search_ours(race: Race) -> optuna.Study:
     race.new_study(storage, OUR_NAMES)
     config = Path(race.folder, "hpo.yaml")
     config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    lightning_bge.cli.main(["hpo", "-c", str(config)])
+    with patch.object(sys, "argv", ["lightning-bge", "hpo", "-c", str(config)]):
+        lightning_bge.cli.main()
     return optuna.load_study(study_name=NAME, storage=storage)
 
 

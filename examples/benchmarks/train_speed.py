@@ -36,7 +36,6 @@ from common import (
     build_ours,
     check_shared_arguments,
     describe_ours,
-    print_table,
     write_record,
 )
 from loss_curve import compare_losses
@@ -165,8 +164,8 @@ def summarize(runs: list[Run], names: list[str]) -> dict[str, Any]:
     return {"medians": medians, "best_tuned": best, "ratios": ratios}
 
 
-def tables(summary: dict[str, Any], show: Callable[..., Any]) -> list[Any]:
-    """The two tables of the summary, made by `show(header, rows)`."""
+def tables(summary: dict[str, Any]) -> list[str]:
+    """The two tables of the summary: medians and ratios."""
     header = ("median of the rounds", "samples/s", "real tokens/s", "utilisation", "peak memory, MiB", "loop s")
     names = ("samples_per_s", "tokens_per_s", "utilisation", "peak_memory_mib", "loop_seconds")
     rows = [(name, *(values[field] for field in names)) for name, values in summary["medians"].items()]
@@ -175,7 +174,7 @@ def tables(summary: dict[str, Any], show: Callable[..., Any]) -> list[Any]:
         for name, found in summary["ratios"].items()
     ]
     columns = ("ratio of samples/s", "of medians", "lowest round", "highest round", "of whole calls")
-    return [show(header, rows), show(columns, ratios)]
+    return [table(header, rows), table(columns, ratios)]
 
 
 def describe_losses(found: dict[str, Any]) -> str:
@@ -195,7 +194,7 @@ def note_sections(record: dict[str, Any], job: Job, rounds: int) -> list[str]:
         "are outside the clock, but for sentence-transformers and FlagEmbedding, which tokenise in the loop."
     ]
     if record["runs"]:
-        sections += tables(record, table)
+        sections += tables(record)
         peaks = "; ".join(", ".join(f"{k} {v / 1e9:.0f}" for k, v in peak.items()) for peak in record["peaks"])
         sections.append(f"The machine's peak by round, GFLOP/s: {peaks}. Best tuned Trainer: {record['best_tuned']}.")
     if record["loss_curve"] is not None:
@@ -269,8 +268,7 @@ def main(args: list[str] | None = None) -> None:
     runs, peaks = measure(names, job, given.rounds, given.warmup_steps * BATCH, given.flagembedding)
     summary = summarize(runs, names) if runs else {"medians": {}, "best_tuned": None, "ratios": {}}
     if runs:
-        print()
-        tables(summary, print_table)
+        print("", *tables(summary), sep="\n\n")
     losses = fresh(compare_losses, job, given.loss_curve) if given.loss_curve else None
     if losses is not None:
         print(f"\n{describe_losses(losses)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from optuna.trial import TrialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_bge.callbacks import Compile, CompileConfig
 from lightning_bge.data import TextDataModule
 from lightning_bge.hpo.reports import FoldPruningCallback
 from lightning_bge.hpo.space import Space, suggest
 from lightning_bge.hpo.storage import abandon, mark_alive
-from lightning_bge.models import BGEClassifier
+from lightning_bge.models import BGEClassifier, WarmEncoder
 from lightning_bge.models.metrics import MonitorConfig, Predictions, metric_direction
 
 INTERRUPTED = 130  # a shell's exit status for Ctrl-C
@@ -71,6 +72,18 @@ class EpochThatCounts(Callback):
             self.predictions = pl_module.predictions  # type: ignore[assignment]
 
 
+class LetGo(Callback):
+    """Takes the encoder out of the module when training ends, so that Lightning does not move it off its device."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Training ran to its end."""
+        pl_module.net = None  # type: ignore[assignment]
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The trial was pruned, failed or stopped."""
+        pl_module.net = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True)
 class Objective:
     """An Optuna objective over folds.
@@ -84,6 +97,9 @@ class Objective:
         folds: number of folds; 1 is a single split.
         epochs: the most epochs that any trial trains a fold for.
         oof_dir: where the out-of-fold predictions of trials that were best when they ended are kept.
+        trials: how many are to be finished in all.
+        compile: when the encoder's layers are compiled.
+        encoder: loads once for all trials of this process.
     """
 
     build: Build
@@ -92,6 +108,9 @@ class Objective:
     folds: int
     epochs: int
     oof_dir: Path
+    trials: int = 1
+    compile: CompileConfig = CompileConfig()  # noqa: RUF009 - frozen
+    encoder: WarmEncoder = field(default_factory=WarmEncoder)
 
     def __call__(self, trial: optuna.Trial) -> float:
         """Train all folds; the trial's value is the mean of their scores.
@@ -145,9 +164,21 @@ class Objective:
             objective=self.monitor.objective,
             direction=direction,
         )
-        trainer = setup.make_trainer(callbacks=[counts, *early_stopping(self.monitor), reports])
-        trainer.fit(setup.model, datamodule=setup.datamodule)
+        compiler = Compile(self.compile, steps_left=self._steps_left(trial.study, setup.datamodule, fold))
+        callbacks = [compiler, counts, *early_stopping(self.monitor), reports, LetGo()]
+        setup.model.load = self.encoder.load
+        setup.make_trainer(callbacks=callbacks).fit(setup.model, datamodule=setup.datamodule)
         return reports.close_fold(), counts
+
+    def _steps_left(self, study: optuna.Study, data: TextDataModule, fold: int) -> int:
+        """Optimizer steps that this process has still to make, if trials go on being pruned as they were so far."""
+        steps = -(-len(data.train_rows) // data.batch_size) * self.epochs
+        ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        reports = sum(len(trial.intermediate_values) for trial in ended)
+        share = reports / (len(ended) * self.folds * self.epochs) if reports else 1.0
+        workers = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+        later = max(self.trials - len(ended) - 1, 0) * self.folds * share / max(workers, 1)
+        return round(steps * (self.folds - fold + later))
 
     def _is_best(self, study: optuna.Study, value: float) -> bool:
         done = [t.value for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.value is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -133,11 +134,16 @@ def run_study(
     if count(study, *FINISHED) >= config.trials:
         return
     progress = Progress(config.trials, metric, n_reports)
-    study.optimize(
-        objective,
-        timeout=None if config.hours is None else config.hours * 3600,
-        callbacks=[progress, MaxTrialsCallback(config.trials, states=FINISHED)],
-    )
+    gc.collect()
+    gc.freeze()  # what the libraries have made so far is not searched again after each trial
+    try:
+        study.optimize(
+            objective,
+            timeout=None if config.hours is None else config.hours * 3600,
+            callbacks=[progress, MaxTrialsCallback(config.trials, states=FINISHED)],
+        )
+    finally:
+        gc.unfreeze()
 
 
 class Progress:

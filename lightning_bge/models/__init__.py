@@ -5,6 +5,7 @@ from lightning_bge.models.encoder import TextClassifier, load_classifier
 from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.metrics import Predictions, best_threshold, compute_metrics
 from lightning_bge.models.optim import OptimizerConfig, ScheduleConfig
+from lightning_bge.models.warm import WarmEncoder
 
 __all__ = [
     "BGEClassifier",
@@ -14,6 +15,7 @@ __all__ = [
     "Predictions",
     "ScheduleConfig",
     "TextClassifier",
+    "WarmEncoder",
     "best_threshold",
     "compute_metrics",
     "load_classifier",

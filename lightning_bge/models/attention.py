@@ -198,7 +198,7 @@ def backends_in_use() -> list[tuple[Kind, Backend]]:
 
 
 def _cpu(q: Tensor, k: Tensor, v: Tensor, packing: Packing, dropout: float, scale: float, window: int | None) -> Tensor:
-    return CpuAttention.apply(q, k, v, packing.runs, dropout, scale, window)
+    return CpuAttention.apply(q, k, v, packing.lengths, dropout, scale, window)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -1,44 +1,23 @@
 """Packed attention on a CPU, forward and backward written out.
 
 torch's CPU kernel has no dropout of its own and falls back to a chain of recorded operations. Here the weights of all
-sequences lie in one flat tensor, so that dropout is drawn and applied in a few large operations.
+sequences lie in one flat tensor, so that dropout is drawn and applied in a few large operations, and what is done
+sequence by sequence is as few calls as there can be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_bge.models.dropout import keep_bits, keep_scale, masked
-from lightning_bge.models.packing import Runs
-
-
-class _Place(NamedTuple):
-    """Where a run lies in the queries, in the keys and values, and in the flat weights."""
-
-    queries: slice
-    keys: slice
-    weights: slice
-    shape: tuple[int, int, int]  # of its weights: [count * heads, queries, length]
-    sequences: int
-
-
-def _places(runs: Runs, heads: int, single: bool) -> Iterator[_Place]:
-    q = k = w = 0
-    for length, count in runs:
-        rows = 1 if single else length
-        shape = (count * heads, rows, length)
-        ends = q + count * rows, k + count * length, w + count * heads * rows * length
-        yield _Place(slice(q, ends[0]), slice(k, ends[1]), slice(w, ends[2]), shape, count)
-        q, k, w = ends
 
 
 class CpuAttention(torch.autograd.Function):
-    """Attention, a run of equal lengths at a time."""
+    """Attention, sequence by sequence."""
 
     @staticmethod
     def forward(
@@ -46,7 +25,7 @@ class CpuAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        runs: Runs,
+        lengths: tuple[int, ...],
         dropout: float,
         scale: float,
         window: int | None,
@@ -55,25 +34,24 @@ class CpuAttention(torch.autograd.Function):
 
         The factors on the scores and of dropout go to `q` and `v`, which are smaller than the scores.
         """
+        asked = lengths if len(q) == len(k) else (1,) * len(lengths)
+        shapes = [(q.shape[1], rows, length) for rows, length in zip(asked, lengths, strict=True)]
         q = q * scale
         v = v * keep_scale(dropout) if dropout > 0 else v
-        places = list(_places(runs, q.shape[1], single=len(q) != len(k)))
-        weights = q.new_empty(places[-1].weights.stop)
+        weights = q.new_empty(sum(heads * rows * length for heads, rows, length in shapes))
         scores = torch.empty_like(weights)
-        for at in places:
-            raw = scores[at.weights].view(at.shape)
-            torch.bmm(
-                _by_head(q[at.queries], at.sequences), _by_head(k[at.keys], at.sequences).transpose(1, 2), out=raw
-            )
+        parts = (_by_head(q, asked), _by_head(k, lengths), _flat(scores, shapes), _flat(weights, shapes))
+        for a, b, raw, soft in zip(*parts, strict=True):
+            torch.bmm(a, b.transpose(1, 2), out=raw)
             _hide(raw, window)
-            torch._softmax(raw, -1, False, out=weights[at.weights].view(at.shape))
+            torch._softmax(raw, -1, False, out=soft)
         bits = keep_bits(len(weights), dropout, weights.dtype) if dropout > 0 else None
         used = weights if bits is None else masked(weights, bits, out=scores)
-        output = q.new_empty(q.shape)
-        for at in places:
-            _put(output[at.queries], torch.bmm(used[at.weights].view(at.shape), _by_head(v[at.keys], at.sequences)), at)
+        output = torch.empty_like(q)
+        for out, soft, c in zip(_by_head(output, asked), _flat(used, shapes), _by_head(v, lengths), strict=True):
+            out.copy_(torch.bmm(soft, c))
         ctx.save_for_backward(q, k, v, weights, bits)
-        ctx.places, ctx.scale, ctx.dropout = places, scale, dropout
+        ctx.asked, ctx.lengths, ctx.shapes, ctx.scale, ctx.dropout = asked, lengths, shapes, scale, dropout
         return output
 
     @staticmethod
@@ -81,34 +59,34 @@ class CpuAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The chain rule by hand: d softmax = weights * (d - sum(d * weights))."""
         q, k, v, weights, bits = ctx.saved_tensors
+        asked, lengths, shapes = ctx.asked, ctx.lengths, ctx.shapes
         used = weights if bits is None else masked(weights, bits)
         d_weights = torch.empty_like(weights)
-        d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
-        for at in ctx.places:
-            d_out, c = _by_head(grad[at.queries], at.sequences), _by_head(v[at.keys], at.sequences)
-            torch.bmm(d_out, c.transpose(1, 2), out=d_weights[at.weights].view(at.shape))
-            _put(d_v[at.keys], torch.bmm(used[at.weights].view(at.shape).transpose(1, 2), d_out), at)
+        d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
+        parts = (_by_head(grad, asked), _by_head(v, lengths), _flat(used, shapes), _flat(d_weights, shapes))
+        for d_out, c, soft, d_soft, d_c in zip(*parts, _by_head(d_v, lengths), strict=True):
+            torch.bmm(d_out, c.transpose(1, 2), out=d_soft)
+            d_c.copy_(torch.bmm(soft.transpose(1, 2), d_out))
         if bits is not None:
             masked(d_weights, bits, out=d_weights)
             d_v *= keep_scale(ctx.dropout)
-        for at in ctx.places:
-            d_soft, soft = (x[at.weights].view(at.shape) for x in (d_weights, weights))
+        parts = (_by_head(q, asked), _by_head(k, lengths), _flat(weights, shapes), _flat(d_weights, shapes))
+        for a, b, soft, d_soft, d_a, d_b in zip(*parts, _by_head(d_q, asked), _by_head(d_k, lengths), strict=True):
             d_scores = torch._softmax_backward_data(d_soft, soft, -1, soft.dtype)
-            _put(d_q[at.queries], torch.bmm(d_scores, _by_head(k[at.keys], at.sequences)), at)
-            _put(d_k[at.keys], torch.bmm(d_scores.transpose(1, 2), _by_head(q[at.queries], at.sequences)), at)
+            d_a.copy_(torch.bmm(d_scores, b))
+            d_b.copy_(torch.bmm(d_scores.transpose(1, 2), a))
         return d_q.mul_(ctx.scale), d_k, d_v, None, None, None, None
 
 
-def _by_head(rows: Tensor, count: int) -> Tensor:
-    """[count * n, heads, dim] -> [count * heads, n, dim]; a view where the count is 1."""
-    heads, dim = rows.shape[1:]
-    return rows.reshape(count, -1, heads, dim).transpose(1, 2).reshape(count * heads, -1, dim)
+def _by_head(tokens: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """[T, heads, dim] -> a view [heads, length, dim] for each sequence."""
+    return tokens.transpose(0, 1).split(lengths, dim=1)
 
 
-def _put(rows: Tensor, by_head: Tensor, at: _Place) -> None:
-    """The reverse of `_by_head`, into `rows`."""
-    heads, dim = rows.shape[1:]
-    rows.view(at.sequences, -1, heads, dim).copy_(by_head.view(at.sequences, heads, -1, dim).transpose(1, 2))
+def _flat(values: Tensor, shapes: list[tuple[int, int, int]]) -> list[Tensor]:
+    """The flat weights as one view [heads, queries, length] for each sequence."""
+    parts = values.split([heads * rows * length for heads, rows, length in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _hide(scores: Tensor, window: int | None) -> None:

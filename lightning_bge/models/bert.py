@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from lightning_bge.models.attention import Packing, packed_attention
 
+# Architectures whose layers are BERT's, and whose dropout rates are in modules alone.
+BERT_LIKE = ("bert", "roberta", "xlm-roberta")
+
 
 class PackedLayer(nn.Module):
     """Mixed into a layer of BERT, RoBERTa or XLM-RoBERTa by `use_packed_layers`; parameters and keys stay as they are.

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,9 @@ class BGEClassifier(LightningModule):
         seed: of a new head, and of dropout.
         revision: branch, tag or commit on the hub.
         trust_remote_code: whether code from the hub may run. Off: such code can do anything on your machine.
+
+    Attributes:
+        load: what the encoder is loaded by; a search sets it to `WarmEncoder.load`, which loads once for all trials.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class BGEClassifier(LightningModule):
             "revision": revision,
             "trust_remote_code": trust_remote_code,
         }
+        self.load: Callable[..., TextClassifier] = load_classifier
         self.schema: Schema | None = None
         self.class_counts: Sequence[float] | None = None
         self.net: TextClassifier | None = None
@@ -97,7 +101,7 @@ class BGEClassifier(LightningModule):
         self._take_schema()
         assert self.schema is not None
         if self.net is None:
-            net = load_classifier(self.name_or_path, self.schema.num_outputs, **self._load_options)
+            net = self.load(self.name_or_path, self.schema.num_outputs, **self._load_options)
             if self.schema.max_length > net.max_positions:
                 raise ConfigError(
                     f"data.max_length is {self.schema.max_length}, but {self.name_or_path} has positions for "

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.attention import PACKED, register_packed_attention
-from lightning_bge.models.bert import use_packed_layers
+from lightning_bge.models.bert import BERT_LIKE, use_packed_layers
 from lightning_bge.models.dropout import use_cheap_dropout
 from lightning_bge.models.packing import Packing, pad_to_bucket
 from lightning_bge.types import MicroBatch
@@ -80,7 +80,7 @@ class TextClassifier(nn.Module):
         if self.packed:
             register_packed_attention()
             model.set_attn_implementation(PACKED)
-            if model.config.model_type != "modernbert":
+            if model.config.model_type in BERT_LIKE:
                 use_packed_layers(model.base_model.encoder.layer, first_tokens_only=True)
 
     @property
@@ -122,7 +122,7 @@ class TextClassifier(nn.Module):
 
     def _pool(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
         """What the layers gave -> [N, hidden]: each sequence's first token, or the mean where the model is made so."""
-        if self.model.config.model_type != "modernbert":
+        if self.model.config.model_type in BERT_LIKE:
             return hidden[: len(micro.lengths)]  # the last layer gave the first tokens alone
         if self.model.config.classifier_pooling == "mean":
             return torch.stack([part.mean(dim=0) for part in hidden[: sum(micro.lengths)].split(micro.lengths)])

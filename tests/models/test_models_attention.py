@@ -87,9 +87,9 @@ def test_registering_twice_changes_nothing() -> None:
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_the_backward_written_out_is_the_derivative(window: int | None) -> None:
-    runs = ((5, 2), (2, 1), (1, 1))
+    lengths = (5, 5, 2, 1)
     qkv = [torch.randn(13, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    assert torch.autograd.gradcheck(lambda *x: CpuAttention.apply(*x, runs, 0.0, 0.7, window), qkv)
+    assert torch.autograd.gradcheck(lambda *x: CpuAttention.apply(*x, lengths, 0.0, 0.7, window), qkv)
 
 
 def test_dropout_hits_the_attention_weights_in_forward_and_backward_alike() -> None:

@@ -1,0 +1,80 @@
+"""One live encoder for many trials: reset in place instead of loaded anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_bge.models.bert import BERT_LIKE
+from lightning_bge.models.dropout import CheapDropout
+from lightning_bge.models.encoder import TextClassifier, load_classifier
+
+
+class WarmEncoder:
+    """Loads as `load_classifier` does, but hands out one and the same encoder, with its first weights copied back.
+
+    Equal to a fresh load bit for bit; what was compiled stays so, and the weights stay on the device where they are.
+    What was handed out before must no longer be in use. Another model, head or attention is loaded from disk; another
+    seed too, for its head, and for architectures other than BERT's another dropout, as they are built by it.
+
+    Attributes:
+        loads: how many times a model was read from disk.
+    """
+
+    def __init__(self) -> None:
+        self.loads = 0
+        self._net: TextClassifier | None = None
+        self._key: tuple[Any, ...] = ()
+        self._seed = 0
+        self._dropout: float | None = None
+        self._weights: list[Tensor] = []  # the first ones, as `_state` lists them
+        self._rates: list[tuple[CheapDropout, float]] | None = None  # the checkpoint's, where they can be set in place
+
+    def load(
+        self, name_or_path: str, num_outputs: int, *, dropout: float | None = None, seed: int = 42, **options: Any
+    ) -> TextClassifier:
+        """See `load_classifier`, whose arguments these are."""
+        key = (name_or_path, num_outputs, tuple(sorted(options.items())))
+        if key != self._key or (self._rates is None and dropout != self._dropout):
+            self._net = None  # before the next one is there
+        if self._net is None:
+            self._key, self._seed, self._dropout = key, seed, dropout
+            self._net = self._read(name_or_path, num_outputs, seed=seed, **options)
+            self._rates = _rates(self._net)
+            if self._rates is None and dropout is not None:
+                self._net = self._read(name_or_path, num_outputs, dropout=dropout, seed=seed, **options)
+            self._weights = [tensor.clone() for tensor in _state(self._net)]
+        elif seed != self._seed:
+            self._seed = seed
+            fresh = self._read(name_or_path, num_outputs, dropout=dropout, seed=seed, **options)
+            self._weights = _state(fresh)
+        self._reset(self._net, dropout)
+        return self._net
+
+    def _read(self, *args: Any, **options: Any) -> TextClassifier:
+        self.loads += 1
+        return load_classifier(*args, **options)
+
+    def _reset(self, net: TextClassifier, dropout: float | None) -> None:
+        state = _state(net)
+        if state[0].device != self._weights[0].device:
+            self._weights = [tensor.to(state[0].device) for tensor in self._weights]
+        with torch.no_grad():
+            torch._foreach_copy_(state, self._weights)
+        net.zero_grad(set_to_none=True)
+        net.requires_grad_(True).train()
+        for module, rate in self._rates or ():
+            module.p = rate if dropout is None else dropout
+
+
+def _state(net: TextClassifier) -> list[Tensor]:
+    return list(net.state_dict().values())
+
+
+def _rates(net: TextClassifier) -> list[tuple[CheapDropout, float]] | None:
+    """All dropout modules with their rates; None: the architecture holds rates elsewhere too."""
+    if net.model.config.model_type not in BERT_LIKE:
+        return None
+    return [(module, module.p) for module in net.modules() if isinstance(module, CheapDropout)]

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import cut_batch, random_sequences, small_model
+from torch import Tensor
+
+from lightning_bge.models import TextClassifier, WarmEncoder, load_classifier
+from lightning_bge.models.dropout import CheapDropout
+
+Saved = Callable[[str], str]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Saved:
+    """Folders of encoders without a head that fits, so that one is drawn."""
+
+    def save(kind: str, dropout: float = 0.2) -> str:
+        folder = tmp_path / f"{kind}-{dropout}"
+        small_model(kind, outputs=3, dropout=dropout).save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+def train(net: TextClassifier, steps: int = 4) -> list[Tensor]:
+    """Losses and the weights after them; random numbers from the steps' numbers."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    batch = cut_batch(random_sequences((9, 7, 5, 5, 3, 2), seed=1), torch.zeros(6), 3)
+    found = []
+    for step in range(steps):
+        torch.manual_seed(step)
+        loss = torch.stack([net(micro).square().mean() for micro in batch.micro]).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.detach())
+    return [*found, *(value.clone() for value in net.state_dict().values())]
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta", "modernbert", "deberta-v2"])
+def test_every_trial_equals_a_fresh_load_bit_for_bit(saved: Saved, kind: str) -> None:
+    folder, warm = saved(kind), WarmEncoder()
+    for dropout in (None, 0.4, 0.0, None):
+        expected = train(load_classifier(folder, 1, dropout=dropout, seed=3))
+        net = warm.load(folder, 1, dropout=dropout, seed=3)
+        assert net.training
+        for found, wanted in zip(train(net), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_one_encoder_is_read_once_and_handed_out_again(saved: Saved) -> None:
+    folder, warm = saved("bert"), WarmEncoder()
+    first = warm.load(folder, 1, dropout=0.3)
+    first.model.base_model.embeddings.requires_grad_(False)
+    first.eval()
+    layer = first.model.base_model.encoder.layer[0]
+    layer.compile(backend="eager")
+    second = warm.load(folder, 1)
+    assert second is first
+    assert warm.loads == 1
+    assert second.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in second.parameters())
+    assert {module.p for module in second.modules() if isinstance(module, CheapDropout)} == {0.2}
+    assert layer._compiled_call_impl is not None
+
+
+def test_another_seed_draws_the_head_that_a_fresh_load_draws(saved: Saved) -> None:
+    folder, warm = saved("bert"), WarmEncoder()
+    heads = []
+    for seed in (1, 2, 1):
+        net = warm.load(folder, 1, seed=seed)
+        fresh = load_classifier(folder, 1, seed=seed)
+        for (name, found), wanted in zip(net.state_dict().items(), fresh.state_dict().values(), strict=True):
+            assert torch.equal(found, wanted), name
+        heads.append(net.model.classifier.weight.detach().clone())
+    assert not torch.equal(heads[0], heads[1])
+
+
+def test_another_model_or_head_is_read_anew(saved: Saved) -> None:
+    warm = WarmEncoder()
+    one, other = saved("bert"), saved("roberta")
+    assert warm.load(one, 1).model.config.model_type == "bert"
+    assert warm.load(other, 1).model.config.model_type == "roberta"
+    assert warm.load(other, 3).model.config.num_labels == 3
+    assert warm.load(other, 3, attention="padded").packed is False
+    assert warm.loads == 4
