@@ -122,22 +122,22 @@ class BGECLI(LightningCLI):
         return self.trainer_class(**config)
 
     def build(self, overrides: dict[str, Any]) -> Setup:
-        """Fresh objects for this command's settings with some of them replaced; data set up.
-
-        Raises:
-            ConfigError: there is no such setting, or it does not take such a value.
-        """
+        """Fresh objects for the settings with some replaced by values that passed `check`; data set up."""
         parser = self._parser(self.subcommand)
         config = with_overrides(self.config[self.subcommand], overrides)
-        try:
-            parser.validate(config)
-        except (TypeError, ValueError, KeyError) as error:
-            raise ConfigError(f"hpo.space: {overrides} are not values that these settings take: {error}") from error
         init = parser.instantiate(config)
         init.data.setup("fit")
-        plain = plain_config(parser, config)
-        plain.pop("hpo", None)
-        return Setup(init.model, init.data, partial(quiet_trainer, dict(init.trainer)), plain)
+        trainer = partial(quiet_trainer, dict(init.trainer))
+        return Setup(init.model, init.data, trainer, partial(_plain_settings, parser, config))
+
+    def check(self, overrides: dict[str, Any]) -> None:
+        """Raise `ConfigError` where a setting does not take such a value."""
+        config = with_overrides(self.config[self.subcommand], overrides)
+        try:
+            self._parser(self.subcommand).validate(config)
+        except (TypeError, ValueError, KeyError) as error:
+            raise ConfigError(f"hpo.space: {overrides} are not values that these settings take: {error}") from error
+        self.build(overrides)
 
     # ------------------------------------------------------------------ sub-commands
 
@@ -149,7 +149,7 @@ class BGECLI(LightningCLI):
         for name, distribution in space.items():
             check_setting(config, name)
             for value in _ends(distribution):
-                self.build({name: value})
+                self.check({name: value})
         epochs = _most_epochs(config, space)
         datamodule.setup("fit")
         folds = datamodule.num_folds
@@ -259,6 +259,12 @@ class BGECLI(LightningCLI):
                 + "\n  ".join(different)
                 + "\nName another --run_dir, or delete that folder."
             )
+
+
+def _plain_settings(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
+    plain = plain_config(parser, config)
+    plain.pop("hpo", None)
+    return plain
 
 
 def _ends(distribution: Any) -> tuple[Any, ...]:

@@ -130,6 +130,7 @@ class StepClock:
         self.reset()
 
     def reset(self) -> None:
+        self.first_steps: list[float] = []  # when each trial's first training step started, seconds since 1970
         self.training = self.validation = 0.0
         self.steps = self.validations = 0
         self._since = 0.0

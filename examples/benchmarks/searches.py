@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,7 +80,9 @@ class Race:
 class LightningSteps(L.Callback):
     """Drives the clock: a training step from its start to its end, a validation loop from its start to its end."""
 
-    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step == 0:
+            CLOCK.first_steps.append(time.time())
         CLOCK.start()
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -324,7 +327,10 @@ def describe_trials(study: optuna.Study, names: dict[str, str]) -> list[dict[str
 def summary_of(study: optuna.Study, wall: float, trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What is reported of one search."""
     inside = CLOCK.training + CLOCK.validation
+    begun = [trial.datetime_start.timestamp() for trial in study.trials if trial.datetime_start]
     return {
+        # only where the study keeps one process's trials in their order, and the clock sees a trial's first step
+        "first_step_ms": [(first - start) * 1e3 for start, first in zip(begun, CLOCK.first_steps, strict=False)],
         "wall_seconds": wall,
         "training_seconds": CLOCK.training,
         "validation_seconds": CLOCK.validation,

@@ -36,13 +36,13 @@ class Setup:
         model: not yet built: it loads its encoder when it is first trained.
         datamodule: set up for `fit`.
         make_trainer: called with `callbacks` and any of the trainer's arguments.
-        config: all settings, as plain data that `fit` takes.
+        config: returns all settings, as plain data that `fit` takes.
     """
 
     model: BGEClassifier
     datamodule: TextDataModule
     make_trainer: Callable[..., Trainer]
-    config: dict[str, Any]
+    config: Callable[[], dict[str, Any]]
 
 
 Build = Callable[[dict[str, Any]], Setup]

@@ -160,7 +160,7 @@ def _blank(value: Any) -> Any:
 
 
 def _best_yaml(setup: Setup, best: FrozenTrial, run_dir: Path) -> str:
-    config = {**setup.config, "run_dir": str(run_dir / "fit")}
+    config = {**setup.config(), "run_dir": str(run_dir / "fit")}
     head = (
         f"# The best settings of the study {run_dir.name}: trial {best.number}. Use: lightning-bge fit -c THIS_FILE\n"
     )

@@ -29,7 +29,8 @@ class WarmEncoder:
         self._key: tuple[Any, ...] = ()
         self._seed = 0
         self._dropout: float | None = None
-        self._weights: list[Tensor] = []  # the first ones, as `_state` lists them
+        self._parameters: list[Tensor] = []  # buffers are not listed: these encoders' are constants
+        self._weights: list[Tensor] = []  # the parameters' first values
         self._rates: list[tuple[CheapDropout, float]] | None = None  # the checkpoint's, where they can be set in place
 
     def load(
@@ -45,11 +46,12 @@ class WarmEncoder:
             self._rates = _rates(self._net)
             if self._rates is None and dropout is not None:
                 self._net = self._read(name_or_path, num_outputs, dropout=dropout, seed=seed, **options)
-            self._weights = [tensor.clone() for tensor in _state(self._net)]
+            self._parameters = list(self._net.parameters())
+            self._weights = [parameter.detach().clone() for parameter in self._parameters]
         elif seed != self._seed:
             self._seed = seed
             fresh = self._read(name_or_path, num_outputs, dropout=dropout, seed=seed, **options)
-            self._weights = _state(fresh)
+            self._weights = [parameter.detach() for parameter in fresh.parameters()]
         self._reset(self._net, dropout)
         return self._net
 
@@ -58,19 +60,16 @@ class WarmEncoder:
         return load_classifier(*args, **options)
 
     def _reset(self, net: TextClassifier, dropout: float | None) -> None:
-        state = _state(net)
-        if state[0].device != self._weights[0].device:
-            self._weights = [tensor.to(state[0].device) for tensor in self._weights]
+        device = self._parameters[0].device
+        if self._weights[0].device != device:
+            self._weights = [weight.to(device) for weight in self._weights]
         with torch.no_grad():
-            torch._foreach_copy_(state, self._weights)
-        net.zero_grad(set_to_none=True)
-        net.requires_grad_(True).train()
+            torch._foreach_copy_(self._parameters, self._weights)
+        for parameter in self._parameters:
+            parameter.grad, parameter.requires_grad = None, True
+        net.train()
         for module, rate in self._rates or ():
             module.p = rate if dropout is None else dropout
-
-
-def _state(net: TextClassifier) -> list[Tensor]:
-    return list(net.state_dict().values())
 
 
 def _rates(net: TextClassifier) -> list[tuple[CheapDropout, float]] | None:

@@ -46,7 +46,7 @@ def make(folder: Path, **changes: Any) -> Objective:
             str(folder / "model"), optimizer=OptimizerConfig(lr=params["lr"]), dropout=params["dropout"]
         )
         settings = {"max_epochs": 2, "precision": "32-true", "accelerator": "cpu"}
-        return Setup(model, data, lambda **more: quiet_trainer(settings, **more), {})
+        return Setup(model, data, lambda **more: quiet_trainer(settings, **more), dict)
 
     monitor = MonitorConfig(metric="loss")
     return Objective(build, parse_space(SPACE), monitor, 2, 2, folder / "oof", **changes)
