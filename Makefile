@@ -68,9 +68,10 @@ format: $(VENV)/.test  ## let ruff mend what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.test  ## training speed against transformers' Trainer, in turns
+bench: $(VENV)/.test  ## training and search speed against the peers, in turns: hours, with nothing else on the machine
 	$(PIP) -r examples/benchmarks/requirements.txt -c constraints.txt
-	$(BIN)/python examples/benchmarks/train_speed.py
+	$(BIN)/python examples/benchmarks/train_speed.py --peers all
+	$(BIN)/python examples/benchmarks/hpo_race.py
 
 clean:  ## remove the environment and the runs
 	rm -rf $(VENV) runs
