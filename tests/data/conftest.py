@@ -3,29 +3,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
+from small_texts import build_tokenizer, random_texts
 from transformers import BertTokenizer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-WORDS = [f"w{i}" for i in range(40)]
-
-
-def build_tokenizer(**options: Any) -> BertTokenizer:
-    """A WordPiece tokenizer of 40 words, made on the spot."""
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "##x"]
-    return BertTokenizer(vocab={name: number for number, name in enumerate(names)}, **options)
-
-
-def random_texts(n: int, seed: int = 0, longest: int = 12, columns: int = 2) -> list[tuple[str, ...]]:
-    random = np.random.default_rng(seed)
-    return [
-        tuple(" ".join(random.choice(WORDS, size=random.integers(1, longest + 1))) for _ in range(columns))
-        for _ in range(n)
-    ]
 
 
 @pytest.fixture(scope="session")

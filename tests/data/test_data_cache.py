@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import WORDS, build_tokenizer, random_texts
 from sentence_transformers import CrossEncoder
+from small_texts import WORDS, build_tokenizer, random_texts
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from lightning_bge.data import cache as cache_module

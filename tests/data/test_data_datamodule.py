@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import build_tokenizer
 from jsonargparse import ArgumentParser
+from small_texts import build_tokenizer
 
 from lightning_bge.data import BatchingConfig, SplitConfig, TableConfig, TextDataModule, source
 from lightning_bge.errors import ConfigError, DataError

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_texts
 from jsonargparse import ArgumentError, ArgumentParser
+from small_texts import random_texts
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
