@@ -1,0 +1,294 @@
+"""Memory: what an out-of-memory error is, what the limits are, what is held, and how it is given back."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lightning_bge.errors import UserError
+
+if sys.platform != "win32":
+    import resource
+
+# Texts of `RuntimeError`s that mean a failed allocation. torch gives them no class of their own.
+TEXTS = (
+    "out of memory",  # "CUDA error: out of memory", "CUDA out of memory", "HIP out of memory", "MPS backend ..."
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "can't allocate memory",  # DefaultCPUAllocator on Linux and macOS
+    "not enough memory: you tried to allocate",  # DefaultCPUAllocator on Windows
+    "std::bad_alloc",
+)
+WORKER = re.compile(r"DataLoader worker \(pid.*?\) is killed by signal: Killed")
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+) (bytes|[KMGT]iB)", re.IGNORECASE)
+FREE = re.compile(r"of which ([\d.]+) (bytes|[KMGT]iB) is free", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """What is known of a failed allocation.
+
+    Attributes:
+        where: what was being done: forward, backward, optimizer, validation, data...
+        kind: `device` (the model's memory, which smaller micro-batches mend), or `worker` (a killed data loader worker:
+            the host's memory, which they do not).
+        asked: bytes that were asked for; None where the error does not say.
+        free: bytes that were free; None where unknown.
+        text: the error's first line.
+    """
+
+    where: str
+    kind: Literal["device", "worker"]
+    asked: int | None
+    free: int | None
+    text: str
+
+    def __str__(self) -> str:
+        asked = "an unknown amount" if self.asked is None else size(self.asked)
+        free = "" if self.free is None else f", {size(self.free)} were free"
+        return f"out of memory in {self.where}: {asked} asked{free}"
+
+
+class OutOfMemoryError(UserError):
+    """Nothing that would save memory is left to try.
+
+    Attributes:
+        record: what is known of the last failure.
+    """
+
+    def __init__(self, text: str, record: OutOfMemory) -> None:
+        super().__init__(text)
+        self.record = record
+
+
+def find_oom(error: BaseException, where: str = "training") -> OutOfMemory | None:
+    """What is known of the failed allocation behind an error; None where there is none, so that it must be raised.
+
+    Looked at are the error, what it was raised from or while handling, and the `inner_exception` of a compiler's error.
+    Out of memory are `torch.OutOfMemoryError`, `MemoryError`, an `OSError` ENOMEM, and a `RuntimeError` (such as
+    `torch.AcceleratorError`) whose text says so. Triton's `OutOfResources` is about registers and shared memory: not.
+
+    Args:
+        error: any exception.
+        where: what was being done.
+    """
+    for link in _chain(error):
+        if isinstance(link, OutOfMemoryError):
+            return link.record
+        kind = _kind(link)
+        if kind is not None:
+            text = str(link)
+            asked, free = _amount(ASKED, text), _amount(FREE, text)
+            first = next(iter(text.strip().splitlines()), type(link).__name__)
+            return OutOfMemory(where, kind, asked, free_bytes() if free is None else free, first[:500])
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    waiting, seen = [error], set()
+    while waiting:
+        link = waiting.pop(0)
+        if id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        context = None if link.__suppress_context__ else link.__context__
+        following = (link.__cause__, context, getattr(link, "inner_exception", None))
+        waiting += [other for other in following if isinstance(other, BaseException)]
+
+
+def _kind(error: BaseException) -> Literal["device", "worker"] | None:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "device"
+    if isinstance(error, OSError):
+        return "device" if error.errno == errno.ENOMEM else None
+    if not isinstance(error, RuntimeError) or type(error).__name__ == "OutOfResources":
+        return None
+    text = str(error)
+    if WORKER.search(text):
+        return "worker"
+    return "device" if any(known in text.lower() for known in TEXTS) else None
+
+
+def _amount(pattern: re.Pattern[str], text: str) -> int | None:
+    found = pattern.search(text)
+    return None if found is None else int(float(found.group(1)) * UNITS[found.group(2).lower()])
+
+
+def size(count: float) -> str:
+    """Bytes as people write them: 1.5 GiB."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+# ---------------------------------------------------------------------- what is held, and giving it back
+
+
+def release() -> None:
+    """Give back what nothing holds any more: garbage first, then the allocators' stores on device and host."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    """glibc's; None with another C library."""
+    try:
+        return ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):
+        return None
+
+
+def live_bytes() -> int:
+    """Bytes of all live tensors: of the CUDA allocators' books, and on the host those that Python can reach.
+
+    Storages are counted once. On the host this walks all of Python's objects, which takes a tenth of a second or more.
+    """
+    device = 0
+    if torch.cuda.is_initialized():
+        device = sum(torch.cuda.memory_allocated(number) for number in range(torch.cuda.device_count()))
+    storages = {}
+    for thing in gc.get_objects():
+        # no subclasses: what torch.compile makes up while tracing has no memory
+        if type(thing) in PLAIN and thing.layout == torch.strided and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return device + sum(storages.values())
+
+
+# ---------------------------------------------------------------------- limits
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit on memory, and what is used of it.
+
+    Attributes:
+        name: who set it.
+        total: bytes.
+        used: bytes, now.
+        stated: whether somebody set it, for this process; the machine's own memory is nobody's decision.
+        raises: whether an allocation beyond it fails with an error. Else the process is killed, or others suffer.
+    """
+
+    name: str
+    total: int
+    used: int
+    stated: bool = True
+    raises: bool = False
+
+    @property
+    def free(self) -> int:
+        """Bytes, at least 0."""
+        return max(self.total - self.used, 0)
+
+
+def limits(device: torch.device | None = None, given: int | None = None) -> list[Limit]:
+    """All limits that this process is known to have on a device, the tightest first.
+
+    Args:
+        device: None: the current CUDA device if CUDA is in use, else the CPU.
+        given: bytes that the user grants this process on the device.
+    """
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+    if device.type == "cuda":
+        found = _cuda_limits(device, given)
+    elif device.type == "cpu":
+        found = _host_limits(given)
+    else:
+        found = []
+    return sorted(found, key=lambda limit: limit.free)
+
+
+def free_bytes(device: torch.device | None = None) -> int | None:
+    """Bytes that are free under the tightest limit; None where none is known."""
+    return next((limit.free for limit in limits(device)), None)
+
+
+def _cuda_limits(device: torch.device, given: int | None) -> list[Limit]:
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    found = [Limit("the GPU's memory", total, total - free - reserved + allocated, stated=False, raises=True)]
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
+    if share < 1:
+        found.append(Limit("torch.cuda.set_per_process_memory_fraction", int(share * total), allocated, raises=True))
+    if given is not None:
+        found.append(Limit("memory.limit_gb", given, allocated))
+    return found
+
+
+def _host_limits(given: int | None) -> list[Limit]:
+    used = process_bytes()
+    found = [*_cgroup_limits()]
+    if sys.platform == "linux":
+        for name, what in (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")):
+            soft = resource.getrlimit(getattr(resource, name))[0]
+            if soft != resource.RLIM_INFINITY:
+                found.append(Limit(name, soft, used[what], raises=True))
+        info = _read_kib("/proc/meminfo")
+        found.append(
+            Limit("the machine's memory", info["MemTotal"], info["MemTotal"] - info["MemAvailable"], stated=False)
+        )
+    if given is not None and "VmRSS" in used:
+        found.append(Limit("memory.limit_gb", given, used["VmRSS"]))
+    return found
+
+
+def process_bytes() -> dict[str, int]:
+    """Bytes of this process by Linux's names: VmSize, VmData, VmRSS (resident), VmHWM (its peak); elsewhere empty."""
+    return _read_kib("/proc/self/status") if sys.platform == "linux" else {}
+
+
+def _read_kib(path: str) -> dict[str, int]:
+    lines = (line.split() for line in Path(path).read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3 and words[2] == "kB"}
+
+
+def _cgroup_limits(root: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")) -> Iterator[Limit]:
+    """The limits of this process's control group and those above it, of version 2 and 1."""
+    if not mine.is_file():
+        return
+    for line in mine.read_text().splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            base, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # inside a container the path may be the host's, and its own group is mounted as the root
+        inside = base / path.strip("/")
+        for folder in dict.fromkeys((inside, *inside.parents, base)):
+            if folder.is_relative_to(base) and (limit := _cgroup_limit(folder, *names)) is not None:
+                yield limit
+
+
+def _cgroup_limit(folder: Path, most: str, current: str, reclaimable: str) -> Limit | None:
+    if not (folder / most).is_file() or not (folder / current).is_file():
+        return None
+    text = (folder / most).read_text().strip()
+    if text == "max" or int(text) >= 2**60:  # version 1 writes a huge number for no limit
+        return None
+    used = int((folder / current).read_text())
+    stat = folder / "memory.stat"
+    cached = dict(line.split() for line in stat.read_text().splitlines()) if stat.is_file() else {}
+    return Limit(f"the control group's {most}", int(text), used - int(cached.get(reclaimable, 0)))
