@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -18,7 +19,14 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 
@@ -260,6 +268,34 @@ def test_loss_curves_tell_right_from_wrong(model: str, data: str) -> None:
     assert ours == found["lightning-bge fp32"]
     wrong = loss_curve.plain_losses(replace(job, lr=1e-2), batches)
     assert max(abs(a - b) for a, b in zip(ours, wrong, strict=True)) > 1e-4
+
+
+def test_gradients_of_the_weighted_loss_do_not_depend_on_the_micro_batches(
+    model: str, data: str, tmp_path: Path
+) -> None:
+    from common import build_trainer, encode, weighted_loss
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            found.append(torch.cat([weights.grad.flatten() for weights in kwargs["model"].parameters()]))
+
+    still = str(tmp_path / "still")
+    BertTokenizer.from_pretrained(model).save_pretrained(still)
+    BertModel.from_pretrained(model, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(still)
+    job = job_of(still, data, rows=60, positive_weight=3.0, lr=0.0)  # steps of 32 and 28 rows, from the same weights
+    by_size = []
+    for size in (32, 8):  # the last micro-batch of 8 has 4 rows
+        found: list[torch.Tensor] = []
+        cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 32 // size, "max_grad_norm": 0.0}
+        rows = encode(job, job.read(job.train_file, job.rows))
+        build_trainer(job, rows, str(tmp_path / "out"), [Gradients()], **cut).train()
+        by_size.append(torch.stack(found))
+    assert len(by_size[0]) == 2
+    assert by_size[0].abs().amax(1).min() > 1e-3
+    torch.testing.assert_close(*by_size, rtol=0, atol=1e-6)
+    logits, labels = torch.tensor([[0.5], [-1.0], [2.0]]), torch.tensor([1, 0, 0])
+    plain = torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0))(logits[:, 0], labels.float())
+    assert weighted_loss(3.0)(SimpleNamespace(logits=logits), labels) == pytest.approx(plain)
 
 
 def test_flops_agree_with_torch_counter(tmp_path: Path) -> None:

@@ -196,6 +196,22 @@ def encode(job: Job, table: Table) -> list[dict[str, Any]]:
     ]
 
 
+def training_arguments(job: Job, folder: str, **options: Any) -> dict[str, Any]:
+    """Arguments of every Trainer, sentence-transformers' too: those of the job, nothing saved or shown, `options`."""
+    return {
+        "output_dir": folder,
+        "num_train_epochs": job.epochs,
+        "per_device_train_batch_size": job.batch,
+        "learning_rate": job.lr,
+        "seed": job.seed,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": job.device == "cpu",
+        **options,
+    }
+
+
 def build_trainer(
     job: Job, rows: list[dict[str, Any]], folder: str, callbacks: Sequence[TrainerCallback] = (), **options: Any
 ) -> TransformersTrainer:
@@ -211,21 +227,10 @@ def build_trainer(
     set_seed(job.seed)
     width = len(job.labels) if job.positive_weight is None else 1
     model = AutoModelForSequenceClassification.from_pretrained(job.model, num_labels=width)
-    arguments = TrainingArguments(
-        output_dir=folder,
-        num_train_epochs=job.epochs,
-        learning_rate=job.lr,
-        seed=job.seed,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=job.device == "cpu",
-        **{"per_device_train_batch_size": job.batch, **options},
-    )
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     return TransformersTrainer(
         model=model,
-        args=arguments,
+        args=TrainingArguments(**training_arguments(job, folder, **options)),
         train_dataset=rows,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
@@ -235,12 +240,16 @@ def build_trainer(
 
 
 def weighted_loss(positive_weight: float) -> Callable[..., torch.Tensor]:
-    """Binary cross-entropy of one logit, as the Trainer's `compute_loss_func`."""
+    """Binary cross-entropy of one logit, as the Trainer's `compute_loss_func`: the mean over an effective batch.
+
+    The Trainer adds up what this returns for the micro-batches of a step, and does not divide by their number.
+    """
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         logits = outputs.logits.squeeze(-1)
         weight = torch.tensor(positive_weight, device=logits.device)
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), pos_weight=weight)
+        summed = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), pos_weight=weight, reduction="sum")
+        return summed / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     return loss
 

@@ -16,7 +16,7 @@ from common import Job, build_trainer, describe_trainer
 from gpu_parts import MAX_LENGTH, Bench, Case, Clock, labels_of, special_tokens
 from lightning.pytorch import Callback
 from measures import Run, model_shape
-from peers import tuned_options
+from peers import build_cross_encoder, tuned_options
 from transformers import TrainerCallback
 
 from lightning_bge.callbacks.compile import Compile
@@ -151,6 +151,7 @@ def job_of(bench: Bench, case: Case) -> Job:
         device=bench.device,
         positive_weight=1.0,
         batch=case.batch,
+        max_length=MAX_LENGTH,
     )
 
 
@@ -195,29 +196,11 @@ def texts_of(bench: Bench, case: Case) -> dict[str, list[str]]:
 
 def train_cross_encoder(bench: Bench, case: Case, clock: Clock) -> dict[str, Any]:
     """sentence-transformers with its defaults; it reads text, and tokenises it during training."""
-    from datasets import Dataset
-    from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
-    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
-
     torch.set_float32_matmul_precision("highest")
     texts = texts_of(bench, case)
-    model = CrossEncoder(bench.model_folder(case.model), num_labels=1, max_length=MAX_LENGTH, device=bench.device)
-    arguments = CrossEncoderTrainingArguments(
-        output_dir=str(bench.folder / "cross-encoder"),
-        num_train_epochs=1,
-        per_device_train_batch_size=case.batch,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=bench.device == "cpu",
-    )
-    trainer = CrossEncoderTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_dict({**texts, "label": labels_of(len(texts["first"])).tolist()}),
-        loss=BinaryCrossEntropyLoss(model),
-        callbacks=[TrainerClock(clock)],
-    )
+    columns = {**texts, "label": labels_of(len(texts["first"])).tolist()}
+    folder = str(bench.folder / "cross-encoder")
+    trainer = build_cross_encoder(job_of(bench, case), columns, folder, [TrainerClock(clock)])
     count_in(trainer.data_collator, clock, lambda pair: sum(len(pair[name].split()) for name in texts) + 3)
     trainer.train()
     return {"tokenises": "in the loop", "per_device_train_batch_size": case.batch}

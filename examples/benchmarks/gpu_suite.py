@@ -37,7 +37,7 @@ from gpu_contenders import train_tuned as train_tuned_trainer
 from gpu_floor import BACK_ENDS, measure_back_end, measure_floor, measure_overhead
 from gpu_note import FIGURES, note_of
 from gpu_parts import Bench, Case, Limit
-from measures import Run, matmul_peak
+from measures import Run, matmul_peak, ratio_of
 
 from lightning_bge.models.encoder import quiet_transformers
 
@@ -119,10 +119,7 @@ def summarize(runs: dict[str, list[Run]]) -> dict[str, Any]:
     for name in found:
         if name != first and first in found:
             rates = [[run["samples_per_s"] for run in found[side]["runs"]] for side in (first, name)]
-            ratios[f"{first} / {name}"] = {
-                "of_medians": median(rates[0]) / median(rates[1]),
-                "by_round": [a / b for a, b in zip(*rates, strict=False)],
-            }
+            ratios[f"{first} / {name}"] = ratio_of(*rates, strict=False)
     return {"contenders": found, "ratios": ratios}
 
 

@@ -24,12 +24,11 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import searches
 from common import Job, add_shared_arguments, check_shared_arguments, write_record
-from measures import Run, fresh, wait_for_device
+from measures import Run, fresh, medians_of, ratio_of, values_of, wait_for_device
 from note import table, write_note
 from peers import BATCH
 from searches import NAMES, OURS, SEARCHES, SPACE, TRAINER_NAMES, Race, Trial
@@ -138,22 +137,13 @@ FIELDS = (
 
 def summarize(runs: list[Run], names: list[str]) -> dict[str, Any]:
     """Medians, and ratios of wall time between each peer and ours; pruned searches among themselves."""
-
-    def values(name: str, field: str) -> list[float]:
-        return [run[field] for run in runs if run["contender"] == name]
-
-    medians = {name: {field: median(values(name, field)) for field in FIELDS} for name in names}
     ratios = {}
     for peer in names:
         ours = OURS + PRUNED if peer.endswith(PRUNED) else OURS
         if peer == ours or ours not in names:
             continue
-        pairs = zip(values(ours, "wall_seconds"), values(peer, "wall_seconds"), strict=True)
-        ratios[f"{ours} / {peer}"] = {
-            "of_medians": medians[peer]["wall_seconds"] / medians[ours]["wall_seconds"],
-            "by_round": [theirs / mine for mine, theirs in pairs],
-        }
-    return {"medians": medians, "ratios": ratios}
+        ratios[f"{ours} / {peer}"] = ratio_of(*(values_of(runs, name, "wall_seconds") for name in (peer, ours)))
+    return {"medians": medians_of(runs, names, FIELDS), "ratios": ratios}
 
 
 def tables(summary: dict[str, Any]) -> list[str]:

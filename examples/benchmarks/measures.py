@@ -156,6 +156,30 @@ class StepClock:
         self.stop_validation()
 
 
+def values_of(runs: list[Run], name: str, field: str) -> list[float]:
+    """A figure of a contender, round by round."""
+    return [run[field] for run in runs if run["contender"] == name]
+
+
+def medians_of(runs: list[Run], names: list[str], fields: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """The figures of each contender, medians over the rounds."""
+    return {name: {field: median(values_of(runs, name, field)) for field in fields} for name in names}
+
+
+def ratio_of(above: list[float], below: list[float], strict: bool = True) -> dict[str, Any]:
+    """One contender's figure over another's: of the medians, and round by round.
+
+    Args:
+        above: round by round, the numerator.
+        below: the denominator.
+        strict: both must have had as many rounds; else only rounds that both had are compared one by one.
+    """
+    return {
+        "of_medians": median(above) / median(below),
+        "by_round": [a / b for a, b in zip(above, below, strict=strict)],
+    }
+
+
 def model_shape(folder: str) -> dict[str, int]:
     """Parameters outside of the embeddings (head of one output included), layers and hidden size of a model."""
     config = AutoConfig.from_pretrained(folder, num_labels=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,18 @@ from typing import Any
 
 import lightning as L
 import torch
-from common import Job, build_trainer, describe_trainer, encode
+from common import Job, build_trainer, describe_trainer, encode, training_arguments
 from measures import Clock, LightningClock, Run, TransformersClock, timed
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    TrainerCallback,
     get_linear_schedule_with_warmup,
+    set_seed,
 )
+from transformers import Trainer as TransformersTrainer
 
 Rows = list[dict[str, Any]]
 BATCH = 32  # rows of an effective batch in every benchmark on RTE
@@ -60,42 +63,40 @@ def train_tuned(job: Job, folder: str, size: int) -> Run:
     return train_trainer(job, folder, **tuned_options(size, job.batch))
 
 
-def train_cross_encoder(job: Job, folder: str, **options: Any) -> Run:
-    """sentence-transformers as its training overview shows it; it tokenises in the collator, so within the loop."""
-    from datasets import Dataset
-    from sentence_transformers.cross_encoder import (
-        CrossEncoder,
-        CrossEncoderTrainer,
-        CrossEncoderTrainingArguments,
-        losses,
-    )
-    from transformers import set_seed
+def build_cross_encoder(
+    job: Job, columns: dict[str, Any], folder: str, callbacks: Sequence[TrainerCallback], **options: Any
+) -> TransformersTrainer:
+    """sentence-transformers' trainer as its training overview shows it; it tokenises in the collator.
 
+    Args:
+        job: model and settings.
+        columns: two with text, then `label`.
+        folder: the trainer's output folder; nothing is saved.
+        callbacks: see transformers' `Trainer`.
+        **options: for `CrossEncoderTrainingArguments`.
+    """
+    from datasets import Dataset
+    from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
+    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+
+    set_seed(job.seed)
+    model = CrossEncoder(job.model, num_labels=1, max_length=job.max_length, device=job.device)
+    return CrossEncoderTrainer(
+        model=model,
+        args=CrossEncoderTrainingArguments(**training_arguments(job, folder, **options)),
+        train_dataset=Dataset.from_dict(columns),
+        loss=BinaryCrossEntropyLoss(model),
+        callbacks=list(callbacks),
+    )
+
+
+def train_cross_encoder(job: Job, folder: str, **options: Any) -> Run:
     clock = Clock()
     labels = [float(row["labels"]) for row in counted_rows(job, clock)]
     first, second = zip(*job.read(job.train_file, job.rows).texts, strict=True)
-    set_seed(job.seed)
-    model = CrossEncoder(job.model, num_labels=1, max_length=job.max_length, device=job.device)
-    arguments = CrossEncoderTrainingArguments(
-        output_dir=folder,
-        num_train_epochs=job.epochs,
-        per_device_train_batch_size=job.batch,
-        learning_rate=job.lr,
-        seed=job.seed,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=job.device == "cpu",
-        **options,
-    )
-    trainer = CrossEncoderTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_dict({"premise": first, "hypothesis": second, "label": labels}),
-        loss=losses.BinaryCrossEntropyLoss(model),
-        callbacks=[TransformersClock(clock)],
-    )
-    config = {"max_length": model.max_seq_length, "tokenises": "in the loop", "bf16": arguments.bf16}
+    columns = {"premise": first, "hypothesis": second, "label": labels}
+    trainer = build_cross_encoder(job, columns, folder, [TransformersClock(clock)], **options)
+    config = {"max_length": trainer.model.max_seq_length, "tokenises": "in the loop", "bf16": trainer.args.bf16}
     return timed(clock, trainer.train, config, dtype_of(options))
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import optuna
 import torch
 import yaml
-from common import Job, encode
+from common import Job, encode, training_arguments
 from measures import StepClock, peak_memory_mib
 from optuna.trial import TrialState
 from optuna_integration import PyTorchLightningPruningCallback
@@ -174,20 +174,7 @@ def optuna_options(race: Race) -> dict[str, Any]:
 
 def trainer_arguments(race: Race, **options: Any) -> dict[str, Any]:
     """Arguments of a search by a Trainer: validation each epoch, the shared settings, defaults else."""
-    job = race.job
-    return {
-        "output_dir": race.folder,
-        "num_train_epochs": job.epochs,
-        "per_device_train_batch_size": job.batch,
-        "warmup_steps": 0.0,
-        "seed": job.seed,
-        "eval_strategy": "epoch",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": job.device == "cpu",
-        **options,
-    }
+    return training_arguments(race.job, race.folder, warmup_steps=0.0, eval_strategy="epoch", **options)
 
 
 def run_search(race: Race, trainer: TransformersTrainer, metric: str) -> optuna.Study:

@@ -26,7 +26,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -46,10 +45,13 @@ from measures import (
     Run,
     fresh,
     matmul_peak,
+    medians_of,
     model_flops,
     model_shape,
     peak_memory_mib,
+    ratio_of,
     timed,
+    values_of,
 )
 from note import table, write_note
 from peers import BATCH, CROSS_ENCODER, SIZES, TEXTBOOK, TRAINER, run_flagembedding, train_tuned
@@ -143,18 +145,12 @@ FIELDS = (
 def summarize(runs: list[Run], names: list[str]) -> dict[str, Any]:
     """Medians of each contender, and ratios of samples/s between each of ours and each peer."""
 
-    def values(name: str, field: str) -> list[float]:
-        return [run[field] for run in runs if run["contender"] == name]
-
     def ratio(ours: str, peer: str) -> dict[str, Any]:
-        pairs = zip(values(ours, "samples_per_s"), values(peer, "samples_per_s"), strict=True)
-        return {
-            "of_medians": medians[ours]["samples_per_s"] / medians[peer]["samples_per_s"],
-            "by_round": [a / b for a, b in pairs],
-            "of_median_calls": medians[peer]["call_seconds"] / medians[ours]["call_seconds"],
-        }
+        rates = (values_of(runs, name, "samples_per_s") for name in (ours, peer))
+        calls = medians[peer]["call_seconds"] / medians[ours]["call_seconds"]
+        return {**ratio_of(*rates), "of_median_calls": calls}
 
-    medians = {name: {field: median(values(name, field)) for field in FIELDS} for name in names}
+    medians = medians_of(runs, names, FIELDS)
     tuned = [name for name in names if name in TUNED]
     best = max(tuned, key=lambda name: medians[name]["samples_per_s"], default=None)
     ours = [name for name in names if name in OURS]
