@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 import warnings
 from argparse import ArgumentParser
@@ -18,24 +19,30 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_bge.callbacks import CompileConfig
+from lightning_bge.callbacks import BudgetFinder, CompileConfig, MemoryConfig
 from lightning_bge.data import TableConfig, TextDataModule, read_table, write_sample
+from lightning_bge.ddp import AnotherRankFailed, end_ranks
 from lightning_bge.errors import ConfigError, StudyError, UserError
 from lightning_bge.hpo import (
     INTERRUPTED,
+    MemoryKeptError,
     Objective,
     Setup,
     StudyConfig,
     describe_pruner,
     describe_study,
+    differences,
     finish_study,
     open_study,
     parse_space,
     quiet_optuna,
     run_study,
 )
+from lightning_bge.memory import find_oom
 from lightning_bge.models import BGEClassifier, best_threshold
+from lightning_bge.models.ladder import REMEDIES
 from lightning_bge.models.metrics import MonitorConfig, check_metric, metric_direction, scores
 from lightning_bge.models.output import write_predictions
 from lightning_bge.models.tiny import build_tiny_bert
@@ -81,6 +88,8 @@ class BGECLI(LightningCLI):
         parser.add_argument("--monitor", type=MonitorConfig, default=MonitorConfig(), help="What a run is judged by.")
         text = "When the encoder's layers are compiled."
         parser.add_argument("--compile", type=CompileConfig, default=CompileConfig(), help=text)
+        text = "How the token budget of a micro-batch is found, where data.batching.tokens is auto."
+        parser.add_argument("--memory", type=MemoryConfig, default=MemoryConfig(), help=text)
         for source, target in LINKS:
             parser.link_arguments(source, target)
 
@@ -113,12 +122,13 @@ class BGECLI(LightningCLI):
             return self.trainer_class(**{**config, "logger": False, "enable_checkpointing": False})
         run_dir, monitor = Path(self._get(self.config_init, "run_dir")), self._get(self.config_init, "monitor")
         compiling = self._get(self.config_init, "compile")
+        memory = BudgetFinder(self._get(self.config_init, "memory"), self._get(self.config_init, "data").cache_dir)
         config["default_root_dir"] = str(run_dir)
         if config["enable_model_summary"] is None:  # it counts no packed FLOPs, and no bf16
             config["enable_model_summary"] = False
         if config["logger"] is None:
             config["logger"] = CSVLogger(run_dir, name="", version="logs")
-        config["callbacks"] = [*(config["callbacks"] or []), *fit_callbacks(run_dir, monitor, compiling)]
+        config["callbacks"] = [*(config["callbacks"] or []), *fit_callbacks(run_dir, monitor, compiling, memory)]
         return self.trainer_class(**config)
 
     def build(self, overrides: dict[str, Any]) -> Setup:
@@ -127,7 +137,8 @@ class BGECLI(LightningCLI):
         config = with_overrides(self.config[self.subcommand], overrides)
         init = parser.instantiate(config)
         init.data.setup("fit")
-        trainer = partial(quiet_trainer, dict(init.trainer))
+        memory = BudgetFinder(init.memory, config.data.cache_dir)
+        trainer = partial(quiet_trainer, dict(init.trainer), memory)
         return Setup(init.model, init.data, trainer, partial(_plain_settings, parser, config))
 
     def check(self, overrides: dict[str, Any]) -> None:
@@ -141,8 +152,21 @@ class BGECLI(LightningCLI):
 
     # ------------------------------------------------------------------ sub-commands
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; where it fails on several ranks, one of them says why."""
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            end_ranks(self.trainer, 1 if _explain(error) is None else 2)
+            raise
+
     def hpo(self, model: BGEClassifier, datamodule: TextDataModule, hpo: StudyConfig) -> None:
         """Run the study of the run folder, or what is missing of it."""
+        if self.trainer.world_size > 1:
+            raise ConfigError(
+                "trainer.devices: a search trains on one device: set it to 1. To use more, start this command once for "
+                "each, with one CUDA_VISIBLE_DEVICES each and the same --run_dir: they share the study"
+            )
         config = self.config[self.subcommand]
         space = parse_space(hpo.space)
         monitor: MonitorConfig = self._get(self.config_init, "monitor")
@@ -173,32 +197,39 @@ class BGECLI(LightningCLI):
     def fit(self, model: BGEClassifier, datamodule: TextDataModule) -> None:
         """Train once; a run that was cut off goes on from its last checkpoint."""
         run_dir = create_run_dir(self._get(self.config_init, "run_dir"))
-        datamodule.setup("fit")
-        self._check_run(run_dir, datamodule)
+        first = self.trainer.is_global_zero  # it alone reads its settings, writes and prints
+        if first:
+            datamodule.setup("fit")
+            self._check_run(run_dir, datamodule)
         summary = read_json(run_dir / "summary.json")
         if summary is None:
             checkpoint = newest_checkpoint(run_dir)
-            if checkpoint is not None:
-                print(f"going on from {checkpoint}")
-            self._record(run_dir, datamodule)
+            if first:
+                if checkpoint is not None:
+                    print(f"going on from {checkpoint}", flush=True)
+                self._record(run_dir, datamodule)
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
             summary = self._finish_fit(run_dir, model, datamodule)
-        else:
+        elif first:
             print(f"{run_dir} is finished; name another --run_dir to train again")
-        print(yaml.safe_dump(summary, sort_keys=False).rstrip())
+        if first:
+            print(yaml.safe_dump(summary, sort_keys=False).rstrip())
 
     def predict(self, model: BGEClassifier, datamodule: TextDataModule, output: str) -> None:
         """Write a score and a label for each row of `data.predict_file`."""
         if datamodule.predict_file is None:
             raise ConfigError("predict needs a file: set data.predict_file")
         self.trainer.predict(model, datamodule=datamodule)
+        if not self.trainer.is_global_zero:
+            return
         assert model.predictions is not None
         assert model.schema is not None
         write_predictions(Path(output), model.schema, replace(model.predictions, labels=None))
         print(f"{len(model.predictions.rows)} rows: {output}")
 
     def _finish_fit(self, run_dir: Path, model: BGEClassifier, datamodule: TextDataModule) -> dict[str, Any]:
-        """Take the epoch that counts, choose the threshold, export, score the test file once."""
+        """Take the epoch that counts, choose the threshold, export, score the test file once; rank 0 alone writes."""
+        first = self.trainer.is_global_zero
         monitor: MonitorConfig = self._get(self.config_init, "monitor")
         best = self.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
         epoch = self.trainer.current_epoch
@@ -217,13 +248,16 @@ class BGECLI(LightningCLI):
             model.schema = replace(model.schema, threshold=threshold)
             summary["threshold"] = threshold
             summary["threshold_note"] = "chosen on the validation rows; the validation figures are at 0.5"
-        write_predictions(run_dir / "validation.csv", model.schema, model.predictions)
-        summary["model_dir"] = str(model.export(run_dir / "model", datamodule.new_tokenizer()))
+        if first:
+            write_predictions(run_dir / "validation.csv", model.schema, model.predictions)
+            summary["model_dir"] = str(model.export(run_dir / "model", datamodule.new_tokenizer()))
         if datamodule.test_file is not None:
             [found] = self.trainer.test(model, datamodule=datamodule, verbose=False)
-            write_predictions(run_dir / "test.csv", model.schema, model.predictions)
             summary["test"] = _strip(found)
-        write_json(run_dir / "summary.json", summary)
+        if first:
+            if datamodule.test_file is not None:
+                write_predictions(run_dir / "test.csv", model.schema, model.predictions)
+            write_json(run_dir / "summary.json", summary)
         return summary
 
     # ------------------------------------------------------------------ run folders
@@ -248,12 +282,7 @@ class BGECLI(LightningCLI):
         calls = (read_json(run_dir / "run.json") or {}).get("calls", [])
         if calls:
             old["data"], new["data"] = calls[-1]["data_hash"], datamodule.data_hash
-        different = [
-            f"{name}: {old.get(name)} there, {new.get(name)} asked"
-            for name in sorted({*old, *new})
-            if old.get(name) != new.get(name)
-        ]
-        if different:
+        if different := differences(old, new):
             raise StudyError(
                 f"{run_dir} holds another run. What differs:\n  "
                 + "\n  ".join(different)
@@ -304,17 +333,36 @@ def main(args: list[str] | None = None) -> None:
             make_sample(given[1:])
         else:
             BGECLI(args=args, parser_kwargs={"prog": "lightning-bge", "description": DESCRIPTION})
-    except UserError as error:
-        _leave(str(error), 2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except MemoryKeptError as error:
+        if args is not None:
+            _leave(str(error), 2)
+        print(f"lightning-bge: {error}. Doing so", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    except AnotherRankFailed as other:
+        raise SystemExit(other.status) from None
+    except Exception as error:
+        explanation = _explain(error)
+        if explanation is None:
             raise
-        _leave(f"no room on the disk ({error}). What is finished is kept: free some room and run this again", 2)
+        _leave(explanation, 2)
     except (KeyboardInterrupt, SystemExit) as stop:
         # 1 is what Lightning's `fit` makes of Ctrl-C
         if isinstance(stop, SystemExit) and stop.code not in (1, INTERRUPTED):
             raise
+        if rank_zero_only.rank:  # type: ignore[attr-defined]
+            raise SystemExit(INTERRUPTED) from None
         _leave("interrupted. What is finished is kept: the same command goes on from there", INTERRUPTED)
+
+
+def _explain(error: Exception) -> str | None:
+    """What a user can do about an error; None where it is a defect, whose traceback matters."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no room on the disk ({error}). What is finished is kept: free some room and run this again"
+    failed = find_oom(error)
+    return None if failed is None else f"{failed}. What is finished is kept. To mend it, {REMEDIES}"
 
 
 def _leave(text: str, status: int) -> None:
@@ -324,8 +372,9 @@ def _leave(text: str, status: int) -> None:
 
 def _quieten() -> None:
     """Our own messages on stderr, and of the libraries' only those that a user of this program can act on."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-    log.setLevel(logging.INFO)
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]
+    logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: " * (rank > 0) + "%(message)s", force=True)
+    log.setLevel(logging.WARNING if rank else logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     quiet_optuna()

@@ -29,8 +29,11 @@ TEXTS = (
     "not enough memory: you tried to allocate",  # DefaultCPUAllocator on Windows
     "std::bad_alloc",
 )
+# oneDNN keeps its reason to itself: these count where little memory is left under a limit that makes allocations fail.
+ONEDNN = ("could not create a primitive", "could not execute a primitive", "could not create a memory object")
+LITTLE = 2**30
 WORKER = re.compile(r"DataLoader worker \(pid.*?\) is killed by signal: Killed")
-PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+) (bytes|[KMGT]iB)", re.IGNORECASE)
 FREE = re.compile(r"of which ([\d.]+) (bytes|[KMGT]iB) is free", re.IGNORECASE)
@@ -65,12 +68,12 @@ class OutOfMemoryError(UserError):
     """Nothing that would save memory is left to try.
 
     Attributes:
-        record: what is known of the last failure.
+        oom: what is known of the last failure.
     """
 
-    def __init__(self, text: str, record: OutOfMemory) -> None:
+    def __init__(self, text: str, oom: OutOfMemory) -> None:
         super().__init__(text)
-        self.record = record
+        self.oom = oom
 
 
 def find_oom(error: BaseException, where: str = "training") -> OutOfMemory | None:
@@ -78,15 +81,16 @@ def find_oom(error: BaseException, where: str = "training") -> OutOfMemory | Non
 
     Looked at are the error, what it was raised from or while handling, and the `inner_exception` of a compiler's error.
     Out of memory are `torch.OutOfMemoryError`, `MemoryError`, an `OSError` ENOMEM, and a `RuntimeError` (such as
-    `torch.AcceleratorError`) whose text says so. Triton's `OutOfResources` is about registers and shared memory: not.
+    `torch.AcceleratorError`) whose text says so; oneDNN's texts, which never say why, where under 1 GiB is left below
+    a limit such as RLIMIT_AS. Triton's `OutOfResources` is about registers and shared memory: not.
 
     Args:
-        error: any exception.
+        error: any exception. What was found before and put into its attribute `oom` is believed.
         where: what was being done.
     """
     for link in _chain(error):
-        if isinstance(link, OutOfMemoryError):
-            return link.record
+        if isinstance(record := getattr(link, "oom", None), OutOfMemory):
+            return record
         kind = _kind(link)
         if kind is not None:
             text = str(link)
@@ -119,6 +123,8 @@ def _kind(error: BaseException) -> Literal["device", "worker"] | None:
     text = str(error)
     if WORKER.search(text):
         return "worker"
+    if text.strip() in ONEDNN:
+        return "device" if any(limit.raises and limit.free < LITTLE for limit in limits()) else None
     return "device" if any(known in text.lower() for known in TEXTS) else None
 
 
@@ -139,12 +145,17 @@ def size(count: float) -> str:
 # ---------------------------------------------------------------------- what is held, and giving it back
 
 
-def release() -> None:
-    """Give back what nothing holds any more: garbage first, then the allocators' stores on device and host."""
+def release(host: bool = True) -> None:
+    """Give back what nothing holds any more: garbage first, then the allocators' stores.
+
+    Args:
+        host: the C library's store too, from which the next allocations would be served faster.
+    """
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
+        torch._C._cuda_clearCublasWorkspaces()  # 8 to 32 MiB for each handle, made again when needed
         torch.cuda.empty_cache()
-    if (trim := _malloc_trim()) is not None:
+    if host and (trim := _malloc_trim()) is not None:
         trim(0)
 
 

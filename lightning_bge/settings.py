@@ -21,7 +21,7 @@ LINKS = (
 )
 # Settings that may change between two calls of a run: they do not change what a trial or an epoch is.
 FREE = (
-    *("run_dir", "hpo", "config", "compile", "trainer.logger"),
+    *("run_dir", "hpo", "config", "compile", "memory", "trainer.logger"),
     *("data.test_file", "data.predict_file", "data.cache_dir"),
     *("data.batching.num_workers", "data.batching.pin_memory", "data.batching.persistent_workers"),
 )

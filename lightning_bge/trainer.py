@@ -9,8 +9,18 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
 
-from lightning_bge.callbacks import Compile, CompileConfig, Throughput, TorchBackends, choose_precision
+from lightning_bge.callbacks import (
+    BudgetFinder,
+    Compile,
+    CompileConfig,
+    OomRecorder,
+    Throughput,
+    TorchBackends,
+    choose_precision,
+)
+from lightning_bge.ddp import choose_strategy
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo import early_stopping
 from lightning_bge.models.metrics import MonitorConfig, metric_direction
@@ -27,12 +37,13 @@ Precision = Literal["auto", "bf16-mixed", "32-true"]
 
 
 class BGETrainer(Trainer):
-    """Lightning's Trainer, on one device and in the precision that pays on this machine.
+    """Lightning's Trainer, on one device unless told otherwise, and in the precision that pays on this machine.
 
     Args:
         precision: auto takes bf16-mixed (fp32 weights, bf16 matrix products) where the hardware multiplies bf16
             matrices, else 32-true, and says which and why.
-        devices: number of devices, or their indices.
+        devices: number of devices, or their indices; each of several has a process and a share of each batch.
+        strategy: auto or ddp; both are `UnwrappedDDP` on several devices.
         num_sanity_val_steps: validation batches before the first epoch; 0, as they cost time in every fold.
     """
 
@@ -41,6 +52,7 @@ class BGETrainer(Trainer):
         *args: Any,
         precision: Precision = "auto",
         devices: int | list[int] | str = 1,
+        strategy: str | Strategy = "auto",
         num_sanity_val_steps: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -59,6 +71,7 @@ class BGETrainer(Trainer):
             callbacks=callbacks,
             precision=precision,  # type: ignore[arg-type]
             devices=devices,
+            strategy=choose_strategy(strategy, devices, kwargs.get("num_nodes", 1), kwargs.get("accelerator", "auto")),
             num_sanity_val_steps=num_sanity_val_steps,
             **kwargs,
         )
@@ -86,8 +99,10 @@ class BGETrainer(Trainer):
         return super().predict(model, dataloaders, datamodule, return_predictions=False)
 
 
-def fit_callbacks(run_dir: Path, monitor: MonitorConfig, compile_config: CompileConfig) -> list[Callback]:
-    """Early stopping, tokens per second, compiling where it pays, and checkpoints.
+def fit_callbacks(
+    run_dir: Path, monitor: MonitorConfig, compile_config: CompileConfig, memory: BudgetFinder
+) -> list[Callback]:
+    """The largest micro-batch, early stopping, tokens per second, compiling where it pays, and checkpoints.
 
     Kept are the best epoch, the last one, and one every ten minutes.
     """
@@ -95,7 +110,7 @@ def fit_callbacks(run_dir: Path, monitor: MonitorConfig, compile_config: Compile
     folder = run_dir / "checkpoints"
     best = ModelCheckpoint(folder, "best", monitor=f"val_{monitor.metric}", mode=mode, save_last=True)
     recent = ModelCheckpoint(folder, "recent", train_time_interval=timedelta(minutes=10), enable_version_counter=False)
-    return [*early_stopping(monitor), Throughput(), Compile(compile_config), best, recent]
+    return [memory, OomRecorder(), *early_stopping(monitor), Throughput(), Compile(compile_config), best, recent]
 
 
 def newest_checkpoint(run_dir: Path) -> str | None:
@@ -104,10 +119,10 @@ def newest_checkpoint(run_dir: Path) -> str | None:
     return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 
 
-def quiet_trainer(config: dict[str, Any], **changes: Any) -> Trainer:
+def quiet_trainer(config: dict[str, Any], memory: BudgetFinder | None = None, **changes: Any) -> Trainer:
     """A trainer for one fold: no logger, checkpoints or progress bar, which cost more than a small model's epoch."""
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    callbacks = [*(config.get("callbacks") or []), *changes.pop("callbacks", [])]
+    callbacks = [*(config.get("callbacks") or []), *([] if memory is None else [memory]), *changes.pop("callbacks", [])]
     return BGETrainer(**{**config, **dict.fromkeys(off, False), "callbacks": callbacks, **changes})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -55,6 +56,42 @@ class MicroBatch:
         """A copy in page-locked memory; the DataLoader calls this where `pin_memory` is on."""
         return self._map(lambda tensor: None if tensor is None else tensor.pin_memory())
 
+    def split(self, tokens: int) -> tuple[MicroBatch, ...]:
+        """The same sequences in micro-batches of at most `tokens` tokens, in order; a longer sequence stays alone."""
+        if sum(self.lengths) <= tokens or len(self.lengths) == 1:
+            return (self,)
+        starts, used = [0], 0
+        for number, length in enumerate(self.lengths):
+            if used + length > tokens and number > starts[-1]:
+                starts.append(number)
+                used = 0
+            used += length
+        offsets = [0, *accumulate(self.lengths)]
+        ends = [*starts[1:], len(self.lengths)]
+        return tuple(
+            self._part(start, end, offsets[start], offsets[end]) for start, end in zip(starts, ends, strict=True)
+        )
+
+    def _part(self, start: int, end: int, first: int, last: int) -> MicroBatch:
+        """Sequences `start` to `end`, whose tokens are `first` to `last`."""
+
+        def of_tokens(tensor: Tensor) -> Tensor:
+            return tensor[first:last]
+
+        def of_rows(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[start:end]
+
+        return MicroBatch(
+            of_tokens(self.input_ids),
+            of_tokens(self.positions),
+            self.cu_seqlens[start : end + 1] - first,
+            self.lengths[start:end],
+            self.rows[start:end],
+            None if self.token_type_ids is None else of_tokens(self.token_type_ids),
+            of_rows(self.labels),
+            of_rows(self.groups),
+        )
+
     def _map(self, move) -> MicroBatch:  # type: ignore[no-untyped-def]
         names = ("input_ids", "positions", "cu_seqlens", "token_type_ids", "labels")
         return replace(self, **{name: move(getattr(self, name)) for name in names})
@@ -62,9 +99,21 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One effective batch: what one optimizer step sees, cut into micro-batches that fit into memory."""
+    """One effective batch: what one optimizer step sees, cut into micro-batches that fit into memory.
+
+    Attributes:
+        micro: the micro-batches; of several ranks each has its share of the effective batch, which may be empty.
+        shares: tokens of each rank's share.
+    """
 
     micro: tuple[MicroBatch, ...]
+    shares: tuple[int, ...] = ()
+
+    def split(self, tokens: int | None) -> Batch:
+        """The same batch in micro-batches of at most `tokens` tokens; None: as it is."""
+        if tokens is None:
+            return self
+        return replace(self, micro=tuple(part for micro in self.micro for part in micro.split(tokens)))
 
     @property
     def size(self) -> int:
@@ -84,11 +133,11 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """A copy on `device`."""
-        return Batch(tuple(m.to(device, non_blocking) for m in self.micro))
+        return replace(self, micro=tuple(m.to(device, non_blocking) for m in self.micro))
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory."""
-        return Batch(tuple(m.pin_memory() for m in self.micro))
+        return replace(self, micro=tuple(m.pin_memory() for m in self.micro))
 
 
 @dataclass(frozen=True, slots=True)

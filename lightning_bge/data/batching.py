@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -13,10 +14,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_bge.data.cache import TokenArrays
 from lightning_bge.data.loading import PREFETCHED, LoaderChoice, choose_once, choose_workers
+from lightning_bge.data.shares import shares
 from lightning_bge.errors import ConfigError
 from lightning_bge.types import Batch, MicroBatch
 
 EXAMPLES = 20  # batches that are timed to choose the number of workers
+TOKENS = 8192  # what auto begins with
+EVAL_FACTOR = 2  # without gradients few activations are kept
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,9 @@ class BatchingConfig:
 
     Args:
         tokens: token budget of a training micro-batch (real tokens, there is no padding). It changes memory and speed,
-            not the result.
-        eval_tokens: token budget of a micro-batch without gradients.
+            not the result. auto: 8192, until a search for a better one (`BudgetFinder`) or running out of memory says
+            otherwise.
+        eval_tokens: token budget of a micro-batch without gradients. auto: twice that of training.
         balanced: draw every class with equal probability, with replacement.
         seed: of the training order; apart from the other seeds so that trials can be compared pair by pair.
         num_workers: processes that assemble batches. auto: measured once; 0 where rows are assembled faster than
@@ -37,8 +42,8 @@ class BatchingConfig:
             process that runs threads may hang.
     """
 
-    tokens: int = 8192
-    eval_tokens: int = 16384
+    tokens: int | Literal["auto"] = "auto"
+    eval_tokens: int | Literal["auto"] = "auto"
     balanced: bool = False
     seed: int = 42
     num_workers: int | Literal["auto"] = "auto"
@@ -47,11 +52,12 @@ class BatchingConfig:
     multiprocessing_context: str | None = None
 
     def __post_init__(self) -> None:
-        lowest = {"tokens": 1, "eval_tokens": 1, "seed": 0}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in lowest and value < lowest[field.name]:
-                raise ConfigError(f"data.batching.{field.name} must be at least {lowest[field.name]}, got {value}")
+        if self.seed < 0:
+            raise ConfigError(f"data.batching.seed must be at least 0, got {self.seed}")
+        for name in ("tokens", "eval_tokens"):
+            value = getattr(self, name)
+            if value != "auto" and (type(value) is not int or value < 1):
+                raise ConfigError(f"data.batching.{name} must be auto, or 1 or more tokens, got {value!r}")
         workers = self.num_workers
         if workers != "auto" and (type(workers) is not int or workers < 0):
             raise ConfigError(f"data.batching.num_workers must be auto, or 0 or more processes, got {workers!r}")
@@ -129,19 +135,28 @@ class EffectiveBatchSampler(Sampler[list[int]]):
 
 
 class EvalSampler(Sampler[list[int]]):
-    """Row numbers of one micro-batch after the other, longest sequences first, each row once."""
+    """Row numbers of one micro-batch after the other, longest sequences first, each row once.
+
+    Several ranks take the micro-batches in turns. All make as many, as Lightning wants it; the last may be empty.
+
+    Attributes:
+        rank: which rank's.
+        ranks: how many there are.
+    """
 
     def __init__(self, rows: np.ndarray, lengths: np.ndarray, tokens: int) -> None:
         rows = np.asarray(rows, dtype=np.int64)
         self.batches = [rows[run].tolist() for run in cut(lengths[rows], tokens)]
-        self.skip = 0
+        self.skip, self.rank, self.ranks = 0, 0, 1
 
     def __iter__(self) -> Iterator[list[int]]:
         skip, self.skip = self.skip, 0
-        return iter(self.batches[skip:])
+        mine = self.batches[self.rank :: self.ranks]
+        mine += [[]] * (len(self) - len(mine))
+        return iter(mine[skip:])
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return -(-len(self.batches) // self.ranks)
 
     def examples(self, count: int) -> list[list[int]]:
         """Some of the batches, for measurements."""
@@ -156,17 +171,49 @@ class EncodedDataset(Dataset[Batch]):
         labels: encoded labels of all rows, or None.
         groups: int64 [N], a group number for each row, or None.
         budget: the most tokens of a micro-batch.
+
+    Attributes:
+        rank: of several ranks the one whose share an item is.
+        ranks: how many there are; an item of the only one holds all rows.
     """
 
     def __init__(self, tokens: TokenArrays, labels: np.ndarray | None, groups: np.ndarray | None, budget: int) -> None:
         self.tokens, self.labels, self.groups, self.budget = tokens, labels, groups, budget
+        self.rank, self.ranks = 0, 1
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, rows: Sequence[int]) -> Batch:
         chosen = np.asarray(rows, dtype=np.int64)
-        return Batch(tuple(self._micro(chosen[run]) for run in cut(self.tokens.lengths[chosen], self.budget)))
+        sizes: tuple[int, ...] = ()
+        if self.ranks > 1:
+            dealt = [chosen[share] for share in shares(self.tokens.lengths[chosen], self.ranks)]
+            chosen, sizes = dealt[self.rank], tuple(int(self.tokens.lengths[share].sum()) for share in dealt)
+        runs = cut(self.tokens.lengths[chosen], self.budget)
+        return Batch(tuple(self._micro(chosen[run]) for run in runs), sizes)
+
+    def worst_case(self, sequences: int, length: int) -> Batch:
+        """Sequences that are all of `length` tokens, in one micro-batch: random ids, labels and groups of the file."""
+        random = np.random.default_rng(sequences)
+        rows, tokens = random.integers(len(self), size=sequences), self.tokens
+        total = sequences * length
+        types = tokens.token_type_ids
+        made = TokenArrays(
+            input_ids=random.integers(self._top_id + 1, size=total, dtype=np.int32),
+            offsets=np.arange(sequences + 1) * length,
+            token_type_ids=None if types is None else types[np.arange(total) % len(types)],
+            lengths=np.full(sequences, length, dtype=np.int32),
+            path=tokens.path,
+        )
+        labels = None if self.labels is None else self.labels[rows]
+        groups = None if self.groups is None else self.groups[rows]
+        return EncodedDataset(made, labels, groups, total)[range(sequences)]
+
+    @cached_property
+    def _top_id(self) -> int:
+        """The highest id of the file."""
+        return int(self.tokens.input_ids.max())
 
     def _micro(self, rows: np.ndarray) -> MicroBatch:
         tokens = self.tokens

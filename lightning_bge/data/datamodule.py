@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import LightningDataModule
 
-from lightning_bge.data.batching import BatchingConfig, BatchLoader, EffectiveBatchSampler, EncodedDataset, EvalSampler
+from lightning_bge.data.batching import (
+    EVAL_FACTOR,
+    TOKENS,
+    BatchingConfig,
+    BatchLoader,
+    EffectiveBatchSampler,
+    EncodedDataset,
+    EvalSampler,
+)
 from lightning_bge.data.cache import default_cache_dir
 from lightning_bge.data.labels import encode_labels, fit_labels
 from lightning_bge.data.source import EncodedFile, Source, TokenizerKey, Training, load_file, load_training, stamp
@@ -18,7 +26,7 @@ from lightning_bge.data.splits import SplitConfig
 from lightning_bge.data.tables import TableConfig, read_table
 from lightning_bge.data.tokenizer import load_tokenizer
 from lightning_bge.errors import ConfigError
-from lightning_bge.types import TASKS, Schema, Task
+from lightning_bge.types import TASKS, Batch, Schema, Task
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +112,7 @@ class TextDataModule(LightningDataModule):
         self.train_groups: np.ndarray | None = None
         self.group_names: tuple[str, ...] = ()
         self._fold: int | None = split.fold
+        self._budget = TOKENS if batching.tokens == "auto" else batching.tokens
         self._datasets: dict[str, EncodedDataset] = {}
 
     def _check_settings(self) -> None:
@@ -119,6 +128,11 @@ class TextDataModule(LightningDataModule):
             )
         if self.batching.balanced and self.task not in ("binary", "multiclass"):
             raise ConfigError(f"data.batching.balanced needs classes, the task is {self.task}: set it to false")
+
+    def prepare_data(self) -> None:
+        """Read and tokenise in one process of each machine, which Lightning picks; the others then read its cache."""
+        if self.trainer is not None:
+            self.setup(self.trainer.state.fn)
 
     def setup(self, stage: str | None = None) -> None:
         """Read, tokenise and split what the stage (fit, validate, test, predict; None: fit) needs; once.
@@ -147,9 +161,9 @@ class TextDataModule(LightningDataModule):
         self.schema = Schema(self.task, training.names, self.text_columns, file.max_length)
         self.folds, self.folds_hash, self.data_hash = training.folds, training.folds_hash, file.data_hash
         self.train_labels, self.train_groups, self.group_names = training.labels, file.groups, file.group_names
-        self._datasets["train"] = EncodedDataset(file.tokens, training.labels, file.groups, self.batching.tokens)
+        self._datasets["train"] = EncodedDataset(file.tokens, training.labels, file.groups, self.budget)
         if self.val_file is None:
-            self._datasets["val"] = EncodedDataset(file.tokens, training.labels, file.groups, self.batching.eval_tokens)
+            self._datasets["val"] = EncodedDataset(file.tokens, training.labels, file.groups, self.eval_budget)
 
     def _setup_file(self, name: str, path: str | None) -> None:
         if path is None:
@@ -167,7 +181,7 @@ class TextDataModule(LightningDataModule):
         if name == "val" and shared:
             log.warning("%d groups of %s are in the training file too: scores will look too good", len(shared), path)
         self.schema = replace(schema, max_length=file.max_length)
-        self._datasets[name] = EncodedDataset(file.tokens, labels, file.groups, self.batching.eval_tokens)
+        self._datasets[name] = EncodedDataset(file.tokens, labels, file.groups, self.eval_budget)
 
     def _known_schema(self) -> Schema:
         """From `setup("fit")`, else from the exported model's folder, else from the settings and the training file."""
@@ -241,11 +255,58 @@ class TextDataModule(LightningDataModule):
             raise ConfigError(f"fold {k} does not exist, there are {self.num_folds}, counted from 0")
         self._fold = k
 
-    def set_token_budget(self, tokens: int) -> None:
-        """Change the token budget of training micro-batches, in loaders that exist too (with 0 workers at once)."""
-        self.batching = replace(self.batching, tokens=tokens)
-        if "train" in self._datasets:
-            self._datasets["train"].budget = tokens
+    # ------------------------------------------------------------------ what a batch factory offers
+
+    @property
+    def budget(self) -> int:
+        """Token budget of a training micro-batch, as it is in force."""
+        return self._budget
+
+    @property
+    def eval_budget(self) -> int:
+        """Token budget of a micro-batch without gradients, as it is in force."""
+        fixed = self.batching.eval_tokens
+        return EVAL_FACTOR * self._budget if fixed == "auto" else fixed
+
+    @property
+    def budget_step(self) -> int:
+        """Tokens of the longest sequence: the smallest budget worth a try, after `setup`."""
+        assert self.schema is not None
+        return self.schema.max_length
+
+    @property
+    def budget_wanted(self) -> bool:
+        """Whether a budget is to be searched: `data.batching.tokens` is auto."""
+        return self.batching.tokens == "auto"
+
+    @property
+    def budget_key(self) -> dict[str, Any]:
+        """What of the data the memory of a step depends on, besides the budget; after `setup`."""
+        assert self.schema is not None
+        fixed = self.batching.eval_tokens
+        return {"max_length": self.schema.max_length, "labels": self.schema.num_outputs, "eval_tokens": fixed}
+
+    def worst_case_batch(self, budget: int, train: bool) -> Batch:
+        """One micro-batch of as many sequences of `max_length` tokens as the budget allows, at least one.
+
+        Args:
+            budget: of a training micro-batch.
+            train: else a micro-batch without gradients, which is larger: see `data.batching.eval_tokens`.
+        """
+        fixed = self.batching.eval_tokens
+        if not train:
+            budget = EVAL_FACTOR * budget if fixed == "auto" else fixed
+        return self._dataset("train").worst_case(max(1, budget // self.budget_step), self.budget_step)
+
+    def set_budget(self, tokens: int) -> None:
+        """Change the token budget of micro-batches, in loaders that exist too (with 0 workers at once).
+
+        Args:
+            tokens: of training micro-batches; those without gradients follow where `data.batching.eval_tokens` is auto.
+        """
+        self._budget = tokens
+        for name, dataset in self._datasets.items():
+            dataset.budget = tokens if name == "train" else self.eval_budget
 
     def new_tokenizer(self) -> Any:
         """A fresh tokenizer, to be saved beside an exported model: the one in use carries truncation settings."""
@@ -273,7 +334,7 @@ class TextDataModule(LightningDataModule):
     def _eval_loader(self, name: str, rows: np.ndarray | None = None) -> BatchLoader:
         dataset = self._dataset(name)
         rows = np.arange(len(dataset)) if rows is None else rows
-        return self._loader(dataset, EvalSampler(rows, dataset.tokens.lengths, self.batching.eval_tokens))
+        return self._loader(dataset, EvalSampler(rows, dataset.tokens.lengths, self.eval_budget))
 
     def _dataset(self, name: str) -> EncodedDataset:
         if name not in self._datasets:
@@ -281,8 +342,6 @@ class TextDataModule(LightningDataModule):
         return self._datasets[name]
 
     def _loader(self, dataset: EncodedDataset, sampler: EffectiveBatchSampler | EvalSampler) -> BatchLoader:
-        if self.trainer is not None and self.trainer.world_size > 1:
-            raise ConfigError(
-                f"training on {self.trainer.world_size} devices at once is not supported: set trainer.devices to 1"
-            )
+        dealt, trainer = dataset if isinstance(sampler, EffectiveBatchSampler) else sampler, self.trainer
+        dealt.rank, dealt.ranks = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         return BatchLoader(dataset, sampler, self.batching)

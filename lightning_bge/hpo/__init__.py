@@ -5,12 +5,13 @@ from lightning_bge.hpo.pruning import BootstrapPruner, PrunerConfig, build_prune
 from lightning_bge.hpo.reports import FoldPruningCallback
 from lightning_bge.hpo.results import describe_study, finish_study
 from lightning_bge.hpo.space import parse_space
-from lightning_bge.hpo.study import StudyConfig, open_study, quiet_optuna, run_study
+from lightning_bge.hpo.study import MemoryKeptError, StudyConfig, differences, open_study, quiet_optuna, run_study
 
 __all__ = [
     "INTERRUPTED",
     "BootstrapPruner",
     "FoldPruningCallback",
+    "MemoryKeptError",
     "Objective",
     "PrunerConfig",
     "Setup",
@@ -18,6 +19,7 @@ __all__ = [
     "build_pruner",
     "describe_pruner",
     "describe_study",
+    "differences",
     "early_stopping",
     "finish_study",
     "open_study",

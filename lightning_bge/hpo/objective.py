@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +16,17 @@ from optuna.trial import TrialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_bge.callbacks import Compile, CompileConfig
+from lightning_bge.callbacks import Compile, CompileConfig, OomRecorder
+from lightning_bge.callbacks.oom import drop_locals
 from lightning_bge.data import TextDataModule
 from lightning_bge.hpo.reports import FoldPruningCallback
 from lightning_bge.hpo.space import Space, suggest
 from lightning_bge.hpo.storage import abandon, mark_alive
+from lightning_bge.memory import find_oom, live_bytes, release
 from lightning_bge.models import BGEClassifier, WarmEncoder
 from lightning_bge.models.metrics import MonitorConfig, Predictions, metric_direction
 
+SLACK = 2**20  # bytes that an out-of-memory trial may leave behind: the libraries' small caches
 INTERRUPTED = 130  # a shell's exit status for Ctrl-C
 
 
@@ -46,6 +48,21 @@ class Setup:
 
 
 Build = Callable[[dict[str, Any]], Setup]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What is kept of a fold: no callback, as Lightning ties those to module, trainer and optimizer.
+
+    Attributes:
+        score: what counts for the trial.
+        epochs: the epoch it comes from, from 1.
+        predictions: of that epoch.
+    """
+
+    score: float
+    epochs: int
+    predictions: Predictions | None
 
 
 class EpochThatCounts(Callback):
@@ -119,37 +136,54 @@ class Objective:
             optuna.TrialPruned: the pruner stopped it.
         """
         mark_alive(trial)
+        held, loads = self._held(), self.encoder.loads
         try:
             return self._run(trial, suggest(trial, self.space))
+        except optuna.TrialPruned:
+            raise
         except (KeyboardInterrupt, SystemExit) as stop:
             # Lightning turns Ctrl-C in `fit` into SystemExit, which Optuna does not catch: the trial would stay
             # RUNNING. KeyboardInterrupt it catches, and would end a trial that is ended here already.
             abandon(trial.study, trial.number, f"interrupted: {type(stop).__name__}", max_retries=sys.maxsize)
             raise SystemExit(INTERRUPTED) from stop
+        except Exception as error:
+            failed = find_oom(error)
+            if failed is None:
+                raise
+            drop_locals(error)
+        # Only here: as long as the error was handled it held what the trial had computed.
+        if self.encoder.loads > loads:
+            self.encoder.let_go()
+        release()
+        for name in ("where", "kind", "asked", "free", "text"):
+            trial.set_user_attr(f"oom_{name}", getattr(failed, name))
+        kept = self._held() - held
+        if kept > SLACK:
+            trial.set_user_attr("memory_kept", kept)
+        raise optuna.TrialPruned(str(failed))
+
+    def _held(self) -> int:
+        """Bytes of live tensors, less the warm encoder's."""
+        return live_bytes() - self.encoder.nbytes
 
     def _run(self, trial: optuna.Trial, params: dict[str, Any]) -> float:
-        scores: list[float] = []
-        kept: list[EpochThatCounts] = []
+        folds: list[Fold] = []
         try:
             for fold in range(self.folds):
-                score, counts = self._fold(trial, params, fold, scores)
-                scores.append(score)
-                kept.append(counts)
+                folds.append(self._fold(trial, params, fold, [done.score for done in folds]))
         finally:
-            release_memory()
+            release(host=False)  # trainer and module hold each other until the garbage collector has run
+        scores = [done.score for done in folds]
         trial.set_user_attr("fold_scores", scores)
-        trial.set_user_attr("fold_epochs", [counts.epochs for counts in kept])
+        trial.set_user_attr("fold_epochs", [done.epochs for done in folds])
         value = sum(scores) / len(scores)
         if self._is_best(trial.study, value):
             self.oof_dir.mkdir(parents=True, exist_ok=True)
-            save_predictions(
-                [c.predictions for c in kept if c.predictions], self.oof_dir / f"{trial.number}.safetensors"
-            )
+            found = [done.predictions for done in folds if done.predictions]
+            save_predictions(found, self.oof_dir / f"{trial.number}.safetensors")
         return value
 
-    def _fold(
-        self, trial: optuna.Trial, params: dict[str, Any], fold: int, earlier: Sequence[float]
-    ) -> tuple[float, EpochThatCounts]:
+    def _fold(self, trial: optuna.Trial, params: dict[str, Any], fold: int, earlier: Sequence[float]) -> Fold:
         setup = self.build(params)
         setup.datamodule.select_fold(fold)
         metric, direction = f"val_{self.monitor.metric}", metric_direction(str(self.monitor.metric))
@@ -165,10 +199,10 @@ class Objective:
             direction=direction,
         )
         compiler = Compile(self.compile, steps_left=self._steps_left(trial.study, setup.datamodule, fold))
-        callbacks = [compiler, counts, *early_stopping(self.monitor), reports, LetGo()]
+        callbacks = [OomRecorder(), compiler, counts, *early_stopping(self.monitor), reports, LetGo()]
         setup.model.load = self.encoder.load
         setup.make_trainer(callbacks=callbacks).fit(setup.model, datamodule=setup.datamodule)
-        return reports.close_fold(), counts
+        return Fold(reports.close_fold(), counts.epochs, counts.predictions)
 
     def _steps_left(self, study: optuna.Study, data: TextDataModule, fold: int) -> int:
         """Optimizer steps that this process has still to make, if trials go on being pruned as they were so far."""
@@ -194,13 +228,6 @@ def early_stopping(monitor: MonitorConfig) -> list[Callback]:
     mode = "max" if metric_direction(str(monitor.metric)) == "maximize" else "min"
     # a NaN is the reports' to judge: they prune the trial and say so
     return [EarlyStopping(f"val_{monitor.metric}", mode=mode, patience=monitor.patience, check_finite=False)]
-
-
-def release_memory() -> None:
-    """Free what a trial held: trainer and module hold each other until the garbage collector has run."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def save_predictions(folds: Sequence[Predictions], path: Path) -> None:

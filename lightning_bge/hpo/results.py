@@ -15,8 +15,9 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo.objective import Build, Setup, load_predictions, release_memory
+from lightning_bge.hpo.objective import Build, Setup, load_predictions
 from lightning_bge.hpo.study import FINISHED, count
+from lightning_bge.memory import release
 from lightning_bge.models import best_threshold, compute_metrics
 from lightning_bge.models.metrics import (
     LOWER_IS_BETTER,
@@ -141,7 +142,7 @@ def majority_baseline(schema: Schema, predictions: Predictions, metric: str) -> 
 def trials_table(study: optuna.Study) -> str:
     """All trials as CSV: number, state, value, seconds, reports, where it was pruned, folds' scores, parameters."""
     names = sorted({name for trial in study.trials for name in trial.params})
-    attributes = ("pruned_at", "fold_scores", "fold_epochs", "retry_of", "swept")
+    attributes = ("pruned_at", "oom_where", "oom_asked", "oom_free", "fold_scores", "fold_epochs", "retry_of", "swept")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["number", "state", "value", "seconds", "reports", *attributes, *names])
@@ -181,6 +182,7 @@ def _summary(
         "study": study.study_name,
         "n_complete": count(study, TrialState.COMPLETE),
         "n_pruned": count(study, TrialState.PRUNED),
+        "n_out_of_memory": sum("oom_where" in trial.user_attrs for trial in study.get_trials(deepcopy=False)),
         "n_failed": len(failed) - len(interrupted),
         "n_interrupted": len(interrupted),
         "metric": monitor.metric,
@@ -238,7 +240,7 @@ def _refit(
                 name.removeprefix("test_"): float(value) for name, value in trainer.callback_metrics.items()
             }
     finally:
-        release_memory()
+        release(host=False)
     return found
 
 
@@ -252,6 +254,8 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
         f"always the same answer: {summary['majority_baseline']:.4f})",
         *(f"  {name}: {value}" for name, value in summary["best_params"].items()),
     ]
+    if summary.get("n_out_of_memory"):  # a summary of an older version does not have it
+        lines.insert(2, f"{summary['n_out_of_memory']} of the pruned trials did not fit into memory (trials.csv: oom_)")
     if summary["metric"] in summary["out_of_fold"]:
         lines.append(f"out of fold {summary['metric']} {summary['out_of_fold'][summary['metric']]:.4f}")
     if summary["threshold"] is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.pruning import PrunerConfig, build_pruner
 from lightning_bge.hpo.space import describe_difference, parse_space, space_to_json
 from lightning_bge.hpo.storage import open_storage, sweep
+from lightning_bge.memory import size
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 JOURNAL = "journal.log"
@@ -105,16 +106,22 @@ def _check_same(run_dir: Path, study: optuna.Study, space: dict[str, Any], setti
     found = []
     if difference := describe_difference(study.user_attrs["space"], space):
         found.append(f"the search space:\n  {difference}".replace("\n", "\n  "))
-    old = study.user_attrs["settings"]
-    for name in sorted({*old, *settings}):
-        if old.get(name) != settings.get(name):
-            found.append(f"{name}: {old.get(name)} there, {settings.get(name)} asked")
+    found += differences(study.user_attrs["settings"], settings)
     if found:
         raise StudyError(
             f"{run_dir} holds a study whose trials can't be compared with the ones asked for. What differs:\n  "
             + "\n  ".join(found)
             + "\nName another --run_dir, or delete that folder."
         )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Say how two flat dictionaries of settings differ, one line for each name; a missing one counts as None."""
+    return [
+        f"{name}: {old.get(name)} there, {new.get(name)} asked"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
 
 
 def quiet_optuna() -> None:
@@ -130,7 +137,12 @@ def count(study: optuna.Study, *states: TrialState) -> int:
 def run_study(
     study: optuna.Study, objective: Callable[[optuna.Trial], float], config: StudyConfig, metric: str, n_reports: int
 ) -> None:
-    """Run the trials that are still missing; several processes may do so at once on one folder."""
+    """Run the trials that are still missing; several processes may do so at once on one folder.
+
+    Raises:
+        MemoryKeptError: a trial ran out of memory and something still holds some of what it took. The trial is told to
+            the study. A new process on the same folder goes on; this one would run out of memory earlier and earlier.
+    """
     if count(study, *FINISHED) >= config.trials:
         return
     progress = Progress(config.trials, metric, n_reports)
@@ -140,10 +152,24 @@ def run_study(
         study.optimize(
             objective,
             timeout=None if config.hours is None else config.hours * 3600,
-            callbacks=[progress, MaxTrialsCallback(config.trials, states=FINISHED)],
+            callbacks=[progress, MaxTrialsCallback(config.trials, states=FINISHED), stop_if_memory_is_kept],
         )
     finally:
         gc.unfreeze()
+
+
+class MemoryKeptError(StudyError):
+    """What an out-of-memory trial took was not all given back."""
+
+
+def stop_if_memory_is_kept(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Optuna calls this after each trial."""
+    kept = trial.user_attrs.get("memory_kept")
+    if kept is not None:
+        raise MemoryKeptError(
+            f"trial {trial.number} ran out of memory, and {size(kept)} of what it took are still held: "
+            "start the same command again, in a new process; the study goes on from there"
+        )
 
 
 class Progress:
@@ -171,6 +197,8 @@ class Progress:
     def _end(self, trial: FrozenTrial) -> str:
         if trial.state == TrialState.COMPLETE:
             return f"done: {self.metric} {trial.value:.4f}"
+        if "oom_where" in trial.user_attrs:
+            return f"pruned: out of memory in {trial.user_attrs['oom_where']}"
         if trial.state == TrialState.PRUNED:
             at = trial.user_attrs.get("pruned_at", trial.last_step)
             value = trial.intermediate_values.get(trial.last_step) if trial.last_step else None

@@ -5,6 +5,7 @@ from lightning_bge.models.encoder import TextClassifier, load_classifier
 from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.metrics import Predictions, best_threshold, compute_metrics
 from lightning_bge.models.optim import OptimizerConfig, ScheduleConfig
+from lightning_bge.models.savers import SaversConfig
 from lightning_bge.models.warm import WarmEncoder
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LossConfig",
     "OptimizerConfig",
     "Predictions",
+    "SaversConfig",
     "ScheduleConfig",
     "TextClassifier",
     "WarmEncoder",

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,25 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.memory import OutOfMemoryError, find_oom, release
 from lightning_bge.models.encoder import Attention, TextClassifier, load_classifier, quiet_transformers
+from lightning_bge.models.ladder import REMEDIES, Ladder
 from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.metrics import Predictions, compute_metrics
-from lightning_bge.models.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
+from lightning_bge.models.optim import (
+    OptimizerConfig,
+    ScheduleConfig,
+    build_optimizer,
+    build_schedule,
+    materialize_state,
+)
+from lightning_bge.models.ranks import gather, sum_gradients, sum_over_ranks, without_sync
+from lightning_bge.models.savers import SaversConfig, plain_weights
 from lightning_bge.types import SCHEMA_FILE, TASKS, Batch, Schema, Task
 
 log = logging.getLogger(__name__)
 
+RANK_STRIDE = 15_485_863  # ranks draw different dropout masks
 SEED_STRIDE = 1_000_003  # a prime far above any number of steps keeps the steps' seeds of neighbouring runs apart
 
 
@@ -48,9 +60,13 @@ class BGEClassifier(LightningModule):
         seed: of a new head, and of dropout.
         revision: branch, tag or commit on the hub.
         trust_remote_code: whether code from the hub may run. Off: such code can do anything on your machine.
+        savers: what is given up for memory: recomputed activations, frozen layers, LoRA.
 
     Attributes:
         load: what the encoder is loaded by; a search sets it to `WarmEncoder.load`, which loads once for all trials.
+        ladder: what is done when memory runs out, and what was.
+        communicate: whether the ranks of a distributed run add up gradients and predictions. A callback that tries out
+            batches on each rank for itself switches it off meanwhile.
     """
 
     def __init__(
@@ -65,6 +81,7 @@ class BGEClassifier(LightningModule):
         seed: int = 42,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        savers: SaversConfig = SaversConfig(),  # noqa: B008
     ) -> None:
         super().__init__()
         if task not in TASKS:
@@ -84,6 +101,7 @@ class BGEClassifier(LightningModule):
             "seed": seed,
             "revision": revision,
             "trust_remote_code": trust_remote_code,
+            "savers": savers,
         }
         self.load: Callable[..., TextClassifier] = load_classifier
         self.schema: Schema | None = None
@@ -91,6 +109,8 @@ class BGEClassifier(LightningModule):
         self.net: TextClassifier | None = None
         self.loss: Loss | None = None
         self.predictions: Predictions | None = None  # of the last validation, test or prediction run
+        self.ladder = Ladder()
+        self.communicate = True
         self._parts: list[Predictions] = []
         self._losses: list[Tensor] = []
 
@@ -143,11 +163,14 @@ class BGEClassifier(LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse what would train wrongly; put every module into train mode."""
-        if self.trainer.world_size > 1:
-            raise ConfigError("BGEClassifier trains on one device for now: set trainer.devices to 1")
         if self.trainer.precision not in ("32-true", "bf16-mixed"):
             raise ConfigError(f"trainer.precision: expected bf16-mixed, 32-true or auto, got {self.trainer.precision}")
         self.train()
+
+    def on_train_start(self) -> None:
+        """Make the optimizer's state, so that a step has nothing to allocate, and can't fail half-way."""
+        for optimizer in self.trainer.optimizers:
+            materialize_state(optimizer)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits, [N, outputs], in the order of the batch's micro-batches."""
@@ -158,17 +181,16 @@ class BGEClassifier(LightningModule):
         """One optimizer step over one effective batch."""
         assert self.net is not None
         assert self.loss is not None
-        _seed(self.device, self.seed * SEED_STRIDE + self.global_step)
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        normalizer = self.loss.normalizer(batch.labels)  # type: ignore[arg-type]
-        total = torch.zeros((), device=self.device)
-        for micro in batch.micro:
-            loss = self.loss(self.net(micro), micro.labels) / normalizer
-            self.manual_backward(loss)
-            total += loss.detach()
-        if self.optimizer_config.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.optimizer_config.max_grad_norm, foreach=True)
-        optimizer.step()  # type: ignore[union-attr]
+        normalizer = self.loss.normalizer(batch.labels) if batch.micro else 0.0  # type: ignore[arg-type]
+        if self._ranks > 1:
+            normalizer = sum_over_ranks(normalizer, self.device)
+        with without_sync(self.trainer.strategy.model):
+            total = self.ladder.run(partial(self._add_gradients, normalizer), batch, self.net, training=True)
+        if self._ranks > 1:
+            sum_gradients(self.net.parameters(), idle=0 in batch.shares)
+            total = sum_over_ranks(total, self.device)
+        self._update(optimizer)
         optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
         scheduler.step()  # type: ignore[union-attr]
         self._losses.append(total)
@@ -176,10 +198,53 @@ class BGEClassifier(LightningModule):
         if self.trainer.loggers and every and self.global_step % every == 0:
             self.log("train_loss_step", total, batch_size=batch.size)
 
+    @property
+    def _ranks(self) -> int:
+        return self.trainer.world_size if self.communicate else 1
+
+    def _add_gradients(self, normalizer: Tensor | float, batch: Batch) -> Tensor:
+        """Forward and backward of each micro-batch -> this rank's part of the loss, 0-d."""
+        assert self.net is not None
+        assert self.loss is not None
+        _seed(self.device, self.seed * SEED_STRIDE + self.global_step + self.global_rank * RANK_STRIDE)
+        total = torch.zeros((), device=self.device)
+        for micro in batch.micro:
+            self.ladder.at("forward", micro)
+            loss = self.loss(self.net(micro), micro.labels) / normalizer
+            self.ladder.at("backward", micro)
+            self.manual_backward(loss)
+            total += loss.detach()
+        return total
+
+    def _update(self, optimizer: Any) -> None:
+        """Clip and step. Where memory runs out before any weight has changed, free some and do it again."""
+        self.ladder.at("optimizer")
+        for last in (False, True):
+            try:
+                if self.optimizer_config.max_grad_norm is not None:
+                    norm = self.optimizer_config.max_grad_norm
+                    torch.nn.utils.clip_grad_norm_(self.net.parameters(), norm, foreach=True)  # type: ignore[union-attr]
+                optimizer.step()
+            except Exception as error:
+                failed = find_oom(error, "optimizer")
+                if failed is None or not self.ladder.active:
+                    raise
+            else:
+                self.ladder.at("data")
+                return
+            self.ladder.records.append(failed)
+            release()
+            # the fused kernel changes no version counter; its own count of steps tells
+            changed = any(float(state.get("step", 0)) > self.global_step for state in optimizer.state.values())
+            if changed or last:
+                done = "some weights are updated and others not: go on from the last checkpoint" if changed else ""
+                raise OutOfMemoryError(f"{failed}; {done}. To mend it, {REMEDIES}", failed)
+            log.warning("%s before any weight has changed: the step is repeated", failed)
+
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean loss: one log call an epoch, as each one costs more than a small model's step."""
         if self._losses:  # none where a run was resumed at an epoch's very end
-            self.log("train_loss", torch.stack(self._losses).mean(), prog_bar=True)
+            self.log("train_loss", torch.stack(self._losses).mean(), prog_bar=True, sync_dist=self._ranks > 1)
             self._losses.clear()
 
     # ------------------------------------------------------------------ evaluation
@@ -193,16 +258,29 @@ class BGEClassifier(LightningModule):
         self._keep(batch, batch_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """The batch's `rows` [N] and `logits` [N, outputs]; `self.predictions` holds all in their order at the end."""
+        """The batch's `rows` [N] and `logits` [N, outputs]; `self.predictions` holds all in their order at the end.
+
+        A rank whose share of the batch is empty gives an empty dictionary.
+        """
         parts = self._keep(batch, batch_idx)
+        if not parts:
+            return {}
         return {name: torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "logits")}
 
     def _keep(self, batch: Batch, batch_idx: int) -> list[Predictions]:
         assert self.net is not None
         if batch_idx == 0:
             self._parts.clear()  # of a run that was cut off
-        parts = [Predictions(m.rows, self.net(m).float(), m.labels, m.groups) for m in batch.micro]
+        parts = self.ladder.run(self._predict, batch, self.net, training=False)
         self._parts += parts
+        return parts
+
+    def _predict(self, batch: Batch) -> list[Predictions]:
+        assert self.net is not None
+        parts = []
+        for micro in batch.micro:
+            self.ladder.at("validation", micro)
+            parts.append(Predictions(micro.rows, self.net(micro).float(), micro.labels, micro.groups))
         return parts
 
     def on_validation_epoch_end(self) -> None:
@@ -218,7 +296,7 @@ class BGEClassifier(LightningModule):
         self._gather()
 
     def _gather(self) -> Predictions:
-        self.predictions = Predictions.collect(self._parts)
+        self.predictions = Predictions.collect(self._parts if self._ranks == 1 else gather(self._parts))
         self._parts.clear()
         return self.predictions
 
@@ -232,7 +310,8 @@ class BGEClassifier(LightningModule):
         loss = self.loss.cpu()
         metrics["loss"] = float(loss(found.logits, found.labels) / loss.normalizer(found.labels))
         self.loss.to(self.device)
-        self.log_dict({f"{prefix}_{name}": value for name, value in metrics.items()}, batch_size=len(found.rows))
+        named = {f"{prefix}_{name}": value for name, value in metrics.items()}
+        self.log_dict(named, batch_size=len(found.rows), sync_dist=self._ranks > 1)  # the same on all ranks
 
     # ------------------------------------------------------------------ export
 
@@ -240,7 +319,8 @@ class BGEClassifier(LightningModule):
         """Write a folder that transformers and sentence-transformers load as it is.
 
         The tokenizer's length limit is set to the one trained with, so that they truncate where we did. The folder
-        appears whole or not at all; an older one is replaced.
+        appears whole or not at all; an older one is replaced. LoRA's factors are merged into the weights written, not
+        into the model: training can go on.
 
         Args:
             folder: where to.
@@ -259,7 +339,7 @@ class BGEClassifier(LightningModule):
         try:
             _describe(self.net.model.config, self.schema)
             with quiet_transformers():
-                self.net.model.save_pretrained(draft)
+                self.net.model.save_pretrained(draft, state_dict=plain_weights(self.net))
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.model_max_length = self.schema.max_length
             tokenizer.save_pretrained(draft)

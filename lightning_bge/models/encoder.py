@@ -21,6 +21,7 @@ from lightning_bge.models.attention import PACKED, register_packed_attention
 from lightning_bge.models.bert import BERT_LIKE, use_packed_layers
 from lightning_bge.models.dropout import use_cheap_dropout
 from lightning_bge.models.packing import Packing, pad_to_bucket
+from lightning_bge.models.savers import SaversConfig, apply_savers
 from lightning_bge.types import MicroBatch
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ def load_classifier(
     seed: int = 42,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    savers: SaversConfig = SaversConfig(),  # noqa: B008 - frozen
 ) -> TextClassifier:
     """Load an encoder with a classification head from the hub or a folder, in fp32 and in train mode.
 
@@ -166,12 +168,14 @@ def load_classifier(
         num_outputs: width of the last layer. A head that the checkpoint holds is kept where its width fits.
         attention: see `TextClassifier`.
         dropout: overrides every dropout probability of the model's configuration; None keeps them.
-        seed: what a new head is drawn from.
+        seed: what a new head, and LoRA's factors, are drawn from.
         revision: branch, tag or commit on the hub.
         trust_remote_code: whether code from the hub may run; off unless the user says so.
+        savers: what is given up for memory.
 
     Raises:
-        ConfigError: there is no such model, it can't be reached, or it has no sequence-classification form.
+        ConfigError: there is no such model, it can't be reached, or it has no sequence-classification form; or
+            a saver is not for this architecture.
     """
     if name_or_path.startswith("~"):
         name_or_path = str(Path(name_or_path).expanduser())
@@ -193,7 +197,9 @@ def load_classifier(
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(_why_not_loaded(name_or_path, error)) from error
     _tell_new_weights(name_or_path, report)
-    return TextClassifier(model, attention).train()
+    net = TextClassifier(model, attention).train()
+    apply_savers(net, savers, seed)
+    return net
 
 
 def _set_dropout(config: PretrainedConfig, dropout: float | None) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, Literal
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -19,14 +21,19 @@ from transformers import (
 
 from lightning_bge.errors import ConfigError
 
+OptimizerName = Literal["adamw", "adamw_8bit"]
+
 LAYER = re.compile(r"\.(?:layer|layers|h)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), always the fused kernel.
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), by the fused kernel where it is torch's.
 
     Attributes:
+        name: adamw, or adamw_8bit (Dettmers et al., arXiv:2110.02861), which keeps its two running means in 8 bits for
+            every parameter of 4096 numbers or more: 2 bytes a number instead of 8. By bitsandbytes; not by torchao,
+            whose state Lightning 2.6.6 can't load from a checkpoint.
         lr: peak learning rate.
         weight_decay: on matrices alone; norms and biases are never decayed.
         beta1: decay of the gradient's running mean.
@@ -36,6 +43,7 @@ class OptimizerConfig:
         max_grad_norm: gradients are clipped to this norm; null switches clipping off.
     """
 
+    name: OptimizerName = "adamw"
     lr: float = 2e-5
     weight_decay: float = 0.01
     beta1: float = 0.9
@@ -45,6 +53,14 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
+        if self.name not in get_args(OptimizerName):
+            expected = ", ".join(get_args(OptimizerName))
+            raise ConfigError(f"model.optimizer.name: expected one of {expected}, got {self.name}")
+        if self.name == "adamw_8bit" and find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                "model.optimizer.name is adamw_8bit, but bitsandbytes is not installed: "
+                "pip install 'lightning-bge[lowbit]'"
+            )
         if self.lr <= 0:
             raise ConfigError(f"model.optimizer.lr: expected more than 0, got {self.lr}")
         for name in ("beta1", "beta2"):
@@ -86,15 +102,36 @@ class ScheduleConfig:
             raise ConfigError(f"model.schedule.cycles: expected 1 or more, got {self.cycles}")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """Fused AdamW over the parameters that need a gradient, grouped by decay and by layer."""
-    return AdamW(
-        parameter_groups(model, config),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """AdamW over the parameters that need a gradient, grouped by decay and by layer."""
+    groups = parameter_groups(model, config)
+    betas = (config.beta1, config.beta2)
+    if config.name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit  # takes seconds
+
+        return AdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps)
+    return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+@torch.no_grad()
+def materialize_state(optimizer: Optimizer) -> None:
+    """Make the state that the first step would make, so that a step has nothing left to allocate for it.
+
+    For optimizers of `build_optimizer`, once the parameters are on their device; others are left alone. State that is
+    there, from a checkpoint say, stays as it is; a first step afterwards is the same, bit for bit.
+    """
+    for number, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            state = optimizer.state[parameter]
+            if state:
+                continue
+            if isinstance(optimizer, AdamW) and group["fused"]:
+                # as torch makes them for the fused kernel
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            elif hasattr(optimizer, "init_state"):  # bitsandbytes'
+                optimizer.init_state(group, parameter, number, index)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from rank_processes import run_ranks
 from small_models import Loader, cut_batch, quiet_trainer, random_sequences
 from torch import Tensor, nn
 
@@ -337,3 +340,58 @@ def test_batches_of_tensors_with_a_count(monkeypatch: pytest.MonkeyPatch) -> Non
     clock, logged = Clock(monkeypatch), Logged()
     train(Slow(clock), Throughput(count=lambda batch: (len(batch), batch.numel())), logged, batches=batches)
     assert logged.rates == [pytest.approx((10 / 6, 60 / 6))]
+
+
+@dataclass
+class Share:
+    """A rank's share of a batch, as `Throughput` takes it."""
+
+    values: Tensor
+    size: int
+    tokens: int
+    shares: tuple[int, ...] = ()
+
+
+def own_shares(rank: int) -> list[Share]:
+    """Rank 0 has 3 sequences and then 1, rank 1 has 1 and then none."""
+    sizes, tokens = ((3, 1), (12, 5)) if rank == 0 else ((1, 0), (5, 0))
+    shares = ((12, 5), (5, 0))
+    return [Share(torch.ones(1, 6), *numbers) for numbers in zip(sizes, tokens, shares, strict=True)]
+
+
+def on_two_ranks(balanced: bool) -> dict[str, float]:
+    """Plain DDP; rank 0 needs 2 s a batch, rank 1 needs 4."""
+    now = [100.0]
+    throughput_module.time.perf_counter = lambda: now[0]  # type: ignore[assignment]
+
+    class Paced(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            now[0] += 2 * (self.global_rank + 1)
+            return super().training_step(batch.values, batch_idx)
+
+    class Later(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            now[0] += 1
+
+    trainer = quiet_trainer(callbacks=[Throughput(), Later()], devices=2, strategy="ddp", limit_val_batches=0)
+    batches = own_shares(trainer.global_rank)
+    if not balanced:
+        batches = [replace(batch, shares=()) for batch in batches]
+    trainer.fit(Paced(), Loader(batches), Loader(batches))
+    assert dist.get_world_size() == 2
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def test_figures_of_several_ranks_are_of_all_of_them() -> None:
+    for balanced in (True, False):
+        first, second = run_ranks(on_two_ranks, balanced)
+        assert first == second
+        seconds = (2 + 1 + 2 + 1, 4 + 1 + 4 + 1)
+        expected = {
+            "train_sequences_per_s": 4 / seconds[0] + 1 / seconds[1],
+            "train_tokens_per_s": 17 / seconds[0] + 5 / seconds[1],
+            "train_data_wait": (1 / seconds[0] + 1 / seconds[1]) / 2,
+        }
+        if balanced:
+            expected["train_balance"] = (8.5 / 12 + 2.5 / 5) / 2
+        assert first == pytest.approx(expected)

@@ -173,11 +173,73 @@ def test_token_budget(make: Make) -> None:
     data.setup("fit")
     loader = data.train_dataloader()
     assert len(next(iter(loader)).micro) == 1
-    data.set_token_budget(60)
+    data.set_budget(60)
     small = next(iter(loader))
     assert len(small.micro) > 1
     assert all(sum(micro.lengths) <= 60 for micro in small.micro)
     assert len(next(iter(data.train_dataloader())).micro) == len(small.micro)
+
+
+def test_budgets_are_auto_or_fixed(make: Make) -> None:
+    auto = make()
+    auto.setup("fit")
+    assert (auto.budget, auto.eval_budget, auto.budget_wanted) == (8192, 16384, True)
+    old = auto.val_dataloader()
+    auto.set_budget(40)  # found, or after an OOM
+    assert (auto.budget, auto.eval_budget, auto.budget_wanted, auto.batching.tokens) == (40, 80, True, "auto")
+    for loader in (old, auto.val_dataloader()):  # the sampler of the old one has cut already
+        totals = [sum(micro.lengths) for batch in loader for micro in batch.micro]
+        assert len(totals) > 1
+        assert max(totals) <= 80
+        assert max(totals) > 40
+    fixed = make(batching=BatchingConfig(tokens=100, eval_tokens=30))
+    fixed.set_budget(50)
+    fixed.setup("fit")
+    assert (fixed.budget, fixed.eval_budget, fixed.budget_wanted) == (50, 30, False)
+    assert all(sum(micro.lengths) <= 30 for batch in fixed.val_dataloader() for micro in batch.micro)
+    for bad in ("much", 0, 1.5, True):
+        for name in ("tokens", "eval_tokens"):
+            with pytest.raises(ConfigError, match=rf"data\.batching\.{name} must be auto, or 1 or more tokens"):
+                BatchingConfig(**{name: bad})
+
+
+def test_worst_case_batches(make: Make) -> None:
+    data = make(max_length=16, group_column="group")
+    data.setup("fit")
+    assert (data.budget_step, data.budget_key) == (16, {"max_length": 16, "labels": 1, "eval_tokens": "auto"})
+    real = next(iter(data.train_dataloader())).micro[0]
+    for train, sequences in ((True, 6), (False, 12)):
+        [micro] = data.worst_case_batch(100, train).micro
+        assert micro.lengths == (16,) * sequences
+        assert micro.positions.tolist() == list(range(16)) * sequences
+        assert micro.cu_seqlens.tolist() == list(range(0, 16 * sequences + 1, 16))
+        assert set(micro.labels.tolist()) <= {0.0, 1.0}
+        top = data._datasets["train"].tokens.input_ids.max()
+        assert (micro.input_ids.min(), micro.input_ids.max()) >= (0, 0)
+        assert micro.input_ids.max() <= top
+        for name in ("input_ids", "positions", "cu_seqlens", "labels", "rows", "token_type_ids", "groups"):
+            made, usual = getattr(micro, name), getattr(real, name)
+            assert (made is None) == (usual is None), name
+            assert made is None or (made.dtype, made.ndim) == (usual.dtype, usual.ndim), name
+    again = data.worst_case_batch(100, True).micro[0]
+    assert again.input_ids.tolist() == data.worst_case_batch(100, True).micro[0].input_ids.tolist()
+    assert len(data.worst_case_batch(1, True).micro[0].lengths) == 1  # at least one sequence
+    fixed = make(max_length=16, batching=BatchingConfig(eval_tokens=48))
+    fixed.setup("fit")
+    assert len(fixed.worst_case_batch(100, False).micro[0].lengths) == 3
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel", "regression"])
+def test_worst_case_labels_are_of_the_tasks_form(make: Make, write: Write, task: str) -> None:
+    labels = {"multiclass": ["x", "y", "z"], "multilabel": ["x|y", "z", "y"], "regression": ["1.5", "2", "0"]}[task]
+    rows = [f"w{row} w1,w2 w{row % 7},{labels[row % 3]}" for row in range(30)]
+    path = write("labels.csv", "text_a,text_b,label\n" + "\n".join(rows) + "\n")
+    data = make(train_file=str(path), task=task, max_length=8, table=TableConfig(label_separator="|"))
+    data.setup("fit")
+    made, real = data.worst_case_batch(800, True).labels, next(iter(data.train_dataloader())).labels
+    assert made is not None
+    assert (made.dtype, made.shape[1:], len(made)) == (real.dtype, real.shape[1:], 100)
+    assert {str(row) for row in made.tolist()} == {str(row) for row in real.tolist()}
 
 
 def test_exported_folder_predicts_from_a_file_alone(tmp_path: Path, write: Write) -> None:
@@ -257,14 +319,6 @@ def test_missing_settings(make: Make) -> None:
                 data.setup(stage)
     with pytest.raises(ConfigError, match=r"data\.max_length must be at least 5"):
         make(max_length=3).setup("fit")
-
-
-def test_several_devices_are_refused(make: Make) -> None:
-    data = make()
-    data.setup("fit")
-    data.trainer = type("Trainer", (), {"world_size": 2})()
-    with pytest.raises(ConfigError, match=r"set trainer\.devices to 1"):
-        data.train_dataloader()
 
 
 def test_new_tokenizer_is_clean(make: Make) -> None:

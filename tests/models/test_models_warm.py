@@ -2,14 +2,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from small_models import cut_batch, random_sequences, small_model
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_bge.models import TextClassifier, WarmEncoder, load_classifier
 from lightning_bge.models.dropout import CheapDropout
+from lightning_bge.models.savers import SaversConfig, set_activation_checkpointing
 
 Saved = Callable[[str], str]
 
@@ -88,3 +91,56 @@ def test_another_model_or_head_is_read_anew(saved: Saved) -> None:
     assert warm.load(other, 3).model.config.num_labels == 3
     assert warm.load(other, 3, attention="padded").packed is False
     assert warm.loads == 4
+
+
+# LoRA, frozen layers and activation checkpointing come and go from trial to trial
+SAVERS = [
+    SaversConfig(),
+    SaversConfig(activation_checkpointing=True, frozen_layers=1),
+    SaversConfig(lora_rank=2),
+    SaversConfig(lora_rank=2, activation_checkpointing=True),
+    SaversConfig(frozen_layers=0),
+    SaversConfig(),
+]
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "distilbert"])
+def test_every_trial_with_savers_equals_a_fresh_load_bit_for_bit(saved: Saved, kind: str) -> None:
+    folder, warm = saved(kind), WarmEncoder()
+    for number, savers in enumerate(SAVERS):
+        fresh = load_classifier(folder, 1, seed=3, savers=savers)
+        net = warm.load(folder, 1, seed=3, savers=savers)
+        needs = {name: parameter.requires_grad for name, parameter in fresh.named_parameters()}
+        assert {name: parameter.requires_grad for name, parameter in net.named_parameters()} == needs
+        assert recomputed(net) == recomputed(fresh) == {savers.activation_checkpointing}
+        for found, wanted in zip(train(net), train(fresh), strict=True):
+            assert torch.equal(found, wanted)
+        set_activation_checkpointing(net, True)  # as a trial that ran out of memory would
+        assert warm.loads == (1, 1, 2, 2, 3, 3)[number]
+
+
+def recomputed(net: TextClassifier) -> set[bool]:
+    return {layer.gradient_checkpointing for layer in net.modules() if isinstance(layer, GradientCheckpointingLayer)}
+
+
+def test_what_a_model_itself_does_not_train_stays_so(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any, **options: Any) -> TextClassifier:
+        net = load_classifier(*args, **options)
+        net.model.base_model.embeddings.position_embeddings.requires_grad_(False)
+        return net
+
+    monkeypatch.setattr("lightning_bge.models.warm.load_classifier", load)
+    warm = WarmEncoder()
+    net = warm.load(saved("bert"), 1)
+    net.requires_grad_(True)
+    fixed = {name for name, parameter in warm.load(saved("bert"), 1).named_parameters() if not parameter.requires_grad}
+    assert fixed == {"model.bert.embeddings.position_embeddings.weight"}
+    assert warm.loads == 1
+
+
+def test_another_seed_draws_the_factors_that_a_fresh_load_draws(saved: Saved) -> None:
+    folder, warm, savers = saved("bert"), WarmEncoder(), SaversConfig(lora_rank=2)
+    for seed in (1, 2):
+        net = warm.load(folder, 1, seed=seed, savers=savers)
+        fresh = load_classifier(folder, 1, seed=seed, savers=savers).state_dict()
+        assert all(torch.equal(value, fresh[name]) for name, value in net.state_dict().items())

@@ -1,0 +1,189 @@
+"""Everything that a trial step changes, kept so that it can be put back."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class _Attributes:
+    """The instance attributes of objects: bindings, and what lists, dicts and tensors hold."""
+
+    def __init__(self, objects: list[Any]) -> None:
+        self.parts = [(vars(part), {name: (v, _copy(v)) for name, v in vars(part).items()}) for part in objects]
+
+    def restore(self) -> None:
+        for now, before in self.parts:
+            for name in now.keys() - before.keys():
+                del now[name]
+            for name, (value, content) in before.items():
+                if now.get(name, self) is not value:
+                    now[name] = value
+                _refill(value, content)
+
+
+def _copy(value: Any) -> Any:
+    if type(value) is Tensor:
+        return None if value.is_inference() else value.detach().to("cpu", copy=True)
+    return copy.copy(value) if isinstance(value, list | dict) else None
+
+
+def _refill(value: Any, content: Any) -> None:
+    """Give back a container's content, untouched where it is the same: compiled code watches some of them."""
+    if isinstance(content, Tensor):
+        with torch.no_grad():
+            value.copy_(content)
+    elif isinstance(value, list) and not _same(value, content):
+        value[:] = content
+    elif isinstance(value, dict) and not (_same(value, content) and _same(value.values(), content.values())):
+        value.clear()
+        value.update(content)
+
+
+def _same(some: Any, others: Any) -> bool:
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
+
+
+class Kept:
+    """What a module, its optimizers and its trainer were, in host memory, while trial steps run.
+
+    Callbacks and loggers are set aside meanwhile, and `log` does nothing. The weights need no copy after the first
+    steps: an optimizer without state steps once, so that its state exists, and from then on `hold_still` keeps every
+    optimizer from stepping. So no limit is met by a copy that training would not make.
+
+    Args:
+        trainer: in `fit`, with optimizers.
+        module: its module.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self.trainer, self.module = trainer, module
+        self._random = _random_state()
+        self._trainer = trainer.callbacks, list(trainer.loggers)  # type: ignore[attr-defined]
+        self._precision = copy.deepcopy(trainer.precision_plugin.state_dict())
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self._schedulers = [(scheduler, copy.deepcopy(scheduler.state_dict())) for scheduler in schedulers]
+        self._optimizers = [(o, dict(vars(o)), bool(o.state), _groups(o)) for o in trainer.optimizers]
+        self._requires_grad = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+        self._buffers = _host_copies(module.buffers())
+        self.weights: list[tuple[Tensor, Tensor]] | None = _host_copies(module.parameters())
+        ladder = getattr(module, "ladder", None)
+        objects = [*module.modules(), *([] if ladder is None else [ladder])]
+        self._before = _Attributes(objects)
+        trainer.callbacks = []  # type: ignore[attr-defined]
+        trainer.loggers = [DummyLogger() for _ in trainer.loggers]
+        vars(module).update(log=_nothing, log_dict=_nothing)
+        if hasattr(module, "communicate"):
+            module.communicate = False  # type: ignore[assignment]
+        if ladder is not None:
+            ladder.active = False
+        self._meanwhile = _Attributes(objects)
+
+    def hold_still(self, all_of_them: bool = True) -> None:
+        """Keep optimizers from stepping; else only those that have a state, which no copy was made of."""
+        for optimizer, _, had_state, _ in self._optimizers:
+            if all_of_them or had_state:
+                optimizer.step = _no_step  # type: ignore[method-assign]
+                optimizer._opt_called = True  # type: ignore[attr-defined]  # else a scheduler warns
+
+    def trainable(self) -> list[Tensor]:
+        """The weights that optimizers step."""
+        groups = [group for optimizer, *_ in self._optimizers for group in optimizer.param_groups]
+        return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+
+    def reset(self) -> None:
+        """After each step: attributes, gradients, learning rates, schedulers."""
+        self._meanwhile.restore()
+        for parameter, requires_grad in self._requires_grad:
+            parameter.grad = None
+            parameter.requires_grad_(requires_grad)
+        for optimizer, _, _, groups in self._optimizers:
+            for group, before in zip(optimizer.param_groups, groups, strict=True):
+                group.clear()
+                group.update({name: _clone(value) for name, value in before.items()})
+        for scheduler, state in self._schedulers:
+            scheduler.load_state_dict(copy.deepcopy(state))
+        if (scaler := getattr(self.trainer.precision_plugin, "scaler", None)) is not None:
+            scaler._per_optimizer_states.clear()  # of a step that was cut off
+            self.trainer.precision_plugin.load_state_dict(self._precision)
+
+    def weights_changed(self) -> bool:
+        """Whether a weight differs from its copy."""
+        return any(not torch.equal(weight.detach().cpu(), kept) for weight, kept in self.weights or ())
+
+    def restore_weights(self) -> None:
+        """Put the weights back, where there are copies."""
+        _write(self.weights or [])
+
+    def drop_state(self) -> None:
+        """Empty the state of optimizers that had none."""
+        for optimizer, _, had_state, _ in self._optimizers:
+            if not had_state:
+                optimizer.state.clear()
+
+    def restore(self) -> None:
+        """Put everything back."""
+        self.reset()
+        self.restore_weights()
+        self._before.restore()
+        _write(self._buffers)
+        for optimizer, attributes, *_ in self._optimizers:
+            vars(optimizer).clear()
+            vars(optimizer).update(attributes)
+        self.drop_state()
+        self.trainer.callbacks, self.trainer.loggers = self._trainer  # type: ignore[attr-defined]
+        _set_random_state(self._random)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """In the place of `log`."""
+
+
+@torch.enable_grad()
+def _no_step(closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+    """In the place of `step`: the closure goes forward and backward."""
+    return None if closure is None else closure()
+
+
+# a scheduler warns where it does not find this mark of its own
+_no_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [{name: _clone(value) for name, value in group.items()} for group in optimizer.param_groups]
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _host_copies(tensors: Any) -> list[tuple[Tensor, Tensor]]:
+    return [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]
+
+
+@torch.no_grad()
+def _write(copies: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, kept in copies:
+        tensor.copy_(kept)
+
+
+def _random_state() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
+    np.random.set_state(state[2])
+    random.setstate(state[3])

@@ -1,0 +1,116 @@
+"""One process for each device: the strategy, and how such a run ends when one of its processes fails."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _get_sigkill_signal
+from torch.distributed.distributed_c10d import _get_default_store
+
+from lightning_bge.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+MOST_WAITING_S = 5
+_FAILED = "lightning_bge/failed"
+
+
+class UnwrappedDDP(DDPStrategy):
+    """DDP for a module that adds up its gradients by itself, as `BGEClassifier` does.
+
+    All ranks start from rank 0's weights. The module is not wrapped into a `DistributedDataParallel`, whose buckets are
+    a second copy of all gradients.
+    """
+
+    def configure_ddp(self) -> None:
+        """Give all ranks rank 0's parameters and buffers."""
+        assert self.model is not None
+        _sync_module_states(self.model)
+
+
+def choose_strategy(
+    strategy: str | Strategy, devices: int | list[int] | str, num_nodes: int, accelerator: Any
+) -> str | Strategy:
+    """`UnwrappedDDP` for several devices or nodes; a strategy that somebody made of one device, or of DDP, as it is.
+
+    Raises:
+        ConfigError: the strategy is another one.
+    """
+    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        return strategy
+    if strategy not in ("auto", "ddp"):
+        name = strategy if isinstance(strategy, str) else type(strategy).__name__
+        raise ConfigError(
+            f"trainer.strategy: expected auto or ddp, got {name}: the module adds up gradients by itself and needs the "
+            "whole weights on each device; leave trainer.strategy out"
+        )
+    return UnwrappedDDP() if strategy == "ddp" or num_nodes > 1 or _count(devices, accelerator) > 1 else "auto"
+
+
+def _count(devices: int | list[int] | str, accelerator: Any) -> int:
+    """The number of devices that Lightning will make of the setting."""
+    if isinstance(devices, list | tuple):
+        return len(devices)
+    if devices in ("auto", -1, "-1"):
+        return torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 1
+    if isinstance(devices, str) and "," in devices:
+        return len([index for index in devices.split(",") if index.strip()])
+    return int(devices)
+
+
+class AnotherRankFailed(Exception):
+    """Another rank failed before this one, and says why.
+
+    Attributes:
+        status: its exit status.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"another rank failed with status {status}")
+        self.status = status
+
+
+def end_ranks(trainer: Trainer, status: int) -> None:
+    """Call it where this rank fails: one rank alone says why, and none is left waiting for it.
+
+    The first one to fail leaves a note for the others, which mostly fail in turn because it does not answer any more.
+    Rank 0 ends the processes that it started. Where it is not the first, it hears of it by the broken connection, or is
+    ended by Lightning, which looks after its processes every 5 s.
+
+    Args:
+        trainer: whose launcher started the ranks.
+        status: the exit status that this rank is about to have.
+
+    Raises:
+        AnotherRankFailed: this rank is not the first.
+    """
+    earlier = _status_of_earlier(status)
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        until = time.monotonic() + (MOST_WAITING_S if earlier is not None and launcher.procs else 0)
+        while time.monotonic() < until and all(process.poll() is None for process in launcher.procs):
+            time.sleep(0.05)  # the first one may not have said why yet
+        launcher.kill(_get_sigkill_signal())
+    if earlier is not None:
+        raise AnotherRankFailed(earlier) from None
+
+
+def _status_of_earlier(status: int) -> int | None:
+    """The exit status of the rank that failed before this one; None where this is the first."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    note = f"{dist.get_rank()} {status}"
+    try:
+        first = _get_default_store().compare_set(_FAILED, "", note).decode()
+    except dist.DistError:  # rank 0 keeps the notes
+        log.error("stopped, as rank 0 has ended")
+        return status
+    return None if first == note else int(first.split()[1])
