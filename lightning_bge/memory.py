@@ -28,6 +28,7 @@ TEXTS = (
     "can't allocate memory",  # DefaultCPUAllocator on Linux and macOS
     "not enough memory: you tried to allocate",  # DefaultCPUAllocator on Windows
     "std::bad_alloc",
+    "cannot allocate memory",  # ENOMEM in the system's words, as safetensors passes it on
 )
 # oneDNN keeps its reason to itself: these count where little memory is left under a limit that makes allocations fail.
 ONEDNN = ("could not create a primitive", "could not execute a primitive", "could not create a memory object")

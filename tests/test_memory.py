@@ -40,6 +40,7 @@ REAL = [
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("std::bad_alloc"),
+    RuntimeError("unable to mmap 1281788 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
     BackendCompilerFailed(lambda: None, torch.OutOfMemoryError(CUDA), None),
     OutOfMemoryError("text", RECORD),

@@ -103,7 +103,7 @@ def test_a_search_prunes_what_cannot_fit_and_keeps_nothing_of_it(folder: Path) -
     space = {"data.max_length": {"choices": [16, LONGEST]}, "model.optimizer.lr": {"low": 1e-4, "high": 1e-2}}
     asked = ["--hpo.trials", "8", "--hpo.space", json.dumps(space), "--hpo.sampler", "random", "--hpo.refit", "false"]
     more = ["--data.split.folds", "2", "--trainer.max_epochs", "1", "--hpo.pruner.name", "none"]
-    done = run(folder, 400, "hpo", *settings(folder, "study"), *asked, *more)
+    done = run(folder, 800, "hpo", *settings(folder, "study"), *asked, *more)
     assert done.returncode == 0, done.stderr
     with (folder / "study" / "trials.csv").open() as file:
         trials = list(csv.DictReader(file))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -87,6 +88,9 @@ class TorchBackends(Callback):
             is off), as texts come in ever new shapes.
         sdpa: kernels that `scaled_dot_product_attention` may choose from: flash, mem_efficient, cudnn, math. Unset:
             left as they are.
+        expandable_segments: let CUDA's allocator grow its segments instead of making ever new ones, so that batches of
+            changing size leave fewer holes. Unset: left as it is (torch's default is off). What is allocated before
+            the run stays where it is.
 
     Attributes:
         report: what is in effect in the current run, or was in the last one.
@@ -100,6 +104,7 @@ class TorchBackends(Callback):
         tf32: bool | Literal["auto"] = "auto",
         cudnn_benchmark: bool | None = None,
         sdpa: Sequence[SdpaKernel] | None = None,
+        expandable_segments: bool | None = None,
     ) -> None:
         if tf32 not in (True, False, "auto"):
             raise ConfigError(f"TorchBackends.tf32 must be auto, true or false, got {tf32!r}")
@@ -107,6 +112,7 @@ class TorchBackends(Callback):
         if sdpa is not None and (isinstance(sdpa, str) or not sdpa or not set(sdpa) <= set(known)):
             raise ConfigError(f"TorchBackends.sdpa must be a list of {', '.join(known)}, got {sdpa!r}")
         self.tf32, self.cudnn_benchmark, self.sdpa = tf32, cudnn_benchmark, sdpa
+        self.expandable_segments = expandable_segments
         self.report: tuple[Setting, ...] = ()
         self._tf32_reason = ""
         self._undo: dict[int, list[Callable[[], None]]] = {}
@@ -119,6 +125,9 @@ class TorchBackends(Callback):
         precision, self._tf32_reason = _choose_fp32(self.tf32, device)
         if self.cudnn_benchmark and device.type != "cuda":
             raise ConfigError(f"TorchBackends.cudnn_benchmark: cuDNN is for CUDA, the run is on {device}: leave it out")
+        if self.expandable_segments is not None and (device.type != "cuda" or not _HAS_ALLOCATOR):
+            what = f"the run is on {device}" if _HAS_ALLOCATOR else f"torch {torch.__version__} can't be told in a run"
+            raise ConfigError(f"TorchBackends.expandable_segments is for CUDA's allocator, {what}: leave it out")
         if self.sdpa is not None and not (usable := _usable_kernels(device)) & set(self.sdpa):
             raise ConfigError(
                 f"TorchBackends.sdpa: {_name(device)} has {', '.join(sorted(usable))}, got {', '.join(self.sdpa)}: "
@@ -132,6 +141,8 @@ class TorchBackends(Callback):
             undo.append(_change(_get_benchmark, _put_benchmark, self.cudnn_benchmark))
         if self.sdpa is not None:
             undo.append(_change(_get_kernels, _put_kernels, list(self.sdpa)))
+        if self.expandable_segments is not None:
+            undo.append(_change(_get_allocator, _put_allocator, _with_segments(self.expandable_segments)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report what is in effect, once a run: only now is the model complete."""
@@ -174,8 +185,19 @@ class TorchBackends(Callback):
             Setting("fp32 matrix products", _describe_fp32(device), self._tf32_reason),
             Setting("cuDNN benchmark", "on" if _get_benchmark() else "off", benchmark_reason),
             Setting("SDPA kernels allowed", ", ".join(_get_kernels()), left if self.sdpa is None else "asked for"),
+            *self._allocator_setting(device),
         )
 
+    def _allocator_setting(self, device: torch.device) -> list[Setting]:
+        if device.type != "cuda" or not _HAS_ALLOCATOR:
+            return []
+        value = SEGMENTS.search(_get_allocator())
+        reason = "left as it was" if self.expandable_segments is None else "asked for"
+        return [Setting("expandable segments", "off" if value is None or value[1] != "True" else "on", reason)]
+
+
+_HAS_ALLOCATOR = hasattr(torch._C, "_accelerator_getAllocatorSettings")
+SEGMENTS = re.compile(r",?expandable_segments:(\w+)")
 
 _said: set[str] = set()
 
@@ -245,6 +267,21 @@ def _get_benchmark() -> bool:
 
 def _put_benchmark(value: bool) -> None:
     torch.backends.cudnn.benchmark = value
+
+
+def _get_allocator() -> str:
+    """The allocator's settings, as in the environment variable PYTORCH_ALLOC_CONF."""
+    return torch._C._accelerator_getAllocatorSettings()
+
+
+def _put_allocator(settings: str) -> None:
+    torch._C._accelerator_setAllocatorSettings(settings)
+
+
+def _with_segments(on: bool) -> str:
+    """The allocator's settings with this one changed: those left out would be reset."""
+    others = SEGMENTS.sub("", _get_allocator()).strip(",")
+    return ",".join(part for part in (others, f"expandable_segments:{on}") if part)
 
 
 def _usable_kernels(device: torch.device) -> set[str]:

@@ -295,6 +295,10 @@ def test_unknown_values(bad: dict[str, Any]) -> None:
     ("asked", "text"),
     [
         ({"tf32": True}, r"tf32 is true, but TF32 is for CUDA, the run is on cpu: set it to auto"),
+        (
+            {"expandable_segments": True},
+            r"expandable_segments is for CUDA's allocator, the run is on cpu: leave it out",
+        ),
         ({"cudnn_benchmark": True}, r"cudnn_benchmark: cuDNN is for CUDA, the run is on cpu: leave it out"),
         ({"sdpa": ["cudnn"], "tf32": False}, r"sdpa: a cpu device has flash, math, got cudnn: add one that it has"),
     ],
@@ -398,3 +402,26 @@ def test_tf32_is_really_used() -> None:
         trainer.fit(Plain(step), BATCHES, BATCHES)
     assert errors[0] > 20 * errors[1]
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        ("", "expandable_segments:True"),
+        ("max_split_size_mb:64", "max_split_size_mb:64,expandable_segments:True"),
+        ("expandable_segments:False,max_split_size_mb:64", "max_split_size_mb:64,expandable_segments:True"),
+        ("max_split_size_mb:64,expandable_segments:False", "max_split_size_mb:64,expandable_segments:True"),
+    ],
+)
+def test_other_settings_of_the_allocator_stay(before: str, expected: str) -> None:
+    kept = precision_module._get_allocator()
+    try:
+        precision_module._put_allocator(before)
+        undo = precision_module._change(
+            precision_module._get_allocator, precision_module._put_allocator, precision_module._with_segments(on=True)
+        )
+        assert precision_module._get_allocator() == expected
+        undo()
+        assert precision_module._get_allocator() == before
+    finally:
+        precision_module._put_allocator(kept)
