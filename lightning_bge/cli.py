@@ -40,7 +40,7 @@ from lightning_bge.hpo import (
     quiet_optuna,
     run_study,
 )
-from lightning_bge.memory import find_oom
+from lightning_bge.memory import find_oom, spare_address_space
 from lightning_bge.models import BGEClassifier, best_threshold
 from lightning_bge.models.ladder import REMEDIES
 from lightning_bge.models.metrics import MonitorConfig, check_metric, metric_direction, scores
@@ -328,6 +328,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the program; a user's mistake ends with one message and status 2, Ctrl-C with 130."""
     given = sys.argv[1:] if args is None else args
     _quieten()
+    spare_address_space()
     try:
         if given[:1] == ["sample"]:
             make_sample(given[1:])

@@ -36,6 +36,7 @@ LITTLE = 2**30
 WORKER = re.compile(r"DataLoader worker \(pid.*?\) is killed by signal: Killed")
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+M_ARENA_MAX = -8  # of mallopt(3)
 ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+) (bytes|[KMGT]iB)", re.IGNORECASE)
 FREE = re.compile(r"of which ([\d.]+) (bytes|[KMGT]iB) is free", re.IGNORECASE)
 
@@ -156,15 +157,27 @@ def release(host: bool = True) -> None:
     if torch.cuda.is_initialized():
         torch._C._cuda_clearCublasWorkspaces()  # 8 to 32 MiB for each handle, made again when needed
         torch.cuda.empty_cache()
-    if host and (trim := _malloc_trim()) is not None:
+    if host and (trim := _glibc("malloc_trim")) is not None:
         trim(0)
 
 
+def spare_address_space() -> None:
+    """Where RLIMIT_AS is set, have all threads allocate from one arena from now on.
+
+    glibc gives threads arenas of their own and reserves 64 MiB of address space for each, used or not: threads that
+    read weights or draw a progress bar then take more of such a limit than a small model does.
+    """
+    if sys.platform == "linux" and resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        mallopt = _glibc("mallopt")
+        if mallopt is not None:
+            mallopt(M_ARENA_MAX, 1)
+
+
 @cache
-def _malloc_trim() -> Any:
-    """glibc's; None with another C library."""
+def _glibc(name: str) -> Any:
+    """A function of glibc; None with another C library."""
     try:
-        return ctypes.CDLL("libc.so.6").malloc_trim
+        return getattr(ctypes.CDLL("libc.so.6"), name)
     except (OSError, AttributeError):
         return None
 
