@@ -1,4 +1,7 @@
-"""Our callbacks in a Lightning project that uses nothing else of ours: a plain module with a frozen-looking encoder.
+"""Our callbacks in a Lightning project that uses nothing else of ours: its own module, data module and batches.
+
+An optimizer step sees 64 rows whatever memory there is; the data module cuts them into micro-batches of as many rows as
+`BudgetFinder` found to fit and to pay.
 
 python examples/own_project.py
 """
@@ -8,50 +11,120 @@ from __future__ import annotations
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
-from lightning_bge.callbacks import Throughput, TrainMode, choose_precision
+from lightning_bge.callbacks import (
+    BudgetFinder,
+    Compile,
+    MemoryConfig,
+    OomRecorder,
+    Throughput,
+    TorchBackends,
+    TrainMode,
+    choose_precision,
+)
 
 Example = dict[str, Tensor]
+LONGEST = 12
 
 
 class OwnModule(L.LightningModule):
-    """Somebody else's module. Its encoder came out of `from_pretrained`, so it is in eval mode."""
+    """Somebody else's module. Its encoder came out of `from_pretrained`, so it is in eval mode.
+
+    It sums the gradients of several micro-batches itself; with one micro-batch a step it need not.
+    """
+
+    automatic_optimization = False
 
     def __init__(self) -> None:
         super().__init__()
         self.encoder = nn.Sequential(nn.Embedding(100, 16), nn.Dropout(0.1)).eval()
         self.head = nn.Linear(16, 1)
 
-    def training_step(self, batch: Example, batch_idx: int) -> Tensor:
+    def forward(self, batch: Example) -> Tensor:
         mask = batch["attention_mask"].unsqueeze(-1)
-        pooled = (self.encoder(batch["input_ids"]) * mask).sum(1) / mask.sum(1)
-        return nn.functional.binary_cross_entropy_with_logits(self.head(pooled).squeeze(-1), batch["label"])
+        return self.head((self.encoder(batch["input_ids"]) * mask).sum(1) / mask.sum(1)).squeeze(-1)
+
+    def training_step(self, batch: list[Example], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        count = sum(len(part["label"]) for part in batch)
+        for part in batch:
+            loss = nn.functional.binary_cross_entropy_with_logits(self(part), part["label"], reduction="sum")
+            self.manual_backward(loss / count)
+        optimizer.step()
+        optimizer.zero_grad()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def rows(count: int) -> list[Example]:
+class OwnData(L.LightningDataModule):
+    """A batch factory: it counts rows. `BudgetFinder` wants the two methods, `OomRecorder` wants `budget` too."""
+
+    def __init__(self, count: int = 512) -> None:
+        super().__init__()
+        self.rows, self.budget = make_rows(count), 8
+
+    def worst_case_batch(self, budget: int, train: bool) -> list[Example]:
+        """One micro-batch of so many rows, all as long as they can get."""
+        longest = {"input_ids": torch.ones(LONGEST, dtype=torch.int64), "attention_mask": torch.ones(LONGEST).bool()}
+        return [default_collate([{**longest, "label": torch.tensor(1.0)}] * budget)]
+
+    def set_budget(self, budget: int) -> None:
+        """Cut batches into micro-batches of so many rows from now on."""
+        self.budget = budget
+
+    def cut(self, rows: list[Example]) -> list[Example]:
+        return [default_collate(rows[at : at + self.budget]) for at in range(0, len(rows), self.budget)]
+
+    def train_dataloader(self) -> DataLoader[Example]:
+        return DataLoader(self.rows, batch_size=64, collate_fn=self.cut)
+
+
+def make_rows(count: int) -> list[Example]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, 100, (count, 12), generator=generator)
-    mask = torch.arange(12) < torch.randint(4, 13, (count, 1), generator=generator)
+    ids = torch.randint(1, 100, (count, LONGEST), generator=generator)
+    mask = torch.arange(LONGEST) < torch.randint(4, LONGEST + 1, (count, 1), generator=generator)
     return [{"input_ids": i, "attention_mask": m, "label": (i[0] > 50).float()} for i, m in zip(ids, mask, strict=True)]
 
 
-def main() -> L.Trainer:
-    precision, why = choose_precision()
-    print(f"precision {precision} would pay here: {why}")
-    trainer = L.Trainer(
+def count_batch(batch: list[Example]) -> tuple[int, Tensor]:
+    """Sequences and real tokens of a list of micro-batches."""
+    masks = [part["attention_mask"] for part in batch]
+    return sum(len(mask) for mask in masks), torch.stack([mask.sum() for mask in masks]).sum()
+
+
+def make_trainer() -> L.Trainer:
+    return L.Trainer(
         max_epochs=2,
-        callbacks=[TrainMode(), Throughput()],
+        callbacks=[
+            TrainMode(),
+            TorchBackends(),
+            OomRecorder(),
+            # After the recorder: what that lowers is learned. 8 GiB for this process; speed counts from 32 rows on.
+            BudgetFinder(MemoryConfig(limit_gb=8, enough=32)),
+            Compile(layers=lambda module: [module.encoder]),
+            Throughput(count_batch),
+        ],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
-    trainer.fit(OwnModule(), DataLoader(rows(256), batch_size=32))
+
+
+def main() -> L.Trainer:
+    precision, why = choose_precision()
+    print(f"precision {precision} would pay here: {why}")
+    trainer, data = make_trainer(), OwnData()
+    trainer.fit(OwnModule(), data)
     print(f"{trainer.callback_metrics['train_tokens_per_s']:.0f} real tokens per second")
+    print(f"micro-batches of at most {data.budget} rows")
+    for callback in trainer.callbacks:
+        if isinstance(callback, BudgetFinder | Compile):
+            print(f"{type(callback).__name__}: {callback.reason}")
+        elif isinstance(callback, OomRecorder):
+            print(f"{len(callback.records)} times out of memory")
     return trainer
 
 

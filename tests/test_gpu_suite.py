@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -35,7 +37,7 @@ def gpu() -> Iterator[SimpleNamespace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))  # the script sets it
         patch.syspath_prepend(Path(__file__).parents[1] / "examples" / "benchmarks")
-        names = ("suite", "parts", "contenders", "floor", "note")
+        names = ("suite", "parts", "contenders", "floor", "note", "memory")
         yield SimpleNamespace(**{name: import_module(f"gpu_{name}") for name in names})
 
 
@@ -110,6 +112,42 @@ def test_switches_are_in_effect(record: dict[str, Any]) -> None:
     errors = [entry["relative_error"] for entry in attention.values() if isinstance(entry, dict)]
     assert len(errors) == 3
     assert max(errors) < 0.02  # bf16 has 8 bits
+
+
+def test_the_answer_of_the_budget_finder_held(record: dict[str, Any]) -> None:
+    [(name, part)] = [(name, part) for name, part in record["parts"].items() if name.startswith("memory")]
+    assert name == "memory bge-base-en-v1.5"
+    [entry] = part["limits"]
+    assert entry["budget"] >= 8 * 512
+    assert entry["tries"] > 3
+    assert entry["search_s"] > 0
+    assert "RLIMIT_AS" in entry["reason"]
+    assert (entry["runs"], entry["failed_runs"], entry["larger_failed"]) == (2, 0, True)
+    assert re.search(r"\| 2 +\| 0 +\| True +\|", record["note"])
+
+
+def test_each_limit_has_a_process_and_a_wrong_answer_is_a_failure(
+    gpu: SimpleNamespace, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: list[Any] = []
+
+    def run_alone(task: Any) -> dict[str, Any]:
+        tasks.append(task)
+        if len(tasks) == 4:
+            raise RuntimeError("exit status 1: AttributeError")
+        figures = {"budget": 512, "search_s": 1.0, "runs": 20}
+        return {**figures, "failed_runs": int(len(tasks) == 2), "larger_failed": len(tasks) != 3}
+
+    monkeypatch.setattr(gpu.memory, "run_alone", run_alone)
+    suite = suite_of(gpu, replace(bench, tiny=False, device="cpu"), 1.0)
+    monkeypatch.setattr(type(bench), "model_folder", lambda self, model: "")
+    found = gpu.memory.measure_memory(suite, "bge-reranker-v2-m3")
+    assert [task.fraction for task in tasks] == [0.1, 0.15, 0.25, 0.5]
+    assert {task.runs for task in tasks} == {20}
+    assert len(found["limits"]) == 3
+    assert [entry["what"][-4:] for entry in suite.failed] == [" 15%", " 25%", " 50%"]
+    assert "1 of 20 steps ran out of memory; 1.35 times as many did not fit" in suite.failed[0]["error"]
+    assert "0 of 20 steps ran out of memory; 1.35 times as many fitted too" in suite.failed[1]["error"]
 
 
 def test_our_tokens_are_those_of_the_timed_batches(gpu: SimpleNamespace, record: dict[str, Any], bench: Any) -> None:
@@ -387,7 +425,7 @@ def test_no_gpu_is_told(gpu: SimpleNamespace) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(gpu: SimpleNamespace, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    words = ["compare", "overhead", "switches", "attention"]
+    words = ["compare", "overhead", "switches", "attention", "memory"]
     gpu.suite.main(["--tiny", "--device", "cuda", "--parts", *words, "--out", str(out)])
     found = json.loads(out.read_text())
     assert found["failed"] == []

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from lightning_bge.callbacks.compile import Compile
 from lightning_bge.callbacks.compile_policy import CompileConfig, Mode
 from lightning_bge.data import BatchingConfig, BatchLoader, EffectiveBatchSampler, EncodedDataset
+from lightning_bge.data.batching import TOKENS
 from lightning_bge.models import BGEClassifier
 from lightning_bge.models.encoder import Attention
 from lightning_bge.trainer import quiet_trainer
@@ -42,7 +43,7 @@ class Ours:
     precision: str = "bf16-mixed"
     attention: Attention = "auto"
     dropout: float = 0.1
-    tokens: int = BatchingConfig().tokens
+    tokens: int = TOKENS
     fused: bool = True
     tf32: bool = True
     compile: Mode | None = None

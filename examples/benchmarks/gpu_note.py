@@ -17,6 +17,18 @@ FIGURES = (
     "warmup_seconds",
 )
 
+# Of a limit on memory.
+LIMIT_FIGURES = (
+    "fraction",
+    "budget",
+    "search_s",
+    "tries",
+    "peak_gib",
+    "runs",
+    "failed_runs",
+    "larger_failed",
+)
+
 
 def note_of(record: dict[str, Any]) -> str:
     """The note in Markdown, from the record alone."""
@@ -46,6 +58,9 @@ def part_tables(part: dict[str, Any]) -> list[str]:
     if "contenders" in part:
         rows = [(name, *(short(entry["median"][f]) for f in FIGURES)) for name, entry in part["contenders"].items()]
         found.append(markdown_table(("median of the rounds", *FIGURES), rows))
+    if part.get("limits"):
+        rows = [tuple(short(entry[figure]) for figure in LIMIT_FIGURES) for entry in part["limits"]]
+        found.append(markdown_table(LIMIT_FIGURES, rows))
     if part.get("ratios"):
         ratios = part["ratios"].items()
         rows = [

@@ -35,6 +35,7 @@ from common import REPOSITORY, write_record
 from gpu_contenders import Ours, Train, missing_for_cross_encoder, peers, run_once, train_cross_encoder, train_ours
 from gpu_contenders import train_tuned as train_tuned_trainer
 from gpu_floor import BACK_ENDS, measure_back_end, measure_floor, measure_overhead
+from gpu_memory import FRACTIONS, measure_memory
 from gpu_note import FIGURES, note_of
 from gpu_parts import Bench, Case, Limit
 from measures import Run, matmul_peak, ratio_of
@@ -237,6 +238,8 @@ def all_parts(bench: Bench) -> list[Part]:
     for model, lengths in others[:2] if bench.tiny else others:  # in the tiny form all BERTs are one
         case = bench.case(model, lengths, BATCHES[0])
         found.append(Part(f"compare {case}", 40, partial(compare, case=case, tuned=(1,))))
+    for model in [MAIN] if bench.tiny else FRACTIONS:
+        found.append(Part(f"memory {model}", 150, partial(measure_memory, model=model)))
     return found
 
 

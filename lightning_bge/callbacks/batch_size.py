@@ -16,7 +16,7 @@ from lightning_bge.callbacks.batch_size_probe import Probe, make_meter, map_larg
 from lightning_bge.callbacks.batch_size_search import Answer, Room, Search
 from lightning_bge.data.cache import default_cache_dir
 from lightning_bge.errors import ConfigError
-from lightning_bge.memory import Limit, limits, size
+from lightning_bge.memory import Limit, limits, release, size
 
 GIB = 2**30
 _NOTHING: dict[str, Any] = {
@@ -92,7 +92,8 @@ class BudgetFinder(Callback):
     By then precision, attention, compiled layers, train mode, weights and optimizers are those of the run. Trial steps
     of growing size go through the module's own `training_step` (forward, backward, clipping; the optimizers' state is
     there) and `validation_step`. Sizes are doubled while that brings speed. What fits is predicted from the sizes
-    tried, and tried where a limit raises an error; where a limit kills, nothing beyond the margin is tried. Nothing
+    tried; on a GPU it is then found by tries, on the host nothing beyond the margin is tried. Where the host's memory
+    decides, large blocks are mapped one by one from then on (`map_large_blocks`), so that the answer holds. Nothing
     else of the run changes: weights, gradients, optimizers, schedules, random numbers, modes and what lists, dicts and
     tensors of the module hold are put back. A module with an attribute `communicate` has it set to False meanwhile, as
     ranks try on their own; then all take the smallest budget of any. What was found is cached by all that the memory of
@@ -179,7 +180,8 @@ class BudgetFinder(Callback):
         return digest({**describe_setting(trainer, module), "data": data, "limits": totals, "config": config})
 
     def _find(self, trainer: Trainer, module: LightningModule, factory: Any, known: list[Limit]) -> dict[str, Any]:
-        meter, hindrance = make_meter(module.device), obstacle(trainer)
+        meter = make_meter(module.device, address_space=any(limit.raises for limit in known))
+        hindrance = obstacle(trainer)
         if module.device.type == "cpu" and not any(limit.stated for limit in known):
             hindrance = "no limit on memory is stated (memory.limit_gb, control group, RLIMIT)"
         elif hindrance is None and isinstance(meter, str):
@@ -198,21 +200,22 @@ class BudgetFinder(Callback):
         """Where there is plenty of memory speed decides; else the host's blocks are mapped, so that answers hold."""
         config, tried = self.config, []
         on_host = device.type == "cpu"
+
+        def room() -> Room:
+            return _room(limits(device, _given(config)), on_host)
+
         for roomy in (True, False) if on_host else (False,):
             if not roomy and on_host:
                 map_large_blocks()
-                probe.mark()
-            known = limits(device, _given(config))
+                release()
             enough = config.enough // step
-            search = Search(
-                probe.attempt, _room(known), config.margin, config.min_gain, enough, step, probe.meter.noise
-            )
+            search = Search(probe.attempt, room, config.margin, config.min_gain, enough, step, probe.meter.noise)
             answer = search.run_where_roomy() if roomy else search.run()
             tried += search.tried
             if answer is not None:
                 break
         assert answer is not None
-        return _entry(answer, search, known[0], step, tried, mapped=on_host and not roomy)
+        return _entry(answer, search, limits(device, _given(config))[0], step, tried, mapped=on_host and not roomy)
 
     # ------------------------------------------------------------------ learning from what went wrong
 
@@ -250,9 +253,14 @@ def _given(config: MemoryConfig) -> int | None:
     return None if config.limit_gb is None else round(config.limit_gb * GIB)
 
 
-def _room(known: list[Limit]) -> Room:
-    hard = min((limit.free for limit in known if limit.raises), default=None)
-    return Room(hard, min((limit.free for limit in known if not limit.raises), default=None))
+def _room(known: list[Limit], on_host: bool) -> Room:
+    """On the host nothing is tried beyond a limit, even where that raises an error.
+
+    Where oneDNN is the one that asks in vain, it can make no new kernel in that thread for the rest of the process.
+    """
+    hard = [limit.free for limit in known if limit.raises and not on_host]
+    soft = [limit.free for limit in known if not limit.raises or on_host]
+    return Room(min(hard, default=None), min(soft, default=None))
 
 
 def _entry(
@@ -264,7 +272,7 @@ def _entry(
     mapped: bool,
 ) -> dict[str, Any]:
     peak = search.peak(max(answer.units, 1))
-    figures = f"peak about {size(limit.used + peak)} of {size(limit.total)} ({limit.name})"
+    figures = f"peak about {size(min(limit.used + peak, limit.total))} of {size(limit.total)} ({limit.name})"
     return {
         "budget": max(answer.units, 1) * step,
         "reason": f"{answer.reason}; {figures}",

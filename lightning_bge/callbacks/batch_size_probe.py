@@ -41,36 +41,41 @@ class Meter(Protocol):
 
     noise: int
 
-    def mark(self) -> None:
-        """From here on, peaks are counted above what is held now."""
-
     def start(self) -> None:
-        """Forget the peak."""
+        """Forget the peak; from here on count above what is held now."""
 
     def peak(self) -> int:
-        """Bytes at the peak since `start`, above the mark."""
+        """Bytes at the peak since `start`, above what was held then."""
 
     def now(self) -> float:
         """Seconds, when all work that was queued is done."""
 
 
 class HostMeter:
-    """Resident memory of this process, by Linux's books."""
+    """Memory of this process, by Linux's books.
+
+    Args:
+        address_space: whether address space is limited, of which more is taken than becomes resident. Its peak can't be
+            reset: it counts where it is a new one, as it is near the limit in a search that goes upwards.
+    """
 
     noise = 4 * 2**20  # code that is run for the first time becomes resident, too
-    _base = 0
 
-    def mark(self) -> None:
-        """Count from here."""
-        self._base = process_bytes()["VmRSS"]
+    def __init__(self, address_space: bool) -> None:
+        self._address_space = address_space
+        self._before = process_bytes()
 
     def start(self) -> None:
         """Reset VmHWM, which needs no privilege."""
         _CLEAR_REFS.write_text(_RESET_PEAK)
+        self._before = process_bytes()
 
     def peak(self) -> int:
-        """VmHWM above the mark."""
-        return max(process_bytes()["VmHWM"] - self._base, 0)
+        """VmHWM above VmRSS at the start, or VmPeak above VmSize then, whichever is more."""
+        before, now = self._before, process_bytes()
+        resident = now["VmHWM"] - before["VmRSS"]
+        is_new = self._address_space and now["VmPeak"] > before["VmPeak"]
+        return max(resident, now["VmPeak"] - before["VmSize"] if is_new else 0, 0)
 
     def now(self) -> float:
         """Seconds."""
@@ -85,17 +90,14 @@ class CudaMeter:
     def __init__(self, device: torch.device) -> None:
         self._device, self._base = device, 0
 
-    def mark(self) -> None:
-        """Count from here."""
-        self._base = torch.cuda.memory_reserved(self._device)
-
     def start(self) -> None:
         """Reset the allocator's peaks; blocks of other sizes, which it keeps, would be counted too."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
+        self._base = torch.cuda.memory_reserved(self._device)
 
     def peak(self) -> int:
-        """Reserved bytes above the mark."""
+        """Reserved bytes above those at the start."""
         return max(torch.cuda.max_memory_reserved(self._device) - self._base, 0)
 
     def now(self) -> float:
@@ -104,13 +106,18 @@ class CudaMeter:
         return _clock()
 
 
-def make_meter(device: torch.device) -> Meter | str:
-    """What measures on a device; or why nothing does."""
+def make_meter(device: torch.device, address_space: bool = False) -> Meter | str:
+    """What measures on a device; or why nothing does.
+
+    Args:
+        device: the training device.
+        address_space: whether the host's address space is limited.
+    """
     if device.type == "cuda":
         return CudaMeter(device)
     if device.type != "cpu" or sys.platform != "linux":
         return f"the peak of memory can't be measured on {device.type} under {sys.platform}"
-    meter = HostMeter()
+    meter = HostMeter(address_space)
     try:
         meter.start()
     except OSError as error:
@@ -179,7 +186,7 @@ class Probe:
         release()
 
     def prepare(self) -> bool:
-        """Make the optimizers' state exist, and mark what is held between steps; False: out of memory."""
+        """Make the optimizers' state exist, so that it is held between steps; False: out of memory."""
         kept = self._kept
         kept.hold_still(all_of_them=False)
         made = self.attempt(1)
@@ -192,13 +199,8 @@ class Probe:
         else:
             kept.weights = None
         self._with_gradients = kept.trainable()
-        self.mark()
-        return True
-
-    def mark(self) -> None:
-        """From here on, count above what is held now, between steps."""
         release()
-        self.meter.mark()
+        return True
 
     def attempt(self, units: int, validate: bool = True) -> Try | None:
         """Make a training step, and a validation step; None: out of memory, and all of it was given back.
@@ -206,6 +208,8 @@ class Probe:
         Raises:
             RuntimeError: memory is still held after it ran out.
         """
+        if validate:  # else it is for the time alone, and training does not trim
+            release()
         held = live_bytes()
         try:
             return self._step(units, validate)
@@ -231,8 +235,8 @@ class Probe:
 
     def _step(self, units: int, validate: bool) -> Try:
         trainer, meter = self.trainer, self.meter
-        batch = self._move(self.make_batch(units, True))
         meter.start()
+        batch = self._move(self.make_batch(units, True))
         for parameter in self._with_gradients:
             # written, as a page of zeros that nobody wrote takes no memory
             parameter.grad = torch.empty_like(parameter).zero_()

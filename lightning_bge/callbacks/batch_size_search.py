@@ -12,10 +12,10 @@ log = logging.getLogger(__name__)
 LEAP = 8  # a line through measured sizes is not trusted beyond so many times the largest of them
 CLOSE = 1.05  # the search ends where the smallest size that failed is no more than this above the largest that fitted
 STEP = 0.045  # first step away from a size that failed or fitted against the prediction; it doubles, and is < CLOSE
-ABOVE = 4  # no more than so many times what a limit that raises is predicted to allow is tried, should it not raise
+ABOVE = 4  # no more than so many times what such a limit is predicted to allow is tried, should it raise no error
 LONG = 2.0  # seconds; what disturbs the first step of a size is small against a step that takes longer
 ROOMY = 0.5  # of the room: what the holes between blocks on a heap took, at the most that was seen
-FAR = 0.8  # a predicted peak below this share of a limit that raises is believed without a try
+FAR = 0.8  # a predicted peak below this share of a limit that may be tried is believed without a try
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Try:
 
     Attributes:
         units: the size.
-        peak: bytes at the peak, above what is held between steps.
+        peak: bytes at the peak, above what was held before the step.
         seconds: of the training step.
     """
 
@@ -38,8 +38,8 @@ class Room:
     """Bytes above what is held between steps.
 
     Attributes:
-        hard: an allocation beyond it fails with an error, so that it can be tried. None: no such limit.
-        soft: beyond it the process is killed or others suffer, so that it must not be tried. None: no such limit.
+        hard: an allocation beyond it fails without harm, so that it can be tried. None: no such limit.
+        soft: beyond it the process is killed or harmed, or others suffer: it must not be tried. None: no such limit.
     """
 
     hard: int | None
@@ -58,12 +58,12 @@ class Search:
     """Finds the size to train with, in units of the batch factory.
 
     Memory is taken to be a line in the size: gradients and the like, and activations. `margin` is the share of the
-    activations that is left free. What a limit that raises allows is found by tries, as address space and allocators
-    fragment; what another limit allows is predicted, and the largest size tried there leaves the margin already.
+    activations that is left free. What a limit that may be tried allows is found by tries, as allocators fragment; what
+    another limit allows is predicted, and the largest size tried there leaves the margin already.
 
     Args:
         attempt: tries a size, with a validation batch or without; None: out of memory.
-        room: how much memory there is.
+        measure_room: how much memory there is now; a step may leave caches behind.
         margin: share of the activations' memory to leave free, 0 to below 1.
         min_gain: stop where twice the size brings less than this share more units a second. None: memory decides.
         enough: speed is not looked at below so many units.
@@ -77,14 +77,15 @@ class Search:
     def __init__(
         self,
         attempt: Callable[[int, bool], Try | None],
-        room: Room,
+        measure_room: Callable[[], Room],
         margin: float,
         min_gain: float | None,
         enough: int,
         step: int = 1,
         noise: int = 0,
     ) -> None:
-        self.attempt, self.room, self.margin, self.min_gain = attempt, room, margin, min_gain
+        self.attempt, self.measure_room, self.margin, self.min_gain = attempt, measure_room, margin, min_gain
+        self.room = measure_room()
         self.enough, self.step, self.noise = max(enough, 1), step, noise
         self.tried: list[tuple[int, int | None, float | None]] = []
         self._points: dict[int, Try] = {}
@@ -155,7 +156,7 @@ class Search:
 
     def _by_memory(self, units: int) -> Answer:
         """Confirm the size by a real try."""
-        while units > 1 and units not in self._fitted and self.room.hard is not None and not self._try(units):
+        while units > 1 and units not in self._fitted and not self._try(units):
             units = max(1, min(units - 1, int(units * 0.95)))
         reason = f"the largest that fitted is {self._low * self.step:,}, and {self.margin:.0%} of its activations"
         if self._failed is None:
@@ -168,7 +169,7 @@ class Search:
             self._try(units)
         top = self._top(cap)
         reached = self._low if top is None else min(self._low, top)
-        if self.room.hard is None or self._is_far(reached):
+        if self._failed is None and (self.room.hard is None or self._is_far(reached)):
             return max(reached, 1)
         return max(min(reached, int(self._low * (1 - self.margin) + 1e-9)), 1)
 
@@ -222,12 +223,14 @@ class Search:
 
     def _try(self, units: int) -> bool:
         foreseen = bool(self._points) and self.room.hard is not None and self._predict(units) <= self.room.hard
+        soft = self.room.soft
         found = self.attempt(units, True)
+        self.room = self.measure_room()
         log.debug("%d units: %s", units, found)
         if found is not None:
             self._points[units] = found
         self.tried.append((units, None if found is None else found.peak, None if found is None else found.seconds))
-        if found is None or (self.room.soft is not None and found.peak > self.room.soft):
+        if found is None or (soft is not None and found.peak > soft):
             self._drop(units)
             return False
         self._fitted.add(units)
