@@ -110,7 +110,7 @@ def fit_callbacks(
     folder = run_dir / "checkpoints"
     best = ModelCheckpoint(folder, "best", monitor=f"val_{monitor.metric}", mode=mode, save_last=True)
     recent = ModelCheckpoint(folder, "recent", train_time_interval=timedelta(minutes=10), enable_version_counter=False)
-    return [memory, OomRecorder(), *early_stopping(monitor), Throughput(), Compile(compile_config), best, recent]
+    return [OomRecorder(), memory, *early_stopping(monitor), Throughput(), Compile(compile_config), best, recent]
 
 
 def newest_checkpoint(run_dir: Path) -> str | None:
@@ -122,7 +122,8 @@ def newest_checkpoint(run_dir: Path) -> str | None:
 def quiet_trainer(config: dict[str, Any], memory: BudgetFinder | None = None, **changes: Any) -> Trainer:
     """A trainer for one fold: no logger, checkpoints or progress bar, which cost more than a small model's epoch."""
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    callbacks = [*(config.get("callbacks") or []), *([] if memory is None else [memory]), *changes.pop("callbacks", [])]
+    # the finder last: it learns of an out-of-memory error from what the callbacks before it have made of the budget
+    callbacks = [*(config.get("callbacks") or []), *changes.pop("callbacks", []), *([] if memory is None else [memory])]
     return BGETrainer(**{**config, **dict.fromkeys(off, False), "callbacks": callbacks, **changes})
 
 

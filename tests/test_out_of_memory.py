@@ -95,7 +95,9 @@ def test_fit_goes_on_with_smaller_micro_batches_to_the_same_weights(folder: Path
     found, words = fit(folder, "limited", 900)
     assert "going on with micro-batches of at most" in words
     for name, weight in expected.items():
-        assert (found[name] - weight).abs().max() <= 1e-4 * max(1.0, weight.abs().max()), name
+        # a key's bias has no gradient but for rounding, of which AdamW makes steps as large as any
+        most = 4e-3 if name.endswith("key.bias") else 1e-4
+        assert (found[name] - weight).abs().max() <= most * max(1.0, weight.abs().max()), name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS binds on Linux alone")

@@ -64,7 +64,8 @@ class Ladder:
         """
         while True:
             try:
-                found = compute(batch.split(self.limit if training else self.eval_limit))
+                limit = self.limit if training else self.eval_limit
+                found = compute(batch.split(limit if self.active else None))
                 self.at("data")
                 return found
             except Exception as error:
