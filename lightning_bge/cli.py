@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import sys
+import time
 import warnings
 from argparse import ArgumentParser
 from dataclasses import replace
@@ -26,22 +27,31 @@ from lightning_bge.data import TableConfig, TextDataModule, read_table, write_sa
 from lightning_bge.ddp import AnotherRankFailed, end_ranks
 from lightning_bge.errors import ConfigError, StudyError, UserError
 from lightning_bge.hpo import (
+    BEST,
     INTERRUPTED,
     MemoryKeptError,
     Objective,
     Setup,
+    Space,
+    Steps,
     StudyConfig,
+    complete_point,
     describe_pruner,
     describe_study,
     differences,
+    ends,
     finish_study,
     open_study,
+    others_go_on,
+    parse_points,
     parse_space,
+    points_to_check,
     quiet_optuna,
+    run_repeats,
     run_study,
 )
 from lightning_bge.memory import find_oom, spare_address_space
-from lightning_bge.models import BGEClassifier, best_threshold
+from lightning_bge.models import BGEClassifier, WarmEncoder, best_threshold
 from lightning_bge.models.ladder import REMEDIES
 from lightning_bge.models.metrics import MonitorConfig, check_metric, metric_direction, scores
 from lightning_bge.models.output import write_predictions
@@ -141,13 +151,23 @@ class BGECLI(LightningCLI):
         trainer = partial(quiet_trainer, dict(init.trainer), memory)
         return Setup(init.model, init.data, trainer, partial(_plain_settings, parser, config))
 
-    def check(self, overrides: dict[str, Any]) -> None:
-        """Raise `ConfigError` where a setting does not take such a value."""
+    def _check_search(self, hpo: StudyConfig, space: Space) -> None:
+        """Try the ends of the search space and the points that come first, before a study is there."""
+        points, config = parse_points(hpo.enqueue, space), self.config[self.subcommand]
+        for name in space:
+            check_setting(config, name)
+        for settings in points_to_check(space, config.get):
+            self.check(settings)
+        for point in points:
+            self.check(complete_point(space, point, config.get), "hpo.enqueue")
+
+    def check(self, overrides: dict[str, Any], where: str = "hpo.space") -> None:
+        """Raise `ConfigError` where settings do not take such values."""
         config = with_overrides(self.config[self.subcommand], overrides)
         try:
             self._parser(self.subcommand).validate(config)
         except (TypeError, ValueError, KeyError) as error:
-            raise ConfigError(f"hpo.space: {overrides} are not values that these settings take: {error}") from error
+            raise ConfigError(f"{where}: {overrides} are not values that these settings take: {error}") from error
         self.build(overrides)
 
     # ------------------------------------------------------------------ sub-commands
@@ -170,10 +190,7 @@ class BGECLI(LightningCLI):
         config = self.config[self.subcommand]
         space = parse_space(hpo.space)
         monitor: MonitorConfig = self._get(self.config_init, "monitor")
-        for name, distribution in space.items():
-            check_setting(config, name)
-            for value in _ends(distribution):
-                self.check({name: value})
+        self._check_search(hpo, space)
         epochs = _most_epochs(config, space)
         datamodule.setup("fit")
         folds = datamodule.num_folds
@@ -181,17 +198,51 @@ class BGECLI(LightningCLI):
         split = "a single split" if folds == 1 else f"{folds} folds"
         print(f"study {run_dir.name}: {hpo.trials} trials, {split}, at most {epochs} epochs each; ", end="")
         print(f"judged by {monitor.metric} of the {monitor.objective} epoch, mean over the folds")
-        print(describe_pruner(hpo.pruner, hpo.trials, folds * epochs))
+        steps = Steps(folds, epochs, hpo.reports_per_epoch)
+        print(describe_pruner(hpo.pruner, hpo.trials, steps))
+        if hpo.further_seeds:
+            print(f"at the end the best {BEST} trials are run again; other seeds for each: {hpo.further_seeds}")
         parser = self._parser(self.subcommand)
-        settings = comparable(plain_config(parser, config), tuple(space))
+        # a setting that is searched under a condition has its configured value in all other trials
+        settings = comparable(plain_config(parser, config), tuple(name for name in space if name not in space.when))
         settings |= {"data_hash": datamodule.data_hash, "folds_hash": datamodule.folds_hash}
+        if hpo.reports_per_epoch > 1:  # left out, so that studies of before can go on
+            settings["hpo.report_every"] = hpo.report_every
         direction = metric_direction(str(monitor.metric))
-        study = open_study(run_dir, hpo, direction, folds * epochs, settings)
+        study = open_study(run_dir, hpo, direction, steps, settings)
+        since = time.monotonic()
         self._record(run_dir, datamodule)
         compiling = self._get(self.config_init, "compile")
-        objective = Objective(self.build, space, monitor, folds, epochs, run_dir / "oof", hpo.trials, compiling)
-        run_study(study, objective, hpo, str(monitor.metric), folds * epochs)
-        summary = finish_study(study, self.build, monitor, run_dir, epochs, hpo.refit)
+        trials, oof_dir, per_epoch = hpo.trials, run_dir / "oof", hpo.reports_per_epoch
+        granted = self._get(self.config_init, "memory").limit_gb
+        encoder = WarmEncoder(hpo.warm_bytes, None if granted is None else round(granted * 2**30))
+        paused_dir = run_dir / "paused"
+        objective = Objective(
+            self.build,
+            space,
+            monitor,
+            folds,
+            epochs,
+            oof_dir,
+            trials,
+            compiling,
+            per_epoch,
+            encoder,
+            hpo.cost,
+            paused_dir,
+        )
+        run_study(study, objective, hpo, str(monitor.metric), steps.total, paused_dir)
+        if others_go_on(study):
+            print("other processes still run trials of this study: the last of them ends it")
+            return
+        repeats = run_repeats(study, objective, hpo, str(monitor.metric), steps.total, config.seed_everything, since)
+        if repeats is not None and repeats.elsewhere:
+            print(f"other processes are running {repeats.elsewhere} of the repeats: the last of them ends the study")
+            return
+        encoder.let_go()
+        # of a trial that has drawn no number of epochs
+        usual = config.trainer.max_epochs if "trainer.max_epochs" in space.when else epochs
+        summary = finish_study(study, self.build, monitor, run_dir, usual, hpo.refit, repeats)
         print(describe_study(run_dir, summary))
 
     def fit(self, model: BGEClassifier, datamodule: TextDataModule) -> None:
@@ -296,19 +347,15 @@ def _plain_settings(parser: LightningArgumentParser, config: Namespace) -> dict[
     return plain
 
 
-def _ends(distribution: Any) -> tuple[Any, ...]:
-    """The values at a distribution's ends, to be tried before a study starts."""
-    return tuple(getattr(distribution, "choices", None) or (distribution.low, distribution.high))
-
-
-def _most_epochs(config: Namespace, space: dict[str, Any]) -> int:
+def _most_epochs(config: Namespace, space: Space) -> int:
     if any(name.startswith("data.split.") for name in space):
         raise ConfigError("hpo.space: data.split can't be searched: trials on different folds are not comparable")
-    if "trainer.max_epochs" in space:
-        return max(_ends(space["trainer.max_epochs"]))
+    searched = ends(space["trainer.max_epochs"]) if "trainer.max_epochs" in space else ()
+    if searched and "trainer.max_epochs" not in space.when:
+        return max(searched)
     if config.trainer.max_epochs is None or config.trainer.max_epochs < 1:
         raise ConfigError(f"trainer.max_epochs: a search needs 1 or more, got {config.trainer.max_epochs}")
-    return int(config.trainer.max_epochs)
+    return max([config.trainer.max_epochs, *searched])
 
 
 def _strip(metrics: dict[str, float] | Any) -> dict[str, float]:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+from weakref import WeakSet
 
 import torch
 
@@ -197,6 +198,46 @@ def live_bytes() -> int:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return device + sum(storages.values())
+
+
+# ---------------------------------------------------------------------- what is held to save time
+
+
+class Spare(Protocol):
+    """Something that holds memory of the host only to save time.
+
+    Attributes:
+        most: bytes that it will hold at the most.
+    """
+
+    most: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds now."""
+
+    def give_way(self) -> None:
+        """Let go of what nobody uses now."""
+
+
+_spares: WeakSet[Spare] = WeakSet()
+
+
+def register_spare(spare: Spare) -> None:
+    """Have it asked by `give_way` for as long as it lives, and counted by `spare_bytes`."""
+    _spares.add(spare)
+
+
+def give_way() -> None:
+    """Ask all that hold memory to save time to let go of it, as memory has run out."""
+    for spare in list(_spares):
+        spare.give_way()
+
+
+def spare_bytes() -> tuple[int, int]:
+    """Bytes of the host that may yet be taken to save time, and those that may be held so at the most."""
+    known = list(_spares)
+    return sum(max(spare.most - spare.nbytes, 0) for spare in known), sum(spare.most for spare in known)
 
 
 # ---------------------------------------------------------------------- limits

@@ -29,10 +29,14 @@ FREE = (
 
 
 def with_overrides(config: Namespace, overrides: dict[str, Any]) -> Namespace:
-    """A copy of the settings with some replaced by their dotted names, and the data module's links followed."""
+    """A copy of the settings with some replaced by their dotted names, and the links followed.
+
+    Besides what may be searched, `seed_everything` may be replaced, and with it head, dropout and order; not the folds.
+    """
     config = copy.deepcopy(config)
     for name, value in overrides.items():
-        check_setting(config, name)
+        if name != "seed_everything":
+            check_setting(config, name)
         config[name] = value
     for source, target in LINKS:
         config[target] = config[source]

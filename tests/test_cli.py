@@ -7,12 +7,15 @@ import json
 import logging
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -23,6 +26,7 @@ from safetensors.torch import load_file
 
 from lightning_bge import cli
 from lightning_bge.data import write_sample
+from lightning_bge.hpo import run_repeats
 from lightning_bge.hpo.storage import open_storage
 from lightning_bge.models.tiny import build_tiny_bert
 
@@ -163,6 +167,8 @@ MISTAKES = {
     "empty space": (("--hpo.space", "{}"), "at least one parameter"),
     "never prunes": (("--hpo.pruner.min_resource", "50"), "could never prune"),
     "clipping": (("--trainer.gradient_clip_val", "1.0"), "set model.optimizer.max_grad_norm"),
+    "cost": (("--hpo.cost", "train_seconds"), "Set hpo.pruner.name to none, or hpo.cost to null"),
+    "repeats": (("--hpo.repeats", "-1"), "hpo.repeats: expected 0 or more"),
     "folds": (("--data.split.folds", "0"), "data.split.folds"),
     "option": (("--hpo.trails", "3"), "--hpo.trails"),
 }
@@ -214,6 +220,121 @@ def test_ctrl_c_leaves_no_trial_running_and_its_point_is_tried_again(
     assert retried.params == first.params
     summary = json.loads((tmp_path / "study" / "summary.json").read_text())
     assert (summary["n_failed"], summary["n_interrupted"]) == (0, 1)
+
+
+def repeats(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    storage = open_storage(folder / "journal.log")
+    return optuna.load_study(study_name=f"{folder.name}-repeats", storage=storage).trials
+
+
+def test_the_best_trials_are_run_again_with_other_seeds_and_ctrl_c_loses_none(
+    run: Run, search: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    study = tmp_path / "study"
+    search = [*search, "--hpo.pruner.name", "none", "--hpo.repeats", "2"]
+    fit, calls = cli.BGETrainer.fit, []
+
+    def interrupted(self: cli.BGETrainer, *args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 12:  # two folds each of three trials, of two repeats, and of this one
+            raise KeyboardInterrupt
+        fit(self, *args, **kwargs)
+
+    monkeypatch.setattr(cli.BGETrainer, "fit", interrupted)
+    status, out, err = run(*search)
+    assert status == 130
+    assert "at the end the best 5 trials are run again; other seeds for each: 2" in out
+    assert [t.state.name for t in repeats(study)] == ["COMPLETE"] * 2 + ["FAIL"] + ["WAITING"] * 4
+    before = [(t.number, t.value, t.datetime_complete) for t in repeats(study)[:2]]
+    monkeypatch.setattr(cli.BGETrainer, "fit", fit)
+    status, out, err = run(*search)
+    assert status == 0, err
+    assert len(trials(study)) == 3
+    after = repeats(study)
+    assert [(t.number, t.value, t.datetime_complete) for t in after[:2]] == before
+    done = [(t.user_attrs["of"], t.user_attrs["seed"]) for t in after if t.state == TrialState.COMPLETE]
+    assert sorted(done) == [(of, seed) for of in range(3) for seed in (43, 44)]
+    summary = json.loads((study / "summary.json").read_text())
+    found = {again["trial"]: again for again in summary["repeats"]["trials"]}
+    for trial in trials(study):
+        values = [trial.value, *(t.value for t in after if t.user_attrs["of"] == trial.number and t.value is not None)]
+        assert sorted(found[trial.number]["values"]) == sorted(values)
+        assert len(set(values)) > 1  # other seeds, another training
+        assert found[trial.number]["mean"] == pytest.approx(statistics.fmean(values))
+        assert found[trial.number]["spread"] == pytest.approx(statistics.stdev(values))
+    winner = max(found.values(), key=lambda again: again["mean"])["trial"]
+    assert summary["repeats"]["winner"] == summary["best_trial"] == winner
+    assert summary["best_params"] == trials(study)[winner].params
+    assert yaml.safe_load((study / "best.yaml").read_text())["seed_everything"] == 42
+    assert {path.stem for path in (study / "oof").iterdir()} == {"0", "1", "2"}
+    assert f"{found[winner]['mean']:.4f} +- {found[winner]['spread']:.4f}" in out
+    # once more: nothing is run, nothing refitted
+    written = (study / "summary.json").stat().st_mtime_ns
+    assert run(*search)[0] == 0
+    assert repeats(study) == after
+    assert (study / "summary.json").stat().st_mtime_ns == written
+
+
+def test_the_winner_of_the_repeats_is_what_the_study_ends_with(
+    run: Run, search: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    study, chosen = tmp_path / "study", run_repeats
+
+    def changed(search: optuna.Study, *args: Any) -> Any:
+        found = chosen(search, *args)
+        assert found is not None
+        worst = found.trials[-1].trial
+        assert worst != found.before
+        return replace(found, winner=worst)
+
+    monkeypatch.setattr(cli, "run_repeats", changed)
+    status, out, err = run(*search, "--hpo.pruner.name", "none", "--hpo.repeats", "1")
+    assert status == 0, err
+    summary = json.loads((study / "summary.json").read_text())
+    winner = trials(study)[summary["repeats"]["winner"]]
+    assert f"the winner changed: trial {winner.number}, not trial {summary['repeats']['winner_before']}" in out
+    assert (summary["best_trial"], summary["best_params"]) == (winner.number, winner.params)
+    assert summary["best_value"] == winner.value
+    assert summary["fold_scores"] == winner.user_attrs["fold_scores"]
+    assert summary["refit_epochs"] == max(1, round(statistics.fmean(winner.user_attrs["fold_epochs"])))
+    best = yaml.safe_load((study / "best.yaml").read_text())
+    assert best["model"]["optimizer"]["lr"] == winner.params["model.optimizer.lr"]
+    # the threshold and the out-of-fold file are of its predictions
+    logits = load_file(study / "oof" / f"{winner.number}.safetensors")
+    order = logits["rows"].argsort()
+    with (study / "oof.csv").open(newline="") as file:
+        scores = [float(row["score"]) for row in csv.DictReader(file)]
+    assert scores == pytest.approx(logits["logits"][order].flatten().sigmoid().tolist(), abs=1e-5)
+
+
+def test_a_search_with_a_cost_ends_with_the_front(run: Run, search: list[str], tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    status, out, err = run(*search, "--hpo.cost", "predict_seconds", "--hpo.pruner.name", "none", "--hpo.repeats", "1")
+    assert status == 0, err
+    assert "predict_seconds" in out.splitlines()[3]
+    assert "front of" in out
+    assert "best f1 for its predict_seconds:" in out
+    summary = json.loads((study / "summary.json").read_text())
+    assert summary["cost"] == "predict_seconds"
+    done = trials(study)
+    assert [len(trial.values) for trial in done] == [2] * 3
+    for one in summary["front"]:
+        assert one == {
+            **dict(zip(("score", "cost"), done[one["number"]].values, strict=True)),
+            **{"number": one["number"], "params": done[one["number"]].params},
+        }
+        assert not any(
+            t.values[0] >= one["score"] and t.values[1] <= one["cost"] and t.values != done[one["number"]].values
+            for t in done
+        )
+    assert summary["repeats"]["winner_before"] == summary["front"][0]["number"]
+    assert summary["front"][0]["score"] == max(trial.values[0] for trial in done)
+    assert Path(summary["model_dir"]).is_dir()
+    with (study / "trials.csv").open(newline="") as file:
+        assert [float(row["cost"]) for row in csv.DictReader(file)] == [trial.values[1] for trial in done]
+    status, _, err = run(*search, "--hpo.pruner.name", "none")
+    assert status == 2
+    assert "hpo.cost: predict_seconds there, None asked" in err
 
 
 def start(args: list[str]) -> subprocess.Popen[str]:

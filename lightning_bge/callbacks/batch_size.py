@@ -16,7 +16,7 @@ from lightning_bge.callbacks.batch_size_probe import Probe, make_meter, map_larg
 from lightning_bge.callbacks.batch_size_search import Answer, Room, Search
 from lightning_bge.data.cache import default_cache_dir
 from lightning_bge.errors import ConfigError
-from lightning_bge.memory import Limit, limits, release, size
+from lightning_bge.memory import Limit, limits, release, size, spare_bytes
 
 GIB = 2**30
 _NOTHING: dict[str, Any] = {
@@ -177,7 +177,10 @@ class BudgetFinder(Callback):
         totals = sorted((limit.name, limit.total) for limit in known if limit.stated or limit.raises)
         data = {"key": getattr(factory, "budget_key", None), "step": getattr(factory, "budget_step", 1)}
         config = {name: value for name, value in asdict(self.config).items() if name != "cache"}
-        return digest({**describe_setting(trainer, module), "data": data, "limits": totals, "config": config})
+        setting = {**describe_setting(trainer, module), "data": data, "limits": totals, "config": config}
+        if module.device.type == "cpu" and (most := spare_bytes()[1]):
+            setting["spare"] = most
+        return digest(setting)
 
     def _find(self, trainer: Trainer, module: LightningModule, factory: Any, known: list[Limit]) -> dict[str, Any]:
         meter = make_meter(module.device, address_space=any(limit.raises for limit in known))
@@ -257,9 +260,11 @@ def _room(known: list[Limit], on_host: bool) -> Room:
     """On the host nothing is tried beyond a limit, even where that raises an error.
 
     Where oneDNN is the one that asks in vain, it can make no new kernel in that thread for the rest of the process.
+    What others may yet take of the host's memory to save time is left to them, so that answers hold when they do.
     """
+    promised = spare_bytes()[0] if on_host else 0
     hard = [limit.free for limit in known if limit.raises and not on_host]
-    soft = [limit.free for limit in known if not limit.raises or on_host]
+    soft = [max(limit.free - promised, 0) for limit in known if not limit.raises or on_host]
     return Room(min(hard, default=None), min(soft, default=None))
 
 

@@ -93,7 +93,7 @@ def remembered_tokenizer(key: TokenizerKey) -> Any:
     return load_tokenizer(key.name, key.revision, key.trust_remote_code)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)  # a search over four models and four lengths has so many
 def load_file(source: Source) -> EncodedFile:
     """Read and tokenise a file."""
     table = read_table(
@@ -112,7 +112,7 @@ def load_file(source: Source) -> EncodedFile:
     return EncodedFile(tokens, table.labels, groups, names, digest.hexdigest(), max_length)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def load_training(source: Source, task: Task, split: SplitConfig | None) -> Training:
     """Read and tokenise a training file, find its labels and, with `split`, its folds."""
     file = load_file(source)

@@ -19,13 +19,18 @@ from torch import Tensor
 from lightning_bge.callbacks import Compile, CompileConfig, OomRecorder
 from lightning_bge.callbacks.oom import drop_locals
 from lightning_bge.data import TextDataModule
-from lightning_bge.hpo.reports import FoldPruningCallback
+from lightning_bge.hpo.folds import EpochThatCounts, Fold, Paused, pause
+from lightning_bge.hpo.promote import CONTINUES, PromotePruner
+from lightning_bge.hpo.reports import FoldPruningCallback, Report
+from lightning_bge.hpo.scores import CostName, best_points, cost, rank_key
 from lightning_bge.hpo.space import Space, suggest
 from lightning_bge.hpo.storage import abandon, mark_alive
-from lightning_bge.memory import find_oom, live_bytes, release
+from lightning_bge.memory import find_oom, give_way, live_bytes, release
 from lightning_bge.models import BGEClassifier, WarmEncoder
 from lightning_bge.models.metrics import MonitorConfig, Predictions, metric_direction
 
+BEST = 5  # trials whose out-of-fold predictions are kept, and which may be run again with other seeds
+SEED = "seed_everything"
 SLACK = 2**20  # bytes that an out-of-memory trial may leave behind: the libraries' small caches
 INTERRUPTED = 130  # a shell's exit status for Ctrl-C
 
@@ -47,46 +52,7 @@ class Setup:
     config: Callable[[], dict[str, Any]]
 
 
-Build = Callable[[dict[str, Any]], Setup]
-
-
-@dataclass(frozen=True)
-class Fold:
-    """What is kept of a fold: no callback, as Lightning ties those to module, trainer and optimizer.
-
-    Attributes:
-        score: what counts for the trial.
-        epochs: the epoch it comes from, from 1.
-        predictions: of that epoch.
-    """
-
-    score: float
-    epochs: int
-    predictions: Predictions | None
-
-
-class EpochThatCounts(Callback):
-    """Remembers which epoch a fold's score comes from, and its predictions.
-
-    Args:
-        monitor: the logged metric.
-        objective: `best` or `last`.
-        direction: `maximize` or `minimize`.
-    """
-
-    def __init__(self, monitor: str, objective: str, direction: str) -> None:
-        self.monitor, self.objective = monitor, objective
-        self.sign = 1.0 if direction == "maximize" else -1.0
-        self.epochs = 0
-        self.predictions: Predictions | None = None
-        self._best = -float("inf")
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep this epoch's predictions where they are the ones that count so far."""
-        value = self.sign * float(trainer.callback_metrics.get(self.monitor, float("nan")))
-        if self.objective == "last" or value > self._best:
-            self._best, self.epochs = value, trainer.current_epoch + 1
-            self.predictions = pl_module.predictions  # type: ignore[assignment]
+Build = Callable[[dict[str, Any]], Setup]  # takes settings by their dotted names, and `seed_everything`
 
 
 class LetGo(Callback):
@@ -105,7 +71,8 @@ class LetGo(Callback):
 class Objective:
     """An Optuna objective over folds.
 
-    All trials see the same folds in the same order with the same seeds, so that their comparison is a paired one.
+    All trials see the same folds in the same order with the same seeds, so that their comparison is a paired one. A
+    trial with the user attribute `seed` is trained with that `seed_everything` instead, on the same folds.
 
     Args:
         build: makes fresh objects from a trial's parameters.
@@ -113,10 +80,13 @@ class Objective:
         monitor: metric, best or last epoch, patience.
         folds: number of folds; 1 is a single split.
         epochs: the most epochs that any trial trains a fold for.
-        oof_dir: where the out-of-fold predictions of trials that were best when they ended are kept.
+        oof_dir: where the out-of-fold predictions of the best trials are kept; None keeps none.
         trials: how many are to be finished in all.
         compile: when the encoder's layers are compiled.
+        per_epoch: reports in each epoch.
         encoder: loads once for all trials of this process.
+        cost: what is minimised besides; None: nothing.
+        paused_dir: where the pruner `promote` keeps paused trials, a folder each.
     """
 
     build: Build
@@ -124,13 +94,16 @@ class Objective:
     monitor: MonitorConfig
     folds: int
     epochs: int
-    oof_dir: Path
+    oof_dir: Path | None
     trials: int = 1
     compile: CompileConfig = CompileConfig()  # noqa: RUF009 - frozen
+    per_epoch: int = 1
     encoder: WarmEncoder = field(default_factory=WarmEncoder)
+    cost: CostName | None = None
+    paused_dir: Path | None = None
 
-    def __call__(self, trial: optuna.Trial) -> float:
-        """Train all folds; the trial's value is the mean of their scores.
+    def __call__(self, trial: optuna.Trial) -> float | tuple[float, float]:
+        """Train all folds; the trial's value is the mean of their scores, and where there is a cost, that as well.
 
         Raises:
             optuna.TrialPruned: the pruner stopped it.
@@ -138,7 +111,8 @@ class Objective:
         mark_alive(trial)
         held, loads = self._held(), self.encoder.loads
         try:
-            return self._run(trial, suggest(trial, self.space))
+            params, seed = suggest(trial, self.space), trial.user_attrs.get("seed")
+            return self._run(trial, params if seed is None else {**params, SEED: seed})
         except optuna.TrialPruned:
             raise
         except (KeyboardInterrupt, SystemExit) as stop:
@@ -154,6 +128,7 @@ class Objective:
         # Only here: as long as the error was handled it held what the trial had computed.
         if self.encoder.loads > loads:
             self.encoder.let_go()
+        give_way()
         release()
         for name in ("where", "kind", "asked", "free", "text"):
             trial.set_user_attr(f"oom_{name}", getattr(failed, name))
@@ -166,59 +141,90 @@ class Objective:
         """Bytes of live tensors, less the warm encoder's."""
         return live_bytes() - self.encoder.nbytes
 
-    def _run(self, trial: optuna.Trial, params: dict[str, Any]) -> float:
-        folds: list[Fold] = []
+    def _run(self, trial: optuna.Trial, params: dict[str, Any]) -> float | tuple[float, float]:
+        paused = self._paused(trial)
+        folds: list[Fold] = [] if paused is None else paused.folds
+        curve: list[list[Report]] = [] if paused is None else paused.curve[:-1]
         try:
-            for fold in range(self.folds):
-                folds.append(self._fold(trial, params, fold, [done.score for done in folds]))
+            while len(folds) < self.folds:
+                folds.append(self._fold(trial, params, folds, curve, paused))
+                paused = None
         finally:
             release(host=False)  # trainer and module hold each other until the garbage collector has run
+            trial.set_user_attr("curve", curve)
         scores = [done.score for done in folds]
         trial.set_user_attr("fold_scores", scores)
         trial.set_user_attr("fold_epochs", [done.epochs for done in folds])
         value = sum(scores) / len(scores)
-        if self._is_best(trial.study, value):
+        values = (value,) if self.cost is None else (value, cost(self.cost, curve, [done.rows for done in folds]))
+        if self.oof_dir is not None and _is_among_best(trial, values):
             self.oof_dir.mkdir(parents=True, exist_ok=True)
             found = [done.predictions for done in folds if done.predictions]
-            save_predictions(found, self.oof_dir / f"{trial.number}.safetensors")
-        return value
+            save_predictions(found, predictions_file(self.oof_dir, trial.number))
+            drop_predictions(trial.study, self.oof_dir)
+        return value if len(values) == 1 else values
 
-    def _fold(self, trial: optuna.Trial, params: dict[str, Any], fold: int, earlier: Sequence[float]) -> Fold:
-        setup = self.build(params)
-        setup.datamodule.select_fold(fold)
+    def _paused(self, trial: optuna.Trial) -> Paused | None:
+        """What the trial goes on with, its reports made for this one too; None: it is no resumed one."""
+        number = trial.user_attrs.get(CONTINUES)
+        if number is None:
+            return None
+        assert self.paused_dir is not None
+        for step, value in trial.study.get_trials(deepcopy=False)[number].intermediate_values.items():
+            trial.report(value, step)
+        return Paused.load(self.paused_dir / str(number))
+
+    def _fold(
+        self,
+        trial: optuna.Trial,
+        params: dict[str, Any],
+        done: list[Fold],
+        curve: list[list[Report]],
+        paused: Paused | None,
+    ) -> Fold:
         metric, direction = f"val_{self.monitor.metric}", metric_direction(str(self.monitor.metric))
         counts = EpochThatCounts(metric, self.monitor.objective, direction)
+
+        def write(trainer: Trainer | None) -> None:
+            assert self.paused_dir is not None
+            pause(self.paused_dir / str(trial.number), trainer, done, curve, reports, counts)
+
         reports = FoldPruningCallback(
             trial,
             metric,
-            fold=fold,
+            fold=len(done),
             folds=self.folds,
             epochs=self.epochs,
-            earlier=earlier,
+            earlier=[fold.score for fold in done],
             objective=self.monitor.objective,
             direction=direction,
+            per_epoch=self.per_epoch,
+            pause=write if isinstance(trial.study.pruner, PromotePruner) else None,
         )
-        compiler = Compile(self.compile, steps_left=self._steps_left(trial.study, setup.datamodule, fold))
-        callbacks = [OomRecorder(), compiler, counts, *early_stopping(self.monitor), reports, LetGo()]
-        setup.model.load = self.encoder.load
-        setup.make_trainer(callbacks=callbacks).fit(setup.model, datamodule=setup.datamodule)
-        return Fold(reports.close_fold(), counts.epochs, counts.predictions)
+        curve.append(reports.curve)
+        if paused is not None:
+            paused.restore(reports, counts)
+        setup = self.build(params)
+        setup.datamodule.select_fold(len(done))
+        if not reports.closed:
+            compiler = Compile(self.compile, steps_left=self._steps_left(trial.study, setup.datamodule, len(done)))
+            callbacks = [OomRecorder(), compiler, counts, *early_stopping(self.monitor), reports, LetGo()]
+            setup.model.load = self.encoder.load
+            checkpoint = None if paused is None else paused.checkpoint
+            setup.make_trainer(callbacks=callbacks).fit(
+                setup.model, datamodule=setup.datamodule, ckpt_path=checkpoint, weights_only=True
+            )
+        return Fold(reports.close_fold(), counts.epochs, counts.predictions, len(setup.datamodule.val_rows))
 
     def _steps_left(self, study: optuna.Study, data: TextDataModule, fold: int) -> int:
         """Optimizer steps that this process has still to make, if trials go on being pruned as they were so far."""
         steps = -(-len(data.train_rows) // data.batch_size) * self.epochs
         ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         reports = sum(len(trial.intermediate_values) for trial in ended)
-        share = reports / (len(ended) * self.folds * self.epochs) if reports else 1.0
+        share = reports / (len(ended) * self.folds * self.epochs * self.per_epoch) if reports else 1.0
         workers = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
         later = max(self.trials - len(ended) - 1, 0) * self.folds * share / max(workers, 1)
         return round(steps * (self.folds - fold + later))
-
-    def _is_best(self, study: optuna.Study, value: float) -> bool:
-        done = [t.value for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.value is not None]
-        if study.direction == optuna.study.StudyDirection.MINIMIZE:
-            return value <= min(done, default=value)
-        return value >= max(done, default=value)
 
 
 def early_stopping(monitor: MonitorConfig) -> list[Callback]:
@@ -228,6 +234,29 @@ def early_stopping(monitor: MonitorConfig) -> list[Callback]:
     mode = "max" if metric_direction(str(monitor.metric)) == "maximize" else "min"
     # a NaN is the reports' to judge: they prune the trial and say so
     return [EarlyStopping(f"val_{monitor.metric}", mode=mode, patience=monitor.patience, check_finite=False)]
+
+
+def _is_among_best(trial: optuna.Trial, values: Sequence[float]) -> bool:
+    """Whether it is one of the best points now. Where not, it will never be."""
+    key = rank_key(trial.study, trial.number, values)
+    best = best_points(trial.study, BEST)
+    better = [other for other in best if rank_key(trial.study, other.number, other.values) < key]
+    return len(better) < BEST and all(other.params != trial.params for other in better)
+
+
+def predictions_file(oof_dir: Path, number: int) -> Path:
+    """Where a trial's out-of-fold predictions are."""
+    return oof_dir / f"{number}.safetensors"
+
+
+def drop_predictions(study: optuna.Study, oof_dir: Path) -> None:
+    """Delete the predictions of trials that have ended and are not among the best points."""
+    # in this order: others may end trials meanwhile, and what has ended and is not among the best now never will be
+    ended = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
+    kept = {trial.number for trial in best_points(study, BEST)}
+    for path in oof_dir.glob("*.safetensors"):
+        if path.stem.isdecimal() and int(path.stem) in ended - kept:
+            path.unlink(missing_ok=True)
 
 
 def save_predictions(folds: Sequence[Predictions], path: Path) -> None:

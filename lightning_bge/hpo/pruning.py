@@ -1,32 +1,39 @@
-"""Pruners: Hyperband, median or percentile, behind a warm-up that lets the first trials run to their end.
+"""From the settings under `hpo.pruner` to a pruner, and at which reports it can stop a trial.
 
-A trial reports at consecutive steps 1..n_reports (folds x epochs), and is not asked at the last one, where nothing is
-left to save. All that is said here about "can prune" rests on that; `hpo.reports` sees to it.
+A trial reports at consecutive steps 1..n (folds x epochs x reports an epoch), and is not asked at the last one, where
+nothing is left to save. All that is said here about "can prune" rests on that; `hpo.reports` sees to it.
 """
 
-import logging
+from __future__ import annotations
+
 import math
 import warnings
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, PatientPruner, PercentilePruner
-from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.promote import PromotePruner, rung_steps
+from lightning_bge.hpo.pruners import BootstrapPruner, FoldEndPruner, FoldWilcoxonPruner, ReachPruner
+from lightning_bge.hpo.reports import Steps
 
-_log = logging.getLogger(__name__)
+PrunerName = Literal["promote", "reach", "hyperband", "median", "percentile", "wilcoxon", "disarmed_hyperband", "none"]
 
-PrunerName = Literal["hyperband", "median", "percentile", "none"]
-
+_AROUND = {"patience", "reach", "fold_confidence", "bootstrap"}
 _OPTIONS: dict[str, set[str]] = {
-    "hyperband": {"reduction_factor", "min_resource", "patience", "bootstrap"},
-    "median": {"warmup_reports", "patience", "bootstrap"},
-    "percentile": {"percentile", "warmup_reports", "patience", "bootstrap"},
+    "promote": {"reduction_factor", "min_resource"},
+    "reach": {"warmup_reports", *_AROUND},
+    "hyperband": {"reduction_factor", "min_resource", *_AROUND},
+    "median": {"warmup_reports", *_AROUND},
+    "percentile": {"percentile", "warmup_reports", *_AROUND},
+    "wilcoxon": {"p_threshold", *_AROUND},
+    "disarmed_hyperband": {"reduction_factor", "min_resource", "max_resource", "patience", "bootstrap"},
     "none": set(),
 }
+ORIGINAL_BOOTSTRAP = 30
+REACH = 3
 
 
 @dataclass(frozen=True)
@@ -34,17 +41,32 @@ class PrunerConfig:
     """Which trials are stopped early, and when.
 
     Attributes:
-        name: `hyperband` (Li et al., 2018, with the asynchronous halving of Li et al., 2020), `median`,
-            `percentile`, or `none`. Median and percentile compare a trial's best value over all its reports, so an
-            easy first fold shields a bad trial.
-        reduction_factor: Hyperband: of the trials that reach a rung, one in this many goes on. 4 keeps brackets few.
-        min_resource: Hyperband: the report at which the hardest bracket judges first.
+        name: `promote` (asynchronous successive halving, Li et al. 2020: a trial pauses at each rung, and is resumed
+            from its checkpoint when it stands in the top 1/reduction_factor there), `reach` (stops a trial that stands
+            lower than any of the best finished ones stood at that report), `hyperband` (Li et al., 2018), `median`,
+            `percentile`, `wilcoxon` (Optuna's, by folds), `none`, or `disarmed_hyperband` (PatientPruner around
+            Hyperband with Optuna's own bootstrap_count: prunes early arrivals and spares whatever still improves; the
+            program says what it will really do). Median and percentile compare a trial's best value over all its
+            reports, so an easy first fold shields a bad trial.
+        reduction_factor: Promote, Hyperband: of the trials that reach a rung, one in this many goes on. 4 keeps
+            brackets few.
+        min_resource: Promote, Hyperband: the report at which trials are judged first, in Hyperband's hardest bracket.
+        max_resource: Disarmed Hyperband: Optuna's max_resource, which only sets the number of brackets. Default: all
+            reports.
         percentile: Percentile: the share of trials, 0 to 100, counted from the best, that goes on.
-        warmup_reports: Median, percentile: the first so many reports of a trial never prune.
+        p_threshold: Wilcoxon: stop a trial that is worse than the best one at this level. After n folds the smallest
+            possible p is 2**-n, so that 0.1 can act after the fourth fold first.
+        warmup_reports: Median, percentile, reach: the first so many reports of a trial never prune.
         patience: Prune only a trial that has not improved over this many more reports. Around Hyperband it disarms
             the pruner; this is allowed, and said in the log.
+        reach: Prune only a trial that stands lower than any of so many best finished trials stood at that report:
+            patience across trials. The pruner `reach` is this alone, with 3 by default.
+        fold_confidence: Stop a trial between folds, too, when it is this sure (one-sided, above 0.5) that further folds
+            will not lift its mean to the best trial's, from the spread of paired differences between folds. Default:
+            the pruner alone decides.
         bootstrap: The first so many finished trials of the study run to their end. Default: 10 % of the trials, 30 at
-            most, since a longer warm-up eats the gain of a small study.
+            most, since a longer warm-up eats the gain of a small study. Promote needs none, as it ends nothing for
+            good. Disarmed Hyperband: Optuna's bootstrap_count, 30 by default.
 
     Raises:
         ConfigError: A value is out of range, or was set for a pruner that does not use it.
@@ -53,9 +75,13 @@ class PrunerConfig:
     name: PrunerName = "hyperband"
     reduction_factor: int = 4
     min_resource: int = 1
+    max_resource: int | None = None
     percentile: float = 50.0
+    p_threshold: float = 0.1
     warmup_reports: int = 0
     patience: int | None = None
+    reach: int | None = None
+    fold_confidence: float | None = None
     bootstrap: int | None = None
 
     def __post_init__(self) -> None:
@@ -68,79 +94,75 @@ class PrunerConfig:
                 raise ConfigError(
                     f"hpo.pruner.{field.name}: not used by {self.name!r}, which takes {known}; remove it."
                 )
-        for name, least in (("reduction_factor", 2), ("min_resource", 1), ("warmup_reports", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"hpo.pruner.{name}: expected at least {least}, got {getattr(self, name)}.")
-        for name in ("patience", "bootstrap"):
+        least = {"reduction_factor": 2, "min_resource": 1, "max_resource": 1, "reach": 1}
+        least |= {"warmup_reports": 0, "patience": 0, "bootstrap": 0}
+        for name, bound in least.items():
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(f"hpo.pruner.{name}: expected 0 or more, or null, got {value}.")
-        if not 0 <= self.percentile <= 100:
-            raise ConfigError(f"hpo.pruner.percentile: expected 0 to 100, got {self.percentile}.")
-
-
-class BootstrapPruner(BasePruner):
-    """Let the first `count` completed trials of a study run to their end, then do as the inner pruner says.
-
-    Optuna's own `bootstrap_count` does the opposite: it prunes the first trials to reach a rung. The inner pruner is
-    asked during the warm-up too and its answer ignored, because Hyperband records a trial's value at a rung only when
-    asked. A trial that is pruned for another reason (no memory, a metric that is NaN) does not count.
-
-    Args:
-        inner: The pruner that decides after the warm-up.
-        count: Number of COMPLETE trials before anything is pruned.
-    """
-
-    def __init__(self, inner: BasePruner, count: int) -> None:
-        self.inner = inner
-        self.count = count
-
-    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Return whether to stop the trial at its last report."""
-        if not self.inner.prune(study, trial):
-            return False
-        return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) >= self.count
+            if value is not None and value < bound:
+                raise ConfigError(f"hpo.pruner.{name}: expected at least {bound}, got {value}.")
+        for name, low, high in (("percentile", 0, 100), ("p_threshold", 0, 1), ("fold_confidence", 0.5, 1)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"hpo.pruner.{name}: expected {low} to {high}, got {value}.")
+        if self.fold_confidence in (0.5, 1):
+            raise ConfigError(f"hpo.pruner.fold_confidence: expected between 0.5 and 1, got {self.fold_confidence}.")
+        if self.name == "disarmed_hyperband" and self.patience is None:
+            raise ConfigError("hpo.pruner.patience: 'disarmed_hyperband' is PatientPruner around Hyperband: set it.")
 
 
 def bootstrap_trials(config: PrunerConfig, n_trials: int) -> int:
     """Return how many finished trials run to their end: as configured, or min(30, 10 % of the trials)."""
+    if config.name in ("promote", "none", "disarmed_hyperband"):
+        return 0
     return min(30, n_trials // 10) if config.bootstrap is None else config.bootstrap
 
 
-def rungs(config: PrunerConfig, n_reports: int) -> list[list[int]]:
-    """Return, for each Hyperband bracket, the reports in 1..n_reports-1 at which a trial can be pruned.
+def rungs(config: PrunerConfig, steps: Steps) -> list[list[int]]:
+    """Return, for each bracket, the reports before the last one at which a trial can be stopped (promote: paused).
 
-    Median and percentile count as one bracket. A bracket whose first rung is the last report is empty: it never prunes.
+    Only Hyperband has several brackets; one whose first rung is the last report is empty: it never prunes.
     """
+    last = steps.total
     if config.name == "none":
         return []
+    if config.name == "promote":
+        return [list(rung_steps(last, config.min_resource, config.reduction_factor))]
     least = 1 if config.patience is None else config.patience + 2  # Optuna's PatientPruner is silent before
-    if config.name != "hyperband":
-        return [list(range(max(least, config.warmup_reports + 1), n_reports))]
-    first = [config.min_resource * config.reduction_factor**b for b in range(_n_brackets(config, n_reports))]
-    if config.patience is not None:  # a rung is settled whenever patience lets the question through
-        return [list(range(max(least, step), n_reports)) for step in first]
-    return [[step for step in first[b:] if step < n_reports] for b in range(len(first))]
+    if "hyperband" in config.name:
+        brackets = _hyperband(config, steps, least)
+    elif config.name == "wilcoxon":
+        able = [k for k in range(2, steps.folds) if 0.5**k < config.p_threshold]
+        brackets = [[k * steps.per_fold for k in able if k * steps.per_fold >= least]]
+    else:
+        brackets = [list(range(max(least, config.warmup_reports + 1), last))]
+    if config.fold_confidence is not None:
+        ends = range(steps.per_fold, last, steps.per_fold)
+        brackets = [sorted({*bracket, *ends}) for bracket in brackets]
+    return brackets
 
 
-def _n_brackets(config: PrunerConfig, n_reports: int) -> int:
+def _hyperband(config: PrunerConfig, steps: Steps, least: int) -> list[list[int]]:
+    most = config.max_resource or steps.total
     # Optuna's formula with its rounding: log(243, 3) is just below 5, and Optuna then has five brackets, not six
-    return max(0, math.floor(math.log(n_reports / config.min_resource, config.reduction_factor)) + 1)
+    count = max(0, math.floor(math.log(most / config.min_resource, config.reduction_factor)) + 1)
+    first = [config.min_resource * config.reduction_factor**bracket for bracket in range(count)]
+    if config.patience is not None:  # a rung is settled whenever patience lets the question through
+        return [list(range(max(least, step), steps.total)) for step in first]
+    return [list(rung_steps(steps.total, step, config.reduction_factor)) for step in first]
 
 
-def _check(config: PrunerConfig, n_trials: int, n_reports: int) -> None:
+def check_pruner(config: PrunerConfig, n_trials: int, steps: Steps) -> None:
     """Raise ConfigError when the pruner could never prune."""
-    if n_trials < 1 or n_reports < 1:
-        raise ConfigError(f"hpo.pruner: expected at least 1 trial and 1 report, got {n_trials} and {n_reports}.")
+    if n_trials < 1:
+        raise ConfigError(f"hpo.pruner: expected at least 1 trial, got {n_trials}.")
     if config.name == "none":
         return
-    never = f"hpo.pruner: {config.name!r} could never prune with {n_trials} trials of {n_reports} reports"
+    never = f"hpo.pruner: {config.name!r} could never prune with {n_trials} trials of {steps.total} reports"
     otherwise = "or set hpo.pruner.name to 'none'"
-    if not any(rungs(config, n_reports)):
-        field = "hpo.pruner.min_resource" if config.name == "hyperband" else "hpo.pruner.warmup_reports"
+    if not any(rungs(config, steps)):
         raise ConfigError(
             f"{never}: none of its decisions falls before the last report, where nothing is left to save. "
-            f"Use more epochs or folds, lower {field} or hpo.pruner.patience, {otherwise}."
+            f"Use more epochs or folds, lower {_blamed(config)}, {otherwise}."
         )
     count = bootstrap_trials(config, n_trials)
     if count >= n_trials:
@@ -150,55 +172,61 @@ def _check(config: PrunerConfig, n_trials: int, n_reports: int) -> None:
         )
 
 
-def build_pruner(config: PrunerConfig, n_trials: int, n_reports: int) -> BasePruner:
+def _blamed(config: PrunerConfig) -> str:
+    if config.name == "wilcoxon":
+        return "hpo.pruner.patience or raise hpo.pruner.p_threshold: after n folds p is 2**-n at best"
+    field = "min_resource" if config.name in ("promote", "hyperband", "disarmed_hyperband") else "warmup_reports"
+    return f"hpo.pruner.{field}" + (" or hpo.pruner.patience" if config.name != "promote" else "")
+
+
+def build_pruner(config: PrunerConfig, n_trials: int, steps: Steps) -> BasePruner:
     """Build the pruner for a study.
 
     Args:
         config: What to build.
         n_trials: Trials planned for the study; the default warm-up is a share of them.
-        n_reports: Reports of a trial that runs to its end: folds x epochs. Hyperband's `max_resource`.
+        steps: What a trial that runs to its end reports.
 
     Raises:
         ConfigError: The pruner could never prune; says why and what to change.
     """
-    _check(config, n_trials, n_reports)
-    inner: BasePruner
+    check_pruner(config, n_trials, steps)
     if config.name == "none":
         return NopPruner()
-    if config.name == "hyperband":
-        # an int: with 'auto' each worker would fix its own maximum from the trials that it happens to see
-        inner = HyperbandPruner(config.min_resource, n_reports, config.reduction_factor)
-    else:
-        # the warm-up over trials is BootstrapPruner's alone; steps count from 1, so `w` silent reports end before w + 1
-        warmup = config.warmup_reports + 1
-        if config.name == "median":
-            inner = MedianPruner(n_startup_trials=0, n_warmup_steps=warmup)
-        else:
-            inner = PercentilePruner(config.percentile, n_startup_trials=0, n_warmup_steps=warmup)
+    if config.name == "promote":
+        return PromotePruner(rungs(config, steps)[0], config.reduction_factor)
+    inner = _base(config, steps)
     if config.patience is not None:
-        with warnings.catch_warnings():  # experimental since 2.8 in name; the tests pin what is used of it
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            inner = PatientPruner(inner, config.patience)
-        if config.name == "hyperband":
-            _log.warning(
-                "hpo.pruner.patience around hyperband disarms it: a trial that still improves is never pruned, however "
-                "bad it is, and late values are compared with early ones. Use it with median or percentile."
-            )
+        inner = _patient(inner, config.patience)
+    if config.name == "disarmed_hyperband":
+        return inner
+    if config.reach is not None and config.name != "reach":
+        inner = ReachPruner(inner, config.reach)
+    if config.fold_confidence is not None:
+        inner = FoldEndPruner(inner, steps.per_fold, steps.folds, config.fold_confidence)
     return BootstrapPruner(inner, bootstrap_trials(config, n_trials))
 
 
-def describe_pruner(config: PrunerConfig, n_trials: int, n_reports: int) -> str:
-    """Say in one or two lines what will be pruned when, before the study starts.
+def _base(config: PrunerConfig, steps: Steps) -> BasePruner:
+    if config.name == "hyperband":
+        # an int: with 'auto' each worker would fix its own maximum from the trials that it happens to see
+        return HyperbandPruner(config.min_resource, steps.total, config.reduction_factor)
+    if config.name == "disarmed_hyperband":
+        count = ORIGINAL_BOOTSTRAP if config.bootstrap is None else config.bootstrap
+        most = config.max_resource or steps.total
+        return HyperbandPruner(config.min_resource, most, config.reduction_factor, bootstrap_count=count)
+    if config.name == "wilcoxon":
+        return FoldWilcoxonPruner(steps.per_fold, config.p_threshold)
+    if config.name == "reach":
+        return ReachPruner(best=REACH if config.reach is None else config.reach, warmup=config.warmup_reports)
+    # the warm-up over trials is BootstrapPruner's alone; steps count from 1, so `w` silent reports end before w + 1
+    warmup = config.warmup_reports + 1
+    if config.name == "median":
+        return MedianPruner(n_startup_trials=0, n_warmup_steps=warmup)
+    return PercentilePruner(config.percentile, n_startup_trials=0, n_warmup_steps=warmup)
 
-    Raises:
-        ConfigError: As in `build_pruner`.
-    """
-    _check(config, n_trials, n_reports)
-    if config.name == "none":
-        return "no pruning: every trial runs to its end"
-    steps = rungs(config, n_reports)
-    first = min(bracket[0] for bracket in steps if bracket)
-    brackets = f"brackets judge at reports {steps}; " if config.name == "hyperband" and config.patience is None else ""
-    count = bootstrap_trials(config, n_trials)
-    head = f"{config.name}: {brackets}can first prune at report {first} of {n_reports}"
-    return head if count == 0 else f"{head}\nthe first {count} of {n_trials} trials to finish run to their end"
+
+def _patient(inner: BasePruner, patience: int) -> BasePruner:
+    with warnings.catch_warnings():  # experimental since 2.8 in name; the tests pin what is used of it
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return PatientPruner(inner, patience)

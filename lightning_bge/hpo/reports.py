@@ -1,12 +1,14 @@
-"""What a trial reports to its study while its folds train: one consecutive curve over folds and epochs."""
+"""What a trial reports to its study while its folds train: one consecutive curve over folds and (parts of) epochs."""
 
 import math
 import time
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import optuna
+import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from optuna_integration import PyTorchLightningPruningCallback
@@ -14,18 +16,73 @@ from optuna_integration import PyTorchLightningPruningCallback
 from lightning_bge.errors import ConfigError
 
 
-class FoldPruningCallback(PyTorchLightningPruningCallback):
-    """Report after each epoch of one fold, and stop the fit when the study's pruner says so.
+@dataclass(frozen=True)
+class Steps:
+    """What a trial that runs to its end reports, at the steps 1..total.
 
-    The report of epoch e (from 0) of fold k has step `k * epochs + e + 1`, so that the steps of a trial run through
-    1..folds*epochs. Its value is the mean over the earlier folds' final scores and this fold's score so far. The pruner
-    is not asked at the last step of all, where nothing is left to save.
+    Attributes:
+        folds: number of folds; 1 is a single split.
+        epochs: of each fold, at most.
+        per_epoch: reports of each epoch.
+    """
+
+    folds: int
+    epochs: int
+    per_epoch: int = 1
+
+    @property
+    def per_fold(self) -> int:
+        """Reports of a fold."""
+        return self.epochs * self.per_epoch
+
+    @property
+    def total(self) -> int:
+        """All reports of a trial."""
+        return self.folds * self.per_fold
+
+
+class Report(NamedTuple):
+    """One validation of a fold.
+
+    Attributes:
+        step: the trial's report that it is, from 1; the last of them where one validation serves several.
+        value: the metric.
+        train_seconds: wall-clock seconds of training since the report before; the first one's start with the fold, so
+            that building and setting up are in it.
+        val_seconds: wall-clock seconds of the validation.
+        train_cpu: seconds of the process's CPU time, all threads together, for the same work as `train_seconds`: on a
+            machine that does other work as well, one thread's CPU seconds are what the work takes without it.
+        val_cpu: likewise for the validation.
+    """
+
+    step: int
+    value: float
+    train_seconds: float
+    val_seconds: float
+    train_cpu: float
+    val_cpu: float
+
+
+class FoldPruningCallback(PyTorchLightningPruningCallback):
+    """Report once or several times in each epoch of one fold, and stop the fit when the study's pruner says so.
+
+    With P reports an epoch, part p (from 1) of epoch e (from 0) of fold k has step `(k * epochs + e) * P + p`, so that
+    the steps of a trial run through 1..folds*epochs*P. Part p is validated after the first p/P of the epoch's batches,
+    rounded up; where an epoch has fewer batches than parts, one validation serves several. Its value is the mean over
+    the earlier folds' final scores and this fold's score so far. The pruner is not asked at the last step of all, where
+    nothing is left to save.
+
+    A fold's score comes from whole epochs alone, so that it does not depend on how often is reported; within an epoch
+    the report of `best` takes the value at hand where it is better than all whole epochs before.
 
     A value that is NaN or infinite is not reported: the trial is pruned at once, with the user attribute `nan` holding
     the value as text. Optuna's TPE then ranks it by its last finite report, or last of all if it has none. A pruned
     trial carries the user attributes `pruned_at` (the step), `fold` and `epoch` (the last one trained; both from 0).
 
-    Works with any LightningModule that logs `monitor` once an epoch in validation, in one process.
+    In a study of two objectives, which Optuna gives neither reports nor a pruner, all goes on but the reports.
+
+    Works with any LightningModule that logs `monitor` in validation, in one process. Between reports of one epoch it
+    sets `trainer.val_check_batch`; early stopping goes on counting epochs.
 
     Args:
         trial: The running trial.
@@ -36,10 +93,14 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         earlier: Final scores of the folds before this one: `fold` numbers.
         objective: A fold's score: its `best` epoch so far, or its `last`.
         direction: `maximize` or `minimize`.
+        per_epoch: Reports in each epoch; 1 costs nothing, as that validation is made anyway.
+        pause: Called before the trial stops because the pruner says so, with the trainer, or with None where the fold
+            has made its last report: it writes what is needed to resume the trial. None: it ends for good, and
+            `paused_at` is not set.
 
     Attributes:
-        history: The metric's value for each epoch so far.
-        seconds: Wall-clock seconds of each epoch, training and validation together.
+        history: The metric's value for each whole epoch so far.
+        curve: All validations so far, within epochs as well.
 
     Raises:
         ConfigError: In the constructor for values that contradict each other; in `fit` when the strategy runs several
@@ -56,20 +117,30 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         earlier: Sequence[float],
         objective: Literal["best", "last"] = "best",
         direction: Literal["maximize", "minimize"] = "maximize",
+        per_epoch: int = 1,
+        pause: Callable[[pl.Trainer | None], None] | None = None,
     ) -> None:
         super().__init__(trial, monitor)
-        if epochs < 1 or not 0 <= fold < folds:
-            raise ConfigError(f"expected epochs >= 1 and 0 <= fold < folds, got {epochs=}, {fold=}, {folds=}.")
+        if epochs < 1 or per_epoch < 1 or not 0 <= fold < folds:
+            raise ConfigError(
+                f"expected epochs and per_epoch >= 1 and 0 <= fold < folds, got {epochs=}, {per_epoch=}, {fold=}, "
+                f"{folds=}."
+            )
         if len(earlier) != fold:
             raise ConfigError(f"fold {fold} needs the scores of the {fold} folds before it, got {len(earlier)}.")
         if objective not in ("best", "last") or direction not in ("maximize", "minimize"):
             raise ConfigError(f"expected best/last and maximize/minimize, got {objective!r} and {direction!r}.")
-        self.fold, self.folds, self.epochs = fold, folds, epochs
+        self.fold, self.folds, self.epochs, self.per_epoch = fold, folds, epochs, per_epoch
         self.earlier = tuple(earlier)
         self.objective, self.direction = objective, direction
+        self._all = folds * epochs * per_epoch
+        self._pause = pause
+        self._single = len(trial.study.directions) == 1
         self.history: list[float] = []
-        self.seconds: list[float] = []
-        self._epoch_start = time.perf_counter()
+        self.curve: list[Report] = []
+        self._parts = 0  # reported of this fold
+        self._within = False  # whether the last of them lies within an epoch
+        self._since = self._validated = _clocks()
 
     @property
     def score(self) -> float:
@@ -80,9 +151,29 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         """
         if not self.history:
             raise ConfigError(f"fold {self.fold} ended before a validation; train for at least one epoch.")
-        if self.objective == "last":
-            return self.history[-1]
-        return max(self.history) if self.direction == "maximize" else min(self.history)
+        return self.history[-1] if self.objective == "last" else self._better(self.history)
+
+    def _better(self, values: Sequence[float]) -> float:
+        return max(values) if self.direction == "maximize" else min(values)
+
+    @property
+    def closed(self) -> bool:
+        """Whether all reports of the fold are made."""
+        return self._parts == self.epochs * self.per_epoch
+
+    def state(self) -> dict[str, Any]:
+        """What another callback needs to go on with this fold, besides `curve`: plain data."""
+        return {"history": list(self.history), "parts": self._parts, "within": self._within}
+
+    def restore(self, state: dict[str, Any], curve: Sequence[Report]) -> None:
+        """Go on with a fold of another trial, whose reports up to here this trial has already.
+
+        Args:
+            state: of the callback that stopped.
+            curve: likewise.
+        """
+        self.history, self._parts, self._within = list(state["history"]), state["parts"], state["within"]
+        self.curve[:] = curve
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot give one report an epoch from one process."""
@@ -96,12 +187,35 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
                 f"trainer.max_epochs is {trainer.max_epochs}, but the study counts {self.epochs} reports a fold."
             )
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the epoch's clock."""
-        self._epoch_start = time.perf_counter()
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Where a resumed fold stood at an epoch's end, early stopping is to look at that epoch's value."""
+        if self.curve:
+            trainer.callback_metrics[self.monitor] = torch.tensor(self.curve[-1].value)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the next validation be that of the next part of the epoch."""
+        if self.per_epoch == 1:
+            return
+        batches = trainer.num_training_batches
+        if not math.isfinite(batches) or trainer.val_check_interval != 1.0:
+            raise ConfigError(
+                f"{self.per_epoch} reports an epoch need epochs of a known length and trainer.val_check_interval 1.0, "
+                f"got {batches} batches and {trainer.val_check_interval}."
+            )
+        # Lightning validates where the number of batches is a multiple of it, and none is between two of these ends
+        trainer.val_check_batch = next(end for end in self._ends(int(batches)) if end > batch_idx)
+
+    def _ends(self, batches: int) -> list[int]:
+        return [-(-batches * part // self.per_epoch) for part in range(1, self.per_epoch + 1)]
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock of training."""
+        self._validated = _clocks()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report the epoch, and raise `optuna.TrialPruned` when the pruner says so."""
+        """Report the epoch or its part, and raise `optuna.TrialPruned` when the pruner says so."""
         if trainer.sanity_checking or trainer.state.fn is not TrainerFn.FITTING:
             return
         if self.monitor not in trainer.callback_metrics:
@@ -109,20 +223,34 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
                 f"the metric {self.monitor!r} is not logged in validation; "
                 f"there are: {', '.join(sorted(trainer.callback_metrics)) or 'none'}."
             )
-        epoch = trainer.current_epoch
-        if epoch != len(self.history) or epoch >= self.epochs:
-            raise ConfigError(
-                f"expected one validation after each of {self.epochs} epochs, got number {len(self.history) + 1} in "
-                f"epoch {epoch + 1}; set trainer.check_val_every_n_epoch to 1 and trainer.val_check_interval to 1.0."
-            )
+        parts, whole = self._parts_done(trainer)
         value = float(trainer.callback_metrics[self.monitor])
-        self.seconds.append(time.perf_counter() - self._epoch_start)
-        self.history.append(value)
+        now = _clocks()
+        spent = [b - a for a, b in zip(self._since, self._validated, strict=True)]
+        tested = [b - a for a, b in zip(self._validated, now, strict=True)]
+        self.curve.append(Report(self._step(parts), value, spent[0], tested[0], spent[1], tested[1]))
+        self._since = now
+        self._within = not whole
+        if whole:
+            self.history.append(value)
         if not math.isfinite(value):
             self._trial.set_user_attr("nan", str(value))
-            self._stop(f"{self.monitor} is {value}", self._step(epoch))
-        self._report(epoch)
-        self._ask(epoch)
+            self._stop(f"{self.monitor} is {value}", self._step(parts))
+        seen = self.history if whole or self.objective == "last" else [*self.history, value]
+        self._report(parts, value if self.objective == "last" else self._better(seen))
+        self._ask(trainer)
+
+    def _parts_done(self, trainer: pl.Trainer) -> tuple[int, bool]:
+        """The fold's parts that this validation completes, and whether it is that of a whole epoch."""
+        epoch, batch = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx + 1
+        ends = [batch] if self.per_epoch == 1 else self._ends(int(trainer.num_training_batches))
+        parts = epoch * self.per_epoch + sum(end <= batch for end in ends)
+        if epoch != len(self.history) or epoch >= self.epochs or parts <= self._parts:
+            raise ConfigError(
+                f"expected one validation after each of {self.epochs} epochs, got number {len(self.curve) + 1} in "
+                f"epoch {epoch + 1}; set trainer.check_val_every_n_epoch to 1 and trainer.val_check_interval to 1.0."
+            )
+        return parts, parts == (epoch + 1) * self.per_epoch
 
     def close_fold(self) -> float:
         """Report the epochs that early stopping left out, at the fold's final score, and return that score.
@@ -134,25 +262,35 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
             ConfigError: No epoch was validated.
         """
         score = self.score
-        missing = range(len(self.history), self.epochs)
-        for epoch in missing:
-            self._report(epoch)
-        if missing:
-            self._ask(self.epochs - 1)
+        if self._parts < self.epochs * self.per_epoch:
+            self._report(self.epochs * self.per_epoch, score)
+            self._ask()
         return score
 
-    def _step(self, epoch: int) -> int:
-        return self.fold * self.epochs + epoch + 1
+    def _step(self, part: int) -> int:
+        return self.fold * self.epochs * self.per_epoch + part
 
-    def _report(self, epoch: int) -> None:
-        self._trial.report((math.fsum(self.earlier) + self.score) / (self.fold + 1), step=self._step(epoch))
+    def _report(self, parts: int, score: float) -> None:
+        """Report this fold's score so far for all parts up to this one."""
+        for part in range(self._parts + 1, parts + 1) if self._single else ():
+            self._trial.report((math.fsum(self.earlier) + score) / (self.fold + 1), step=self._step(part))
+        self._parts = parts
 
-    def _ask(self, epoch: int) -> None:
-        step = self._step(epoch)
-        if step < self.folds * self.epochs and self._trial.should_prune():
-            self._stop("stopped by the pruner", step)
+    def _ask(self, trainer: pl.Trainer | None = None) -> None:
+        step = self._step(self._parts)
+        if step >= self._all or not self._single or not self._trial.should_prune():
+            return
+        if self._pause is not None:
+            self._pause(None if self.closed else trainer)
+            self._trial.set_user_attr("paused_at", step)
+        self._stop("stopped by the pruner", step)
 
     def _stop(self, why: str, step: int) -> None:
-        for key, value in (("pruned_at", step), ("fold", self.fold), ("epoch", len(self.history) - 1)):
+        epoch = len(self.history) - 1 + self._within
+        for key, value in (("pruned_at", step), ("fold", self.fold), ("epoch", epoch)):
             self._trial.set_user_attr(key, value)
-        raise optuna.TrialPruned(f"{why} at report {step} of {self.folds * self.epochs}")
+        raise optuna.TrialPruned(f"{why} at report {step} of {self._all}")
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()

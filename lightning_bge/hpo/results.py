@@ -15,8 +15,10 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo.objective import Build, Setup, load_predictions
-from lightning_bge.hpo.study import FINISHED, count
+from lightning_bge.hpo.objective import Build, Setup, drop_predictions, load_predictions, predictions_file
+from lightning_bge.hpo.repeats import Repeats, describe_repeats
+from lightning_bge.hpo.scores import cost_of, front, ranked, score_of
+from lightning_bge.hpo.study import FINISHED, count, ended_early
 from lightning_bge.memory import release
 from lightning_bge.models import best_threshold, compute_metrics
 from lightning_bge.models.metrics import (
@@ -53,11 +55,18 @@ class OutOfFold:
 
 
 def finish_study(
-    study: optuna.Study, build: Build, monitor: MonitorConfig, run_dir: Path, epochs: int, refit: bool
+    study: optuna.Study,
+    build: Build,
+    monitor: MonitorConfig,
+    run_dir: Path,
+    epochs: int,
+    refit: bool,
+    repeats: Repeats | None = None,
 ) -> dict[str, Any]:
     """Write `best.yaml`, `trials.csv`, `oof.csv`, the exported model and `summary.json`; return the summary.
 
-    A study that was finished before with the same trials is not refitted, and its test file is not scored again.
+    The best trial is the winner of the repeats, where there are any, else the one with the best score. A study that was
+    finished before with the same trials is not refitted, and its test file is not scored again.
 
     Raises:
         StudyError: no trial ran to its end.
@@ -67,18 +76,22 @@ def finish_study(
             f"{run_dir}: none of {len(study.trials)} trials ran to its end, so there is no best one. "
             "Raise hpo.trials and run the command again, or prune less (hpo.pruner)"
         )
-    best = study.best_trial
+    best = ranked(study)[0]
+    if repeats is not None:
+        best = study.get_trials(deepcopy=False)[repeats.winner]
     write_text(run_dir / "trials.csv", trials_table(study))
     setup = build(best.params)
     test_file = setup.datamodule.test_file
     known = read_json(run_dir / "summary.json")
     ended = count(study, *FINISHED, TrialState.FAIL)
-    key = {"n_trials": ended, "best_trial": best.number, "refit": refit, "test_file": test_file}
+    key: dict[str, Any] = {"n_trials": ended, "best_trial": best.number, "refit": refit, "test_file": test_file}
+    key["repeats"] = None if repeats is None else repeats.as_dict()
     if known is not None and all(known.get(name) == value for name, value in key.items()):
         return known
     schema = setup.datamodule.schema
     assert schema is not None
-    oof = judge_out_of_fold(run_dir / "oof" / f"{best.number}.safetensors", schema, str(monitor.metric))
+    drop_predictions(study, run_dir / "oof")
+    oof = judge_out_of_fold(predictions_file(run_dir / "oof", best.number), schema, str(monitor.metric))
     schema = replace(schema, threshold=oof.threshold)
     write_predictions(run_dir / "oof.csv", schema, oof.predictions, {"fold": oof.fold.tolist()})
     write_text(run_dir / "best.yaml", _best_yaml(setup, best, run_dir))
@@ -140,16 +153,20 @@ def majority_baseline(schema: Schema, predictions: Predictions, metric: str) -> 
 
 
 def trials_table(study: optuna.Study) -> str:
-    """All trials as CSV: number, state, value, seconds, reports, where it was pruned, folds' scores, parameters."""
+    """All trials as CSV: number, state, value, cost, seconds, reports, where pruned, folds' scores, parameters."""
     names = sorted({name for trial in study.trials for name in trial.params})
-    attributes = ("pruned_at", "oom_where", "oom_asked", "oom_free", "fold_scores", "fold_epochs", "retry_of", "swept")
+    attributes = [
+        *("pruned_at", "paused_at", "continues", "oom_where", "oom_asked", "oom_free"),
+        *("fold_scores", "fold_epochs", "retry_of", "swept"),
+    ]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["number", "state", "value", "seconds", "reports", *attributes, *names])
+    writer.writerow(["number", "state", "value", "cost", "seconds", "reports", *attributes, *names])
     for trial in study.get_trials(deepcopy=False):
         seconds = round(trial.duration.total_seconds(), 3) if trial.duration else ""
         writer.writerow(
-            [trial.number, trial.state.name, _blank(trial.value), seconds, len(trial.intermediate_values)]
+            [trial.number, trial.state.name, _blank(score_of(trial)), _blank(cost_of(trial)), seconds]
+            + [len(trial.intermediate_values)]
             + [_blank(trial.user_attrs.get(name)) for name in attributes]
             + [_blank(trial.params.get(name)) for name in names]
         )
@@ -181,13 +198,13 @@ def _summary(
     return {
         "study": study.study_name,
         "n_complete": count(study, TrialState.COMPLETE),
-        "n_pruned": count(study, TrialState.PRUNED),
+        "n_pruned": len(ended_early(study)),
         "n_out_of_memory": sum("oom_where" in trial.user_attrs for trial in study.get_trials(deepcopy=False)),
         "n_failed": len(failed) - len(interrupted),
         "n_interrupted": len(interrupted),
         "metric": monitor.metric,
         "objective": monitor.objective,
-        "best_value": best.value,
+        "best_value": score_of(best),
         "majority_baseline": majority_baseline(schema, oof.predictions, str(monitor.metric)),
         "best_trial": best.number,
         "best_params": best.params,
@@ -199,7 +216,19 @@ def _summary(
         "refit_epochs": refit_epochs,
         "wall_seconds": round(wall_seconds(study), 1),
         "model_dir": None,
+        **_front(study),
     }
+
+
+def _front(study: optuna.Study) -> dict[str, Any]:
+    """The Pareto-optimal trials, the best score first; nothing where the study has no cost."""
+    if len(study.directions) == 1:
+        return {}
+    found = [
+        {"number": trial.number, "score": score_of(trial), "cost": cost_of(trial), "params": trial.params}
+        for trial in front(study)
+    ]
+    return {"cost": study.user_attrs["settings"]["hpo.cost"], "front": found}
 
 
 def wall_seconds(study: optuna.Study) -> float:
@@ -256,6 +285,11 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
     ]
     if summary.get("n_out_of_memory"):  # a summary of an older version does not have it
         lines.insert(2, f"{summary['n_out_of_memory']} of the pruned trials did not fit into memory (trials.csv: oom_)")
+    if summary.get("repeats"):
+        lines += describe_repeats(summary["repeats"], summary["metric"])
+    if "front" in summary:
+        lines.append(f"best {summary['metric']} for its {summary['cost']}:")
+        lines += [f"  trial {one['number']}: {one['score']:.4f}, {one['cost']:.4g} s" for one in summary["front"]]
     if summary["metric"] in summary["out_of_fold"]:
         lines.append(f"out of fold {summary['metric']} {summary['out_of_fold'][summary['metric']]:.4f}")
     if summary["threshold"] is not None:

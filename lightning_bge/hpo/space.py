@@ -7,6 +7,10 @@ Names are the dotted names of settings::
       model.dropout: {low: 0.0, high: 0.3, step: 0.05}
       data.batch_size: {choices: [16, 32]}
       trainer.max_epochs: {type: int, low: 1, high: 5}
+    model.loss.name: {choices: [bce, focal]}
+    model.loss.focal_gamma: {low: 0.5, high: 5.0, when: {model.loss.name: focal}}
+
+The last one is conditional: it is drawn where the loss is focal, and keeps its configured value elsewhere.
 """
 
 import json
@@ -26,25 +30,46 @@ from optuna.distributions import (
 
 from lightning_bge.errors import ConfigError
 
-Space = dict[str, BaseDistribution]
+Conditions = dict[str, tuple[Any, ...]]  # name of another parameter -> its values, in the order of its choices
 
-_KEYS = ("choices", "low", "high", "step", "log", "type")
+_KEYS = ("choices", "low", "high", "step", "log", "type", "when")
+
+
+class Space(dict[str, BaseDistribution]):
+    """Distributions by name. Those that others depend on come first, else the order is that of the YAML.
+
+    Attributes:
+        when: for each parameter that is not always drawn, what it needs: all of these other parameters have to be drawn
+            in the same trial, with one of the values given.
+    """
+
+    def __init__(self, distributions: Mapping[str, BaseDistribution], when: Mapping[str, Conditions]) -> None:
+        super().__init__(distributions)
+        self.when = dict(when)
 
 
 def parse_space(raw: Mapping[str, Any]) -> Space:
-    """Turn the mapping under `hpo.space` into distributions, in the order given.
+    """Turn the mapping under `hpo.space` into distributions.
 
     A range is an integer range when `low` and `high` (and `step`) are integers, unless `type: float` says otherwise.
 
     Args:
-        raw: For each name a mapping with `choices`, or with `low` and `high` and optionally `step`, `log`, `type`.
+        raw: For each name a mapping with `choices`, or with `low` and `high` and optionally `step`, `log`, `type`; and
+            optionally `when`: name of another parameter with `choices` -> the value or list of values that it must have
+            for this one to be drawn. Of several entries all must hold.
 
     Raises:
-        ConfigError: Names the parameter, what was expected, and what came.
+        ConfigError: Names the parameter, what was expected, and what came. For conditions: an unknown name, one
+            of a range, a value that is no choice, a cycle, conditions that can't hold together.
     """
     if not isinstance(raw, Mapping) or not raw:
         raise ConfigError(f"hpo.space: expected at least one parameter, got {raw!r}; see the search-space form.")
-    return {name: _parse(f"hpo.space.{name}", spec) for name, spec in raw.items()}
+    parsed = {name: _parse(f"hpo.space.{name}", spec) for name, spec in raw.items()}
+    when = {name: _conditions(name, spec["when"], parsed) for name, spec in raw.items() if "when" in spec}
+    space = Space({name: parsed[name] for name in _parents_first(list(parsed), when)}, when)
+    for name in when:
+        requirements(space, name)
+    return space
 
 
 def _parse(where: str, spec: Any) -> BaseDistribution:
@@ -55,6 +80,7 @@ def _parse(where: str, spec: Any) -> BaseDistribution:
         raise ConfigError(
             f"{where}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}. Names of settings are written dotted."
         )
+    spec = {key: value for key, value in spec.items() if key != "when"}
     if "choices" in spec:
         if len(spec) > 1:
             raise ConfigError(f"{where}: 'choices' stands alone, got {', '.join(map(str, spec))} as well.")
@@ -77,7 +103,8 @@ def _choices(where: str, choices: Any) -> CategoricalDistribution:
     return CategoricalDistribution(tuple(choices))
 
 
-def _number(where: str, key: str, value: Any) -> int | float:
+def finite_number(where: str, key: str, value: Any) -> int | float:
+    """The value, if it is a number that a setting can have; else a `ConfigError`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         hint = " (YAML reads 1e-5 as text: write 1.0e-5)" if isinstance(value, str) else ""
         raise ConfigError(f"{where}: {key!r} must be a finite number, got {value!r}{hint}.")
@@ -85,7 +112,7 @@ def _number(where: str, key: str, value: Any) -> int | float:
 
 
 def _range(where: str, spec: Mapping[str, Any]) -> IntDistribution | FloatDistribution:
-    numbers = {key: _number(where, key, spec[key]) for key in ("low", "high", "step") if key in spec}
+    numbers = {key: finite_number(where, key, spec[key]) for key in ("low", "high", "step") if key in spec}
     low, high, step, log = numbers["low"], numbers["high"], numbers.get("step"), spec.get("log", False)
     if low > high:
         raise ConfigError(f"{where}: 'low' is {low} and 'high' is {high}; swap the bounds.")
@@ -124,10 +151,99 @@ def _build_range(
         return FloatDistribution(numbers["low"], numbers["high"], log=log, step=numbers.get("step"))
 
 
+# ---------------------------------------------------------------------- conditions
+
+
+def _conditions(name: str, raw: Any, parsed: Mapping[str, BaseDistribution]) -> Conditions:
+    where = f"hpo.space.{name}.when"
+    if not isinstance(raw, Mapping) or not raw:
+        raise ConfigError(f"{where}: expected {{name of another parameter: value or list of values}}, got {raw!r}.")
+    return {parent: _allowed(where, parent, values, parsed) for parent, values in raw.items()}
+
+
+def _allowed(where: str, parent: str, values: Any, parsed: Mapping[str, BaseDistribution]) -> tuple[Any, ...]:
+    if parent not in parsed:
+        known = ", ".join(parsed)
+        raise ConfigError(f"{where}: {parent} is not searched; name one of {known}, or drop the condition.")
+    distribution = parsed[parent]
+    if not isinstance(distribution, CategoricalDistribution):
+        raise ConfigError(
+            f"{where}: {parent} is a range, and conditions are on parameters with 'choices' only; "
+            "write its values as choices, or drop the condition."
+        )
+    wanted = list(values) if isinstance(values, list | tuple) else [values]
+    found = [find_choice(f"{where}.{parent}", distribution, value) for value in wanted]
+    if not found:
+        raise ConfigError(f"{where}.{parent}: no value is given, so that it can never hold; list at least one.")
+    return tuple(choice for choice in distribution.choices if choice in found)
+
+
+def find_choice(where: str, distribution: CategoricalDistribution, value: Any) -> Any:
+    """The choice that a user means; `ConfigError` if it is none. true is not 1, though Python has them equal."""
+    for choice in distribution.choices:
+        if isinstance(choice, bool) == isinstance(value, bool) and choice == value:
+            return choice
+    raise ConfigError(f"{where}: expected one of the choices {list(distribution.choices)!r}, got {value!r}.")
+
+
+def _parents_first(names: list[str], when: Mapping[str, Conditions]) -> list[str]:
+    """The names in their order, but none before those that it depends on."""
+    ordered: list[str] = []
+    while len(ordered) < len(names):
+        waiting = [name for name in names if name not in ordered]
+        ready = [name for name in waiting if all(parent in ordered for parent in when.get(name, ()))]
+        if not ready:
+            raise ConfigError(
+                f"hpo.space: conditions run in a circle: {' <- '.join(_circle(waiting, when))}; drop one of them."
+            )
+        ordered.append(ready[0])
+    return ordered
+
+
+def _circle(waiting: list[str], when: Mapping[str, Conditions]) -> list[str]:
+    path = [waiting[0]]
+    while path[-1] not in path[:-1]:
+        path.append(next(parent for parent in when[path[-1]] if parent in waiting))
+    return path[path.index(path[-1]) :]
+
+
+def requirements(space: Space, name: str) -> Conditions:
+    """All that has to hold for a parameter to be drawn: its conditions, those of the parameters in them, and so on.
+
+    Raises:
+        ConfigError: it can never hold.
+    """
+    found: Conditions = {}
+    waiting = [name]
+    while waiting:
+        for parent, values in space.when.get(waiting.pop(), {}).items():
+            both = tuple(value for value in found.get(parent, values) if value in values)
+            if not both:
+                raise ConfigError(
+                    f"hpo.space.{name}.when: can never hold: {parent} would have to be one of "
+                    f"{list(found[parent])!r} and one of {list(values)!r}; mend one of the conditions."
+                )
+            found[parent] = both
+            waiting.append(parent)
+    return {parent: found[parent] for parent in space if parent in found}
+
+
+def is_drawn(space: Space, name: str, values: Mapping[str, Any]) -> bool:
+    """Whether a trial that has drawn these values draws this parameter; those that it depends on must be there."""
+    conditions = space.when.get(name, {})
+    return all(parent in values and values[parent] in allowed for parent, allowed in conditions.items())
+
+
 def suggest(trial: optuna.trial.BaseTrial, space: Space) -> dict[str, Any]:
-    """Draw one value for each parameter of the space, in its order."""
+    """Draw one value for each parameter of the space whose conditions hold, in its order.
+
+    Optuna's TPE draws those that all finished trials have from their joint distribution, and conditional ones each by
+    itself, from the trials that have it.
+    """
     values: dict[str, Any] = {}
     for name, dist in space.items():
+        if not is_drawn(space, name, values):
+            continue
         if isinstance(dist, FloatDistribution):
             values[name] = trial.suggest_float(name, dist.low, dist.high, step=dist.step, log=dist.log)
         elif isinstance(dist, IntDistribution):
@@ -142,9 +258,15 @@ def suggest(trial: optuna.trial.BaseTrial, space: Space) -> dict[str, Any]:
 def space_to_json(space: Space) -> dict[str, dict[str, Any]]:
     """Return the space as plain data, equal before and after a trip through JSON, with the names sorted.
 
-    The order of choices counts: Optuna stores a choice by its index.
+    The order of choices counts: Optuna stores a choice by its index. What has no conditions has no `when`, as before
+    there were any.
     """
-    return {name: json.loads(distribution_to_json(space[name])) for name in sorted(space)}
+    found = {}
+    for name in sorted(space):
+        found[name] = json.loads(distribution_to_json(space[name]))
+        if name in space.when:
+            found[name]["when"] = {parent: list(values) for parent, values in sorted(space.when[name].items())}
+    return found
 
 
 def describe_difference(old: Mapping[str, dict[str, Any]], new: Mapping[str, dict[str, Any]]) -> str:
@@ -163,4 +285,5 @@ def describe_difference(old: Mapping[str, dict[str, Any]], new: Mapping[str, dic
 
 
 def _flat(dist: dict[str, Any]) -> dict[str, Any]:
-    return {"type": dist["name"].removesuffix("Distribution").lower(), **dist["attributes"]}
+    when = {"when": dist["when"]} if "when" in dist else {}
+    return {"type": dist["name"].removesuffix("Distribution").lower(), **dist["attributes"], **when}

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 # `mark_alive` follows `ask` within milliseconds; a minute leaves room for a busy disk and the clocks of several hosts
 RECORD_GRACE_SECONDS = 60.0
+# user attributes that say what a trial is to do, besides its parameters: its retry has them too
+TASK = ("of", "seed", "continues", "point", "settled_rungs")
 
 
 class JournalLock(BaseJournalFileLock):
@@ -245,8 +247,8 @@ def sweep(study: optuna.Study, max_retries: int = 2) -> list[FrozenTrial]:
     here: their trials are left alone and logged.
 
     A swept trial is FAIL with the reason in the user attribute `swept`. Its retry carries `retry_of` (a trial number)
-    and `retries` (how often the point was tried before). Several processes may sweep at once: the storage lets one of
-    them end a trial, and that one queues the retry.
+    and `retries` (how often the point was tried before), and where it repeats or resumes another trial, which one.
+    Several processes may sweep at once: the storage lets one of them end a trial, and that one queues the retry.
 
     Args:
         study: The study to clean.
@@ -265,6 +267,33 @@ def sweep(study: optuna.Study, max_retries: int = 2) -> list[FrozenTrial]:
             _log.warning("trial %d: %s; ended as FAIL.", trial.number, reason)
             _retry(study, trial, max_retries)
     return [trial for trial in study.get_trials(deepcopy=False) if trial.number in swept]
+
+
+def enqueue_once(study: optuna.Study, points: Sequence[dict[str, Any]], journal: Path) -> int:
+    """Queue the points that this study has never queued before; they are tried before anything is drawn.
+
+    Safe to call by several processes at once and again at each start. What was queued is told by the trials themselves,
+    whose user attribute `enqueued` holds the point: a trial that a kill ended is not queued a second time here, as
+    `sweep` does that.
+
+    Args:
+        study: The study.
+        points: Values by the names of parameters; the others are drawn.
+        journal: The study's journal; the lock's files lie beside it.
+
+    Returns:
+        How many were queued.
+    """
+    # Looking and queuing are many records of the journal, whose own lock covers one at a time. What remains: a process
+    # on another host that keeps this lock for more than 30 s, stopped in the middle, loses it (see `JournalLock`), and
+    # points may then be queued twice, which costs a trial each. A process killed in the middle leaves nothing amiss:
+    # the next call queues the rest.
+    with _held(JournalLock(journal.with_name(f"{journal.name}.enqueue"))):
+        known = [trial.user_attrs.get("enqueued") for trial in study.get_trials(deepcopy=False)]
+        missing = [point for point in points if point not in known]
+        for point in missing:
+            study.enqueue_trial(point, user_attrs={"enqueued": point})
+    return len(missing)
 
 
 def abandon(study: optuna.Study, number: int, reason: str, max_retries: int = 2) -> None:
@@ -312,4 +341,5 @@ def _retry(study: optuna.Study, trial: FrozenTrial, max_retries: int) -> None:
     if retries > max_retries:
         _log.error("trial %d: its point lost its worker %d times; not tried again: %s", trial.number, retries, params)
         return
-    study.enqueue_trial(params, user_attrs={"retry_of": trial.number, "retries": retries})
+    task = {name: trial.user_attrs[name] for name in TASK if name in trial.user_attrs}
+    study.enqueue_trial(params, user_attrs={**task, "retry_of": trial.number, "retries": retries})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -16,13 +17,18 @@ from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import ConfigError, StudyError
+from lightning_bge.hpo.points import parse_points
+from lightning_bge.hpo.promote import CONTINUES, PAUSED, PromotePruner, Promoter, begun, continued, nothing_left
 from lightning_bge.hpo.pruning import PrunerConfig, build_pruner
+from lightning_bge.hpo.reports import Steps
+from lightning_bge.hpo.scores import CostName, cost_of, front, ranked, score_of
 from lightning_bge.hpo.space import describe_difference, parse_space, space_to_json
-from lightning_bge.hpo.storage import open_storage, sweep
+from lightning_bge.hpo.storage import enqueue_once, open_storage, sweep
 from lightning_bge.memory import size
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 JOURNAL = "journal.log"
+LONG = 200  # trials of a study from which on the best five are run again with two other seeds: 10 are at most 5 %
 
 
 @dataclass(frozen=True)
@@ -31,50 +37,110 @@ class StudyConfig:
 
     Attributes:
         trials: how many trials are to be finished, completed or pruned, in all; raise it to go on with a study.
-        space: what is searched: dotted name of a setting -> {low, high, log, step} or {choices: [...]}.
+        space: what is searched: dotted name of a setting -> {low, high, log, step} or {choices: [...]}. With `when:
+            {another.setting: value or [values]}` it is drawn only in trials where that searched setting, one with
+            choices, has such a value; elsewhere it keeps its configured value. Of several entries all must hold.
+        enqueue: known good points, tried first and once a study: a list of {dotted name: value, ...}. What a point
+            leaves out is drawn. Points may be added when a study goes on; they count among its trials.
         pruner: which trials are stopped early.
         sampler: tpe (Optuna's default: multivariate, with constant liar) or random.
         seed: of the sampler.
         hours: start no further trial after so many hours of this call; null: no limit.
+        report_every: how often a trial reports to the pruner, in epochs: 1, or a part like 0.5 or 0.25, which lets bad
+            trials end earlier and costs as many more validations.
+        repeats: with how many other seeds each of the best five trials is run again at the end, to its end, so that the
+            winner is not merely the luckiest: it has the best mean over its seeds. null: 2 where there are 200 trials
+            or more, else 0.
+        cost: what is minimised besides the score: train_seconds, of a trial's training, or predict_seconds, of
+            validating 1,000 rows; null: nothing. With a cost nothing is pruned: set pruner.name to none. The summary
+            lists the Pareto-optimal trials; the best trial stays the one with the best score.
         refit: train the best settings on all rows at the end, and export the model.
+        warm_gb: memory for the models that a search keeps ready, so that each is read once: the one in use, and others
+            that wait in the host's memory; the least recently used is dropped first. In units of 2**30 bytes; 0: the
+            one in use alone. null: that too, unless model.name_or_path is searched; then a quarter of the host's
+            memory, or of what the control group, RLIMIT_* or memory.limit_gb allow, as the other three are for a
+            trial's gradients, optimizer and activations; and at most half of what is free, as other processes may
+            search too.
+
+    Raises:
+        ConfigError: a value is out of range, or a cost was asked for together with a pruner.
     """
 
     trials: int = 100
     space: dict[str, dict[str, Any]] = field(default_factory=dict)
+    enqueue: list[dict[str, Any]] = field(default_factory=list)
     pruner: PrunerConfig = PrunerConfig()  # noqa: RUF009 - frozen
     sampler: Literal["tpe", "random"] = "tpe"
     seed: int = 42
     hours: float | None = None
+    report_every: float = 1.0
+    repeats: int | None = None
+    cost: CostName | None = None
     refit: bool = True
+    warm_gb: float | None = None
 
     def __post_init__(self) -> None:
         if self.trials < 1:
             raise ConfigError(f"hpo.trials: expected 1 or more, got {self.trials}")
         if self.hours is not None and self.hours <= 0:
             raise ConfigError(f"hpo.hours: expected more than 0 or null, got {self.hours}")
+        if not 0 < self.report_every <= 1 or abs(1 / self.report_every - self.reports_per_epoch) > 1e-3:
+            raise ConfigError(
+                f"hpo.report_every: expected 1, or one part of an epoch like 0.5 or 0.25, got {self.report_every}"
+            )
+
+        if self.warm_gb is not None and not 0 <= self.warm_gb < math.inf:
+            raise ConfigError(f"hpo.warm_gb: expected 0 or more, or null, got {self.warm_gb}")
+        if self.repeats is not None and self.repeats < 0:
+            raise ConfigError(f"hpo.repeats: expected 0 or more, or null, got {self.repeats}")
+        if self.cost is not None and self.pruner.name != "none":
+            raise ConfigError(
+                "hpo.cost: no trial can be pruned where a cost is minimised besides the score, but hpo.pruner.name is "
+                f"{self.pruner.name}. Set hpo.pruner.name to none, or hpo.cost to null"
+            )
+
+    @property
+    def further_seeds(self) -> int:
+        """Number of seeds with which each of the best trials is run again."""
+        return 2 * (self.trials >= LONG) if self.repeats is None else self.repeats
+
+    @property
+    def warm_bytes(self) -> int | None:
+        """The limit of `WarmEncoder`: None is its share of the memory."""
+        if self.warm_gb is not None:
+            return round(self.warm_gb * 2**30)
+        return None if "model.name_or_path" in self.space else 0
+
+    @property
+    def reports_per_epoch(self) -> int:
+        """Reports in each epoch."""
+        return round(1 / self.report_every)
 
 
 def open_study(
     run_dir: Path,
     config: StudyConfig,
     direction: Literal["maximize", "minimize"],
-    n_reports: int,
+    steps: Steps,
     settings: dict[str, Any],
 ) -> optuna.Study:
-    """Create the study of a run folder, or go on with it.
+    """Create the study of a run folder, or go on with it, and queue those of `config.enqueue` that are new to it.
 
     The study is named after its folder, and the name never changes: Hyperband's brackets depend on it.
 
     Args:
         run_dir: the run's folder; the journal lies in it.
         config: the search.
-        direction: `maximize` or `minimize`.
-        n_reports: reports of a trial that runs to its end: folds x epochs.
+        direction: of the score: `maximize` or `minimize`. A cost is the second objective.
+        steps: what a trial that runs to its end reports.
         settings: whatever makes trials comparable, as plain data: model, data, metric, folds, epochs.
 
     Raises:
+        ConfigError: space or points are wrong; nothing is written.
         StudyError: the folder holds a study of another space or of other settings; says what differs.
     """
+    parsed = parse_space(config.space)
+    points = parse_points(config.enqueue, parsed)
     seeded = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}[config.sampler]
     storage = open_storage(run_dir / JOURNAL)
     summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
@@ -82,19 +148,22 @@ def open_study(
     study = optuna.create_study(
         storage=storage,
         study_name=run_dir.name,
-        direction=direction,
+        directions=[direction] if config.cost is None else [direction, "minimize"],
         # the seed moves on with the trials that are there, else a resumed study would draw its first points again
         sampler=seeded(seed=config.seed + (_n_trials(storage, run_dir.name) if resumed else 0)),
-        pruner=build_pruner(config.pruner, config.trials, n_reports),
+        pruner=build_pruner(config.pruner, config.trials, steps),
         load_if_exists=True,
     )
-    space = space_to_json(parse_space(config.space))
+    space = space_to_json(parsed)
     settings = json.loads(json.dumps(settings))
+    if config.cost is not None:  # else left out, so that studies of before can go on
+        settings["hpo.cost"] = config.cost
     if "space" not in study.user_attrs or "settings" not in study.user_attrs:
         study.set_user_attr("space", space)
         study.set_user_attr("settings", settings)
     _check_same(run_dir, study, space, settings)
     sweep(study)
+    enqueue_once(study, points, run_dir / JOURNAL)
     return study
 
 
@@ -134,25 +203,67 @@ def count(study: optuna.Study, *states: TrialState) -> int:
     return len(study.get_trials(deepcopy=False, states=states))
 
 
+def is_finished(study: optuna.Study, config: StudyConfig) -> bool:
+    """Whether no trial is missing, or is to be resumed; others may still be running some beyond."""
+    if isinstance(study.pruner, PromotePruner):
+        return nothing_left(study, study.pruner, config.trials)
+    return finished(study) >= config.trials
+
+
+def others_go_on(study: optuna.Study) -> bool:
+    """Whether other processes run trials whose end may let further paused ones be resumed: they end the study."""
+    return isinstance(study.pruner, PromotePruner) and count(study, TrialState.RUNNING) > 0
+
+
+def finished(study: optuna.Study) -> int:
+    """Number of trials that have ended, completed or pruned; one that was paused and resumed counts once."""
+    return begun(study.get_trials(deepcopy=False))
+
+
+def ended_early(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that were pruned, or paused and not resumed."""
+    trials = study.get_trials(deepcopy=False)
+    went_on = continued(trials)
+    return [trial for trial in trials if trial.state == TrialState.PRUNED and trial.number not in went_on]
+
+
 def run_study(
-    study: optuna.Study, objective: Callable[[optuna.Trial], float], config: StudyConfig, metric: str, n_reports: int
+    study: optuna.Study,
+    objective: Callable[[optuna.Trial], float | Sequence[float]],
+    config: StudyConfig,
+    metric: str,
+    n_reports: int,
+    paused_dir: Path | None = None,
 ) -> None:
     """Run the trials that are still missing; several processes may do so at once on one folder.
+
+    Args:
+        study: the study.
+        objective: trains a trial.
+        config: the search.
+        metric: its name.
+        n_reports: reports of a trial that runs to its end.
+        paused_dir: where the pruner `promote` keeps paused trials.
 
     Raises:
         MemoryKeptError: a trial ran out of memory and something still holds some of what it took. The trial is told to
             the study. A new process on the same folder goes on; this one would run out of memory earlier and earlier.
     """
-    if count(study, *FINISHED) >= config.trials:
+    if is_finished(study, config):
         return
-    progress = Progress(config.trials, metric, n_reports)
+    stop: Callable[[optuna.Study, FrozenTrial], None] = MaxTrialsCallback(config.trials, states=FINISHED)
+    if isinstance(study.pruner, PromotePruner):
+        assert paused_dir is not None
+        stop = promoter = Promoter(study.pruner, config.trials, paused_dir)
+        promoter(study)
+    progress = Progress(config.trials, metric, n_reports, config.cost)
     gc.collect()
     gc.freeze()  # what the libraries have made so far is not searched again after each trial
     try:
         study.optimize(
             objective,
             timeout=None if config.hours is None else config.hours * 3600,
-            callbacks=[progress, MaxTrialsCallback(config.trials, states=FINISHED), stop_if_memory_is_kept],
+            callbacks=[progress, stop, stop_if_memory_is_kept],
         )
     finally:
         gc.unfreeze()
@@ -175,41 +286,52 @@ def stop_if_memory_is_kept(study: optuna.Study, trial: FrozenTrial) -> None:
 class Progress:
     """Prints a line after each trial: what became of it, trials done and pruned, the best so far, the time left."""
 
-    def __init__(self, trials: int, metric: str, n_reports: int) -> None:
-        self.trials, self.metric, self.n_reports = trials, metric, n_reports
+    def __init__(self, trials: int, metric: str, n_reports: int, cost: str | None = None) -> None:
+        self.trials, self.metric, self.n_reports, self.cost = trials, metric, n_reports, cost
         self.start = time.monotonic()
         self.mine = 0
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Optuna calls this after each trial."""
         self.mine += 1
-        done, pruned = count(study, *FINISHED), count(study, TrialState.PRUNED)
+        done, pruned = self._done(study), len(ended_early(study))
         passed = time.monotonic() - self.start
         # other workers finish trials as well: the rate is that of all, where they are as fast as this one
         workers = 1 + count(study, TrialState.RUNNING)
         left = passed / self.mine * max(0, self.trials - done) / workers
         print(
-            f"[{done:>{len(str(self.trials))}}/{self.trials}] trial {trial.number} {self._end(trial)} | "
-            f"{pruned} pruned | {self._best(study)} | {_clock(passed)} passed, about {_clock(left)} left",
+            f"[{done:>{len(str(self.trials))}}/{self.trials}] {self._name(trial)} {self._end(trial)} | "
+            f"{pruned} pruned | {self._best(study, trial)} | {_clock(passed)} passed, about {_clock(left)} left",
             flush=True,
         )
 
+    def _done(self, study: optuna.Study) -> int:
+        return finished(study)
+
+    def _name(self, trial: FrozenTrial) -> str:
+        resumes = trial.user_attrs.get(CONTINUES)
+        return f"trial {trial.number}" + ("" if resumes is None else f" (goes on with {resumes})")
+
     def _end(self, trial: FrozenTrial) -> str:
         if trial.state == TrialState.COMPLETE:
-            return f"done: {self.metric} {trial.value:.4f}"
+            cost = "" if self.cost is None else f", {self.cost} {cost_of(trial):.4g}"
+            return f"done: {self.metric} {score_of(trial):.4f}{cost}"
         if "oom_where" in trial.user_attrs:
             return f"pruned: out of memory in {trial.user_attrs['oom_where']}"
         if trial.state == TrialState.PRUNED:
             at = trial.user_attrs.get("pruned_at", trial.last_step)
             value = trial.intermediate_values.get(trial.last_step) if trial.last_step else None
             shown = "no value" if value is None else f"{self.metric} {value:.4f}"
-            return f"pruned at report {at} of {self.n_reports}: {shown}"
+            how = "paused" if PAUSED in trial.user_attrs else "pruned"
+            return f"{how} at report {at} of {self.n_reports}: {shown}"
         return "failed"
 
-    def _best(self, study: optuna.Study) -> str:
-        if count(study, TrialState.COMPLETE) == 0:
+    def _best(self, study: optuna.Study, trial: FrozenTrial) -> str:
+        found = ranked(study)
+        if not found:
             return "no trial complete yet"
-        return f"best {study.best_value:.4f} (trial {study.best_trial.number})"
+        size = "" if self.cost is None else f", front of {len(front(study))}"
+        return f"best {score_of(found[0]):.4f} (trial {found[0].number}){size}"
 
 
 def _clock(seconds: float) -> str:

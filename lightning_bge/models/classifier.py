@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.memory import OutOfMemoryError, find_oom, release
+from lightning_bge.memory import OutOfMemoryError, find_oom, give_way, release
 from lightning_bge.models.encoder import Attention, TextClassifier, load_classifier, quiet_transformers
 from lightning_bge.models.ladder import REMEDIES, Ladder
 from lightning_bge.models.losses import Loss, LossConfig
@@ -233,6 +233,7 @@ class BGEClassifier(LightningModule):
                 self.ladder.at("data")
                 return
             self.ladder.records.append(failed)
+            give_way()
             release()
             # the fused kernel changes no version counter; its own count of steps tells
             changed = any(float(state.get("step", 0)) > self.global_step for state in optimizer.state.values())

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from lightning_bge.memory import OutOfMemory, OutOfMemoryError, find_oom, release
+from lightning_bge.memory import OutOfMemory, OutOfMemoryError, find_oom, give_way, release
 from lightning_bge.models.encoder import TextClassifier
 from lightning_bge.models.savers import recomputes, set_activation_checkpointing
 from lightning_bge.types import Batch, MicroBatch
@@ -77,6 +77,7 @@ class Ladder:
             self.records.append(failed)
             if training:
                 net.zero_grad(set_to_none=True)
+            give_way()
             release()
             self._save_memory(failed, failing, net, training)
 

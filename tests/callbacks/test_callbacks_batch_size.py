@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ from lightning_bge.callbacks.batch_size_probe import HostMeter
 from lightning_bge.callbacks.batch_size_search import Answer, Room, Search, Try
 from lightning_bge.data import BatchingConfig, TextDataModule
 from lightning_bge.errors import ConfigError
-from lightning_bge.memory import Limit, process_bytes
+from lightning_bge.memory import Limit, process_bytes, register_spare
 from lightning_bge.models import BGEClassifier
 from lightning_bge.models.encoder import TextClassifier, load_classifier
 from lightning_bge.models.optim import OptimizerConfig
@@ -289,6 +290,14 @@ class FakeMeter:
         return self.seconds
 
 
+class SimpleSpare:
+    def __init__(self, most: int, nbytes: int) -> None:
+        self.most, self.nbytes = most, nbytes
+
+    def give_way(self) -> None:
+        self.nbytes = 0
+
+
 Use = Callable[..., None]
 
 
@@ -299,6 +308,7 @@ def forgetful(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setattr(probe_module, "live_bytes", lambda: 0)
     monkeypatch.setattr(probe_module, "release", lambda: None)
     monkeypatch.setattr(probe_module, "gc", SimpleNamespace(collect=lambda: 0, get_freeze_count=lambda: 1))
+    monkeypatch.setattr("lightning_bge.memory._spares", WeakSet())
     cache_module.forget()
     yield
     cache_module.forget()
@@ -914,6 +924,25 @@ def test_what_may_be_tried_is_tried_on_a_gpu_only() -> None:
     assert finder_module._room(known, on_host=False) == Room(70, 75)
     assert finder_module._room(known, on_host=True) == Room(None, 70)
     assert finder_module._room([], on_host=True) == Room(None, None)
+
+
+def test_what_others_may_yet_take_to_save_time_is_left_to_them(use: Use) -> None:
+    free, _ = search(use)
+    spare = SimpleSpare(most=4000, nbytes=1000)
+    register_spare(spare)
+    known = [Limit("a", 10_000, 0)]
+    assert finder_module._room(known, on_host=True) == Room(None, 7000)
+    assert finder_module._room(known, on_host=False) == Room(None, 10_000)
+    assert finder_module._room([Limit("a", 2000, 0)], on_host=True) == Room(None, 0)
+    first, finder = search(use)
+    assert not finder.describe()["from_cache"]  # what was found without it would be too much
+    assert HELD + ROW * first.budget <= 7000 < HELD + ROW * free.budget
+    spare.nbytes = 4000
+    again, finder = search(use)
+    assert finder.describe()["from_cache"]
+    assert again.budget == first.budget
+    del spare
+    assert finder_module._room(known, on_host=True) == Room(None, 10_000)
 
 
 @linux

@@ -3,53 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
-from small_models import VOCABULARY, small_model, word_tokenizer
-from transformers import PreTrainedTokenizerBase
+from small_search import make, write_files
 
-from lightning_bge.data import TextDataModule
-from lightning_bge.data.splits import SplitConfig
-from lightning_bge.hpo import Objective, Setup, parse_space
-from lightning_bge.models import BGEClassifier, OptimizerConfig, load_classifier
-from lightning_bge.models.metrics import MonitorConfig
-from lightning_bge.trainer import quiet_trainer
-
-SPACE = {"lr": {"low": 1e-4, "high": 1e-2, "log": True}, "dropout": {"choices": [0.0, 0.1, 0.3]}}
+from lightning_bge.hpo import Objective
+from lightning_bge.models import load_classifier
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    small_model("bert", outputs=1, dropout=0.1).save_pretrained(tmp_path / "model")
-    tokenizer: PreTrainedTokenizerBase = word_tokenizer()
-    tokenizer.save_pretrained(tmp_path / "model")
-    words = VOCABULARY[5:]
-    rows = [f"{' '.join(words[i % 7 : i % 7 + 2 + i % 5])},{words[i % 11]},{i % 2}" for i in range(40)]
-    (tmp_path / "train.csv").write_text("\n".join(["text_a,text_b,label", *rows]) + "\n")
-    return tmp_path
-
-
-def make(folder: Path, **changes: Any) -> Objective:
-    def build(params: dict[str, Any]) -> Setup:
-        data = TextDataModule(
-            tokenizer=str(folder / "model"),
-            train_file=str(folder / "train.csv"),
-            max_length=32,
-            batch_size=8,
-            cache_dir=str(folder / "cache"),
-            split=SplitConfig(folds=2),
-        )
-        data.setup("fit")
-        model = BGEClassifier(
-            str(folder / "model"), optimizer=OptimizerConfig(lr=params["lr"]), dropout=params["dropout"]
-        )
-        settings = {"max_epochs": 2, "precision": "32-true", "accelerator": "cpu"}
-        return Setup(model, data, lambda **more: quiet_trainer(settings, **more), dict)
-
-    monitor = MonitorConfig(metric="loss")
-    return Objective(build, parse_space(SPACE), monitor, 2, 2, folder / "oof", **changes)
+    return write_files(tmp_path)
 
 
 class Cold:
@@ -73,3 +38,23 @@ def test_warm_trials_equal_cold_ones_bit_for_bit(folder: Path) -> None:
         assert one.intermediate_values == other.intermediate_values
         assert one.values == other.values
     assert len({trial.params["dropout"] for trial in found.trials}) > 1
+
+
+def test_reporting_more_often_changes_no_result(folder: Path) -> None:
+    once, often = search(make(folder)), search(make(folder, per_epoch=3))
+    for one, other in zip(once.trials, often.trials, strict=True):
+        assert one.params == other.params
+        assert one.value == other.value
+        assert one.user_attrs["fold_scores"] == other.user_attrs["fold_scores"]
+        assert list(other.intermediate_values) == list(range(1, 13))
+        # the reports at the ends of epochs are the same ones
+        assert [other.intermediate_values[3 * step] for step in one.intermediate_values] == pytest.approx(
+            list(one.intermediate_values.values())
+        )
+
+
+def test_each_trial_keeps_the_seconds_of_its_reports(folder: Path) -> None:
+    [trial] = search(make(folder, per_epoch=2), trials=1).trials
+    steps = [report[0] for fold in trial.user_attrs["curve"] for report in fold]
+    assert steps == list(range(1, 9))
+    assert all(min(report[2:]) >= 0 for fold in trial.user_attrs["curve"] for report in fold)

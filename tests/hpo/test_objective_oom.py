@@ -19,7 +19,7 @@ from lightning_bge.data.splits import SplitConfig
 from lightning_bge.hpo import MemoryKeptError, Objective, Setup, parse_space, run_study
 from lightning_bge.hpo.study import StudyConfig
 from lightning_bge.memory import live_bytes
-from lightning_bge.models import BGEClassifier, OptimizerConfig, TextClassifier
+from lightning_bge.models import BGEClassifier, OptimizerConfig, TextClassifier, WarmEncoder
 from lightning_bge.models.metrics import MonitorConfig
 from lightning_bge.trainer import quiet_trainer
 
@@ -225,3 +225,32 @@ def test_an_encoder_read_in_the_failed_trial_is_let_go(folder: Path, monkeypatch
     assert found[0].encoder.loads == 1
     assert found[0].encoder.nbytes == 0
     assert live_bytes() - before <= 2**16
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])  # in use, waiting, read in the trial
+def test_no_encoder_waits_after_a_trial_that_ran_out_of_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    paths = {}
+    for number, each in enumerate("abc"):
+        paths[each] = str(folder / each)
+        small_model("bert", outputs=1, seed=number).save_pretrained(paths[each])
+    warm = WarmEncoder(2**30)
+    for each in ("b", "a"):
+        warm.load(paths[each], 1)
+    used = warm.nbytes - warm._held[0].nbytes
+
+    def fail(self: Objective, trial: optuna.Trial, params: dict[str, Any]) -> float:
+        warm.load(paths[name], 1)
+        raise MemoryError
+
+    monkeypatch.setattr(Objective, "_run", fail)
+    objective = Objective(
+        lambda _: pytest.fail("not built"), parse_space(SPACE), MonitorConfig(metric="loss"), 2, 2, None, encoder=warm
+    )
+    study = optuna.create_study()
+    study.optimize(objective, n_trials=1)
+    assert study.trials[0].state == TrialState.PRUNED
+    assert "memory_kept" not in study.trials[0].user_attrs
+    assert warm.nbytes == (0 if name == "c" else used)
+    assert warm.loads == 2 + (name == "c")

@@ -1,5 +1,4 @@
 import binascii
-import logging
 import math
 
 import numpy as np
@@ -9,16 +8,17 @@ from optuna.pruners import HyperbandPruner, NopPruner
 from optuna.trial import TrialState
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.pruning import (
-    BootstrapPruner,
-    PrunerConfig,
-    bootstrap_trials,
-    build_pruner,
-    describe_pruner,
-    rungs,
-)
+from lightning_bge.hpo.check import forecast
+from lightning_bge.hpo.pruners import BootstrapPruner
+from lightning_bge.hpo.pruning import PrunerConfig, bootstrap_trials, build_pruner, rungs
+from lightning_bge.hpo.reports import Steps
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def one(n_reports):
+    """A single split."""
+    return Steps(1, n_reports)
 
 
 def curves(n_trials, n_reports, seed=0):
@@ -76,10 +76,10 @@ def simulate_hyperband(values, name, r, eta, n_bootstrap):
 def test_hyperband_prunes_as_a_plain_simulation(n_reports, eta, r, bootstrap):
     config = PrunerConfig(reduction_factor=eta, min_resource=r, bootstrap=bootstrap)
     values = curves(40, n_reports)
-    got = run(build_pruner(config, 40, n_reports), values, name="fixed")
+    got = run(build_pruner(config, 40, one(n_reports)), values, name="fixed")
     assert got == simulate_hyperband(values, "fixed", r, eta, bootstrap)
     assert got[:bootstrap] == [None] * bootstrap
-    announced = {step for bracket in rungs(config, n_reports) for step in bracket}
+    announced = {step for bracket in rungs(config, one(n_reports)) for step in bracket}
     assert {step for step in got if step is not None} <= announced
     assert min(step for step in got if step is not None) == min(announced)
 
@@ -99,12 +99,12 @@ def test_rungs_have_as_many_brackets_as_optuna(n_reports, eta):
     trial = study.ask()
     trial.report(0.0, 1)
     trial.should_prune()
-    assert len(rungs(PrunerConfig(reduction_factor=eta), n_reports)) == pruner._n_brackets
+    assert len(rungs(PrunerConfig(reduction_factor=eta), one(n_reports))) == pruner._n_brackets
 
 
 def test_rungs_where_the_logarithm_rounds_down():
     assert math.log(243, 3) < 5  # Optuna's own formula loses a bracket here; it would have been an empty one
-    assert rungs(PrunerConfig(reduction_factor=3), 243) == [
+    assert rungs(PrunerConfig(reduction_factor=3), one(243)) == [
         [1, 3, 9, 27, 81],
         [3, 9, 27, 81],
         [9, 27, 81],
@@ -114,18 +114,18 @@ def test_rungs_where_the_logarithm_rounds_down():
 
 
 def test_rungs_of_each_pruner():
-    assert rungs(PrunerConfig(), 12) == [[1, 4], [4]]
-    assert rungs(PrunerConfig(), 16) == [[1, 4], [4], []]
-    assert rungs(PrunerConfig(min_resource=3, reduction_factor=2), 10) == [[3, 6], [6]]
-    assert rungs(PrunerConfig(name="median", warmup_reports=2), 6) == [[3, 4, 5]]
-    assert rungs(PrunerConfig(name="median", patience=2), 6) == [[4, 5]]
-    assert rungs(PrunerConfig(name="none"), 6) == []
+    assert rungs(PrunerConfig(), one(12)) == [[1, 4], [4]]
+    assert rungs(PrunerConfig(), one(16)) == [[1, 4], [4], []]
+    assert rungs(PrunerConfig(min_resource=3, reduction_factor=2), one(10)) == [[3, 6], [6]]
+    assert rungs(PrunerConfig(name="median", warmup_reports=2), one(6)) == [[3, 4, 5]]
+    assert rungs(PrunerConfig(name="median", patience=2), one(6)) == [[4, 5]]
+    assert rungs(PrunerConfig(name="none"), one(6)) == []
 
 
 @pytest.mark.parametrize("name", ["hyperband", "median", "percentile"])
 def test_exactly_the_first_n_to_finish_are_complete(name):
     values = -np.arange(30.0)[:, None] + curves(30, 8)  # each worse than all before it
-    got = run(build_pruner(PrunerConfig(name=name, bootstrap=7), 30, 8), values)
+    got = run(build_pruner(PrunerConfig(name=name, bootstrap=7), 30, one(8)), values)
     assert got[:7] == [None] * 7
     # of Hyperband's first trials in a bracket the best goes on; here the later are all worse
     assert None not in got[7:]
@@ -135,12 +135,12 @@ def test_trap_optunas_bootstrap_count_prunes_the_first():
     values = curves(20, 8)
     theirs = run(HyperbandPruner(1, 8, 4, bootstrap_count=7), values)
     assert None not in theirs[:3]
-    ours = run(build_pruner(PrunerConfig(bootstrap=7), 20, 8), values)
+    ours = run(build_pruner(PrunerConfig(bootstrap=7), 20, one(8)), values)
     assert ours[:7] == [None] * 7
 
 
 def test_rung_values_are_recorded_during_the_bootstrap():
-    study = optuna.create_study(study_name="s", pruner=build_pruner(PrunerConfig(bootstrap=5), 20, 12))
+    study = optuna.create_study(study_name="s", pruner=build_pruner(PrunerConfig(bootstrap=5), 20, one(12)))
     for value in range(5):
         trial = study.ask()
         for step in range(1, 13):
@@ -165,30 +165,27 @@ def test_trap_a_single_report_at_the_end_prunes_too_late_and_at_zero_never():
     assert any(asked[12])  # with nothing left to save: the reason why the last report never asks
 
 
-def test_trap_patience_disarms_hyperband_and_is_said(caplog):
+def test_trap_patience_disarms_hyperband():
     values = -np.arange(30.0)[:, None] + np.arange(12.0) * 0.01  # ever worse trials that all still improve
-    with caplog.at_level(logging.WARNING):
-        pruner = build_pruner(PrunerConfig(patience=1, bootstrap=0), 30, 12)
-    assert [r.levelname for r in caplog.records] == ["WARNING"]
-    assert "disarms" in caplog.text
-    assert not any(run(pruner, values))
-    assert any(run(build_pruner(PrunerConfig(bootstrap=0), 30, 12), values))
+    assert not any(run(build_pruner(PrunerConfig(patience=1, bootstrap=0), 30, one(12)), values))
+    assert any(run(build_pruner(PrunerConfig(bootstrap=0), 30, one(12)), values))
+    # patience across trials has no such effect
+    assert any(run(build_pruner(PrunerConfig(reach=2, bootstrap=0), 30, one(12)), values))
 
 
 @pytest.mark.parametrize(
     "config", [PrunerConfig(name="median", patience=2), PrunerConfig(name="percentile", warmup_reports=3)]
 )
-def test_median_and_percentile_prune_first_where_announced(config, caplog):
+def test_median_and_percentile_prune_first_where_announced(config):
     values = np.concatenate([np.zeros((5, 8)), -np.arange(1.0, 9)[None]])  # the last one falls from the start
-    got = run(build_pruner(config, 50, 8), values)
-    assert got == [None] * 5 + [rungs(config, 8)[0][0]]
-    assert not caplog.records
+    got = run(build_pruner(config, 50, one(8)), values)
+    assert got == [None] * 5 + [rungs(config, one(8))[0][0]]
 
 
 def test_percentile_keeps_the_best_share():
     values = np.concatenate([np.arange(10.0)[:, None].repeat(4, 1), [[6.0] * 4], [[8.0] * 4]])
     config = PrunerConfig(name="percentile", percentile=25.0, bootstrap=10)
-    assert run(build_pruner(config, 40, 4), values) == [None] * 10 + [1, None]
+    assert run(build_pruner(config, 40, one(4)), values) == [None] * 10 + [1, None]
 
 
 def test_default_bootstrap_scales():
@@ -196,15 +193,8 @@ def test_default_bootstrap_scales():
     assert bootstrap_trials(PrunerConfig(bootstrap=0), 100) == 0
 
 
-def test_description():
-    text = describe_pruner(PrunerConfig(), 40, 12)
-    assert text == (
-        "hyperband: brackets judge at reports [[1, 4], [4]]; can first prune at report 1 of 12\n"
-        "the first 4 of 40 trials to finish run to their end"
-    )
-    assert "first prune at report 3 of 6" in describe_pruner(PrunerConfig(name="median", warmup_reports=2), 40, 6)
-    assert "runs to its end" in describe_pruner(PrunerConfig(name="none"), 1, 1)
-    assert isinstance(build_pruner(PrunerConfig(name="none"), 1, 1), NopPruner)
+def test_none():
+    assert isinstance(build_pruner(PrunerConfig(name="none"), 1, one(1)), NopPruner)
 
 
 @pytest.mark.parametrize(
@@ -217,18 +207,24 @@ def test_description():
         (PrunerConfig(name="median", patience=3), 20, 5, "pruner.patience"),
         (PrunerConfig(bootstrap=20), 20, 5, "first 20 finished trials"),
         (PrunerConfig(), 0, 5, "at least 1 trial"),
+        (PrunerConfig(name="wilcoxon"), 20, 5, "after n folds p is"),
+        (PrunerConfig(name="promote", min_resource=5), 20, 5, "lower hpo.pruner.min_resource"),
+        (PrunerConfig(name="reach", warmup_reports=4), 20, 5, "lower hpo.pruner.warmup_reports"),
     ],
 )
 def test_a_pruner_that_could_never_prune_is_refused(config, n_trials, n_reports, says):
-    for call in (build_pruner, describe_pruner):
+    for call in (build_pruner, forecast):
         with pytest.raises(ConfigError, match=says):
-            call(config, n_trials, n_reports)
+            call(config, n_trials, one(n_reports))
 
 
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"name": "asha"}, "expected one of hyperband, median, percentile, none, got 'asha'"),
+        (
+            {"name": "asha"},
+            "expected one of promote, reach, hyperband, median, percentile, wilcoxon, disarmed_hyperband, none, got",
+        ),
         ({"reduction_factor": 1}, "at least 2"),
         ({"min_resource": 0}, "at least 1"),
         ({"patience": -1}, "patience"),
@@ -237,6 +233,13 @@ def test_a_pruner_that_could_never_prune_is_refused(config, n_trials, n_reports,
         ({"warmup_reports": 2}, "not used by 'hyperband'"),
         ({"name": "median", "min_resource": 2}, "not used by 'median'"),
         ({"name": "none", "patience": 2}, "not used by 'none'"),
+        ({"name": "promote", "bootstrap": 3}, "not used by 'promote'"),
+        ({"max_resource": 5}, "not used by 'hyperband'"),
+        ({"name": "disarmed_hyperband"}, "patience: 'disarmed_hyperband' is PatientPruner"),
+        ({"reach": 0}, "reach: expected at least 1"),
+        ({"fold_confidence": 1.0}, "between 0.5 and 1"),
+        ({"fold_confidence": 0.2}, "0.5 to 1"),
+        ({"name": "wilcoxon", "p_threshold": 2.0}, "0 to 1"),
     ],
 )
 def test_wrong_settings(values, says):

@@ -7,8 +7,9 @@ from optuna.trial import TrialState
 from torch.utils.data import DataLoader
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.pruning import BootstrapPruner, PrunerConfig, build_pruner
-from lightning_bge.hpo.reports import FoldPruningCallback
+from lightning_bge.hpo.pruners import BootstrapPruner
+from lightning_bge.hpo.pruning import PrunerConfig, build_pruner
+from lightning_bge.hpo.reports import FoldPruningCallback, Steps
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 pytestmark = pytest.mark.filterwarnings(
@@ -83,8 +84,8 @@ def run_folds(trial, folds, objective="best", direction="maximize", epochs=None,
         fit(callback, values, **options)
         earlier.append(callback.close_fold())
         assert callback.history == pytest.approx(values[: len(callback.history)])
-        assert len(callback.seconds) == len(callback.history)
-        assert all(s > 0 for s in callback.seconds)
+        assert [report.value for report in callback.curve] == callback.history
+        assert all(min(report[2:]) >= 0 and report.train_seconds > 0 for report in callback.curve)
     return earlier
 
 
@@ -169,7 +170,9 @@ def test_a_value_that_is_not_finite_prunes_the_trial_and_says_so(bad):
 
 def test_consecutive_reports_let_hyperband_prune_in_the_first_fold():
     study = optuna.create_study(
-        study_name="s", direction="maximize", pruner=build_pruner(PrunerConfig(bootstrap=1, reduction_factor=5), 10, 4)
+        study_name="s",
+        direction="maximize",
+        pruner=build_pruner(PrunerConfig(bootstrap=1, reduction_factor=5), 10, Steps(2, 2)),
     )
     states = []
     for value in (0.9, 0.1, 0.1, 0.1):
@@ -222,7 +225,7 @@ def test_several_processes_are_refused():
     ("arguments", "says"),
     [
         ((2, 2, 1, [0.1, 0.2]), "fold < folds"),
-        ((0, 2, 0, []), "epochs >= 1"),
+        ((0, 2, 0, []), "epochs and per_epoch >= 1"),
         ((1, 2, 1, []), "scores of the 1 folds"),
         ((0, 2, 1, [], "mean"), "best/last"),
         ((0, 2, 1, [], "best", "max"), "maximize/minimize"),
@@ -238,3 +241,77 @@ def test_closing_without_a_validation():
     _, trial = ask()
     with pytest.raises(ConfigError, match="before a validation"):
         FoldPruningCallback(trial, "val_score", 0, 1, 2, []).close_fold()
+
+
+class Batches(pl.LightningModule):
+    """Logs the number of training batches so far as its score."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.batches = 0
+
+    def training_step(self, batch, index):
+        self.batches += 1
+        return self.layer(batch).sum()
+
+    def validation_step(self, batch, index):
+        self.log("val_score", torch.tensor(float(self.batches), dtype=torch.float64))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def train_batches(callback, batches, epochs, **options):
+    settings = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    extra = options.pop("callbacks", [])
+    trainer = pl.Trainer(**settings, max_epochs=epochs, accelerator="cpu", callbacks=[callback, *extra], **options)
+    trainer.fit(Batches(), DataLoader(torch.zeros(batches, 1)), DataLoader(torch.zeros(1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("batches", "per_epoch", "expected"),
+    [
+        (10, 2, [5, 10, 15, 20]),
+        (10, 4, [3, 5, 8, 10, 13, 15, 18, 20]),
+        (7, 3, [3, 5, 7, 10, 12, 14]),
+        (4, 4, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (2, 4, [1, 1, 2, 2, 3, 3, 4, 4]),  # fewer batches than parts: one validation serves several
+        (1, 3, [1, 1, 1, 2, 2, 2]),
+        (9, 1, [9, 18]),
+    ],
+)
+def test_parts_of_an_epoch_are_reported_after_their_share_of_the_batches(batches, per_epoch, expected):
+    pruner = Counting()
+    study, trial = ask(pruner)
+    callback = FoldPruningCallback(trial, "val_score", 0, 2, 2, [], per_epoch=per_epoch)
+    train_batches(callback, batches, 2)
+    assert callback.close_fold() == 2 * batches
+    assert list(values_of(study)) == list(range(1, 2 * per_epoch + 1))
+    assert list(values_of(study).values()) == expected
+    assert [report.value for report in callback.curve] == sorted(set(expected))
+    assert [report.step for report in callback.curve] == pruner.asked
+
+
+def test_early_stopping_counts_epochs_whatever_is_reported():
+    stop = EarlyStopping("val_score", patience=2, mode="min")  # the score rises: worse and worse
+    _, trial = ask()
+    callback = FoldPruningCallback(trial, "val_score", 0, 1, 9, [], per_epoch=3, direction="minimize")
+    train_batches(callback, 6, 9, callbacks=[stop])
+    assert len(callback.history) == 3
+    assert len(callback.curve) == 9
+
+
+def test_a_score_within_an_epoch_counts_for_its_report_alone():
+    study, trial = ask()
+    callback = FoldPruningCallback(trial, "val_score", 0, 1, 2, [], per_epoch=2, direction="minimize")
+    train_batches(callback, 4, 2)
+    assert list(values_of(study).values()) == [2, 4, 4, 4]  # of the best whole epoch, or better within one
+    assert callback.close_fold() == 4
+
+
+def test_finer_reports_need_epochs_of_a_known_length():
+    _, trial = ask()
+    callback = FoldPruningCallback(trial, "val_score", 0, 1, 2, [], per_epoch=2)
+    with pytest.raises(ConfigError, match=r"val_check_interval 1\.0, got 4 batches and 0\.5"):
+        train_batches(callback, 4, 2, val_check_interval=0.5)

@@ -6,7 +6,7 @@ import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.space import describe_difference, parse_space, space_to_json, suggest
+from lightning_bge.hpo.space import describe_difference, parse_space, requirements, space_to_json, suggest
 
 YAML = """
 model.optimizer.lr: {low: 1.0e-5, high: 1.0e-3, log: true}
@@ -110,3 +110,105 @@ def test_difference_is_named():
     assert text[0] == "a: high 1.0 -> 2.0"
     assert text[1:3] == ["b: no longer searched", "c: not searched before"]
     assert text[3].startswith("d: type int -> categorical")
+
+
+CONDITIONAL = """
+rank: {low: 2, high: 8, when: {lora: true}}
+alpha: {low: 1.0, high: 4.0, when: {lora: true, model: [large, base]}}
+lora: {choices: [true, false], when: {model: [base, large]}}
+lr: {low: 1.0e-5, high: 1.0e-3, log: true}
+model: {choices: [small, base, large]}
+"""
+
+
+def test_parents_come_first_and_all_else_stays_in_its_order():
+    space = parse_space(yaml.safe_load(CONDITIONAL))
+    assert list(space) == ["lr", "model", "lora", "rank", "alpha"]
+    assert space.when == {
+        "rank": {"lora": (True,)},
+        "alpha": {"lora": (True,), "model": ("base", "large")},  # in the order of the choices
+        "lora": {"model": ("base", "large")},
+    }
+    assert requirements(space, "rank") == {"model": ("base", "large"), "lora": (True,)}
+    assert requirements(space, "lr") == {}
+
+
+@pytest.mark.parametrize("sampler", [optuna.samplers.RandomSampler, optuna.samplers.TPESampler])
+def test_a_conditional_parameter_is_drawn_where_its_conditions_hold(sampler):
+    space = parse_space(yaml.safe_load(CONDITIONAL))
+    study = optuna.create_study(sampler=sampler(seed=0))
+    seen = set()
+    for _ in range(40):
+        trial = study.ask()
+        values = suggest(trial, space)
+        assert values == trial.params
+        assert ("lora" in values) == (values["model"] != "small")
+        assert ("rank" in values) == ("alpha" in values) == (values.get("lora") is True)
+        seen.add(len(values))
+        study.tell(trial, values["lr"] * 100 + values.get("rank", 5) / 10)
+    assert seen == {2, 3, 5}
+
+
+def test_a_single_value_is_a_list_of_one_and_numbers_are_no_booleans():
+    one = parse_space({"a": {"choices": [1, 2]}, "b": {"low": 0, "high": 1, "when": {"a": 2.0}}})
+    assert one.when == {"b": {"a": (2,)}}
+    assert one.when == parse_space({"a": {"choices": [1, 2]}, "b": {"low": 0, "high": 1, "when": {"a": [2]}}}).when
+    nothing = parse_space({"a": {"choices": [None, 2]}, "b": {"low": 0, "high": 1, "when": {"a": None}}})
+    assert nothing.when == {"b": {"a": (None,)}}
+
+
+OTHERS = {"a": {"choices": [1, 2]}, "c": {"choices": ["x", "y"], "when": {"a": 1}}, "r": {"low": 0, "high": 1}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "says"),
+    [
+        ({"b": {"when": {"q": 1}}}, "b.when", "q is not searched; name one of a, c, r, b"),
+        ({"b": {"when": {"r": 0}}}, "b.when", "r is a range.*on parameters with 'choices' only"),
+        ({"b": {"when": {"a": 3}}}, "b.when.a", r"expected one of the choices \[1, 2\], got 3"),
+        ({"b": {"when": {"a": [1, 3]}}}, "b.when.a", "got 3"),
+        ({"b": {"when": {"a": True}}}, "b.when.a", "got True"),
+        ({"b": {"when": {"a": "1"}}}, "b.when.a", "got '1'"),
+        ({"b": {"when": {"a": []}}}, "b.when.a", "can never hold"),
+        ({"b": {"when": {}}}, "b.when", "expected {name of another parameter"),
+        ({"b": {"when": "a"}}, "b.when", "expected {name of another parameter"),
+        ({"b": {"when": None}}, "b.when", "expected {name of another parameter"),
+        ({"b": {"when": {"c": "x", "a": 2}}}, "b.when", r"can never hold: a would have to be one of \[2\] and .*\[1\]"),
+        ({"b": {"when": {"b": 1}}}, "hpo.space", "in a circle: b <- b"),
+        (
+            {"b": {"when": {"c": "x"}}, "a": {"choices": [1, 2], "when": {"b": 1}}},
+            "hpo.space",
+            "circle: a <- b <- c <- a",
+        ),
+        (
+            {"b": {"low": 0, "high": 1, "choices": [1], "when": {"a": 1}}},
+            "b",
+            "stands alone, got low, high, choices as",
+        ),
+        ({"b": {"low": 0, "when": {"a": 1}}}, "b", "both 'low' and 'high'"),
+    ],
+)
+def test_mistakes_in_conditions_name_the_parameter(changes, where, says):
+    raw = {**OTHERS, **{name: {"choices": [1, 2], **spec} for name, spec in changes.items()}}
+    if "low" in changes["b"]:
+        raw["b"] = changes["b"]
+    with pytest.raises(ConfigError, match=says) as caught:
+        parse_space(raw)
+    assert where in str(caught.value)
+
+
+def test_conditions_are_compared_and_what_has_none_is_as_before():
+    space = space_to_json(parse_space(yaml.safe_load(CONDITIONAL)))
+    assert json.loads(json.dumps(space)) == space
+    assert space["alpha"]["when"] == {"lora": [True], "model": ["base", "large"]}
+    assert space["model"] == {"name": "CategoricalDistribution", "attributes": {"choices": ["small", "base", "large"]}}
+    reordered = yaml.safe_load(CONDITIONAL.replace("[large, base]", "[base, large]"))
+    assert describe_difference(space, space_to_json(parse_space(dict(reversed(reordered.items()))))) == ""
+    changed = space_to_json(
+        parse_space(
+            yaml.safe_load(
+                CONDITIONAL.replace("rank: {low: 2, high: 8, when: {lora: true}}", "rank: {low: 2, high: 8}")
+            )
+        )
+    )
+    assert describe_difference(space, changed) == "rank: when {'lora': [True]} -> None"

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo import storage as module
-from lightning_bge.hpo.storage import JournalLock, abandon, mark_alive, open_storage, sweep
+from lightning_bge.hpo.storage import JournalLock, abandon, enqueue_once, mark_alive, open_storage, sweep
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -26,8 +26,8 @@ import importlib.util
 spec = importlib.util.spec_from_file_location("storage", {module.__file__!r})
 storage = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(storage)
-JournalLock, mark_alive, open_storage, sweep = (
-    storage.JournalLock, storage.mark_alive, storage.open_storage, storage.sweep
+JournalLock, enqueue_once, mark_alive, open_storage, sweep = (
+    storage.JournalLock, storage.enqueue_once, storage.mark_alive, storage.open_storage, storage.sweep
 )
 """
 
@@ -48,6 +48,15 @@ study = optuna.load_study(study_name="s", storage=open_storage(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.readline()
 print(len(sweep(study)), flush=True)
+"""
+
+
+ENQUEUER = """
+import pathlib, sys, optuna
+study = optuna.load_study(study_name="s", storage=open_storage(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+print(enqueue_once(study, [{"x": number / 8} for number in range(8)], pathlib.Path(sys.argv[1])), flush=True)
 """
 
 
@@ -352,3 +361,33 @@ def test_mark_alive_records_this_process(journal):
     assert worker["pid"] == os.getpid()
     assert worker["start"] == module._start_time(os.getpid())
     assert sweep(study) == []
+
+
+def test_three_processes_queue_each_point_once(journal):
+    study = create(journal)
+    processes = [start(ENQUEUER, journal) for _ in range(3)]
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    counts = [int(process.stdout.readline()) for process in processes]
+    for process in processes:
+        finish(process)
+        assert process.returncode == 0
+    assert sorted(counts) == [0, 0, 8]
+    assert [trial.user_attrs["enqueued"] for trial in study.trials] == [{"x": number / 8} for number in range(8)]
+
+
+def test_points_are_queued_once_whatever_became_of_them(journal):
+    study = create(journal)
+    points = [{"x": 0.5}, {"x": 0.25, "y": "a"}]
+    assert enqueue_once(study, points, journal) == 2
+    trial = study.ask()
+    assert trial.suggest_float("x", 0, 1) == 0.5
+    trial.set_user_attr("worker", {**module._this_worker(), "start": "0"})
+    assert len(sweep(study)) == 1
+    assert enqueue_once(study, points, journal) == 0
+    # a process that was killed in the middle of it has queued a part, and points may be added later
+    assert enqueue_once(study, [{"x": 0.75}, *points], journal) == 1
+    states = [trial.state for trial in study.trials]
+    assert states == [TrialState.FAIL, TrialState.WAITING, TrialState.WAITING, TrialState.WAITING]
+    assert [trial.system_attrs["fixed_params"] for trial in study.trials[1:]] == [points[1], points[0], {"x": 0.75}]

@@ -14,7 +14,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo import PrunerConfig, StudyConfig, open_study, run_study
+from lightning_bge.hpo import PrunerConfig, Steps, StudyConfig, open_study, run_study
 from lightning_bge.hpo.objective import load_predictions, save_predictions
 from lightning_bge.hpo.results import describe_study, judge_out_of_fold, majority_baseline, trials_table, wall_seconds
 from lightning_bge.models import Predictions
@@ -26,7 +26,7 @@ BINARY = Schema("binary", ("no", "yes"), ("text",), 16)
 
 
 def opened(folder: Path, config: StudyConfig = CONFIG, **settings: Any) -> optuna.Study:
-    return open_study(folder, config, "maximize", 4, {"model.name_or_path": "m", **settings})
+    return open_study(folder, config, "maximize", Steps(2, 2), {"model.name_or_path": "m", **settings})
 
 
 def value(trial: optuna.Trial) -> float:
@@ -46,7 +46,7 @@ def test_a_study_goes_on_where_it_was_and_does_not_draw_the_same_points_again(tm
 def test_other_settings_or_another_space_are_named(tmp_path: Path) -> None:
     opened(tmp_path)
     with pytest.raises(StudyError, match=r"model.name_or_path: m there, other asked"):
-        open_study(tmp_path, CONFIG, "maximize", 4, {"model.name_or_path": "other"})
+        open_study(tmp_path, CONFIG, "maximize", Steps(2, 2), {"model.name_or_path": "other"})
     wider = StudyConfig(trials=6, space={"model.optimizer.lr": {"low": 0.0, "high": 2.0}}, pruner=CONFIG.pruner)
     with pytest.raises(StudyError, match=r"high 1\.0 -> 2\.0"):
         opened(tmp_path, wider)

@@ -1,0 +1,207 @@
+"""Promote: trials pause at rungs, and a resumed one equals one that never paused."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from lightning.pytorch import Callback
+from optuna.trial import FrozenTrial, TrialState
+from safetensors.torch import load_file
+from small_search import make, write_files
+
+from lightning_bge.hpo.objective import predictions_file
+from lightning_bge.hpo.promote import (
+    CONTINUES,
+    PAUSED,
+    PromotePruner,
+    Promoter,
+    begun,
+    hopeless,
+    last_resumed,
+    next_resumed,
+    nothing_left,
+    point_of,
+    resume,
+    rung_steps,
+)
+from lightning_bge.models.metrics import MonitorConfig
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+PARAMS = {"lr": 3e-3, "dropout": 0.1}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_files(tmp_path)
+
+
+class PauseAt(PromotePruner):
+    """Pauses a trial's first run at one report."""
+
+    def __init__(self, step: int | None) -> None:
+        super().__init__([] if step is None else [step], 4)
+        self.step = step
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        return trial.last_step == self.step and CONTINUES not in trial.user_attrs
+
+
+class Weights(Callback):
+    """Keeps the weights at the end of each fit."""
+
+    def __init__(self) -> None:
+        self.ends: list[dict[str, torch.Tensor]] = []
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.ends.append({name: tensor.clone() for name, tensor in pl_module.state_dict().items()})
+
+
+def run(
+    folder: Path, step: int | None, params: dict[str, float] = PARAMS, **changes: Any
+) -> tuple[FrozenTrial, Weights, optuna.Study]:
+    """One trial with a pause at a step, resumed to its end."""
+    weights = Weights()
+    objective = make(folder, (weights,), oof_dir=folder / "oof", paused_dir=folder / "paused", per_epoch=2, **changes)
+    study = optuna.create_study(direction="minimize", pruner=PauseAt(step), study_name="s")
+    study.enqueue_trial(params)
+    study.optimize(objective, n_trials=1)
+    if step is not None:
+        assert study.trials[0].state == TrialState.PRUNED
+        assert study.trials[0].user_attrs[PAUSED] == study.trials[0].last_step == step
+        resume(study, study.trials[0], [step])
+        study.optimize(objective, n_trials=1)
+    return study.trials[-1], weights, study
+
+
+@pytest.mark.parametrize("objective", ["best", "last"])
+def test_a_resumed_trial_equals_an_uninterrupted_one_bit_for_bit(folder: Path, objective: Any) -> None:
+    monitor = MonitorConfig("loss", objective)
+    whole, weights, _ = run(folder, None, monitor=monitor)
+    expected = load_file(predictions_file(folder / "oof", whole.number))
+    assert whole.state == TrialState.COMPLETE
+    for step in range(1, 8):
+        resumed, again, _ = run(folder, step, monitor=monitor)
+        assert resumed.state == TrialState.COMPLETE
+        assert resumed.value == whole.value, step
+        assert resumed.intermediate_values == whole.intermediate_values, step
+        for name in ("fold_scores", "fold_epochs"):
+            assert resumed.user_attrs[name] == whole.user_attrs[name]
+        found = load_file(predictions_file(folder / "oof", resumed.number))
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        # a fold that pauses at its last report is not trained again
+        for one, other in zip(weights.ends[::-1], again.ends[::-1], strict=False):
+            assert all(torch.equal(one[name], other[name]) for name in one), step
+        steps = [report[0] for fold in resumed.user_attrs["curve"] for report in fold]
+        assert steps == list(range(1, 9))
+
+
+def test_a_resumed_trial_stops_early_where_the_uninterrupted_one_does(folder: Path) -> None:
+    options: dict[str, Any] = {"monitor": MonitorConfig("loss", "best", patience=1), "epochs": 5}
+    options["params"] = {"lr": 1e-2, "dropout": 0.0}
+    whole, _, _ = run(folder, None, **options)
+    trained = [len(fold) for fold in whole.user_attrs["curve"]]
+    assert trained[0] == 4  # reports of the first fold's two epochs, of ten in all
+    for step in (1, 2, 3, 4, 10, 12):  # 10: the first fold's reports that early stopping left out
+        resumed, _, _ = run(folder, step, **options)
+        assert resumed.intermediate_values == whole.intermediate_values, step
+        assert resumed.value == whole.value
+        assert [len(fold) for fold in resumed.user_attrs["curve"]] == trained, step
+
+
+def test_rungs() -> None:
+    assert rung_steps(18, 1, 4) == (1, 4, 16)
+    assert rung_steps(16, 1, 4) == (1, 4)
+    assert rung_steps(10, 3, 2) == (3, 6)
+    assert rung_steps(3, 3, 4) == ()
+
+
+def test_the_best_paused_point_of_the_highest_rung_is_resumed_when_it_is_in_the_top_share() -> None:
+    there = {0: {0: 0.5}, 1: {0: 0.9}, 2: {0: 0.1}}
+    assert next_resumed(there, 2, 4) is None  # three points, of which a quarter is none
+    there[3] = {0: 0.2}
+    assert next_resumed(there, 2, 4) == 1
+    assert next_resumed(there, 2, 4, {1}) is None  # it is running
+    there[1][1] = 0.95
+    assert next_resumed(there, 2, 4) is None  # the top quarter has gone on
+    there |= {4: {0: 0.91}, 5: {0: 0.3}, 6: {0: 0.3}, 7: {0: 0.3}}
+    assert next_resumed(there, 2, 4) == 4  # a late one that stands above an earlier one that was resumed
+    assert next_resumed({0: {0: 1.0, 1: 0.5}, 1: {0: 0.9, 1: 0.4}}, 2, 2) == 0  # the higher rung first
+    assert last_resumed(there, set(), complete=False) == 1
+    assert last_resumed(there, set(), complete=True) is None
+
+
+def test_what_can_never_be_resumed() -> None:
+    there = {point: {0: -float(point)} for point in range(8)}
+    # of 16 points at most 4 go on from the first rung
+    assert hopeless(there, 2, 4, 16) == {4, 5, 6, 7}
+    assert hopeless(there, 2, 4, 64) == set()
+    there[0][1] = there[1][1] = 0.0
+    assert hopeless(there, 2, 4, 16) == {1, 4, 5, 6, 7}  # of four on the second rung one goes on: the earlier
+
+
+def plain_halving(curves: list[list[float]], steps: list[int], eta: int) -> tuple[list[int], int]:
+    """Asynchronous halving from the paper, one worker: the reports that each point makes, and the point that ends."""
+    made, rungs, promoted = [0] * len(curves), [[] for _ in steps], [set() for _ in steps]
+    ended: list[int] = []
+    ends = [*steps, len(curves[0])]
+    new = 0
+    while True:
+        job = None
+        for rung in range(len(steps) - 1, -1, -1):
+            top = sorted(rungs[rung], key=lambda p: (-curves[p][steps[rung] - 1], p))[: len(rungs[rung]) // eta]
+            job = next(((p, rung + 1) for p in top if p not in promoted[rung]), None)
+            if job:
+                promoted[rung].add(job[0])
+                break
+        if job is None and new < len(curves):
+            job, new = (new, 0), new + 1
+        if job is None:
+            return made, len(ended)
+        point, level = job
+        made[point] = ends[level]
+        if level < len(steps):
+            rungs[level].append(point)
+        else:
+            ended.append(point)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_study_promotes_as_the_paper_says(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    curves = [[draw.random() + 0.1 * step for step in range(9)] for _ in range(40)]
+    study = optuna.create_study(direction="maximize", pruner=PromotePruner([1, 3], 3), study_name="s")
+    promoter = Promoter(study.pruner, 40, tmp_path / "paused")
+
+    def objective(trial: optuna.Trial) -> float:
+        point = point_of(study.get_trials(deepcopy=False)[trial.number])
+        parent = trial.user_attrs.get(CONTINUES)
+        start = 0 if parent is None else study.trials[parent].last_step
+        for step in range(1, 10):
+            trial.report(curves[points.index(point) if parent is not None else point_number(point)][step - 1], step)
+            if start < step < 9 and trial.should_prune():
+                trial.set_user_attr(PAUSED, step)
+                raise optuna.TrialPruned
+        return curves[points.index(point)][-1]
+
+    points: list[int] = []
+
+    def point_number(point: int) -> int:
+        if point not in points:
+            points.append(point)
+        return points.index(point)
+
+    promoter(study)
+    study.optimize(objective, callbacks=[promoter])
+    made = [0] * 40
+    for trial in study.trials:
+        made[points.index(point_of(trial))] = trial.last_step
+    expected, ended = plain_halving(curves, [1, 3], 3)
+    assert made == expected
+    assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) == ended > 0
+    assert begun(study.trials) == 40
+    assert nothing_left(study, study.pruner, 40)
