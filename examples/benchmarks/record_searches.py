@@ -1,6 +1,6 @@
 """Real searches with every trial run to its end, recorded for the replay of pruners.
 
-    python examples/benchmarks/record_searches.py trecqa sick sample --data FOLDER --model FOLDER --trials 48
+    python examples/benchmarks/record_searches.py trecqa sick sample --data FOLDER --model FOLDER --trials 40
 
 The settings are drawn at random, so that the trials may be replayed in any order, from ranges that hold good ones and
 hopeless ones. FOLDER of the data holds `trecqa/train.csv` and `sick/train.tsv`; the model is any encoder, here that of
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from common import versions
 
 from lightning_bge import cli
 from lightning_bge.hpo.replay import record_study
@@ -34,6 +35,7 @@ SPACE = """{
 }"""
 SAMPLE_SPACE = SPACE.replace("low: 1.0e-6, high: 3.0e-3", "low: 3.0e-5, high: 3.0e-2")
 PER_QUESTION, ANSWERS = 4, 2
+FOLDS, PER_EPOCH = 3, 2
 SEARCHES: dict[str, dict[str, Any]] = {
     "trecqa": {
         "data.text_columns": "[qtext, atext]",
@@ -106,12 +108,12 @@ def search(name: str, chosen: argparse.Namespace, **more: Any) -> optuna.Study:
     run_dir = chosen.work / name / more.pop("run", "study")
     settings = {
         "run_dir": run_dir,
-        "data.split.folds": 3,
+        "data.split.folds": FOLDS,
         "hpo.trials": chosen.trials,
         "hpo.space": SPACE,
         "hpo.sampler": "random",
         "hpo.pruner.name": "none",
-        "hpo.report_every": 0.5,
+        "hpo.report_every": 1 / PER_EPOCH,
         "hpo.refit": "false",
         **files,
         **SEARCHES[name],
@@ -123,20 +125,35 @@ def search(name: str, chosen: argparse.Namespace, **more: Any) -> optuna.Study:
     return optuna.load_study(study_name=run_dir.name, storage=open_storage(run_dir / "journal.log"))
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where data, model and runs are."""
+    parser.add_argument("--data", type=Path, help="folder with trecqa/train.csv and sick/train.tsv")
+    parser.add_argument("--model", help="encoder's folder or name")
+    parser.add_argument("--rows", type=int, default=450, help="rows of SICK; default 450")
+    parser.add_argument("--work", type=Path, default=Path("runs/recorded"), help="default runs/recorded")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("searches", nargs="+", choices=list(SEARCHES))
-    parser.add_argument("--data", type=Path, help="folder with trecqa/train.csv and sick/train.tsv")
-    parser.add_argument("--model", help="encoder's folder or name")
-    parser.add_argument("--trials", type=int, default=48, help="default 48")
-    parser.add_argument("--rows", type=int, default=450, help="rows of SICK; default 450")
-    parser.add_argument("--work", type=Path, default=Path("runs/recorded"), help="default runs/recorded")
+    add_arguments(parser)
+    parser.add_argument("--trials", type=int, default=40, help="default 40")
     parser.add_argument("--out", type=Path, default=CURVES, help="folder of the curves; default docs/benchmarks/curves")
     chosen = parser.parse_args()
+    chosen.out.mkdir(parents=True, exist_ok=True)
     for name in chosen.searches:
         study = search(name, chosen)
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        record_study(study, name).save(chosen.out / f"{name}.json")
+        epochs = SEARCHES[name]["trainer.max_epochs"]
+        record_study(study, name, FOLDS, epochs, PER_EPOCH, **describe(study)).save(chosen.out / f"{name}.json")
+
+
+def describe(study: optuna.Study) -> dict[str, Any]:
+    """What was searched, without the names of this machine's folders."""
+    hidden = ("model.name_or_path", "data.train_file", "data.tokenizer")
+    settings = {key: value for key, value in study.user_attrs["settings"].items() if key not in hidden}
+    usual = ("model.task", "monitor.metric", "monitor.objective", "model.savers.frozen_layers", "data.max_length")
+    kept = {key: settings[key] for key in (*usual, "data_hash", "folds_hash") if settings.get(key) is not None}
+    return {"settings": kept, "space": study.user_attrs["space"], "sampler": "random", "versions": versions()}
 
 
 if __name__ == "__main__":

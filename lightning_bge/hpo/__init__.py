@@ -4,7 +4,7 @@ from lightning_bge.hpo.check import Forecast, describe_pruner, forecast
 from lightning_bge.hpo.objective import BEST, INTERRUPTED, Objective, Setup, early_stopping
 from lightning_bge.hpo.points import complete_point, ends, parse_points, points_to_check
 from lightning_bge.hpo.promote import PromotePruner
-from lightning_bge.hpo.pruners import BootstrapPruner, FoldEndPruner, FoldWilcoxonPruner, ReachPruner
+from lightning_bge.hpo.pruners import BootstrapPruner, FoldEndPruner, FoldWilcoxonPruner, ReachPruner, WarmupPruner
 from lightning_bge.hpo.pruning import PrunerConfig, build_pruner
 from lightning_bge.hpo.repeats import run_repeats
 from lightning_bge.hpo.replay import Recording, record_study
@@ -39,6 +39,7 @@ __all__ = [
     "Space",
     "Steps",
     "StudyConfig",
+    "WarmupPruner",
     "build_pruner",
     "complete_point",
     "describe_pruner",

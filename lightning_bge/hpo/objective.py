@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from lightning_bge.models.metrics import MonitorConfig, Predictions, metric_dire
 BEST = 5  # trials whose out-of-fold predictions are kept, and which may be run again with other seeds
 SEED = "seed_everything"
 SLACK = 2**20  # bytes that an out-of-memory trial may leave behind: the libraries' small caches
+log = logging.getLogger("lightning_bge")
 INTERRUPTED = 130  # a shell's exit status for Ctrl-C
 
 
@@ -170,9 +172,16 @@ class Objective:
         if number is None:
             return None
         assert self.paused_dir is not None
+        folder = self.paused_dir / str(number)
+        if not (folder / "state.pt").is_file():
+            # it could not be resumed any more, but then hpo.trials was raised
+            log.warning(
+                "trial %d: the checkpoint of trial %d is gone; it is trained from its start", trial.number, number
+            )
+            return None
         for step, value in trial.study.get_trials(deepcopy=False)[number].intermediate_values.items():
             trial.report(value, step)
-        return Paused.load(self.paused_dir / str(number))
+        return Paused.load(folder)
 
     def _fold(
         self,

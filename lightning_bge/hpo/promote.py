@@ -156,10 +156,12 @@ class Promoter:
         pruner: the study's pruner.
         points: how many points the study has in all.
         folder: holds the paused trials' checkpoints, one folder each.
+        limit: bytes that these may take on the disk; beyond, those that stand lowest are deleted, and such a trial is
+            trained from its start if it is resumed all the same. Default: a quarter of what is free.
     """
 
-    def __init__(self, pruner: PromotePruner, points: int, folder: Path) -> None:
-        self.pruner, self.points, self.folder = pruner, points, folder
+    def __init__(self, pruner: PromotePruner, points: int, folder: Path, limit: float | None = None) -> None:
+        self.pruner, self.points, self.folder, self.limit = pruner, points, folder, limit
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial | None = None) -> None:
         """Optuna calls this after each trial; call it once before the first, too."""
@@ -175,19 +177,32 @@ class Promoter:
             study.stop()
 
     def _clear(self, study: optuna.Study) -> None:
-        """Delete the checkpoints of trials that can no longer be resumed."""
+        """Delete the checkpoints of trials that can no longer be resumed, and those beyond the limit."""
         trials = study.get_trials(deepcopy=False)
-        there, rungs = standings(study, self.pruner.steps, trials), len(self.pruner.steps)
-        gone = hopeless(there, rungs, self.pruner.reduction_factor, self.points)
-        # the best one stays, as the study's last resort
-        kept = last_resumed(there, busy_points(trials), complete=False)
-        needed = {trial.user_attrs.get(CONTINUES) for trial in trials if not trial.state.is_finished()}
+        needed = {
+            one.user_attrs[CONTINUES] for one in trials if CONTINUES in one.user_attrs and not one.state.is_finished()
+        }
+        room = self.limit
+        if room is None:
+            room = (shutil.disk_usage(self.folder).free + _taken(self.folder)) / 4
+        kept = set()
+        for number in [*needed, *self._resumable(study, trials)]:
+            room -= _taken(self.folder / str(number))
+            if room >= 0 or number in needed:
+                kept.add(number)
         for trial in trials:
-            paused = trial.state == TrialState.PRUNED and PAUSED in trial.user_attrs
-            point = point_of(trial)
-            waits = paused and latest_of(trials, point) is trial and (point not in gone or point == kept)
-            if not waits and trial.number not in needed:
+            if trial.state.is_finished() and trial.number not in kept:
                 shutil.rmtree(self.folder / str(trial.number), ignore_errors=True)
+
+    def _resumable(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[int]:
+        """The paused trials that may still be resumed: the higher rung first, and the better on it."""
+        there, busy = standings(study, self.pruner.steps, trials), busy_points(trials)
+        gone = hopeless(there, len(self.pruner.steps), self.pruner.reduction_factor, self.points)
+        # where none is complete the best one stays, as the study's last resort
+        gone -= {last_resumed(there, busy, any(one.state == TrialState.COMPLETE for one in trials))}
+        latest = {point_of(one): one.number for one in trials if one.state != TrialState.FAIL}
+        ranked = sorted(there, key=lambda point: (-max(there[point]), -there[point][max(there[point])], point))
+        return [latest[point] for point in ranked if point not in busy | gone]
 
 
 def nothing_left(study: optuna.Study, pruner: PromotePruner, points: int) -> bool:
@@ -203,6 +218,11 @@ def _next(study: optuna.Study, pruner: PromotePruner, points: int, trials: Seque
     if point is not None or begun(trials) < points:
         return point
     return last_resumed(there, busy, any(trial.state == TrialState.COMPLETE for trial in trials))
+
+
+def _taken(folder: Path) -> int:
+    """Bytes of the files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def last_resumed(there: Standings, busy: set[int], complete: bool) -> int | None:

@@ -44,6 +44,28 @@ class BootstrapPruner(BasePruner):
         return len(completed(study)) >= self.count
 
 
+class WarmupPruner(BasePruner):
+    """Prune nothing in the first reports of each fold.
+
+    A fold starts with fresh weights, a low learning rate and a new head, and its first values say little: in recorded
+    searches trials that learned nothing stood above the later winners there.
+
+    Args:
+        inner: decides after the warm-up.
+        per_fold: reports of a fold.
+        warmup: the first so many of them never prune.
+    """
+
+    def __init__(self, inner: BasePruner, per_fold: int, warmup: int) -> None:
+        self.inner = inner
+        self.per_fold, self.warmup = per_fold, warmup
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Return whether to stop the trial at its last report."""
+        step = trial.last_step
+        return step is not None and (step - 1) % self.per_fold >= self.warmup and self.inner.prune(study, trial)
+
+
 class ReachPruner(BasePruner):
     """Patience across trials: stop a trial that stands lower than any of the best finished ones stood at that step.
 
@@ -55,12 +77,11 @@ class ReachPruner(BasePruner):
     Args:
         inner: asked first; None: it always would prune.
         best: how many of the best finished trials are looked at.
-        warmup: the first so many reports of a trial never prune.
     """
 
-    def __init__(self, inner: BasePruner | None = None, best: int = 3, warmup: int = 0) -> None:
+    def __init__(self, inner: BasePruner | None = None, best: int = 2) -> None:
         self.inner = inner
-        self.best, self.warmup = best, warmup
+        self.best = best
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Return whether to stop the trial at its last report."""
@@ -70,7 +91,7 @@ class ReachPruner(BasePruner):
         step = trial.last_step
         sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
         done = [other for other in completed(study) if step in other.intermediate_values]
-        if step is None or step <= self.warmup or len(done) < self.best:
+        if step is None or len(done) < self.best:
             return False
         done.sort(key=lambda other: -sign * float(other.value or 0.0))
         lowest = min(sign * other.intermediate_values[step] for other in done[: self.best])

@@ -16,24 +16,30 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner,
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.promote import PromotePruner, rung_steps
-from lightning_bge.hpo.pruners import BootstrapPruner, FoldEndPruner, FoldWilcoxonPruner, ReachPruner
+from lightning_bge.hpo.pruners import (
+    BootstrapPruner,
+    FoldEndPruner,
+    FoldWilcoxonPruner,
+    ReachPruner,
+    WarmupPruner,
+)
 from lightning_bge.hpo.reports import Steps
 
 PrunerName = Literal["promote", "reach", "hyperband", "median", "percentile", "wilcoxon", "disarmed_hyperband", "none"]
 
 _AROUND = {"patience", "reach", "fold_confidence", "bootstrap"}
 _OPTIONS: dict[str, set[str]] = {
-    "promote": {"reduction_factor", "min_resource"},
+    "promote": {"reduction_factor", "min_resource", "paused_gb"},
     "reach": {"warmup_reports", *_AROUND},
     "hyperband": {"reduction_factor", "min_resource", *_AROUND},
     "median": {"warmup_reports", *_AROUND},
     "percentile": {"percentile", "warmup_reports", *_AROUND},
-    "wilcoxon": {"p_threshold", *_AROUND},
+    "wilcoxon": {"p_threshold", "patience", "reach", "bootstrap"},
     "disarmed_hyperband": {"reduction_factor", "min_resource", "max_resource", "patience", "bootstrap"},
     "none": set(),
 }
 ORIGINAL_BOOTSTRAP = 30
-REACH = 3
+REACH = 2
 
 
 @dataclass(frozen=True)
@@ -51,38 +57,46 @@ class PrunerConfig:
         reduction_factor: Promote, Hyperband: of the trials that reach a rung, one in this many goes on. 4 keeps
             brackets few.
         min_resource: Promote, Hyperband: the report at which trials are judged first, in Hyperband's hardest bracket.
+            Default: the first one for Hyperband; for promote the first epoch's last, as values within it say little.
         max_resource: Disarmed Hyperband: Optuna's max_resource, which only sets the number of brackets. Default: all
             reports.
         percentile: Percentile: the share of trials, 0 to 100, counted from the best, that goes on.
         p_threshold: Wilcoxon: stop a trial that is worse than the best one at this level. After n folds the smallest
             possible p is 2**-n, so that 0.1 can act after the fourth fold first.
-        warmup_reports: Median, percentile, reach: the first so many reports of a trial never prune.
+        warmup_reports: Median, percentile, reach: the first so many reports of each fold never prune. Default: those
+            of one epoch, as trials that learn nothing may stand above the later winners there; less where nothing
+            would be left.
         patience: Prune only a trial that has not improved over this many more reports. Around Hyperband it disarms
             the pruner; this is allowed, and said in the log.
         reach: Prune only a trial that stands lower than any of so many best finished trials stood at that report:
-            patience across trials. The pruner `reach` is this alone, with 3 by default.
+            patience across trials. The pruner `reach` is this alone, with 2 by default.
         fold_confidence: Stop a trial between folds, too, when it is this sure (one-sided, above 0.5) that further folds
-            will not lift its mean to the best trial's, from the spread of paired differences between folds. Default:
-            the pruner alone decides.
+            will not lift its mean to the best trial's, from the spread of paired differences between folds. null: the
+            pruner alone decides.
         bootstrap: The first so many finished trials of the study run to their end. Default: 10 % of the trials, 30 at
             most, since a longer warm-up eats the gain of a small study. Promote needs none, as it ends nothing for
             good. Disarmed Hyperband: Optuna's bootstrap_count, 30 by default.
+
+        paused_gb: Promote: room on the disk for paused trials, in units of 2**30 bytes: weights, gradients' moments and
+            predictions of each that may still be resumed. Beyond it those that stand lowest lose theirs, and are
+            trained from their start if they are resumed all the same. Default: a quarter of what is free.
 
     Raises:
         ConfigError: A value is out of range, or was set for a pruner that does not use it.
     """
 
-    name: PrunerName = "hyperband"
+    name: PrunerName = "promote"
     reduction_factor: int = 4
-    min_resource: int = 1
+    min_resource: int | None = None
     max_resource: int | None = None
     percentile: float = 50.0
     p_threshold: float = 0.1
-    warmup_reports: int = 0
+    warmup_reports: int | None = None
     patience: int | None = None
     reach: int | None = None
-    fold_confidence: float | None = None
+    fold_confidence: float | None = 0.9
     bootstrap: int | None = None
+    paused_gb: float | None = None
 
     def __post_init__(self) -> None:
         if self.name not in get_args(PrunerName):
@@ -95,7 +109,7 @@ class PrunerConfig:
                     f"hpo.pruner.{field.name}: not used by {self.name!r}, which takes {known}; remove it."
                 )
         least = {"reduction_factor": 2, "min_resource": 1, "max_resource": 1, "reach": 1}
-        least |= {"warmup_reports": 0, "patience": 0, "bootstrap": 0}
+        least |= {"warmup_reports": 0, "patience": 0, "bootstrap": 0, "paused_gb": 0}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
@@ -117,6 +131,21 @@ def bootstrap_trials(config: PrunerConfig, n_trials: int) -> int:
     return min(30, n_trials // 10) if config.bootstrap is None else config.bootstrap
 
 
+def warmup_reports(config: PrunerConfig, steps: Steps) -> int:
+    """Return how many reports of each fold never prune: as configured, or those of one epoch."""
+    if config.warmup_reports is not None:
+        return config.warmup_reports
+    # the last fold's last report never prunes: with a single split one more must be left
+    return max(0, min(steps.per_epoch, steps.per_fold - (2 if steps.folds == 1 else 1)))
+
+
+def first_report(config: PrunerConfig, steps: Steps) -> int:
+    """Return the report of the first rung: as configured, or the first one, or for promote the first epoch's last."""
+    if config.min_resource is not None:
+        return config.min_resource
+    return max(1, min(steps.per_epoch, steps.total - 1)) if config.name == "promote" else 1
+
+
 def rungs(config: PrunerConfig, steps: Steps) -> list[list[int]]:
     """Return, for each bracket, the reports before the last one at which a trial can be stopped (promote: paused).
 
@@ -126,7 +155,7 @@ def rungs(config: PrunerConfig, steps: Steps) -> list[list[int]]:
     if config.name == "none":
         return []
     if config.name == "promote":
-        return [list(rung_steps(last, config.min_resource, config.reduction_factor))]
+        return [list(rung_steps(last, first_report(config, steps), config.reduction_factor))]
     least = 1 if config.patience is None else config.patience + 2  # Optuna's PatientPruner is silent before
     if "hyperband" in config.name:
         brackets = _hyperband(config, steps, least)
@@ -134,18 +163,19 @@ def rungs(config: PrunerConfig, steps: Steps) -> list[list[int]]:
         able = [k for k in range(2, steps.folds) if 0.5**k < config.p_threshold]
         brackets = [[k * steps.per_fold for k in able if k * steps.per_fold >= least]]
     else:
-        brackets = [list(range(max(least, config.warmup_reports + 1), last))]
-    if config.fold_confidence is not None:
+        warmup = warmup_reports(config, steps)
+        brackets = [[step for step in range(least, last) if (step - 1) % steps.per_fold >= warmup]]
+    if config.fold_confidence is not None and "fold_confidence" in _OPTIONS[config.name]:
         ends = range(steps.per_fold, last, steps.per_fold)
         brackets = [sorted({*bracket, *ends}) for bracket in brackets]
     return brackets
 
 
 def _hyperband(config: PrunerConfig, steps: Steps, least: int) -> list[list[int]]:
-    most = config.max_resource or steps.total
+    most, least_resource = config.max_resource or steps.total, first_report(config, steps)
     # Optuna's formula with its rounding: log(243, 3) is just below 5, and Optuna then has five brackets, not six
-    count = max(0, math.floor(math.log(most / config.min_resource, config.reduction_factor)) + 1)
-    first = [config.min_resource * config.reduction_factor**bracket for bracket in range(count)]
+    count = max(0, math.floor(math.log(most / least_resource, config.reduction_factor)) + 1)
+    first = [least_resource * config.reduction_factor**bracket for bracket in range(count)]
     if config.patience is not None:  # a rung is settled whenever patience lets the question through
         return [list(range(max(least, step), steps.total)) for step in first]
     return [list(rung_steps(steps.total, step, config.reduction_factor)) for step in first]
@@ -202,7 +232,7 @@ def build_pruner(config: PrunerConfig, n_trials: int, steps: Steps) -> BasePrune
         return inner
     if config.reach is not None and config.name != "reach":
         inner = ReachPruner(inner, config.reach)
-    if config.fold_confidence is not None:
+    if config.fold_confidence is not None and "fold_confidence" in _OPTIONS[config.name] and steps.folds > 1:
         inner = FoldEndPruner(inner, steps.per_fold, steps.folds, config.fold_confidence)
     return BootstrapPruner(inner, bootstrap_trials(config, n_trials))
 
@@ -210,20 +240,21 @@ def build_pruner(config: PrunerConfig, n_trials: int, steps: Steps) -> BasePrune
 def _base(config: PrunerConfig, steps: Steps) -> BasePruner:
     if config.name == "hyperband":
         # an int: with 'auto' each worker would fix its own maximum from the trials that it happens to see
-        return HyperbandPruner(config.min_resource, steps.total, config.reduction_factor)
+        return HyperbandPruner(first_report(config, steps), steps.total, config.reduction_factor)
     if config.name == "disarmed_hyperband":
         count = ORIGINAL_BOOTSTRAP if config.bootstrap is None else config.bootstrap
         most = config.max_resource or steps.total
-        return HyperbandPruner(config.min_resource, most, config.reduction_factor, bootstrap_count=count)
+        return HyperbandPruner(first_report(config, steps), most, config.reduction_factor, bootstrap_count=count)
     if config.name == "wilcoxon":
         return FoldWilcoxonPruner(steps.per_fold, config.p_threshold)
+    found: BasePruner
     if config.name == "reach":
-        return ReachPruner(best=REACH if config.reach is None else config.reach, warmup=config.warmup_reports)
-    # the warm-up over trials is BootstrapPruner's alone; steps count from 1, so `w` silent reports end before w + 1
-    warmup = config.warmup_reports + 1
-    if config.name == "median":
-        return MedianPruner(n_startup_trials=0, n_warmup_steps=warmup)
-    return PercentilePruner(config.percentile, n_startup_trials=0, n_warmup_steps=warmup)
+        found = ReachPruner(best=REACH if config.reach is None else config.reach)
+    elif config.name == "median":  # the warm-ups over trials and reports are BootstrapPruner's and WarmupPruner's alone
+        found = MedianPruner(n_startup_trials=0)
+    else:
+        found = PercentilePruner(config.percentile, n_startup_trials=0)
+    return WarmupPruner(found, steps.per_fold, warmup_reports(config, steps))
 
 
 def _patient(inner: BasePruner, patience: int) -> BasePruner:

@@ -254,7 +254,9 @@ def run_study(
     stop: Callable[[optuna.Study, FrozenTrial], None] = MaxTrialsCallback(config.trials, states=FINISHED)
     if isinstance(study.pruner, PromotePruner):
         assert paused_dir is not None
-        stop = promoter = Promoter(study.pruner, config.trials, paused_dir)
+        room = config.pruner.paused_gb
+        limit = None if room is None else room * 2**30
+        stop = promoter = Promoter(study.pruner, config.trials, paused_dir, limit)
         promoter(study)
     progress = Progress(config.trials, metric, n_reports, config.cost)
     gc.collect()

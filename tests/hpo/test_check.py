@@ -16,6 +16,7 @@ from lightning_bge.hpo import PrunerConfig, Steps, StudyConfig, build_pruner, fo
 from lightning_bge.hpo.check import describe_pruner, sample_curves
 from lightning_bge.hpo.promote import PAUSED
 from lightning_bge.hpo.pruners import FoldWilcoxonPruner
+from lightning_bge.hpo.pruning import bootstrap_trials
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 TRIALS = 60
@@ -23,7 +24,7 @@ SPACE = {"model.optimizer.lr": {"low": 0.0, "high": 1.0}}
 ORIGINAL = PrunerConfig("disarmed_hyperband", reduction_factor=4, min_resource=1, max_resource=5, patience=3)
 CONFIGS = {
     "hyperband": (PrunerConfig("hyperband"), Steps(1, 12)),
-    "hyperband, one bracket empty": (PrunerConfig("hyperband"), Steps(4, 4)),
+    "hyperband, one bracket empty": (PrunerConfig("hyperband", fold_confidence=None), Steps(4, 4)),
     "hyperband, finer reports": (PrunerConfig("hyperband", reduction_factor=3, min_resource=2), Steps(3, 3, 2)),
     "patient hyperband": (PrunerConfig("hyperband", patience=2), Steps(3, 4)),
     "hyperband within reach": (PrunerConfig("hyperband", reach=2), Steps(3, 4)),
@@ -73,14 +74,18 @@ def test_a_real_study_does_what_was_announced(name: str, tmp_path: Path) -> None
     pruned = {one.number: one.last_step for one in study.trials if one.state is TrialState.PRUNED}
     assert pruned
     assert min(pruned.values()) == found.first
+    several = len(found.brackets) > 1
+    brackets = {
+        number: bracket_of("study", number, len(found.brackets), config.reduction_factor) if several else 0
+        for number in range(TRIALS)
+    }
     for number, step in pruned.items():
-        # an arbitrary one of several is Hyperband's
-        several = len(found.brackets) > 1
-        bracket = bracket_of("study", number, len(found.brackets), config.reduction_factor) if several else 0
-        assert step == found.brackets[bracket][0]
-    for number in set(range(TRIALS)) - set(pruned):
-        bracket = bracket_of("study", number, len(found.brackets), config.reduction_factor) if number >= 6 else -1
-        assert bracket == -1 or not found.brackets[bracket] or config.name == "hyperband"
+        assert step == found.brackets[brackets[number]][0]
+    kept = [number for number in range(TRIALS) if number not in pruned]
+    for number in kept[bootstrap_trials(config, TRIALS) :]:
+        first = min(other for other in range(TRIALS) if brackets[other] == brackets[number])
+        # nothing can prune it, or it is the best in its bracket, being the first
+        assert not found.brackets[brackets[number]] or (several and number == first)
     assert f"can first {'pause' if config.name == 'promote' else 'prune'} at report {found.first} of {steps.total}" in (
         describe_pruner(config, TRIALS, steps)
     )
@@ -120,7 +125,7 @@ def test_simulated_curves_are_those_of_folds() -> None:
 
 
 def test_what_the_user_reads() -> None:
-    text = describe_pruner(PrunerConfig("hyperband"), 2000, Steps(5, 6))
+    text = describe_pruner(PrunerConfig("hyperband", fold_confidence=None), 2000, Steps(5, 6))
     first, second, third = text.splitlines()
     assert first == (
         "hyperband: brackets judge at reports [[1, 4, 16], [4, 16], [16]]; can first prune at report 1 of 30"

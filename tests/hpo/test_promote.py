@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from lightning.pytorch import Callback
 from optuna.trial import FrozenTrial, TrialState
 from safetensors.torch import load_file
-from small_search import make, write_files
+from small_search import SPACE, make, write_files
 
+from lightning_bge.hpo import PrunerConfig, Steps, StudyConfig, open_study, run_study
 from lightning_bge.hpo.objective import predictions_file
 from lightning_bge.hpo.promote import (
     CONTINUES,
@@ -28,7 +30,9 @@ from lightning_bge.hpo.promote import (
     point_of,
     resume,
     rung_steps,
+    standings,
 )
+from lightning_bge.hpo.study import finished
 from lightning_bge.models.metrics import MonitorConfig
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -205,3 +209,108 @@ def test_a_study_promotes_as_the_paper_says(tmp_path: Path, seed: int) -> None:
     assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) == ended > 0
     assert begun(study.trials) == 40
     assert nothing_left(study, study.pruner, 40)
+
+
+def search(folder: Path, trials: int, **changes: Any) -> optuna.Study:
+    """A whole search with `promote` in its run folder, or what is missing of it."""
+    config = StudyConfig(trials, SPACE, pruner=PrunerConfig("promote", 2, 1), sampler="random")
+    study = open_study(folder / "run", config, "minimize", Steps(2, 2), {})
+    objective = make(folder, paused_dir=folder / "run" / "paused", **changes)
+    run_study(study, objective, config, "loss", 4, folder / "run" / "paused")
+    return study
+
+
+def kept(folder: Path) -> set[int]:
+    return {int(path.name) for path in (folder / "run" / "paused").iterdir() if path.is_dir()}
+
+
+def test_a_search_pauses_resumes_and_keeps_only_what_can_still_be_resumed(folder: Path) -> None:
+    study = search(folder, 8)
+    trials = study.trials
+    assert begun(trials) == finished(study) == 8
+    resumed = [trial for trial in trials if CONTINUES in trial.user_attrs]
+    assert resumed
+    # what each point reported, and what it reports when nothing ever pauses
+    whole = optuna.create_study(direction="minimize", study_name="whole")
+    for trial in trials:
+        if trial.state == TrialState.COMPLETE:
+            whole.enqueue_trial(trial.params)
+    done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    whole.optimize(make(folder), n_trials=len(done))
+    assert [trial.value for trial in whole.trials] == [trial.value for trial in done]
+    assert [trial.intermediate_values for trial in whole.trials] == [trial.intermediate_values for trial in done]
+    # the reports of a point add up to those of an uninterrupted one: nothing is trained twice
+    for trial in resumed:
+        before = trials[trial.user_attrs[CONTINUES]]
+        assert trial.user_attrs["curve"][0][0] == before.user_attrs["curve"][0][0]
+    there = {point: values for point, values in standings(study, (1, 2), trials).items()}
+    gone = hopeless(there, 2, 2, 8)
+    assert not kept(folder) & {trial.number for trial in trials if point_of(trial) in gone}
+    assert not kept(folder) & {trial.user_attrs[CONTINUES] for trial in resumed}
+    # a search that is finished stays so
+    assert len(search(folder, 8).trials) == len(trials)
+    # and goes on where more trials are asked for
+    more = search(folder, 10)
+    assert begun(more.trials) == 10
+
+
+def test_a_resumed_trial_whose_process_dies_is_resumed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fits: list[int] = []
+
+    class Dies(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            fits.append(trainer.global_step)
+            if trainer.global_step and len([step for step in fits if step]) == 1:
+                raise SystemExit(1)  # as Lightning makes of Ctrl-C
+
+    with pytest.raises(SystemExit):
+        search(folder, 4, extra=(Dies(),))
+    study = search(folder, 4, extra=(Dies(),))
+    failed = [trial for trial in study.trials if trial.state == TrialState.FAIL]
+    assert [CONTINUES in trial.user_attrs for trial in failed] == [True]
+    again = [trial for trial in study.trials if trial.user_attrs.get("retry_of") == failed[0].number]
+    assert [trial.user_attrs[CONTINUES] for trial in again] == [failed[0].user_attrs[CONTINUES]]
+    assert begun(study.trials) == 4
+
+
+def test_a_checkpoint_that_is_gone_costs_its_training_and_is_said(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, _, _ = run(folder, None)
+    objective = make(folder, oof_dir=folder / "oof", paused_dir=folder / "paused", per_epoch=2)
+    study = optuna.create_study(direction="minimize", pruner=PauseAt(3), study_name="s")
+    study.enqueue_trial(PARAMS)
+    study.optimize(objective, n_trials=1)
+    shutil.rmtree(folder / "paused" / "0")
+    resume(study, study.trials[0], [3])
+    study.optimize(objective, n_trials=1)
+    assert "the checkpoint of trial 0 is gone; it is trained from its start" in caplog.text
+    assert study.trials[1].value == whole.value
+    assert study.trials[1].intermediate_values == whole.intermediate_values
+
+
+def test_the_checkpoints_of_those_that_stand_lowest_give_way_to_the_limit(folder: Path) -> None:
+    study = optuna.create_study(direction="maximize", pruner=PromotePruner([1, 2], 4), study_name="s")
+    for value in (0.5, 0.9, 0.7):
+        trial = study.ask()
+        trial.report(value, 1)
+        trial.set_user_attr(PAUSED, 1)
+        study.tell(trial, state=TrialState.PRUNED)
+        (folder / str(trial.number)).mkdir()
+        (folder / str(trial.number) / "fold.ckpt").write_bytes(bytes(100))
+    for limit, numbers in ((300, {0, 1, 2}), (250, {1, 2}), (100, {1}), (50, set())):
+        Promoter(study.pruner, 16, folder, limit)(study)
+        assert {int(path.name) for path in folder.iterdir() if path.name.isdecimal()} == numbers
+
+
+def test_the_checkpoint_of_a_trial_that_waits_to_be_resumed_is_kept_whatever_the_limit(folder: Path) -> None:
+    study = optuna.create_study(direction="maximize", pruner=PromotePruner([1], 1), study_name="s")
+    trial = study.ask()
+    trial.report(0.5, 1)
+    trial.set_user_attr(PAUSED, 1)
+    study.tell(trial, state=TrialState.PRUNED)
+    (folder / "0").mkdir()
+    (folder / "0" / "fold.ckpt").write_bytes(bytes(100))
+    Promoter(study.pruner, 16, folder, 0)(study)
+    assert [one.user_attrs.get(CONTINUES) for one in study.trials] == [None, 0]
+    assert (folder / "0" / "fold.ckpt").is_file()

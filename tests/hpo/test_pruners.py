@@ -12,7 +12,14 @@ from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from optuna.trial import TrialState
 from scipy.stats import wilcoxon
 
-from lightning_bge.hpo.pruners import BootstrapPruner, FoldEndPruner, FoldWilcoxonPruner, ReachPruner, fold_scores
+from lightning_bge.hpo.pruners import (
+    BootstrapPruner,
+    FoldEndPruner,
+    FoldWilcoxonPruner,
+    ReachPruner,
+    WarmupPruner,
+    fold_scores,
+)
 from lightning_bge.hpo.pruning import PrunerConfig, build_pruner
 from lightning_bge.hpo.reports import Steps
 
@@ -64,7 +71,7 @@ def test_reach_equals_its_definition(direction: str, best: int, warmup: int) -> 
         if at is None:
             done.append(curve)
         expected.append(at)
-    assert run(ReachPruner(best=best, warmup=warmup), curves, direction) == expected
+    assert run(WarmupPruner(ReachPruner(best=best), 9, warmup), curves, direction) == expected
     assert 0 < sum(step is not None for step in expected) < 40
 
 
@@ -169,6 +176,12 @@ def test_the_pruner_inside_a_fold_is_asked_too() -> None:
     inner = Recorder()
     run(FoldEndPruner(inner, 2, 3), [[0.5] * 6])
     assert inner.asked == [1, 2, 3, 4, 5]
+
+
+def test_nothing_is_pruned_in_the_first_reports_of_each_fold() -> None:
+    curves = [[0.9] * 9] * 3 + [[0.9, 0.9, 0.9, 0.1, 0.1, 0.9, 0.9, 0.1, 0.9]] + [[0.1] * 9]
+    assert run(BootstrapPruner(WarmupPruner(ReachPruner(best=1), 3, 2), 1), curves) == [None] * 4 + [3]
+    assert run(BootstrapPruner(WarmupPruner(ReachPruner(best=1), 3, 1), 1), curves) == [None] * 3 + [5, 2]
 
 
 def test_the_first_to_finish_run_to_their_end() -> None:

@@ -74,7 +74,7 @@ def simulate_hyperband(values, name, r, eta, n_bootstrap):
 )
 @pytest.mark.parametrize("bootstrap", [0, 5])
 def test_hyperband_prunes_as_a_plain_simulation(n_reports, eta, r, bootstrap):
-    config = PrunerConfig(reduction_factor=eta, min_resource=r, bootstrap=bootstrap)
+    config = PrunerConfig("hyperband", reduction_factor=eta, min_resource=r, bootstrap=bootstrap)
     values = curves(40, n_reports)
     got = run(build_pruner(config, 40, one(n_reports)), values, name="fixed")
     assert got == simulate_hyperband(values, "fixed", r, eta, bootstrap)
@@ -99,12 +99,12 @@ def test_rungs_have_as_many_brackets_as_optuna(n_reports, eta):
     trial = study.ask()
     trial.report(0.0, 1)
     trial.should_prune()
-    assert len(rungs(PrunerConfig(reduction_factor=eta), one(n_reports))) == pruner._n_brackets
+    assert len(rungs(PrunerConfig("hyperband", reduction_factor=eta), one(n_reports))) == pruner._n_brackets
 
 
 def test_rungs_where_the_logarithm_rounds_down():
     assert math.log(243, 3) < 5  # Optuna's own formula loses a bracket here; it would have been an empty one
-    assert rungs(PrunerConfig(reduction_factor=3), one(243)) == [
+    assert rungs(PrunerConfig("hyperband", reduction_factor=3), one(243)) == [
         [1, 3, 9, 27, 81],
         [3, 9, 27, 81],
         [9, 27, 81],
@@ -114,12 +114,26 @@ def test_rungs_where_the_logarithm_rounds_down():
 
 
 def test_rungs_of_each_pruner():
-    assert rungs(PrunerConfig(), one(12)) == [[1, 4], [4]]
-    assert rungs(PrunerConfig(), one(16)) == [[1, 4], [4], []]
-    assert rungs(PrunerConfig(min_resource=3, reduction_factor=2), one(10)) == [[3, 6], [6]]
+    assert rungs(PrunerConfig("hyperband"), one(12)) == [[1, 4], [4]]
+    assert rungs(PrunerConfig("hyperband"), one(16)) == [[1, 4], [4], []]
+    assert rungs(PrunerConfig("hyperband", min_resource=3, reduction_factor=2), one(10)) == [[3, 6], [6]]
     assert rungs(PrunerConfig(name="median", warmup_reports=2), one(6)) == [[3, 4, 5]]
     assert rungs(PrunerConfig(name="median", patience=2), one(6)) == [[4, 5]]
     assert rungs(PrunerConfig(name="none"), one(6)) == []
+    assert rungs(PrunerConfig(name="wilcoxon"), Steps(5, 3)) == [[12]]
+    assert rungs(PrunerConfig(name="promote", reduction_factor=3, min_resource=2), Steps(3, 3, 2)) == [[2, 6]]
+    assert rungs(PrunerConfig("hyperband"), Steps(3, 4)) == [[1, 4, 8], [4, 8]]  # between folds, too
+    assert rungs(PrunerConfig("hyperband", fold_confidence=None), Steps(3, 4)) == [[1, 4], [4]]
+
+
+def test_the_default_warmup_is_an_epoch_of_each_fold_as_far_as_that_leaves_a_decision():
+    reach = PrunerConfig(name="reach", fold_confidence=None)
+    assert rungs(reach, Steps(2, 3, 2)) == [[3, 4, 5, 6, 9, 10, 11]]
+    assert rungs(reach, Steps(3, 2)) == [[2, 4]]
+    assert rungs(reach, Steps(3, 1)) == [[1, 2]]
+    assert rungs(reach, Steps(1, 3)) == [[2]]
+    assert rungs(reach, Steps(1, 2)) == [[1]]
+    assert rungs(PrunerConfig(name="reach", warmup_reports=0), Steps(1, 3)) == [[1, 2]]
 
 
 @pytest.mark.parametrize("name", ["hyperband", "median", "percentile"])
@@ -135,12 +149,14 @@ def test_trap_optunas_bootstrap_count_prunes_the_first():
     values = curves(20, 8)
     theirs = run(HyperbandPruner(1, 8, 4, bootstrap_count=7), values)
     assert None not in theirs[:3]
-    ours = run(build_pruner(PrunerConfig(bootstrap=7), 20, one(8)), values)
+    ours = run(build_pruner(PrunerConfig("hyperband", bootstrap=7), 20, one(8)), values)
     assert ours[:7] == [None] * 7
 
 
 def test_rung_values_are_recorded_during_the_bootstrap():
-    study = optuna.create_study(study_name="s", pruner=build_pruner(PrunerConfig(bootstrap=5), 20, one(12)))
+    study = optuna.create_study(
+        study_name="s", pruner=build_pruner(PrunerConfig("hyperband", bootstrap=5), 20, one(12))
+    )
     for value in range(5):
         trial = study.ask()
         for step in range(1, 13):
@@ -167,10 +183,10 @@ def test_trap_a_single_report_at_the_end_prunes_too_late_and_at_zero_never():
 
 def test_trap_patience_disarms_hyperband():
     values = -np.arange(30.0)[:, None] + np.arange(12.0) * 0.01  # ever worse trials that all still improve
-    assert not any(run(build_pruner(PrunerConfig(patience=1, bootstrap=0), 30, one(12)), values))
-    assert any(run(build_pruner(PrunerConfig(bootstrap=0), 30, one(12)), values))
+    assert not any(run(build_pruner(PrunerConfig("hyperband", patience=1, bootstrap=0), 30, one(12)), values))
+    assert any(run(build_pruner(PrunerConfig("hyperband", bootstrap=0), 30, one(12)), values))
     # patience across trials has no such effect
-    assert any(run(build_pruner(PrunerConfig(reach=2, bootstrap=0), 30, one(12)), values))
+    assert any(run(build_pruner(PrunerConfig("hyperband", reach=2, bootstrap=0), 30, one(12)), values))
 
 
 @pytest.mark.parametrize(
@@ -185,12 +201,12 @@ def test_median_and_percentile_prune_first_where_announced(config):
 def test_percentile_keeps_the_best_share():
     values = np.concatenate([np.arange(10.0)[:, None].repeat(4, 1), [[6.0] * 4], [[8.0] * 4]])
     config = PrunerConfig(name="percentile", percentile=25.0, bootstrap=10)
-    assert run(build_pruner(config, 40, one(4)), values) == [None] * 10 + [1, None]
+    assert run(build_pruner(config, 40, one(4)), values) == [None] * 10 + [2, None]
 
 
 def test_default_bootstrap_scales():
-    assert [bootstrap_trials(PrunerConfig(), n) for n in (5, 40, 100, 300, 1000)] == [0, 4, 10, 30, 30]
-    assert bootstrap_trials(PrunerConfig(bootstrap=0), 100) == 0
+    assert [bootstrap_trials(PrunerConfig("hyperband"), n) for n in (5, 40, 100, 300, 1000)] == [0, 4, 10, 30, 30]
+    assert bootstrap_trials(PrunerConfig("hyperband", bootstrap=0), 100) == 0
 
 
 def test_none():
@@ -200,13 +216,13 @@ def test_none():
 @pytest.mark.parametrize(
     ("config", "n_trials", "n_reports", "says"),
     [
-        (PrunerConfig(), 20, 1, "more epochs or folds"),
-        (PrunerConfig(min_resource=5), 20, 5, "lower hpo.pruner.min_resource"),
-        (PrunerConfig(min_resource=50), 20, 5, "lower hpo.pruner.min_resource"),
+        (PrunerConfig("hyperband"), 20, 1, "more epochs or folds"),
+        (PrunerConfig("hyperband", min_resource=5), 20, 5, "lower hpo.pruner.min_resource"),
+        (PrunerConfig("hyperband", min_resource=50), 20, 5, "lower hpo.pruner.min_resource"),
         (PrunerConfig(name="median", warmup_reports=4), 20, 5, "lower hpo.pruner.warmup_reports"),
         (PrunerConfig(name="median", patience=3), 20, 5, "pruner.patience"),
-        (PrunerConfig(bootstrap=20), 20, 5, "first 20 finished trials"),
-        (PrunerConfig(), 0, 5, "at least 1 trial"),
+        (PrunerConfig("hyperband", bootstrap=20), 20, 5, "first 20 finished trials"),
+        (PrunerConfig("hyperband"), 0, 5, "at least 1 trial"),
         (PrunerConfig(name="wilcoxon"), 20, 5, "after n folds p is"),
         (PrunerConfig(name="promote", min_resource=5), 20, 5, "lower hpo.pruner.min_resource"),
         (PrunerConfig(name="reach", warmup_reports=4), 20, 5, "lower hpo.pruner.warmup_reports"),

@@ -172,7 +172,7 @@ def test_consecutive_reports_let_hyperband_prune_in_the_first_fold():
     study = optuna.create_study(
         study_name="s",
         direction="maximize",
-        pruner=build_pruner(PrunerConfig(bootstrap=1, reduction_factor=5), 10, Steps(2, 2)),
+        pruner=build_pruner(PrunerConfig("hyperband", bootstrap=1, reduction_factor=5), 10, Steps(2, 2)),
     )
     states = []
     for value in (0.9, 0.1, 0.1, 0.1):
