@@ -201,7 +201,7 @@ class BGECLI(LightningCLI):
         steps = Steps(folds, epochs, hpo.reports_per_epoch)
         print(describe_pruner(hpo.pruner, hpo.trials, steps))
         if hpo.further_seeds:
-            print(f"at the end the best {BEST} trials are run again; other seeds for each: {hpo.further_seeds}")
+            print(f"at the end the best trials, up to {BEST}, are run again; other seeds for each: {hpo.further_seeds}")
         parser = self._parser(self.subcommand)
         # a setting that is searched under a condition has its configured value in all other trials
         settings = comparable(plain_config(parser, config), tuple(name for name in space if name not in space.when))

@@ -353,7 +353,12 @@ def test_hpo_race(model: str, data: str, tmp_path: Path, monkeypatch: pytest.Mon
     pruned = [f"{name}, pruned" for name in (names[0], names[-1])]
     assert [run["contender"] for run in record["runs"]] == [*names, *pruned]
     for run in record["runs"]:
-        check_search(run, record)  # so short a search prunes nothing
+        if run["contender"] != pruned[0]:
+            check_search(run, record)  # so short a search prunes nothing
+    [ours] = [run for run in record["runs"] if run["contender"] == pruned[0]]
+    assert [trial["params"] for trial in ours["trials"]] == record["fixed_trials"]
+    assert sorted(trial["state"] for trial in ours["trials"]) == ["COMPLETE", "PRUNED"]  # paused after an epoch
+    assert (ours["pruned"], ours["steps"], ours["validations"]) == (1, 3 * 2, 3)
     assert set(record["ratios"]) == {
         *(f"lightning-bge / {peer}" for peer in names[1:]),
         *(f"lightning-bge, pruned / {peer}" for peer in pruned[1:]),

@@ -36,6 +36,7 @@ from transformers import (
 from transformers import Trainer as TransformersTrainer
 
 import lightning_bge.cli
+from lightning_bge.hpo.promote import point_of
 from lightning_bge.hpo.storage import open_storage
 from lightning_bge.hpo.study import JOURNAL
 
@@ -298,16 +299,17 @@ def import_all(name: str, job: Job) -> None:
 
 
 def describe_trials(study: optuna.Study, names: dict[str, str]) -> list[dict[str, Any]]:
-    """Each trial's parameters under the shared names, how it ended, and its value."""
+    """Each trial's parameters under the shared names, how it ended, and its value; of one that was resumed its end."""
+    latest = {point_of(trial): trial for trial in study.get_trials(deepcopy=False)}
     return [
         {
-            "number": trial.number,
+            "number": point,
             "params": {name: trial.params[names[name]] for name in SAME},
             "state": trial.state.name,
             "value": trial.value,
             "last_report": trial.last_step,
         }
-        for trial in study.get_trials(deepcopy=False)
+        for point, trial in latest.items()
     ]
 
 

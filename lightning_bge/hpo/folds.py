@@ -76,14 +76,16 @@ class Paused:
     checkpoint: Path | None
 
     @classmethod
-    def load(cls, folder: Path) -> Paused:
-        """Read what `pause` wrote."""
-        state = torch.load(folder / "state.pt", weights_only=True)
+    def load(cls, folder: Path) -> Paused | None:
+        """Read what `pause` wrote; None: it is gone, or a part of it."""
+        path, checkpoint = folder / "state.pt", folder / "fold.ckpt"
+        state = torch.load(path, weights_only=True) if path.is_file() else None
+        if state is None or (state["checkpoint"] and not checkpoint.is_file()):
+            return None
         folds = [Fold(**{**fold, "predictions": _predictions(fold["predictions"])}) for fold in state["folds"]]
         curve = [[Report(*report) for report in fold] for fold in state["curve"]]
         counts = {**state["counts"], "predictions": _predictions(state["counts"]["predictions"])}
-        checkpoint = folder / "fold.ckpt"
-        return cls(folds, curve, state["reports"], counts, checkpoint if checkpoint.is_file() else None)
+        return cls(folds, curve, state["reports"], counts, checkpoint if state["checkpoint"] else None)
 
     def restore(self, reports: FoldPruningCallback, counts: EpochThatCounts) -> None:
         """Let a fold's new callbacks go on where the paused ones stopped."""
@@ -118,6 +120,7 @@ def pause(
         "curve": [[list(report) for report in fold] for fold in curve],
         "reports": reports.state(),
         "counts": kept,
+        "checkpoint": trainer is not None,
     }
     draft = folder / "state.draft"
     torch.save(state, draft)

@@ -172,16 +172,16 @@ class Objective:
         if number is None:
             return None
         assert self.paused_dir is not None
-        folder = self.paused_dir / str(number)
-        if not (folder / "state.pt").is_file():
-            # it could not be resumed any more, but then hpo.trials was raised
+        paused = Paused.load(self.paused_dir / str(number))
+        if paused is None:
+            # there was no room for it, or it could not be resumed any more, and then hpo.trials was raised
             log.warning(
                 "trial %d: the checkpoint of trial %d is gone; it is trained from its start", trial.number, number
             )
             return None
         for step, value in trial.study.get_trials(deepcopy=False)[number].intermediate_values.items():
             trial.report(value, step)
-        return Paused.load(folder)
+        return paused
 
     def _fold(
         self,
@@ -195,8 +195,11 @@ class Objective:
         counts = EpochThatCounts(metric, self.monitor.objective, direction)
 
         def write(trainer: Trainer | None) -> None:
+            study = trial.study
             assert self.paused_dir is not None
-            pause(self.paused_dir / str(trial.number), trainer, done, curve, reports, counts)
+            assert isinstance(study.pruner, PromotePruner)
+            if study.pruner.can_be_resumed(study, study.get_trials(deepcopy=False)[trial.number], self.trials):
+                pause(self.paused_dir / str(trial.number), trainer, done, curve, reports, counts)
 
         reports = FoldPruningCallback(
             trial,

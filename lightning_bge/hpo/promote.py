@@ -14,8 +14,9 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import optuna
@@ -28,6 +29,7 @@ Standings = Mapping[int, Mapping[int, float]]  # point -> rung -> value there, h
 
 CONTINUES = "continues"  # user attribute of a resumed trial: the paused trial's number
 POINT = "point"  # likewise: the number of the first trial of the point
+ATTEMPTS = 3  # to go on with a point whose process dies or fails each time
 PAUSED = "paused_at"  # user attribute of a paused trial: the step
 
 
@@ -69,17 +71,17 @@ def ranking(standings: Standings, rung: int) -> list[int]:
 def hopeless(standings: Standings, rungs: int, eta: int, points: int) -> set[int]:
     """Paused points that no later result can bring back, as too many already stand above them.
 
+    A rung never holds more than all points, so that no more than points // eta of it can be in its top share at once.
+
     Args:
         standings: as above.
         rungs: as above.
         eta: as above.
         points: how many points there will be in all.
     """
-    found, most = set(), points
+    found = set()
     for rung in range(rungs):
-        most //= eta  # so many can go on from this rung at the most
-        ranked = ranking(standings, rung)
-        found |= {point for point in ranked[most:] if max(standings[point]) == rung}
+        found |= {point for point in ranking(standings, rung)[points // eta :] if max(standings[point]) == rung}
     return found
 
 
@@ -112,6 +114,16 @@ class PromotePruner(BasePruner):
         there[mine] = _values(trial, self.steps, _sign(study))
         return next_resumed(there, len(self.steps), self.reduction_factor, busy_points(trials) - {mine}) != mine
 
+    def can_be_resumed(self, study: optuna.Study, trial: FrozenTrial, points: int) -> bool:
+        """Whether a trial that pauses now may ever go on, of so many points in all: else no checkpoint is written."""
+        trials, mine = study.get_trials(deepcopy=False), point_of(trial)
+        there = standings(study, self.steps, trials)
+        there[mine] = _values(trial, self.steps, _sign(study))
+        if mine not in hopeless(there, len(self.steps), self.reduction_factor, points):
+            return True
+        complete = any(one.state == TrialState.COMPLETE for one in trials)
+        return last_resumed(there, busy_points(trials) - {mine}, complete) == mine
+
 
 def point_of(trial: FrozenTrial) -> int:
     """The number of the first trial of the point that a trial stands for."""
@@ -137,11 +149,17 @@ def _sign(study: optuna.Study) -> float:
 
 
 def busy_points(trials: Sequence[FrozenTrial]) -> set[int]:
-    """Points that can't be resumed: running, waiting, finished, or ended for want of memory or by a NaN."""
+    """Points that can't be resumed: running, waiting, finished, ended for want of memory or by a NaN, or given up."""
     latest = {point_of(trial): trial for trial in trials if trial.state != TrialState.FAIL}
-    return {
-        point for point, trial in latest.items() if trial.state != TrialState.PRUNED or PAUSED not in trial.user_attrs
-    }
+    busy = {point for point, one in latest.items() if one.state != TrialState.PRUNED or PAUSED not in one.user_attrs}
+    failed = Counter(
+        point_of(trial)
+        for trial in trials
+        if trial.state == TrialState.FAIL
+        and CONTINUES in trial.user_attrs
+        and not str(trial.user_attrs.get("swept", "")).startswith("interrupted")
+    )
+    return busy | {point for point, times in failed.items() if times >= ATTEMPTS}
 
 
 def latest_of(trials: Sequence[FrozenTrial], point: int) -> FrozenTrial:
@@ -172,9 +190,20 @@ class Promoter:
             point = _next(study, self.pruner, self.points, trials)
             if point is not None:
                 resume(study, latest_of(trials, point), self.pruner.steps)
-        self._clear(study)
-        if point is None and begun(trials) >= self.points and trial is not None:
+            self._clear(study)
+        if point is None and begun(trials) >= self.points and not _queued(trials) and trial is not None:
             study.stop()
+
+    def finish_one(self, study: optuna.Study) -> bool:
+        """Where no trial is complete or running, queue the best paused one; return whether one waits to go on."""
+        with _locked(self.folder / "lock"):
+            trials = study.get_trials(deepcopy=False)
+            if any(trial.state in (TrialState.COMPLETE, TrialState.RUNNING) for trial in trials):
+                return False
+            point = last_resumed(standings(study, self.pruner.steps, trials), busy_points(trials), complete=False)
+            if point is not None and not _queued(trials):
+                resume(study, latest_of(trials, point), self.pruner.steps)
+        return point is not None or _queued(trials)
 
     def _clear(self, study: optuna.Study) -> None:
         """Delete the checkpoints of trials that can no longer be resumed, and those beyond the limit."""
@@ -191,8 +220,10 @@ class Promoter:
             if room >= 0 or number in needed:
                 kept.add(number)
         for trial in trials:
-            if trial.state.is_finished() and trial.number not in kept:
-                shutil.rmtree(self.folder / str(trial.number), ignore_errors=True)
+            folder = self.folder / str(trial.number)
+            if trial.state.is_finished() and trial.number not in kept and folder.is_dir():
+                (folder / "state.pt").unlink(missing_ok=True)  # first: without it the rest counts for nothing
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _resumable(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[int]:
         """The paused trials that may still be resumed: the higher rung first, and the better on it."""
@@ -208,21 +239,31 @@ class Promoter:
 def nothing_left(study: optuna.Study, pruner: PromotePruner, points: int) -> bool:
     """Whether all points have begun, and none is to be resumed or waits for it."""
     trials = study.get_trials(deepcopy=False)
-    waiting = any(trial.state == TrialState.WAITING for trial in trials)
-    return begun(trials) >= points and not waiting and _next(study, pruner, points, trials) is None
+    return begun(trials) >= points and not _queued(trials) and _next(study, pruner, points, trials) is None
+
+
+def _queued(trials: Sequence[FrozenTrial]) -> bool:
+    """Whether a trial waits that goes on with a paused one."""
+    return any(trial.state == TrialState.WAITING and CONTINUES in trial.user_attrs for trial in trials)
 
 
 def _next(study: optuna.Study, pruner: PromotePruner, points: int, trials: Sequence[FrozenTrial]) -> int | None:
     there, busy = standings(study, pruner.steps, trials), busy_points(trials)
     point = next_resumed(there, len(pruner.steps), pruner.reduction_factor, busy)
-    if point is not None or begun(trials) < points:
+    running = any(trial.state == TrialState.RUNNING for trial in trials)
+    if point is not None or begun(trials) < points or running or _queued(trials):
         return point
     return last_resumed(there, busy, any(trial.state == TrialState.COMPLETE for trial in trials))
 
 
 def _taken(folder: Path) -> int:
-    """Bytes of the files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of the files below a folder; other processes may write and delete there meanwhile."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
 
 
 def last_resumed(there: Standings, busy: set[int], complete: bool) -> int | None:

@@ -76,7 +76,6 @@ class PrunerConfig:
         bootstrap: The first so many finished trials of the study run to their end. Default: 10 % of the trials, 30 at
             most, since a longer warm-up eats the gain of a small study. Promote needs none, as it ends nothing for
             good. Disarmed Hyperband: Optuna's bootstrap_count, 30 by default.
-
         paused_gb: Promote: room on the disk for paused trials, in units of 2**30 bytes: weights, gradients' moments and
             predictions of each that may still be resumed. Beyond it those that stand lowest lose theirs, and are
             trained from their start if they are resumed all the same. Default: a quarter of what is free.
@@ -114,6 +113,8 @@ class PrunerConfig:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ConfigError(f"hpo.pruner.{name}: expected at least {bound}, got {value}.")
+        if self.paused_gb is not None and not math.isfinite(self.paused_gb):
+            raise ConfigError(f"hpo.pruner.paused_gb: expected a number, or null, got {self.paused_gb}.")
         for name, low, high in (("percentile", 0, 100), ("p_threshold", 0, 1), ("fold_confidence", 0.5, 1)):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

@@ -252,9 +252,11 @@ def replay_promoted(recording: Recording, steps: Sequence[int], eta: int, order:
     there: dict[int, dict[int, float]] = {}
     over: set[int] = set()
     reports = [0] * len(order)
-    while (point := _next_point(there, len(steps), eta, over, len(order), bool(found))) is not None:
+    begun = 0
+    while (point := _next_point(there, len(steps), eta, over, begun, len(order), bool(found))) is not None:
+        begun = max(begun, point + 1)
         curve = recording.trials[order[point]]
-        values = there.setdefault(point, {})
+        values = there.get(point, {})
         end = ends[len(values)]
         clock += math.fsum(curve.seconds[reports[point] : end])
         reports[point] = min(end, len(curve.values))
@@ -262,19 +264,20 @@ def replay_promoted(recording: Recording, steps: Sequence[int], eta: int, order:
             over.add(point)
             if curve.value is not None:
                 found.append((clock, curve.value))
-        elif len(curve.values) < end:
-            over.add(point)  # ended by a NaN
-            values[len(values)] = -math.inf
+        elif curve.value is None and len(curve.values) <= end:
+            over.add(point)  # ended by a NaN, which is not reported
         else:
-            values[len(values)] = sign * curve.values[end - 1]
+            there.setdefault(point, {})[len(values)] = sign * curve.values[end - 1]
     return Replay(clock, tuple(found), tuple(reports), tuple(order))
 
 
-def _next_point(there: Standings, rungs: int, eta: int, over: set[int], points: int, complete: bool) -> int | None:
+def _next_point(
+    there: Standings, rungs: int, eta: int, over: set[int], begun: int, points: int, complete: bool
+) -> int | None:
     point = next_resumed(there, rungs, eta, over)
     if point is not None:
         return point
-    return len(there) if len(there) < points else last_resumed(there, over, complete)
+    return begun if begun < points else last_resumed(there, over, complete)
 
 
 def oracle(recording: Recording, order: Sequence[int], name: str = "") -> Replay:

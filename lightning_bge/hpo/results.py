@@ -18,7 +18,7 @@ from lightning_bge.errors import StudyError
 from lightning_bge.hpo.objective import Build, Setup, drop_predictions, load_predictions, predictions_file
 from lightning_bge.hpo.repeats import Repeats, describe_repeats
 from lightning_bge.hpo.scores import cost_of, front, ranked, score_of
-from lightning_bge.hpo.study import FINISHED, count, ended_early
+from lightning_bge.hpo.study import FINISHED, count, ended_early, finished
 from lightning_bge.memory import release
 from lightning_bge.models import best_threshold, compute_metrics
 from lightning_bge.models.metrics import (
@@ -74,7 +74,7 @@ def finish_study(
     if count(study, TrialState.COMPLETE) == 0:
         raise StudyError(
             f"{run_dir}: none of {len(study.trials)} trials ran to its end, so there is no best one. "
-            "Raise hpo.trials and run the command again, or prune less (hpo.pruner)"
+            "Run the command again, with more hours or trials, or prune less (hpo.pruner)"
         )
     best = ranked(study)[0]
     if repeats is not None:
@@ -83,11 +83,20 @@ def finish_study(
     setup = build(best.params)
     test_file = setup.datamodule.test_file
     known = read_json(run_dir / "summary.json")
-    ended = count(study, *FINISHED, TrialState.FAIL)
-    key: dict[str, Any] = {"n_trials": ended, "best_trial": best.number, "refit": refit, "test_file": test_file}
+    ended = finished(study) + count(study, TrialState.FAIL)
+    runs = count(study, *FINISHED, TrialState.FAIL)  # those that go on with a paused one are counted too
+    key: dict[str, Any] = {
+        "n_trials": ended,
+        "n_runs": runs,
+        "best_trial": best.number,
+        "refit": refit,
+        "test_file": test_file,
+    }
     key["repeats"] = None if repeats is None else repeats.as_dict()
-    if known is not None and all(known.get(name) == value for name, value in key.items()):
-        return known
+    if known is not None:
+        known = {"n_runs": known.get("n_trials"), **known}  # older versions count runs as trials
+        if all(known.get(name) == value for name, value in key.items()):
+            return known
     schema = setup.datamodule.schema
     assert schema is not None
     drop_predictions(study, run_dir / "oof")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import ConfigError, StudyError
@@ -28,6 +29,7 @@ from lightning_bge.memory import size
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 JOURNAL = "journal.log"
+log = logging.getLogger("lightning_bge")
 LONG = 200  # trials of a study from which on the best five are run again with two other seeds: 10 are at most 5 %
 
 
@@ -212,7 +214,11 @@ def is_finished(study: optuna.Study, config: StudyConfig) -> bool:
 
 def others_go_on(study: optuna.Study) -> bool:
     """Whether other processes run trials whose end may let further paused ones be resumed: they end the study."""
-    return isinstance(study.pruner, PromotePruner) and count(study, TrialState.RUNNING) > 0
+    if not isinstance(study.pruner, PromotePruner):
+        return False
+    sweep(study)
+    trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+    return any(trial.state == TrialState.RUNNING or CONTINUES in trial.user_attrs for trial in trials)
 
 
 def finished(study: optuna.Study) -> int:
@@ -251,24 +257,48 @@ def run_study(
     """
     if is_finished(study, config):
         return
-    stop: Callable[[optuna.Study, FrozenTrial], None] = MaxTrialsCallback(config.trials, states=FINISHED)
-    if isinstance(study.pruner, PromotePruner):
-        assert paused_dir is not None
-        room = config.pruner.paused_gb
-        limit = None if room is None else room * 2**30
-        stop = promoter = Promoter(study.pruner, config.trials, paused_dir, limit)
-        promoter(study)
     progress = Progress(config.trials, metric, n_reports, config.cost)
+    promoter = _promoter(study, config, paused_dir)
+    callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = [
+        *(progress, promoter or _stop_after(config.trials), stop_if_memory_is_kept)
+    ]
+    until = math.inf if config.hours is None else time.monotonic() + config.hours * 3600
     gc.collect()
     gc.freeze()  # what the libraries have made so far is not searched again after each trial
     try:
-        study.optimize(
-            objective,
-            timeout=None if config.hours is None else config.hours * 3600,
-            callbacks=[progress, stop, stop_if_memory_is_kept],
-        )
+        while not is_finished(study, config) and time.monotonic() < until:
+            if promoter is not None:
+                promoter(study)
+            left = None if config.hours is None else max(0.0, until - time.monotonic())
+            study.optimize(objective, timeout=left, callbacks=callbacks)
+            sweep(study)  # another process may have died and left something to do
+        while promoter is not None and promoter.finish_one(study):
+            print("the time is over, and no trial has run to its end yet: the best paused one goes on", flush=True)
+            study.optimize(objective, n_trials=1, callbacks=[progress, stop_if_memory_is_kept])
     finally:
         gc.unfreeze()
+
+
+def _promoter(study: optuna.Study, config: StudyConfig, paused_dir: Path | None) -> Promoter | None:
+    """What resumes paused trials; None, and no paused trials are kept, where the pruner is another."""
+    if isinstance(study.pruner, PromotePruner):
+        assert paused_dir is not None
+        room = config.pruner.paused_gb
+        return Promoter(study.pruner, config.trials, paused_dir, None if room is None else room * 2**30)
+    if paused_dir is not None and paused_dir.is_dir():
+        log.warning(
+            "%s: trials that another pruner paused; deleted, as %s resumes none", paused_dir, config.pruner.name
+        )
+        shutil.rmtree(paused_dir)
+    return None
+
+
+def _stop_after(trials: int) -> Callable[[optuna.Study, FrozenTrial], None]:
+    def stop(study: optuna.Study, trial: FrozenTrial) -> None:
+        if finished(study) >= trials:
+            study.stop()
+
+    return stop
 
 
 class MemoryKeptError(StudyError):
@@ -300,10 +330,12 @@ class Progress:
         passed = time.monotonic() - self.start
         # other workers finish trials as well: the rate is that of all, where they are as fast as this one
         workers = 1 + count(study, TrialState.RUNNING)
+        how = "paused" if isinstance(study.pruner, PromotePruner) else "pruned"
         left = passed / self.mine * max(0, self.trials - done) / workers
         print(
             f"[{done:>{len(str(self.trials))}}/{self.trials}] {self._name(trial)} {self._end(trial)} | "
-            f"{pruned} pruned | {self._best(study, trial)} | {_clock(passed)} passed, about {_clock(left)} left",
+            f"{pruned} {how} | {self._best(study, trial)} | {_clock(passed)} passed"
+            + (f", about {_clock(left)} left" if done < self.trials or how == "pruned" else ""),
             flush=True,
         )
 

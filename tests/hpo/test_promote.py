@@ -70,15 +70,18 @@ def run(
 ) -> tuple[FrozenTrial, Weights, optuna.Study]:
     """One trial with a pause at a step, resumed to its end."""
     weights = Weights()
-    objective = make(folder, (weights,), oof_dir=folder / "oof", paused_dir=folder / "paused", per_epoch=2, **changes)
+    settings = {"oof_dir": folder / "oof", "paused_dir": folder / "paused", "per_epoch": 2, "trials": 16, **changes}
+    objective = make(folder, (weights,), **settings)
     study = optuna.create_study(direction="minimize", pruner=PauseAt(step), study_name="s")
     study.enqueue_trial(params)
     study.optimize(objective, n_trials=1)
     if step is not None:
         assert study.trials[0].state == TrialState.PRUNED
         assert study.trials[0].user_attrs[PAUSED] == study.trials[0].last_step == step
+        assert (folder / "paused" / "0" / "state.pt").is_file()
         resume(study, study.trials[0], [step])
         study.optimize(objective, n_trials=1)
+        shutil.rmtree(folder / "paused")
     return study.trials[-1], weights, study
 
 
@@ -145,7 +148,8 @@ def test_what_can_never_be_resumed() -> None:
     assert hopeless(there, 2, 4, 16) == {4, 5, 6, 7}
     assert hopeless(there, 2, 4, 64) == set()
     there[0][1] = there[1][1] = 0.0
-    assert hopeless(there, 2, 4, 16) == {1, 4, 5, 6, 7}  # of four on the second rung one goes on: the earlier
+    assert hopeless(there, 2, 4, 16) == {4, 5, 6, 7}
+    assert hopeless(there, 2, 4, 4) == {1, *range(2, 8)}  # of four on the second rung one goes on: the earlier
 
 
 def plain_halving(curves: list[list[float]], steps: list[int], eta: int) -> tuple[list[int], int]:
@@ -215,7 +219,7 @@ def search(folder: Path, trials: int, **changes: Any) -> optuna.Study:
     """A whole search with `promote` in its run folder, or what is missing of it."""
     config = StudyConfig(trials, SPACE, pruner=PrunerConfig("promote", 2, 1), sampler="random")
     study = open_study(folder / "run", config, "minimize", Steps(2, 2), {})
-    objective = make(folder, paused_dir=folder / "run" / "paused", **changes)
+    objective = make(folder, paused_dir=folder / "run" / "paused", trials=trials, **changes)
     run_study(study, objective, config, "loss", 4, folder / "run" / "paused")
     return study
 
@@ -277,7 +281,7 @@ def test_a_checkpoint_that_is_gone_costs_its_training_and_is_said(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, _, _ = run(folder, None)
-    objective = make(folder, oof_dir=folder / "oof", paused_dir=folder / "paused", per_epoch=2)
+    objective = make(folder, oof_dir=folder / "oof", paused_dir=folder / "paused", per_epoch=2, trials=16)
     study = optuna.create_study(direction="minimize", pruner=PauseAt(3), study_name="s")
     study.enqueue_trial(PARAMS)
     study.optimize(objective, n_trials=1)
