@@ -13,7 +13,6 @@ import argparse
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -24,8 +23,7 @@ import optuna
 from common import git_commit, markdown_table, versions
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner
 
-from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.pruning import PrunerConfig, bootstrap_trials
+from lightning_bge.hpo.pruning import PrunerConfig
 from lightning_bge.hpo.replay import (
     Policy,
     Recording,
@@ -47,7 +45,7 @@ DEFAULT = PrunerConfig()
 PERCENTILES = (50.0, 33.0, 25.0, 15.0)
 
 DEFINITIONS = f"""\
-All shares are of the seconds that the search takes when every trial runs to its end.
+All shares are of the seconds that the search takes when every trial runs to its end, with as many reports an epoch.
 
 - **to reach**: what is spent until a trial has ended whose value is within {WITHIN:.0%} of the best of all; the mean
   over the orders, an order in which that never happens counting as 100 %.
@@ -60,41 +58,23 @@ All shares are of the seconds that the search takes when every trial runs to its
 - What `promote` needs to write and to read a paused trial's checkpoint is not in its seconds."""
 
 
-@dataclass(frozen=True)
-class Contender:
-    """What runs the trials again.
-
-    Attributes:
-        policy: made for a recording.
-        per_epoch: reports of an epoch.
-        config: as in YAML; None: none of the product's.
-    """
-
-    policy: Callable[[Recording], Policy]
-    per_epoch: int
-    config: PrunerConfig | None = None
+Contender = Callable[[Recording], Policy]
 
 
-def contenders(per_epoch: int) -> dict[str, Contender]:
-    """All of them, by name, for recordings with so many reports an epoch."""
+def contenders() -> dict[str, Contender]:
+    """All of them, by name; rungs and warm-ups are in reports."""
 
-    def optunas(make: Callable[[], BasePruner]) -> Callable[[Recording], Policy]:
+    def optunas(make: Callable[[], BasePruner]) -> Contender:
         return lambda _: lambda recording, order, name: replay_pruned(recording, make(), order, name)
 
-    def ours(config: PrunerConfig, reports: int = per_epoch) -> Contender:
-        def policy(recording: Recording) -> Policy:
-            steps = Steps(recording.folds, recording.epochs, recording.per_epoch)
-            return policy_of(config, len(recording.trials), steps)
+    found: dict[str, Contender] = {ORACLE: lambda _: oracle, MEDIAN: optunas(MedianPruner)}
+    found |= {HYPERBAND: optunas(HyperbandPruner), UNPRUNED: partial(ours, PrunerConfig("none"))}
+    return found | {describe(config): partial(ours, config) for config in configs()}
 
-        return Contender(policy, reports, config)
 
-    found = {
-        UNPRUNED: ours(PrunerConfig("none")),
-        ORACLE: Contender(lambda _: oracle, per_epoch),
-        MEDIAN: Contender(optunas(MedianPruner), per_epoch),
-        HYPERBAND: Contender(optunas(HyperbandPruner), per_epoch),
-    }
-    configs = [
+def configs() -> list[PrunerConfig]:
+    """The product's pruners, as in YAML."""
+    return [
         PrunerConfig("disarmed_hyperband", max_resource=5, patience=3),
         PrunerConfig("hyperband", fold_confidence=None),
         PrunerConfig("hyperband"),
@@ -107,13 +87,14 @@ def contenders(per_epoch: int) -> dict[str, Contender]:
         PrunerConfig("reach", reach=2, fold_confidence=None),
         *(PrunerConfig("reach", reach=best) for best in (1, 2, 3)),
         # the first rung in reports; None: after the first epoch
-        *(PrunerConfig("promote", eta, first) for first in (1, None, 3, 4) for eta in (2, 3, 4)),
+        *(PrunerConfig("promote", eta, first) for first in (None, 1, 3, 4) for eta in (2, 3, 4)),
     ]
-    found |= {describe(config): ours(config) for config in configs}
-    if per_epoch > 1:
-        for config in (PrunerConfig("promote", 3), PrunerConfig("promote", 4), PrunerConfig("reach")):
-            found[f"{describe(config)}, one report an epoch"] = ours(config, 1)
-    return found
+
+
+def ours(config: PrunerConfig, recording: Recording) -> Policy:
+    """What a study with these settings does."""
+    steps = Steps(recording.folds, recording.epochs, recording.per_epoch)
+    return policy_of(config, len(recording.trials), steps)
 
 
 def describe(config: PrunerConfig) -> str:
@@ -129,24 +110,21 @@ def describe(config: PrunerConfig) -> str:
     return ", ".join([config.name, *changed])
 
 
-def run(path: Path, name: str, orders: int, seed: int) -> list[tuple[Replay, dict[str, Any]]]:
+def run(recording: Recording, name: str, orders: int, seed: int) -> list[tuple[Replay, dict[str, Any]]]:
     """One contender on one recording, in all orders."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    fine = Recording.load(path)
-    contender = contenders(fine.per_epoch)[name]
-    recording = fine if contender.per_epoch == fine.per_epoch else fine.coarser(contender.per_epoch)
-    draw, found = random.Random(seed), []
+    policy, draw, found = contenders()[name](recording), random.Random(seed), []
     for number in range(orders):
         order = list(range(len(recording.trials)))
         draw.shuffle(order)
-        replayed = contender.policy(recording)(recording, order, f"order-{number}")
-        reached = share_to_reach(fine, replayed, WITHIN)
+        replayed = policy(recording, order, f"order-{number}")
+        reached = share_to_reach(recording, replayed, WITHIN)
         figures = {
             "to_reach": 1.0 if reached is None else min(reached, 1.0),
             "reached": reached is not None,
-            "in_all": replayed.seconds / fine.full_seconds,
-            "regret": regret(fine, replayed, float("inf")),
-            "mean_regret": mean_regret(fine, replayed),
+            "in_all": replayed.seconds / recording.full_seconds,
+            "regret": regret(recording, replayed, float("inf")),
+            "mean_regret": mean_regret(recording, replayed),
         }
         found.append((replayed, figures))
     return found
@@ -165,11 +143,12 @@ def means(runs: list[tuple[Replay, dict[str, Any]]]) -> dict[str, float]:
     return {key: float(np.mean([figures[key] for _, figures in runs])) for key in runs[0][1]}
 
 
-def leave_one_out(table: dict[str, dict[str, dict[str, float]]], candidates: list[str]) -> dict[str, dict[str, Any]]:
-    """For each search: the candidate that is best on all others, and how it does on this one."""
+def leave_one_out(table: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, Any]]:
+    """For each search: the product's pruner that is best on all others with as many reports, and how it does here."""
     found = {}
+    candidates = [describe(config) for config in configs()]
     for left in table:
-        others = [name for name in table if name != left]
+        others = [name for name in table if name != left and name.split(", ")[1] == left.split(", ")[1]]
         chosen = min(candidates, key=lambda one: np.mean([table[other][one]["to_reach"] for other in others]))
         found[left] = {"chosen": chosen, **table[left][chosen]}
     return found
@@ -206,11 +185,8 @@ def write_notes(out: Path, record: dict[str, Any]) -> None:
         f"Written {record['written']} at commit {record['git_commit']} by `examples/benchmarks/pruner_replay.py`: "
         f"{record['orders']} random orders of the trials of each search, the same for all. "
         f"optuna {record['versions']['optuna']}.",
-        "The product's default is `"
-        + record["default"]
-        + "`; its bootstrap is min(30, 10 % of the trials): "
-        + ", ".join(f"{info['bootstrap']} of {info['trials']} ({name})" for name, info in record["searches"].items())
-        + ".",
+        f"The product's default is `{record['default']}` with one report an epoch; it has no bootstrap, as it "
+        "ends no trial for good. The product's other pruners have min(30, 10 % of the trials): 4 of 40, 6 of 60.",
         DEFINITIONS,
     ]
     for name, info in record["searches"].items():
@@ -266,53 +242,41 @@ def main() -> None:
 
 
 def measure(paths: list[Path], chosen: argparse.Namespace) -> dict[str, Any]:
-    """Run all contenders on all recordings."""
+    """Run all contenders on all recordings, as they are and with one report an epoch."""
     table: dict[str, dict[str, Any]] = {}
     searches, differences = {}, {}
-    refused: dict[str, str] = {}
-    default = describe(DEFAULT)
-    for path in paths:
-        recording = Recording.load(path)
-        able = contenders(recording.per_epoch)
-        for name, contender in list(able.items()):
-            try:
-                contender.policy(recording)
-            except ConfigError as error:
-                refused[name] = str(error)
-                del able[name]
+    for fine, per_epoch in ((Recording.load(path), count) for count in (1, 2) for path in paths):
+        recording = fine.coarser(per_epoch)
+        key = f"{recording.name}, {per_epoch} report{'s' * (per_epoch > 1)} an epoch"
         with ProcessPoolExecutor(chosen.jobs) as pool:
-            runs = dict(
-                zip(able, pool.map(partial(run, path, orders=chosen.orders, seed=chosen.seed), able), strict=True)
-            )
+            one = partial(run, recording, orders=chosen.orders, seed=chosen.seed)
+            runs = dict(zip(contenders(), pool.map(one, contenders()), strict=True))
         values = [trial.value for trial in recording.trials if trial.value is not None]
-        table[recording.name] = {name: means(found) for name, found in runs.items()}
-        searches[recording.name] = {
+        table[key] = {name: means(found) for name, found in runs.items()}
+        searches[key] = {
             "trials": len(recording.trials),
             "reports": recording.n_reports,
             "hours": recording.full_seconds / 3600,
             "best": recording.best,
             "worst": min(values) if recording.direction == "maximize" else max(values),
             "near_best": sum(abs(value - recording.best) <= WITHIN * abs(recording.best) for value in values),
-            "bootstrap": bootstrap_trials(DEFAULT, len(recording.trials)),
+            "bootstrap": min(30, len(recording.trials) // 10),
             "about": recording.about,
         }
         others = {name: runs[name] for name in (MEDIAN, HYPERBAND, UNPRUNED)}
-        differences[recording.name] = compare(recording, runs[default], others)
-        print(f"{recording.name}: {len(runs)} contenders", flush=True)
-    shared = set.intersection(*(set(rows) for rows in table.values()))
-    candidates = [name for name, one in contenders(2).items() if name in shared and one.config is not None]
+        differences[key] = compare(recording, runs[describe(DEFAULT)], others)
+        print(f"{key}: {len(runs)} contenders", flush=True)
     return {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "versions": versions(),
         "orders": chosen.orders,
         "seed": chosen.seed,
-        "default": default,
+        "default": describe(DEFAULT),
         "searches": searches,
-        "refused": refused,
         "table": table,
         "differences": differences,
-        "left_out": leave_one_out(table, candidates),
+        "left_out": leave_one_out(table),
     }
 
 

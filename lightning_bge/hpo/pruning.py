@@ -67,7 +67,7 @@ class PrunerConfig:
             of one epoch, as trials that learn nothing may stand above the later winners there; less where nothing
             would be left.
         patience: Prune only a trial that has not improved over this many more reports. Around Hyperband it disarms
-            the pruner; this is allowed, and said in the log.
+            the pruner; this is allowed, and said before the first trial.
         reach: Prune only a trial that stands lower than any of so many best finished trials stood at that report:
             patience across trials. The pruner `reach` is this alone, with 2 by default.
         fold_confidence: Stop a trial between folds, too, when it is this sure (one-sided, above 0.5) that further folds

@@ -318,3 +318,60 @@ def test_the_checkpoint_of_a_trial_that_waits_to_be_resumed_is_kept_whatever_the
     Promoter(study.pruner, 16, folder, 0)(study)
     assert [one.user_attrs.get(CONTINUES) for one in study.trials] == [None, 0]
     assert (folder / "0" / "fold.ckpt").is_file()
+
+
+def test_a_point_whose_process_dies_each_time_is_given_up(folder: Path) -> None:
+    class Dies(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.global_step:
+                raise ZeroDivisionError
+
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            search(folder, 2, extra=(Dies(),))
+    study = search(folder, 2, extra=(Dies(),))  # nothing is left that could go on
+    failed = [trial for trial in study.trials if trial.state == TrialState.FAIL]
+    assert len({point_of(trial) for trial in failed}) == 1
+    assert len(failed) == 3
+
+
+def test_a_search_that_runs_out_of_time_ends_with_one_complete_trial(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = StudyConfig(100, SPACE, pruner=PrunerConfig("promote", 4, 1), sampler="random", hours=1e-4)
+    study = open_study(folder / "run", config, "minimize", Steps(2, 2), {})
+    objective = make(folder, paused_dir=folder / "run" / "paused", trials=100)
+    run_study(study, objective, config, "loss", 4, folder / "run" / "paused")
+    assert [trial.state for trial in study.trials].count(TrialState.COMPLETE) == 1
+    assert begun(study.trials) < 100
+    assert "the best paused one goes on" in capsys.readouterr().out
+
+
+def test_nothing_is_resumed_unearned_while_another_trial_runs_or_waits(tmp_path: Path) -> None:
+    study = optuna.create_study(direction="maximize", pruner=PromotePruner([1], 4), study_name="s")
+    promoter = Promoter(study.pruner, 2, tmp_path)
+    for value in (0.5, 0.9):
+        trial = study.ask()
+        trial.report(value, 1)
+        trial.set_user_attr(PAUSED, 1)
+        running = study.ask() if value == 0.9 else None
+        study.tell(trial, state=TrialState.PRUNED)
+    promoter(study)
+    assert not any(CONTINUES in trial.user_attrs for trial in study.trials)
+    assert running is not None
+    study.tell(running, state=TrialState.FAIL)
+    for _ in range(2):  # the second call finds it waiting
+        promoter(study)
+        assert [trial.user_attrs[CONTINUES] for trial in study.trials if CONTINUES in trial.user_attrs] == [1]
+    assert not nothing_left(study, study.pruner, 2)
+
+
+def test_another_pruner_drops_what_was_paused(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    search(folder, 4)
+    assert (folder / "run" / "paused").is_dir()
+    config = StudyConfig(5, SPACE, pruner=PrunerConfig("none"), sampler="random")
+    study = open_study(folder / "run", config, "minimize", Steps(2, 2), {})
+    run_study(study, make(folder), config, "loss", 4, folder / "run" / "paused")
+    assert finished(study) == 5
+    assert not (folder / "run" / "paused").exists()
+    assert "trials that another pruner paused; deleted" in caplog.text

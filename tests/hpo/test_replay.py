@@ -17,7 +17,7 @@ from small_search import make, write_files
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo import PrunerConfig, Recording, Steps, build_pruner, record_study
 from lightning_bge.hpo.check import sample_curves
-from lightning_bge.hpo.promote import rung_steps
+from lightning_bge.hpo.promote import CONTINUES, PAUSED, PromotePruner, Promoter, point_of, rung_steps
 from lightning_bge.hpo.replay import (
     Curve,
     Replay,
@@ -173,3 +173,47 @@ def test_the_mean_regret_is_the_integral_of_the_regret(direction: Any) -> None:
     run = replay_pruned(recording, NopPruner(), list(range(12)))
     at = (np.arange(7200) + 0.5) / 100
     assert mean_regret(recording, run) == pytest.approx(np.mean([regret(recording, run, x) for x in at]))
+
+
+def test_nans_among_promoted_trials_are_replayed_as_a_study_has_them(tmp_path: Path) -> None:
+    nan = float("nan")
+    rows = [[0.65] * 6, [0.9, nan], [nan], [0.6] * 6, [0.7] * 6, [0.8, 0.8, 0.8, nan], [0.5] * 6, [0.75] * 6]
+    trials = tuple(
+        Curve(
+            *(number, {}, row[-1] if len(row) == 6 else None, tuple(row)),
+            *((1.0,) * len(row), (0.0,) * len(row)),
+        )
+        for number, row in enumerate(rows)
+    )
+    recording = Recording("n", "maximize", 1, 6, 1, {}, trials)
+    run = replay_promoted(recording, [1, 3], 2, range(8))
+    study = optuna.create_study(direction="maximize", pruner=PromotePruner([1, 3], 2), study_name="s")
+    promoter = Promoter(study.pruner, 8, tmp_path)
+    points: list[int] = []
+
+    def objective(trial: optuna.Trial) -> float:
+        frozen = study.get_trials(deepcopy=False)[trial.number]
+        if point_of(frozen) not in points:
+            points.append(point_of(frozen))
+        row = rows[points.index(point_of(frozen))]
+        parent = trial.user_attrs.get(CONTINUES)
+        start = 0 if parent is None else study.trials[parent].last_step
+        for step, value in enumerate(row, start=1):
+            if value != value:
+                trial.set_user_attr("nan", "nan")
+                raise optuna.TrialPruned
+            trial.report(value, step)
+            if start < step < 6 and trial.should_prune():
+                trial.set_user_attr(PAUSED, step)
+                raise optuna.TrialPruned
+        return row[-1]
+
+    promoter(study)
+    study.optimize(objective, callbacks=[promoter])
+    made = [0] * 8
+    for trial in study.trials:
+        at = points.index(point_of(trial))
+        made[at] = (trial.last_step or 0) + ("nan" in trial.user_attrs)
+    assert run.reports == tuple(made)
+    done = [trial.value for trial in study.trials if trial.state is TrialState.COMPLETE]
+    assert [value for _, value in run.found] == done
