@@ -1,12 +1,13 @@
 """One search twice, unpruned and with the product's default pruner: what is spent, and what is found.
 
     python examples/benchmarks/pruned_search.py trecqa --data FOLDER --model FOLDER --trials 24
+    python examples/benchmarks/pruned_search.py sample --trials 40 --sampler tpe --seeds 1 2 3 --out tpe.json
 
-The settings are drawn at random from the same seed, so that both try the same points; a search that was cut off draws
-others when it goes on, and is refused. Of one that `record_searches.py` recorded in the same folder, with as many
-trials or more, the first ones count as the unpruned search. Seconds are the process's CPU seconds of the reports that
-were made, training and validation, as on a machine that does other work as well the wall time says little. What lies
-outside of them (building, checkpoints, storage) is given in wall seconds, all trials together.
+With `--sampler random` both try the same points; a search that was cut off draws others when it goes on, and is refused.
+Of one that `record_searches.py` recorded in the same folder, with as many trials or more, the first ones count as the
+unpruned search. Seconds are the process's CPU seconds of the reports that were made, training and validation, as on a
+machine that does other work as well the wall time says little. What lies outside of them (building, checkpoints,
+storage) is given in wall seconds, all trials together.
 """
 
 from __future__ import annotations
@@ -61,59 +62,69 @@ def describe(trials: list[FrozenTrial], sign: float) -> dict[str, Any]:
     }
 
 
+def pair(chosen: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Both searches with one seed of the sampler."""
+    recorded = chosen.sampler == "random" and seed == 42
+    names = (
+        ("pruned", "study") if recorded else tuple(f"{name}-{chosen.sampler}-{seed}" for name in ("pruned", "whole"))
+    )
+    if (chosen.work / chosen.search / names[0]).exists():
+        raise SystemExit(
+            f"{chosen.work / chosen.search / names[0]} is there already: name another --work, or delete it"
+        )
+    more = {"hpo.sampler": chosen.sampler, "hpo.seed": seed}
+    pruned = search(chosen.search, chosen, run=names[0], **more, **{"hpo.pruner.name": PrunerConfig().name})
+    whole = search(chosen.search, chosen, run=names[1], **more)
+    sign = 1.0 if whole.direction == optuna.study.StudyDirection.MAXIMIZE else -1.0
+    first, again = whole.trials[: chosen.trials], {point_of(trial): trial for trial in pruned.trials}
+    same = [trial.params for trial in first] == [again[point].params for point in sorted(again)]
+    if chosen.sampler == "random" and not same:
+        raise SystemExit("the two searches did not try the same points")
+    found = {"seed": seed, "unpruned": describe(first, sign), "pruned": describe(pruned.trials, sign)}
+    return {**found, "share": found["pruned"]["cpu_seconds"] / found["unpruned"]["cpu_seconds"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("search", choices=list(SEARCHES))
     add_arguments(parser)
     parser.add_argument("--trials", type=int, default=24, help="default 24")
+    parser.add_argument("--sampler", choices=("random", "tpe"), default="random", help="default random")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="of the sampler; default 42")
     parser.add_argument("--out", type=Path, default=DOCS / "pruned_search.json")
     chosen = parser.parse_args()
-    default = PrunerConfig()
-    if (chosen.work / chosen.search / "pruned").exists():
-        raise SystemExit(
-            f"{chosen.work / chosen.search / 'pruned'} is there already: name another --work, or delete it"
-        )
-    pruned = search(chosen.search, chosen, run="pruned", **{"hpo.pruner.name": default.name})
-    whole = search(chosen.search, chosen)
-    sign = 1.0 if whole.direction == optuna.study.StudyDirection.MAXIMIZE else -1.0
-    first, again = whole.trials[: chosen.trials], {point_of(trial): trial for trial in pruned.trials}
-    if [trial.params for trial in first] != [again[point].params for point in sorted(again)]:
-        raise SystemExit("the two searches did not try the same points")
-    figures = {"unpruned": describe(first, sign), "pruned": describe(pruned.trials, sign)}
     record = {
         "written": time.strftime("%Y-%m-%d"),
         "git_commit": git_commit(),
         "hardware": hardware(),
         "versions": versions(),
-        "search": chosen.search,
-        "pruner": default.name,
-        "share": figures["pruned"]["cpu_seconds"] / figures["unpruned"]["cpu_seconds"],
-        **figures,
+        "options": {name: getattr(chosen, name) for name in ("search", "trials", "sampler", "seeds")},
+        "pruner": PrunerConfig().name,
+        "pairs": [pair(chosen, seed) for seed in chosen.seeds],
     }
     write_json(chosen.out, record)
-    rows = [
-        [
-            name,
-            f["points"],
-            f["complete"],
-            f["reports"],
-            f"{f['cpu_seconds']:.0f}",
-            f"{f['outside_seconds']:.0f}",
-            f"{f['best_value']:.4f}",
-            ", ".join(f"{score:.3f}" for score in f["fold_scores"]),
-        ]
-        for name, f in figures.items()
-    ]
-    text = (
-        f"# A search with and without pruning: {chosen.search}\n\n"
+    write_text(chosen.out.with_suffix(".md"), text := note(record))
+    print(text)
+
+
+def note(record: dict[str, Any]) -> str:
+    """The Markdown beside the JSON."""
+    options, rows = record["options"], []
+    for found in record["pairs"]:
+        for name in ("unpruned", "pruned"):
+            f = found[name]
+            share = f"{found['share']:.1%}" if name == "pruned" else ""
+            folds = ", ".join(f"{score:.3f}" for score in f["fold_scores"])
+            seconds = (f"{f['cpu_seconds']:.0f}", share, f"{f['outside_seconds']:.0f}")
+            rows.append([found["seed"], name, f["complete"], f["reports"], *seconds, f"{f['best_value']:.4f}", folds])
+    header = ["seed", "", "complete", "reports", "CPU seconds", "share", "outside", "best", "its folds"]
+    points = "the same points" if options["sampler"] == "random" else "points of its own"
+    return (
+        f"# A search with and without pruning: {options['search']}, {options['trials']} trials, {options['sampler']}\n\n"
         f"Written {record['written']} at commit {record['git_commit']} by `examples/benchmarks/pruned_search.py`, on "
         f"{record['hardware']['cpu']}, {record['hardware']['threads']} thread. The pruner is the default, "
-        f"`{default.name}`. Both searches try the same {chosen.trials} points.\n\n"
-        + markdown_table(["", "points", "complete", "reports", "CPU seconds", "outside", "best", "its folds"], rows)
-        + f"\n\nThe pruned search takes {record['share']:.1%} of the other's seconds.\n"
+        f"`{record['pruner']}`; each search tries {points}.\n\n{markdown_table(header, rows)}\n"
     )
-    write_text(chosen.out.with_suffix(".md"), text)
-    print(text)
 
 
 if __name__ == "__main__":

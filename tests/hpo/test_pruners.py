@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from curve_study import run
 from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
-from optuna.trial import TrialState
 from scipy.stats import wilcoxon
 
 from lightning_bge.hpo.pruners import (
@@ -29,21 +29,6 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 class Always(BasePruner):
     def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
         return True
-
-
-def run(pruner: BasePruner, curves: Any, direction: str = "maximize") -> list[int | None]:
-    """The report at which each curve was stopped, or None."""
-    study = optuna.create_study(direction=direction, pruner=pruner, study_name="s")
-    for curve in curves:
-        trial = study.ask()
-        for step, value in enumerate(curve, start=1):
-            trial.report(float(value), step)
-            if step < len(curve) and trial.should_prune():
-                study.tell(trial, state=TrialState.PRUNED)
-                break
-        else:
-            study.tell(trial, float(curve[-1]))
-    return [one.last_step if one.state is TrialState.PRUNED else None for one in study.trials]
 
 
 def running_means(folds: Any) -> np.ndarray:
@@ -71,7 +56,7 @@ def test_reach_equals_its_definition(direction: str, best: int, warmup: int) -> 
         if at is None:
             done.append(curve)
         expected.append(at)
-    assert run(WarmupPruner(ReachPruner(best=best), 9, warmup), curves, direction) == expected
+    assert run(WarmupPruner(ReachPruner(best=best), 9, warmup), curves, direction=direction) == expected
     assert 0 < sum(step is not None for step in expected) < 40
 
 

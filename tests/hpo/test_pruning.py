@@ -4,8 +4,8 @@ import math
 import numpy as np
 import optuna
 import pytest
+from curve_study import run
 from optuna.pruners import HyperbandPruner, NopPruner
-from optuna.trial import TrialState
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.check import forecast
@@ -26,22 +26,6 @@ def curves(n_trials, n_reports, seed=0):
     ends = rng.uniform(0.3, 0.9, n_trials)
     steps = np.arange(1, n_reports + 1)
     return ends[:, None] * (1 - np.exp(-steps / 3)) + rng.normal(0, 0.02, (n_trials, n_reports))
-
-
-def run(pruner, values, name="s", direction="maximize"):
-    """Run the curves through a real study; return for each trial the report at which it was pruned, or None."""
-    study = optuna.create_study(study_name=name, direction=direction, pruner=pruner)
-    n_reports = len(values[0])
-    for curve in values:
-        trial = study.ask()
-        for step, value in enumerate(curve, start=1):
-            trial.report(float(value), step)
-            if step < n_reports and trial.should_prune():
-                study.tell(trial, state=TrialState.PRUNED)
-                break
-        else:
-            study.tell(trial, float(curve[-1]))
-    return [t.last_step if t.state is TrialState.PRUNED else None for t in study.trials]
 
 
 def simulate_hyperband(values, name, r, eta, n_bootstrap):

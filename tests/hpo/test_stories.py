@@ -12,9 +12,9 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from curve_study import run
 from lightning.pytorch import Callback
 from optuna.pruners import HyperbandPruner, MedianPruner
-from optuna.trial import TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 from small_search import make, write_files
 from torch.utils.data import DataLoader
@@ -28,21 +28,6 @@ from lightning_bge.hpo.pruning import bootstrap_trials
 from lightning_bge.models import BGEClassifier
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-def run(pruner: optuna.pruners.BasePruner, curves: Any, name: str = "s") -> list[int | None]:
-    """The report at which each curve was stopped, or None."""
-    study = optuna.create_study(study_name=name, direction="maximize", pruner=pruner)
-    for curve in curves:
-        trial = study.ask()
-        for step, value in enumerate(curve, start=1):
-            trial.report(float(value), step)
-            if step < len(curve) and trial.should_prune():
-                study.tell(trial, state=TrialState.PRUNED)
-                break
-        else:
-            study.tell(trial, float(curve[-1]))
-    return [one.last_step if one.state is TrialState.PRUNED else None for one in study.trials]
 
 
 # ---------------------------------------------------------------------- Hyperband pruned 0 of 94 trials
