@@ -3,10 +3,10 @@
     python examples/benchmarks/pruned_search.py trecqa --data FOLDER --model FOLDER --trials 24
     python examples/benchmarks/pruned_search.py sample --trials 40 --sampler tpe --seeds 1 2 3 --out tpe.json
 
-With `--sampler random` both try the same points; a search that was cut off draws others when it goes on, and is refused.
-Of one that `record_searches.py` recorded in the same folder, with as many trials or more, the first ones count as the
-unpruned search. Seconds are the process's CPU seconds of the reports that were made, training and validation, as on a
-machine that does other work as well the wall time says little. What lies outside of them (building, checkpoints,
+With `--sampler random` both try the same points; a search that was cut off draws others when it goes on, and is
+refused. Of one that `record_searches.py` recorded in the same folder, with as many trials or more, the first ones count
+as the unpruned search. Seconds are the process's CPU seconds of the reports that were made, training and validation, as
+on a machine that does other work as well the wall time says little. What lies outside of them (building, checkpoints,
 storage) is given in wall seconds, all trials together.
 """
 
@@ -120,7 +120,7 @@ def note(record: dict[str, Any]) -> str:
     header = ["seed", "", "complete", "reports", "CPU seconds", "share", "outside", "best", "its folds"]
     points = "the same points" if options["sampler"] == "random" else "points of its own"
     return (
-        f"# A search with and without pruning: {options['search']}, {options['trials']} trials, {options['sampler']}\n\n"
+        f"# With and without pruning: {options['search']}, {options['trials']} trials, sampler {options['sampler']}\n\n"
         f"Written {record['written']} at commit {record['git_commit']} by `examples/benchmarks/pruned_search.py`, on "
         f"{record['hardware']['cpu']}, {record['hardware']['threads']} thread. The pruner is the default, "
         f"`{record['pruner']}`; each search tries {points}.\n\n{markdown_table(header, rows)}\n"
