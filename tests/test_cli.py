@@ -244,7 +244,7 @@ def test_the_best_trials_are_run_again_with_other_seeds_and_ctrl_c_loses_none(
     monkeypatch.setattr(cli.BGETrainer, "fit", interrupted)
     status, out, err = run(*search)
     assert status == 130
-    assert "at the end the best 5 trials are run again; other seeds for each: 2" in out
+    assert "at the end the best trials, up to 5, are run again; other seeds for each: 2" in out
     assert [t.state.name for t in repeats(study)] == ["COMPLETE"] * 2 + ["FAIL"] + ["WAITING"] * 4
     before = [(t.number, t.value, t.datetime_complete) for t in repeats(study)[:2]]
     monkeypatch.setattr(cli.BGETrainer, "fit", fit)

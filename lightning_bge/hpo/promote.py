@@ -183,7 +183,6 @@ class Promoter:
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial | None = None) -> None:
         """Optuna calls this after each trial; call it once before the first, too."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         # two workers must not resume the same point
         with _locked(self.folder / "lock"):
             trials = study.get_trials(deepcopy=False)
@@ -294,6 +293,7 @@ def resume(study: optuna.Study, paused: FrozenTrial, steps: Sequence[int]) -> No
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

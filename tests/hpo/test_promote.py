@@ -335,16 +335,28 @@ def test_a_point_whose_process_dies_each_time_is_given_up(folder: Path) -> None:
     assert len(failed) == 3
 
 
+@pytest.mark.parametrize("begins", [3, 0])
 def test_a_search_that_runs_out_of_time_ends_with_one_complete_trial(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], begins: int
 ) -> None:
-    config = StudyConfig(100, SPACE, pruner=PrunerConfig("promote", 4, 1), sampler="random", hours=1e-4)
+    now = [0.0]
+    monkeypatch.setattr("lightning_bge.hpo.study.time.monotonic", lambda: now[0])
+    config = StudyConfig(100, SPACE, pruner=PrunerConfig("promote", 4, 1), sampler="random", hours=1)
     study = open_study(folder / "run", config, "minimize", Steps(2, 2), {})
-    objective = make(folder, paused_dir=folder / "run" / "paused", trials=100)
+    trained = make(folder, paused_dir=folder / "run" / "paused", trials=100)
+
+    def objective(trial: optuna.Trial) -> Any:
+        if trial.number == begins - 1:
+            now[0] = 3601.0
+            study.stop()
+        return trained(trial)
+
+    if not begins:
+        monkeypatch.setattr("lightning_bge.hpo.study.gc.freeze", lambda: now.__setitem__(0, 3601.0))
     run_study(study, objective, config, "loss", 4, folder / "run" / "paused")
-    assert [trial.state for trial in study.trials].count(TrialState.COMPLETE) == 1
-    assert begun(study.trials) < 100
-    assert "the best paused one goes on" in capsys.readouterr().out
+    assert begun(study.trials) == begins
+    assert [trial.state for trial in study.trials].count(TrialState.COMPLETE) == (begins > 0)
+    assert ("the best paused one goes on" in capsys.readouterr().out) == (begins > 0)
 
 
 def test_nothing_is_resumed_unearned_while_another_trial_runs_or_waits(tmp_path: Path) -> None:
