@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from record_searches import SEARCHES, add_arguments, search
 
 from lightning_bge.hpo import PrunerConfig
-from lightning_bge.hpo.promote import point_of
+from lightning_bge.hpo.promote import latest_trials, point_of
 from lightning_bge.hpo.reports import Report
 from lightning_bge.runs import write_json, write_text
 
@@ -45,7 +45,7 @@ def outside(trials: Sequence[FrozenTrial], latest: Sequence[FrozenTrial]) -> flo
 
 def describe(trials: list[FrozenTrial], sign: float) -> dict[str, Any]:
     """Figures of a search."""
-    latest = {point_of(trial): trial for trial in trials if trial.state != TrialState.FAIL}
+    latest = latest_trials(trials)
     done = [trial for trial in latest.values() if trial.state == TrialState.COMPLETE]
     best = max(done, key=lambda trial: sign * trial.value)
     scores = best.user_attrs["fold_scores"]

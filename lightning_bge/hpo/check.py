@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_bge.hpo.pruning import ORIGINAL_BOOTSTRAP, PrunerConfig, bootstrap_trials, check_pruner, rungs
+from lightning_bge.hpo.pruning import PrunerConfig, bootstrap_trials, check_pruner, optuna_bootstrap, rungs
 from lightning_bge.hpo.replay import Curve, Recording, policy_of
 from lightning_bge.hpo.reports import Steps
 
@@ -103,7 +103,7 @@ def describe_pruner(config: PrunerConfig, n_trials: int, steps: Steps) -> str:
     if config.name == "disarmed_hyperband":
         lines.append(
             f"what it really does: a trial that still improves is never pruned, however bad it is, and the first "
-            f"{ORIGINAL_BOOTSTRAP if config.bootstrap is None else config.bootstrap} to be judged at a rung are pruned"
+            f"{optuna_bootstrap(config)} to be judged at a rung are pruned"
         )
     elif config.name == "hyperband" and config.patience is not None:
         lines.append(

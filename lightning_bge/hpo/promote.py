@@ -21,8 +21,9 @@ from pathlib import Path
 
 import optuna
 from optuna.pruners import BasePruner
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+
+from lightning_bge.hpo.scores import sign_of
 
 Standings = Mapping[int, Mapping[int, float]]  # point -> rung -> value there, higher is better
 
@@ -111,18 +112,17 @@ class PromotePruner(BasePruner):
         trials = study.get_trials(deepcopy=False)
         mine = point_of(trial)
         there = standings(study, self.steps, trials)
-        there[mine] = _values(trial, self.steps, _sign(study))
+        there[mine] = _values(trial, self.steps, sign_of(study))
         return next_resumed(there, len(self.steps), self.reduction_factor, busy_points(trials) - {mine}) != mine
 
     def can_be_resumed(self, study: optuna.Study, trial: FrozenTrial, points: int) -> bool:
         """Whether a trial that pauses now may ever go on, of so many points in all: else no checkpoint is written."""
         trials, mine = study.get_trials(deepcopy=False), point_of(trial)
         there = standings(study, self.steps, trials)
-        there[mine] = _values(trial, self.steps, _sign(study))
+        there[mine] = _values(trial, self.steps, sign_of(study))
         if mine not in hopeless(there, len(self.steps), self.reduction_factor, points):
             return True
-        complete = any(one.state == TrialState.COMPLETE for one in trials)
-        return last_resumed(there, busy_points(trials) - {mine}, complete) == mine
+        return last_resumed(there, busy_points(trials) - {mine}, any_complete(trials)) == mine
 
 
 def point_of(trial: FrozenTrial) -> int:
@@ -134,7 +134,7 @@ def standings(study: optuna.Study, steps: Sequence[int], trials: Sequence[Frozen
     """What each point has at each rung that it has reached, higher is better; failed trials are left out."""
     found: dict[int, dict[int, float]] = {}
     for trial in trials:
-        if trial.state != TrialState.FAIL and (values := _values(trial, steps, _sign(study))):
+        if trial.state != TrialState.FAIL and (values := _values(trial, steps, sign_of(study))):
             found.setdefault(point_of(trial), {}).update(values)
     return found
 
@@ -144,14 +144,13 @@ def _values(trial: FrozenTrial, steps: Sequence[int], sign: float) -> dict[int, 
     return {rung: sign * reported[step] for rung, step in enumerate(steps) if step in reported}
 
 
-def _sign(study: optuna.Study) -> float:
-    return 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
-
-
 def busy_points(trials: Sequence[FrozenTrial]) -> set[int]:
     """Points that can't be resumed: running, waiting, finished, ended for want of memory or by a NaN, or given up."""
-    latest = {point_of(trial): trial for trial in trials if trial.state != TrialState.FAIL}
-    busy = {point for point, one in latest.items() if one.state != TrialState.PRUNED or PAUSED not in one.user_attrs}
+    busy = {
+        point
+        for point, one in latest_trials(trials).items()
+        if one.state != TrialState.PRUNED or PAUSED not in one.user_attrs
+    }
     failed = Counter(
         point_of(trial)
         for trial in trials
@@ -162,9 +161,14 @@ def busy_points(trials: Sequence[FrozenTrial]) -> set[int]:
     return busy | {point for point, times in failed.items() if times >= ATTEMPTS}
 
 
-def latest_of(trials: Sequence[FrozenTrial], point: int) -> FrozenTrial:
-    """The last trial of a point that did not fail."""
-    return [trial for trial in trials if point_of(trial) == point and trial.state != TrialState.FAIL][-1]
+def latest_trials(trials: Sequence[FrozenTrial]) -> dict[int, FrozenTrial]:
+    """Each point's last trial that did not fail."""
+    return {point_of(trial): trial for trial in trials if trial.state != TrialState.FAIL}
+
+
+def any_complete(trials: Sequence[FrozenTrial]) -> bool:
+    """Whether any trial ran to its end."""
+    return any(trial.state == TrialState.COMPLETE for trial in trials)
 
 
 class Promoter:
@@ -188,7 +192,7 @@ class Promoter:
             trials = study.get_trials(deepcopy=False)
             point = _next(study, self.pruner, self.points, trials)
             if point is not None:
-                resume(study, latest_of(trials, point), self.pruner.steps)
+                resume(study, latest_trials(trials)[point], self.pruner.steps)
             self._clear(study)
         if point is None and begun(trials) >= self.points and not _queued(trials) and trial is not None:
             study.stop()
@@ -201,7 +205,7 @@ class Promoter:
                 return False
             point = last_resumed(standings(study, self.pruner.steps, trials), busy_points(trials), complete=False)
             if point is not None and not _queued(trials):
-                resume(study, latest_of(trials, point), self.pruner.steps)
+                resume(study, latest_trials(trials)[point], self.pruner.steps)
         return point is not None or _queued(trials)
 
     def _clear(self, study: optuna.Study) -> None:
@@ -229,10 +233,10 @@ class Promoter:
         there, busy = standings(study, self.pruner.steps, trials), busy_points(trials)
         gone = hopeless(there, len(self.pruner.steps), self.pruner.reduction_factor, self.points)
         # where none is complete the best one stays, as the study's last resort
-        gone -= {last_resumed(there, busy, any(one.state == TrialState.COMPLETE for one in trials))}
-        latest = {point_of(one): one.number for one in trials if one.state != TrialState.FAIL}
+        gone -= {last_resumed(there, busy, any_complete(trials))}
+        latest = latest_trials(trials)
         ranked = sorted(there, key=lambda point: (-max(there[point]), -there[point][max(there[point])], point))
-        return [latest[point] for point in ranked if point not in busy | gone]
+        return [latest[point].number for point in ranked if point not in busy | gone]
 
 
 def nothing_left(study: optuna.Study, pruner: PromotePruner, points: int) -> bool:
@@ -252,7 +256,7 @@ def _next(study: optuna.Study, pruner: PromotePruner, points: int, trials: Seque
     running = any(trial.state == TrialState.RUNNING for trial in trials)
     if point is not None or begun(trials) < points or running or _queued(trials):
         return point
-    return last_resumed(there, busy, any(trial.state == TrialState.COMPLETE for trial in trials))
+    return last_resumed(there, busy, any_complete(trials))
 
 
 def _taken(folder: Path) -> int:

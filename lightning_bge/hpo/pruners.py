@@ -17,8 +17,9 @@ import numpy as np
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, WilcoxonPruner
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+
+from lightning_bge.hpo.scores import sign_of
 
 
 class BootstrapPruner(BasePruner):
@@ -89,7 +90,7 @@ class ReachPruner(BasePruner):
         if self.inner is not None and not self.inner.prune(study, trial):
             return False
         step = trial.last_step
-        sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
+        sign = sign_of(study)
         done = [other for other in completed(study) if step in other.intermediate_values]
         if step is None or len(done) < self.best:
             return False
@@ -134,7 +135,7 @@ class FoldEndPruner(BasePruner):
         done = [found for found in done if len(found) == self.folds]
         if len(done) < 2:
             return False
-        sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
+        sign = sign_of(study)
         table = sign * np.array(done)
         best = table[table.mean(axis=1).argmax()]
         spread = math.sqrt(float(np.mean(np.var(table - best, axis=1, ddof=1)) * len(done) / (len(done) - 1)))

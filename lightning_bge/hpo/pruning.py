@@ -132,6 +132,16 @@ def bootstrap_trials(config: PrunerConfig, n_trials: int) -> int:
     return min(30, n_trials // 10) if config.bootstrap is None else config.bootstrap
 
 
+def optuna_bootstrap(config: PrunerConfig) -> int:
+    """Return Optuna's `bootstrap_count`, for the one pruner that has it."""
+    return ORIGINAL_BOOTSTRAP if config.bootstrap is None else config.bootstrap
+
+
+def judges_between_folds(config: PrunerConfig) -> bool:
+    """Return whether a trial can be stopped between folds, besides what the pruner says."""
+    return config.fold_confidence is not None and "fold_confidence" in _OPTIONS[config.name]
+
+
 def warmup_reports(config: PrunerConfig, steps: Steps) -> int:
     """Return how many reports of each fold never prune: as configured, or those of one epoch."""
     if config.warmup_reports is not None:
@@ -166,7 +176,7 @@ def rungs(config: PrunerConfig, steps: Steps) -> list[list[int]]:
     else:
         warmup = warmup_reports(config, steps)
         brackets = [[step for step in range(least, last) if (step - 1) % steps.per_fold >= warmup]]
-    if config.fold_confidence is not None and "fold_confidence" in _OPTIONS[config.name]:
+    if judges_between_folds(config):
         ends = range(steps.per_fold, last, steps.per_fold)
         brackets = [sorted({*bracket, *ends}) for bracket in brackets]
     return brackets
@@ -233,7 +243,8 @@ def build_pruner(config: PrunerConfig, n_trials: int, steps: Steps) -> BasePrune
         return inner
     if config.reach is not None and config.name != "reach":
         inner = ReachPruner(inner, config.reach)
-    if config.fold_confidence is not None and "fold_confidence" in _OPTIONS[config.name] and steps.folds > 1:
+    if judges_between_folds(config) and steps.folds > 1:
+        assert config.fold_confidence is not None
         inner = FoldEndPruner(inner, steps.per_fold, steps.folds, config.fold_confidence)
     return BootstrapPruner(inner, bootstrap_trials(config, n_trials))
 
@@ -243,9 +254,8 @@ def _base(config: PrunerConfig, steps: Steps) -> BasePruner:
         # an int: with 'auto' each worker would fix its own maximum from the trials that it happens to see
         return HyperbandPruner(first_report(config, steps), steps.total, config.reduction_factor)
     if config.name == "disarmed_hyperband":
-        count = ORIGINAL_BOOTSTRAP if config.bootstrap is None else config.bootstrap
-        most = config.max_resource or steps.total
-        return HyperbandPruner(first_report(config, steps), most, config.reduction_factor, bootstrap_count=count)
+        first, most, count = first_report(config, steps), config.max_resource or steps.total, optuna_bootstrap(config)
+        return HyperbandPruner(first, most, config.reduction_factor, bootstrap_count=count)
     if config.name == "wilcoxon":
         return FoldWilcoxonPruner(steps.per_fold, config.p_threshold)
     found: BasePruner

@@ -80,6 +80,11 @@ class Recording:
         """Reports of a trial that runs to its end."""
         return self.folds * self.epochs * self.per_epoch
 
+    @property
+    def sign(self) -> float:
+        """1 where a higher value is better, else -1."""
+        return 1.0 if self.direction == "maximize" else -1.0
+
     @cached_property
     def best(self) -> float:
         """The best value of any trial."""
@@ -245,7 +250,7 @@ def replay_promoted(recording: Recording, steps: Sequence[int], eta: int, order:
         eta: one in so many of a rung's trials goes on.
         order: places in `recording.trials`.
     """
-    sign = 1.0 if recording.direction == "maximize" else -1.0
+    sign = recording.sign
     ends = [*steps, recording.n_reports]
     clock = 0.0
     found: list[tuple[float, float]] = []
@@ -285,7 +290,7 @@ def oracle(recording: Recording, order: Sequence[int], name: str = "") -> Replay
 
     No pruner can do that: it shows how far the best of them is from what is possible.
     """
-    sign = 1.0 if recording.direction == "maximize" else -1.0
+    sign = recording.sign
     clock, best, found, reports = 0.0, -math.inf, [], []
     for place in order:
         curve = recording.trials[place]
@@ -309,7 +314,7 @@ def regret(recording: Recording, run: Replay, seconds: float) -> float:
 
 def mean_regret(recording: Recording, run: Replay) -> float:
     """The regret's mean over the time that the search takes without pruning: one number for speed and for the end."""
-    full, sign = recording.full_seconds, 1.0 if recording.direction == "maximize" else -1.0
+    full, sign = recording.full_seconds, recording.sign
     total, since, now, best = 0.0, 0.0, 1.0, -math.inf
     for at, value in run.found:
         if sign * value > best:

@@ -53,6 +53,11 @@ def maximizes(study: optuna.Study) -> bool:
     return study.directions[0] == StudyDirection.MAXIMIZE
 
 
+def sign_of(study: optuna.Study) -> float:
+    """1 where a higher score is better, else -1."""
+    return 1.0 if maximizes(study) else -1.0
+
+
 def front(study: optuna.Study) -> list[FrozenTrial]:
     """The Pareto-optimal trials, the best score first: no other has both a better score and a lower cost."""
     numbers = {trial.number for trial in study.best_trials}

@@ -90,7 +90,6 @@ class StudyConfig:
             raise ConfigError(
                 f"hpo.report_every: expected 1, or one part of an epoch like 0.5 or 0.25, got {self.report_every}"
             )
-
         if self.warm_gb is not None and not 0 <= self.warm_gb < math.inf:
             raise ConfigError(f"hpo.warm_gb: expected 0 or more, or null, got {self.warm_gb}")
         if self.repeats is not None and self.repeats < 0:

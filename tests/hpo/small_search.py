@@ -19,9 +19,9 @@ from lightning_bge.trainer import quiet_trainer
 SPACE = {"lr": {"low": 1e-4, "high": 1e-2, "log": True}, "dropout": {"choices": [0.0, 0.1, 0.3]}}
 
 
-def write_files(folder: Path) -> Path:
+def write_files(folder: Path, dropout: float = 0.1) -> Path:
     """Model, tokenizer and rows of the search."""
-    small_model("bert", outputs=1, dropout=0.1).save_pretrained(folder / "model")
+    small_model("bert", outputs=1, dropout=dropout).save_pretrained(folder / "model")
     tokenizer: PreTrainedTokenizerBase = word_tokenizer()
     tokenizer.save_pretrained(folder / "model")
     words = VOCABULARY[5:]

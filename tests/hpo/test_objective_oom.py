@@ -10,7 +10,8 @@ import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
-from small_models import VOCABULARY, small_model, word_tokenizer
+from small_models import small_model
+from small_search import write_files
 from torch._dynamo.exc import BackendCompilerFailed
 
 from lightning_bge.callbacks import CompileConfig
@@ -39,13 +40,7 @@ PLACES = ("forward", "backward", "optimizer", "validation", "data", "compile")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("oom")
-    small_model("bert", outputs=1, dropout=0.0).save_pretrained(path / "model")
-    word_tokenizer().save_pretrained(path / "model")
-    words = VOCABULARY[5:]
-    rows = [f"{' '.join(words[i % 7 : i % 7 + 2 + i % 5])},{words[i % 11]},{i % 2}" for i in range(40)]
-    (path / "train.csv").write_text("\n".join(["text_a,text_b,label", *rows]) + "\n")
-    return path
+    return write_files(tmp_path_factory.mktemp("oom"), dropout=0.0)
 
 
 EAGER = CompileConfig("never")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import cut_batch, random_sequences, small_model
-from torch import Tensor
+from short_training import train
+from small_models import small_model
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_bge.models import TextClassifier, WarmEncoder, load_classifier
@@ -27,21 +27,6 @@ def saved(tmp_path: Path) -> Saved:
         return str(folder)
 
     return save
-
-
-def train(net: TextClassifier, steps: int = 4) -> list[Tensor]:
-    """Losses and the weights after them; random numbers from the steps' numbers."""
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    batch = cut_batch(random_sequences((9, 7, 5, 5, 3, 2), seed=1), torch.zeros(6), 3)
-    found = []
-    for step in range(steps):
-        torch.manual_seed(step)
-        loss = torch.stack([net(micro).square().mean() for micro in batch.micro]).sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.detach())
-    return [*found, *(value.clone() for value in net.state_dict().values())]
 
 
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta", "modernbert", "deberta-v2"])

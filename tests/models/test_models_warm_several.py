@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from short_training import train
 from small_models import cut_batch, random_sequences, small_model
-from torch import Tensor
 
 from lightning_bge.errors import UserError
 from lightning_bge.memory import Limit, give_way, live_bytes, spare_bytes
@@ -32,22 +32,6 @@ def folder(tmp_path: Path) -> Folder:
         return str(path)
 
     return save
-
-
-def train(net: TextClassifier, steps: int = 3) -> list[Tensor]:
-    """Losses and the weights after them, on the device where the weights are."""
-    device = next(net.parameters()).device
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    batch = cut_batch(random_sequences((9, 7, 5, 5, 3, 2), seed=1), torch.zeros(6), 3).to(device)
-    found = []
-    for step in range(steps):
-        torch.manual_seed(step)
-        loss = torch.stack([net(micro).square().mean() for micro in batch.micro]).sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.detach())
-    return [*found, *(value.clone() for value in net.state_dict().values())]
 
 
 def assert_as_fresh(warm: WarmEncoder, path: str, **options: object) -> None:
