@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.strategies import Strategy
 
 from lightning_bge.callbacks import (
@@ -17,6 +16,7 @@ from lightning_bge.callbacks import (
     CompileConfig,
     OomRecorder,
     Throughput,
+    ThroughputProgressBar,
     TorchBackends,
     choose_precision,
 )
@@ -24,8 +24,6 @@ from lightning_bge.ddp import choose_strategy
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo import early_stopping
 from lightning_bge.models.metrics import MonitorConfig, metric_direction
-
-log = logging.getLogger("lightning_bge")
 
 # The trainer's settings that Lightning refuses under manual optimisation, and ours.
 INSTEAD = {
@@ -60,12 +58,15 @@ class BGETrainer(Trainer):
             if kwargs.get(name, off) != off:
                 raise ConfigError(f"trainer.{name} is not used, as the module steps by itself: set {instead}")
         if precision == "auto":
-            precision, reason = choose_precision(str(kwargs.get("accelerator", "auto")))  # type: ignore[assignment]
-            _say_once(f"precision {precision}: {reason}")
+            # `TorchBackends` says which, and why
+            precision, _ = choose_precision(str(kwargs.get("accelerator", "auto")))  # type: ignore[assignment]
         callbacks = kwargs.pop("callbacks", None) or []
         callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
         if not any(isinstance(callback, TorchBackends) for callback in callbacks):
             callbacks.insert(0, TorchBackends())  # TF32 for what remains in fp32, for the length of a run
+        silent = kwargs.get("enable_progress_bar") is False or kwargs.get("barebones")
+        if not silent and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            callbacks.append(ThroughputProgressBar())
         super().__init__(
             *args,
             callbacks=callbacks,
@@ -84,6 +85,24 @@ class BGETrainer(Trainer):
             datamodule: likewise.
         """
         raise NotImplementedError("the search is run by `lightning-bge hpo`")
+
+    def plan(self, model: Any, datamodule: Any = None) -> None:
+        """Say how many hours the search would take, what each optimisation brings, and what else could be done.
+
+        Args:
+            model: unused; `BGECLI.plan` plans.
+            datamodule: likewise.
+        """
+        raise NotImplementedError("the plan is made by `lightning-bge plan`")
+
+    def audit(self, model: Any, datamodule: Any = None) -> None:
+        """Train a few real steps: what is really in effect, what it brings, and what is still to be gained.
+
+        Args:
+            model: unused; `BGECLI.audit` audits.
+            datamodule: likewise.
+        """
+        raise NotImplementedError("the audit is made by `lightning-bge audit`")
 
     def predict(  # type: ignore[override]
         self, model: Any = None, dataloaders: Any = None, datamodule: Any = None, output: str = "predictions.csv"
@@ -125,12 +144,3 @@ def quiet_trainer(config: dict[str, Any], memory: BudgetFinder | None = None, **
     # the finder last: it learns of an out-of-memory error from what the callbacks before it have made of the budget
     callbacks = [*(config.get("callbacks") or []), *changes.pop("callbacks", []), *([] if memory is None else [memory])]
     return BGETrainer(**{**config, **dict.fromkeys(off, False), "callbacks": callbacks, **changes})
-
-
-_said: set[str] = set()
-
-
-def _say_once(text: str) -> None:
-    if text not in _said:
-        _said.add(text)
-        log.info(text)

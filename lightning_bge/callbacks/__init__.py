@@ -4,7 +4,9 @@ from lightning_bge.callbacks.batch_size import BatchFactory, BudgetFinder, Memor
 from lightning_bge.callbacks.compile import Compile
 from lightning_bge.callbacks.compile_policy import CompileConfig
 from lightning_bge.callbacks.oom import OomRecorder
+from lightning_bge.callbacks.peak import matmul_peak
 from lightning_bge.callbacks.precision import TorchBackends, choose_precision
+from lightning_bge.callbacks.progress import ThroughputProgressBar
 from lightning_bge.callbacks.throughput import Throughput
 from lightning_bge.callbacks.train_mode import TrainMode
 
@@ -16,7 +18,9 @@ __all__ = [
     "MemoryConfig",
     "OomRecorder",
     "Throughput",
+    "ThroughputProgressBar",
     "TorchBackends",
     "TrainMode",
     "choose_precision",
+    "matmul_peak",
 ]

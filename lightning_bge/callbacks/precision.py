@@ -145,12 +145,15 @@ class TorchBackends(Callback):
             undo.append(_change(_get_allocator, _put_allocator, _with_segments(self.expandable_segments)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report what is in effect, once a run: only now is the model complete."""
+        """Report what is in effect, once a run: only now is the model complete. It is logged once a process."""
         if not self.report:
             self.report = self._settings(trainer, pl_module)
-            if self.describe() not in _said:
-                _said.add(self.describe())
-                log.info("%s", self.describe())
+            text = self.describe()
+            if trainer.strategy.root_device.type != "cuda" and not self._asked:
+                text = text.splitlines()[0]  # the others are CUDA's, or as they were
+            if text not in _said:
+                _said.add(text)
+                log.info("%s", text)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
@@ -165,6 +168,12 @@ class TorchBackends(Callback):
     def describe(self) -> str:
         """The report as text, a setting a line."""
         return "\n".join(f"{name}: {value} ({reason})" for name, value, reason in self.report)
+
+    @property
+    def _asked(self) -> bool:
+        """Whether any setting was given."""
+        given = (self.cudnn_benchmark, self.sdpa, self.expandable_segments)
+        return self.tf32 != "auto" or any(value is not None for value in given)
 
     def _restore(self, trainer: Trainer) -> None:
         for undo in reversed(self._undo.pop(id(trainer), [])):

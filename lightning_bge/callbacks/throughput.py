@@ -1,34 +1,23 @@
-"""Sequences and real tokens per second and the wait for data, without waiting for the device in between."""
+"""Sequences and real tokens per second, utilisation, padding and the wait for data, without waiting for the device."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
-
-def count_sequences_and_tokens(batch: Any) -> tuple[int, int | Tensor]:
-    """Sequences and real tokens of a batch: ours, or a mapping with an `attention_mask` [N, T].
-
-    The mask's sum stays a tensor: to read it would be to wait for the device.
-
-    Raises:
-        TypeError: the batch is neither; give `Throughput` a `count` of your own.
-    """
-    if hasattr(batch, "tokens") and hasattr(batch, "size"):
-        return batch.size, batch.tokens
-    try:
-        mask = batch["attention_mask"]
-    except (TypeError, KeyError, IndexError):
-        raise TypeError(
-            f"Throughput counts batches with an attention_mask, got {type(batch).__name__}: "
-            "pass count=lambda batch: (sequences, tokens)"
-        ) from None
-    return len(mask), mask.sum()
+from lightning_bge.callbacks.peak import matmul_peak
+from lightning_bge.callbacks.work import (
+    CountBatch,
+    TrainFlops,
+    Work,
+    count_sequences_and_tokens,
+    matmul_dtype,
+    work_of,
+)
 
 
 class Throughput(Callback):
@@ -37,6 +26,11 @@ class Throughput(Callback):
     - `train_sequences_per_s` and `train_tokens_per_s`, of all ranks together. The clock runs from the start of the
       first batch to the end of the last one, less validation in between; the device is waited for at these two points
       only.
+    - `train_utilisation`: FLOPs a second (`TrainFlops`, of real tokens alone) as a share of `matmul_peak`, which is
+      measured at the start of `fit` in the type that matrices are multiplied in. Where lengths are not known
+      attention's own FLOPs are left out. Of several ranks it is the mean.
+    - `train_padding`, where it is known (`work_of`): the share (0 to 1) of the computed tokens that are padding, 0 for
+      packed batches. Of several ranks it is the mean.
     - `train_data_wait`, the share (0 to 1) of that time that lies between the end of a batch and the start of the next
       one, on the host's clock. Here the loader is asked for the next batch and the batch is moved to the device; what
       Lightning and callbacks do between batches counts too, so that this is the most that data can have cost. A GPU
@@ -49,34 +43,38 @@ class Throughput(Callback):
 
     Args:
         count: sequences and real (non-padding) tokens of a batch: Python ints, or 0-d tensors on the batch's device.
+
+    Attributes:
+        peak: FLOP/s of the machine, from the start of `fit` on.
+        flops: those of the module, likewise.
     """
 
-    def __init__(self, count: Callable[[Any], tuple[int, int | Tensor]] = count_sequences_and_tokens) -> None:
+    def __init__(self, count: CountBatch = count_sequences_and_tokens) -> None:
         self.count = count
+        self.peak, self.flops = 0.0, TrainFlops(0, 0)
+        self._encoder: Any = None
         self._reset()
 
     def _reset(self) -> None:
-        self.sequences = 0
-        self.tokens: int | Tensor = 0
-        self.seconds = self.waited = 0.0
-        self.balances: list[float] = []
+        self._work = self._epoch_began = Work()
+        self._balances: list[float] = []
         self._since: float | None = None
         self._batch_ended: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what a run that was cut off has left behind."""
+        """Forget what a run that was cut off has left behind, and measure the machine's peak."""
         self._reset()
+        self._encoder = next((part for part in pl_module.modules() if hasattr(part, "computed_tokens")), None)
+        self.flops = TrainFlops.of(pl_module)
+        self.peak = matmul_peak(pl_module.device, matmul_dtype(trainer, pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the batch and the wait for it, and start the clock where it stands still."""
-        if self._batch_ended is not None:
-            self.waited += time.perf_counter() - self._batch_ended
-        sequences, tokens = self.count(batch)
-        self.sequences += sequences
-        self.tokens = self.tokens + tokens
+        waited = 0.0 if self._batch_ended is None else time.perf_counter() - self._batch_ended
+        self._work += replace(work_of(batch, self._encoder, self.count), waited=waited)
         shares = getattr(batch, "shares", ())
         if len(shares) > 1:
-            self.balances.append(sum(shares) / len(shares) / max(shares))
+            self._balances.append(sum(shares) / len(shares) / max(shares))
         if self._since is None:
             _wait(pl_module)
             self._since = time.perf_counter()
@@ -94,23 +92,33 @@ class Throughput(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's figures; none where a run was resumed at an epoch's very end."""
         self._stop(pl_module)
-        if self.seconds:
+        epoch = self._work - self._epoch_began
+        if epoch.seconds:
             ranks = trainer.world_size  # the mean over the ranks, which is what is logged, times their number is a sum
             figures = {
-                "train_sequences_per_s": self.sequences * ranks / self.seconds,
-                "train_tokens_per_s": self.tokens * ranks / self.seconds,
-                "train_data_wait": self.waited / self.seconds,
+                "train_sequences_per_s": epoch.sequences * ranks / epoch.seconds,
+                "train_tokens_per_s": epoch.tokens * ranks / epoch.seconds,
+                "train_utilisation": self.flops.total(epoch) / epoch.seconds / self.peak,
+                "train_data_wait": epoch.waited / epoch.seconds,
             }
-            if self.balances:
-                figures["train_balance"] = sum(self.balances) / len(self.balances)
+            if epoch.padding is not None:
+                figures["train_padding"] = epoch.padding
+            if self._balances:
+                figures["train_balance"] = sum(self._balances) / len(self._balances)
             pl_module.log_dict(figures, sync_dist=ranks > 1)
-        self._reset()
+        self._epoch_began, self._balances = self._work, []
+
+    def so_far(self) -> Work:
+        """The work since training began, of this rank, by the host's clock; no device is waited for."""
+        if self._since is None:
+            return self._work
+        return self._work + Work(seconds=time.perf_counter() - self._since)
 
     def _stop(self, module: LightningModule) -> None:
         self._batch_ended = None
         if self._since is not None:
             _wait(module)
-            self.seconds += time.perf_counter() - self._since
+            self._work += Work(seconds=time.perf_counter() - self._since)
             self._since = None
 
 

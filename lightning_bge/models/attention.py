@@ -160,8 +160,9 @@ def _backend_for(kind: Kind) -> Backend:
     backend = _in_use.get(kind)
     if backend is None:
         backend = _in_use[kind] = choose_backend(kind, capabilities(kind.device))
+        choice = logging.DEBUG if kind.device.type == "cpu" else logging.INFO  # on a CPU there is but one
         log.log(
-            logging.WARNING if backend.fallback else logging.INFO,
+            logging.WARNING if backend.fallback else choice,
             "packed attention on %s in %s%s%s: %s (%s)",
             kind.device,
             str(kind.dtype).removeprefix("torch."),

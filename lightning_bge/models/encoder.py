@@ -98,6 +98,15 @@ class TextClassifier(nn.Module):
                 return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
         return sys.maxsize
 
+    def computed_tokens(self, micro: MicroBatch) -> int:
+        """Tokens that a forward pass computes, padding and dummy sequences included."""
+        if not self.packed:
+            return len(micro.lengths) * max(micro.lengths)
+        tokens = sum(micro.lengths)
+        if self.token_bucket is None:
+            return tokens
+        return -(-(tokens + 1) // self.token_bucket) * self.token_bucket  # as `pad_to_bucket`: a dummy token at least
+
     def forward(self, micro: MicroBatch) -> Tensor:
         """Logits, [N, outputs], in the order of the micro-batch's sequences."""
         return self._packed(micro) if self.packed else self._padded(micro)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from rank_processes import run_ranks
 from small_models import Loader, cut_batch, quiet_trainer, random_sequences
 from torch import Tensor, nn
@@ -60,6 +61,9 @@ class Plain(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+PARAMETERS = 6 * 6 + 6 + 6 + 1
+
+
 def train(module: LightningModule, *callbacks: Callback, batches: list[Any] | None = None, **options: Any) -> Trainer:
     trainer = quiet_trainer(callbacks=list(callbacks), **options)
     loader = Loader(dict_batches() if batches is None else batches)
@@ -72,10 +76,11 @@ def test_every_callback_works_by_default_and_twice(callback: type[Callback]) -> 
     assert issubclass(callback, Callback)
     assert callback.__doc__
     instance, module = callback(), Plain()
+    bar = {"enable_progress_bar": issubclass(callback, ProgressBar)}
     for _ in range(2):
-        trainer = train(module, instance, max_epochs=2, num_sanity_val_steps=1)
+        trainer = train(module, instance, max_epochs=2, num_sanity_val_steps=1, **bar)
         assert trainer.global_step == 2 * len(SIZES)
-    train(Plain(), instance)
+    train(Plain(), instance, **bar)
 
 
 # ------------------------------------------------------------------ TrainMode
@@ -363,6 +368,7 @@ def on_two_ranks(balanced: bool) -> dict[str, float]:
     """Plain DDP; rank 0 needs 2 s a batch, rank 1 needs 4."""
     now = [100.0]
     throughput_module.time.perf_counter = lambda: now[0]  # type: ignore[assignment]
+    throughput_module.matmul_peak = lambda *_: 1e4  # type: ignore[assignment]
 
     class Paced(Plain):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -390,6 +396,7 @@ def test_figures_of_several_ranks_are_of_all_of_them() -> None:
         expected = {
             "train_sequences_per_s": 4 / seconds[0] + 1 / seconds[1],
             "train_tokens_per_s": 17 / seconds[0] + 5 / seconds[1],
+            "train_utilisation": 6 * PARAMETERS * (17 / seconds[0] + 5 / seconds[1]) / 2 / 1e4,
             "train_data_wait": (1 / seconds[0] + 1 / seconds[1]) / 2,
         }
         if balanced:
