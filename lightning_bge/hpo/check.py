@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from lightning_bge.hpo.pruning import PrunerConfig, bootstrap_trials, check_prun
 from lightning_bge.hpo.replay import Curve, Recording, policy_of
 from lightning_bge.hpo.reports import Steps
 
+STYLES = {"usual": (1.0, 1.0), "fast": (0.4, 1.0), "slow": (2.5, 1.0), "noisy": (1.0, 5.0)}  # slower, noise
 SIMULATED = 120  # trials of a simulated study at most: half a second; larger ones are scaled up from it
 
 
@@ -62,21 +64,45 @@ def forecast(config: PrunerConfig, n_trials: int, steps: Steps, seed: int = 0) -
     )
 
 
-def sample_curves(n_trials: int, steps: Steps, seed: int = 0) -> Recording:
+@cache
+def simulated_reports(config: PrunerConfig, n_trials: int, steps: Steps) -> np.ndarray:
+    """How many reports the trials of a study make, in their order, on learning curves of each style: [styles, trials].
+
+    For pruners that end trials for good. Of a long study the first trials are simulated, and the later ones are taken
+    to be like the second half of these.
+    """
+    count = min(n_trials, SIMULATED // 2)
+    if config.name == "none":
+        return np.full((1, n_trials), float(steps.total))
+    policy, found = policy_of(config, n_trials, steps), []
+    for number, style in enumerate(STYLES):
+        made = policy(sample_curves(count, steps, number, style), range(count), style).reports
+        found.append([*made, *[float(np.mean(made[count // 2 :]))] * (n_trials - count)])
+    return np.array(found, dtype=float)
+
+
+def sample_curves(n_trials: int, steps: Steps, seed: int = 0, style: str = "usual") -> Recording:
     """Learning curves as they may be: saturating, of different speeds and ends, with noise, harder and easier folds.
 
     One trial in five learns nothing. Every report costs one second.
+
+    Args:
+        n_trials: how many.
+        steps: what each reports.
+        seed: of the random numbers.
+        style: one of `STYLES`.
     """
+    slower, noise = STYLES[style]
     rng = np.random.default_rng(seed)
     epochs = np.arange(1, steps.per_fold + 1) / steps.per_epoch
     harder = rng.normal(0, 0.03, steps.folds)
     curves = []
     for number in range(n_trials):
         end = 0.3 + 0.6 * rng.beta(3, 2) * (rng.random() > 0.2)
-        tau = steps.epochs * rng.lognormal(-1.2, 0.5)
+        tau = steps.epochs * rng.lognormal(-1.2, 0.5) * slower
         rise = 0.3 + (end - 0.3) * (1 - np.exp(-epochs / tau)) / (1 - math.exp(-steps.epochs / tau))
         folds = rise + harder[:, None] + rng.normal(0, 0.015, (steps.folds, 1))
-        best = np.maximum.accumulate(folds + rng.normal(0, 0.01, folds.shape), axis=1)
+        best = np.maximum.accumulate(folds + rng.normal(0, 0.01, folds.shape) * noise, axis=1)
         before = np.concatenate([[0.0], np.cumsum(best[:, -1])[:-1]])
         means = ((before[:, None] + best) / np.arange(1, steps.folds + 1)[:, None]).ravel()
         ones, none = (1.0,) * steps.total, (0.0,) * steps.total

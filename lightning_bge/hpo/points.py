@@ -1,12 +1,13 @@
 """Points of a search space: those that are checked before a study starts, and those that it tries first."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.space import Space, find_choice, finite_number, is_drawn, requirements
+from lightning_bge.hpo.space import Space, find_choice, finite_number, is_drawn, requirements, suggest
 
 
 def ends(distribution: BaseDistribution) -> tuple[Any, ...]:
@@ -44,6 +45,21 @@ def complete_point(space: Space, point: Mapping[str, Any], configured: Callable[
         if name in space.when and name not in settings and is_drawn(space, name, always | settings):
             settings[name] = ends(space[name])[0]
     return settings
+
+
+def draw_points(space: Space, first: Sequence[Mapping[str, Any]], count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """So many points as a study's trials have them: those given come first, what they leave out is drawn at random.
+
+    Args:
+        space: the search space.
+        first: points that are tried first, as `parse_points` gives them.
+        count: how many points in all.
+        seed: of the draws.
+    """
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
+    for point in first[:count]:
+        study.enqueue_trial(dict(point))
+    return [suggest(study.ask(), space) for _ in range(count)]
 
 
 def parse_points(raw: Any, space: Space) -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +18,13 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import ConfigError, StudyError
+from lightning_bge.hpo.eta import Eta, estimate_end
+from lightning_bge.hpo.objective import BEST
 from lightning_bge.hpo.points import parse_points
 from lightning_bge.hpo.promote import CONTINUES, PAUSED, PromotePruner, Promoter, begun, continued, nothing_left
 from lightning_bge.hpo.pruning import PrunerConfig, build_pruner
 from lightning_bge.hpo.reports import Steps
-from lightning_bge.hpo.scores import CostName, cost_of, front, ranked, score_of
+from lightning_bge.hpo.scores import CostName, cost_of, front, maximizes, ranked, score_of
 from lightning_bge.hpo.space import describe_difference, parse_space, space_to_json
 from lightning_bge.hpo.storage import enqueue_once, open_storage, sweep
 from lightning_bge.memory import size
@@ -30,6 +32,7 @@ from lightning_bge.memory import size
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 JOURNAL = "journal.log"
 log = logging.getLogger("lightning_bge")
+ETA_SHARE = 50  # the time left is worked out anew when so many times what that takes have passed: 2 % of the time
 LONG = 200  # trials of a study from which on the best five are run again with two other seeds: 10 are at most 5 %
 
 
@@ -162,6 +165,8 @@ def open_study(
     if "space" not in study.user_attrs or "settings" not in study.user_attrs:
         study.set_user_attr("space", space)
         study.set_user_attr("settings", settings)
+    if study.user_attrs.get("steps") != asdict(steps):
+        study.set_user_attr("steps", asdict(steps))
     _check_same(run_dir, study, space, settings)
     sweep(study)
     enqueue_once(study, points, run_dir / JOURNAL)
@@ -256,7 +261,7 @@ def run_study(
     """
     if is_finished(study, config):
         return
-    progress = Progress(config.trials, metric, n_reports, config.cost)
+    progress = Progress(config.trials, metric, n_reports, config)
     promoter = _promoter(study, config, paused_dir)
     callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = [
         *(progress, promoter or _stop_after(config.trials), stop_if_memory_is_kept)
@@ -315,27 +320,65 @@ def stop_if_memory_is_kept(study: optuna.Study, trial: FrozenTrial) -> None:
 
 
 class Progress:
-    """Prints a line after each trial: what became of it, trials done and pruned, the best so far, the time left."""
+    """Prints a line after each trial: what became of it, trials done and pruned, the best so far, the time left.
 
-    def __init__(self, trials: int, metric: str, n_reports: int, cost: str | None = None) -> None:
-        self.trials, self.metric, self.n_reports, self.cost = trials, metric, n_reports, cost
+    Args:
+        trials: how many are to be finished.
+        metric: its name.
+        n_reports: reports of a trial that runs to its end.
+        config: of the search; None: nothing is pruned, and nothing follows.
+    """
+
+    def __init__(self, trials: int, metric: str, n_reports: int, config: StudyConfig | None = None) -> None:
+        self.trials, self.metric, self.n_reports = trials, metric, n_reports
+        self.cost = None if config is None else config.cost
+        self.pruner = PrunerConfig("none") if config is None else config.pruner
+        self.sampler: Literal["tpe", "random"] = "tpe" if config is None else config.sampler
+        self.refit, self.repeats = (False, 0) if config is None else (config.refit, BEST * config.further_seeds)
         self.start = time.monotonic()
-        self.mine = 0
+        self.eta: Eta | None = None
+        self.estimated, self.took = -math.inf, 0.0  # when, and in how many seconds
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Optuna calls this after each trial."""
-        self.mine += 1
         done, pruned = self._done(study), len(ended_early(study))
-        passed = time.monotonic() - self.start
-        # other workers finish trials as well: the rate is that of all, where they are as fast as this one
-        workers = 1 + count(study, TrialState.RUNNING)
         how = "paused" if isinstance(study.pruner, PromotePruner) else "pruned"
-        left = passed / self.mine * max(0, self.trials - done) / workers
         print(
             f"[{done:>{len(str(self.trials))}}/{self.trials}] {self._name(trial)} {self._end(trial)} | "
-            f"{pruned} {how} | {self._best(study, trial)} | {_clock(passed)} passed"
-            + (f", about {_clock(left)} left" if done < self.trials or how == "pruned" else ""),
+            f"{pruned} {how} | {self._best(study, trial)} | {_clock(time.monotonic() - self.start)} passed"
+            + self._left(study),
             flush=True,
+        )
+
+    def _left(self, study: optuna.Study) -> str:
+        """The time left, with the range that holds in eight searches of ten; nothing where it can't be known yet."""
+        now = time.monotonic()
+        if now - self.estimated >= ETA_SHARE * self.took:
+            self.estimated = now
+            self.eta = self._estimate(study)
+            self.took = time.monotonic() - now
+        if self.eta is None:
+            return ""
+        low, mid, high = (_clock(max(0.0, seconds + self.estimated - now)) for seconds in vars(self.eta).values())
+        return f", about {mid} left" + (f" ({low} to {high})" if low != high else "")
+
+    def _estimate(self, study: optuna.Study) -> Eta | None:
+        # a study that this program has not opened does not know its steps
+        steps = Steps(**study.user_attrs.get("steps", {"folds": 1, "epochs": self.n_reports}))
+        workers = 1 + count(study, TrialState.RUNNING)
+        # all rows train for the refit: of K folds K / (K - 1) times as many, without a validation
+        refit = self.refit * (1 / (steps.folds - 1) if steps.folds > 1 else 1.25)
+        direction: Any = "maximize" if maximizes(study) else "minimize"
+        return estimate_end(
+            study.get_trials(deepcopy=False),
+            self.pruner,
+            self.trials,
+            steps,
+            workers,
+            datetime.now(),
+            direction,
+            self.repeats / workers + refit,
+            self.sampler,
         )
 
     def _done(self, study: optuna.Study) -> int:
