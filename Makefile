@@ -8,7 +8,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 SAMPLE := runs/sample
 TESTS := $(BIN)/python -m pytest
 
-.PHONY: help install hpo test test-slow lint format bench clean
+.PHONY: help install hpo test test-slow chromium lint format bench clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -55,8 +55,15 @@ test: export OMP_NUM_THREADS = 1
 test: lint  ## linters, types, import doors, and the test suite
 	$(TESTS) --numprocesses 2
 
-test-slow: $(VENV)/.test  ## what needs servers, browsers or minutes
+test-slow: $(VENV)/.test chromium  ## what needs servers, browsers or minutes
 	$(TESTS) -m slow
+
+# Debian's browser, in which the reports are looked at
+chromium:
+	@command -v chromium >/dev/null || { \
+	    echo "installing chromium"; \
+	    if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; \
+	    else sudo apt-get update -qq && sudo apt-get install -y -qq --no-install-recommends chromium; fi >/dev/null; }
 
 lint: $(VENV)/.test  ## ruff, mypy, import-linter
 	$(BIN)/ruff check

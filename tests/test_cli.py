@@ -24,7 +24,7 @@ import yaml
 from optuna.trial import TrialState
 from safetensors.torch import load_file
 
-from lightning_bge import cli
+from lightning_bge import cli, commands
 from lightning_bge.data import write_sample
 from lightning_bge.hpo import run_repeats
 from lightning_bge.hpo.storage import open_storage
@@ -203,18 +203,18 @@ def test_a_full_disk_has_a_clear_message(run: Run, search: list[str], monkeypatc
 def test_ctrl_c_leaves_no_trial_running_and_its_point_is_tried_again(
     run: Run, search: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    fit = cli.BGETrainer.fit
+    fit = commands.BGETrainer.fit
 
-    def interrupted(self: cli.BGETrainer, *args: object, **kwargs: object) -> None:
+    def interrupted(self: commands.BGETrainer, *args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.BGETrainer, "fit", interrupted)
+    monkeypatch.setattr(commands.BGETrainer, "fit", interrupted)
     status, _, err = run(*search)
     assert status == 130
     assert "the same command goes on" in err
     [first, queued] = trials(tmp_path / "study")
     assert (first.state, queued.state) == (TrialState.FAIL, TrialState.WAITING)
-    monkeypatch.setattr(cli.BGETrainer, "fit", fit)
+    monkeypatch.setattr(commands.BGETrainer, "fit", fit)
     status, _, err = run(*search)
     assert status == 0, err
     retried = trials(tmp_path / "study")[1]
@@ -233,21 +233,21 @@ def test_the_best_trials_are_run_again_with_other_seeds_and_ctrl_c_loses_none(
 ) -> None:
     study = tmp_path / "study"
     search = [*search, "--hpo.pruner.name", "none", "--hpo.repeats", "2"]
-    fit, calls = cli.BGETrainer.fit, []
+    fit, calls = commands.BGETrainer.fit, []
 
-    def interrupted(self: cli.BGETrainer, *args: Any, **kwargs: Any) -> None:
+    def interrupted(self: commands.BGETrainer, *args: Any, **kwargs: Any) -> None:
         calls.append(1)
         if len(calls) == 12:  # two folds each of three trials, of two repeats, and of this one
             raise KeyboardInterrupt
         fit(self, *args, **kwargs)
 
-    monkeypatch.setattr(cli.BGETrainer, "fit", interrupted)
+    monkeypatch.setattr(commands.BGETrainer, "fit", interrupted)
     status, out, err = run(*search)
     assert status == 130
     assert "at the end the best trials, up to 5, are run again; other seeds for each: 2" in out
     assert [t.state.name for t in repeats(study)] == ["COMPLETE"] * 2 + ["FAIL"] + ["WAITING"] * 4
     before = [(t.number, t.value, t.datetime_complete) for t in repeats(study)[:2]]
-    monkeypatch.setattr(cli.BGETrainer, "fit", fit)
+    monkeypatch.setattr(commands.BGETrainer, "fit", fit)
     status, out, err = run(*search)
     assert status == 0, err
     assert len(trials(study)) == 3
@@ -288,7 +288,7 @@ def test_the_winner_of_the_repeats_is_what_the_study_ends_with(
         assert worst != found.before
         return replace(found, winner=worst)
 
-    monkeypatch.setattr(cli, "run_repeats", changed)
+    monkeypatch.setattr(commands, "run_repeats", changed)
     status, out, err = run(*search, "--hpo.pruner.name", "none", "--hpo.repeats", "1")
     assert status == 0, err
     summary = json.loads((study / "summary.json").read_text())

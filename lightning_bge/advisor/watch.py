@@ -1,0 +1,340 @@
+"""Watches a few real training steps of any LightningModule: what they take, what runs in them, what they see."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import Profiler
+from torch import Tensor
+
+from lightning_bge.advisor.recorder import Recorder
+from lightning_bge.advisor.trace import Trace
+from lightning_bge.memory import process_bytes
+
+FETCH = "train_dataloader_next"  # the end of Lightning's names of what it does
+RUN = "run_training_batch"
+MOVE = "batch_to_device"
+TRACES = 3  # optimizer steps that are traced: their pauses differ
+WARM_UP = 2  # batches that are not timed: caches, the allocator, the optimizer's state, a first compilation
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A batch as the loader gave it.
+
+    Attributes:
+        rows: sequences.
+        tokens: real tokens; None: not known.
+        width: tokens of a row with its padding; None: the batch is no mapping with an `attention_mask`.
+        longest: real tokens of its longest row; None likewise.
+        pinned: whether its tensors lie in page-locked memory; None: there are none.
+    """
+
+    rows: int
+    tokens: int | None
+    width: int | None
+    longest: int | None
+    pinned: bool | None
+
+
+@dataclass
+class Cycle:
+    """What Lightning did from one fetch of a batch to the next, in seconds by its own name of it."""
+
+    actions: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    slowed: bool = False  # by the trace, or by torch.compile, which made a graph
+
+
+@dataclass
+class Observation:
+    """What was seen in two short epochs.
+
+    Attributes:
+        cycles: one for each batch but an epoch's last.
+        batches: as the loader gave them.
+        windows: rows that went into each optimizer step.
+        batches_per_step: the most batches of any of them.
+        left: rows behind the last optimizer step of each epoch.
+        kept: batches behind an optimizer step that began with gradients: all zero, or not.
+        workers: process ids of the loader's workers in each epoch.
+        compiled: graphs that torch.compile made while each batch was trained.
+        traces: of an optimizer step each.
+        traced_tokens: real tokens of the first one's batches; None: not known.
+        peak_bytes: the most memory that the process (the device's allocator) held.
+    """
+
+    cycles: list[Cycle] = field(default_factory=list)
+    batches: list[Seen] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+    batches_per_step: int = 0
+    left: list[int] = field(default_factory=list)
+    kept: Counter[str] = field(default_factory=Counter)
+    workers: list[frozenset[int]] = field(default_factory=list)
+    compiled: list[int] = field(default_factory=list)
+    traces: list[Trace] = field(default_factory=list)
+    traced_tokens: int | None = None
+    peak_bytes: int = 0
+
+    @property
+    def trace(self) -> Trace | None:
+        """The first of the traces."""
+        return self.traces[0] if self.traces else None
+
+    @property
+    def timed(self) -> list[Cycle]:
+        """The cycles that were not slowed down by warming up, the trace or compiling."""
+        return [cycle for cycle in self.cycles[WARM_UP:] if not cycle.slowed]
+
+    def seconds(self, *names: str, prefix: str = "") -> float:
+        """Median seconds of a batch spent in the actions whose names end so (begin so)."""
+        found = [
+            sum(
+                spent
+                for action, spent in cycle.actions.items()
+                if (action.endswith(names) if names else action.startswith(prefix))
+            )
+            for cycle in self.timed
+        ]
+        return median(found) if found else 0.0
+
+    @property
+    def cycle_seconds(self) -> float:
+        """Median seconds from one batch to the next."""
+        return median(cycle.seconds for cycle in self.timed) if self.timed else 0.0
+
+
+class _Clock(Profiler):
+    """Lightning tells its profiler what it does: the door through which each part of a batch is timed."""
+
+    def __init__(self, observation: Observation, around: Callable[[bool], None], device: torch.device) -> None:
+        super().__init__()
+        self.observation, self.around, self.device = observation, around, device
+        self.cycle: Cycle | None = None
+        self._since: dict[str, float] = {}
+        self._began = 0.0
+
+    def start(self, action_name: str) -> None:
+        if action_name.endswith(FETCH):
+            self._close()
+            self.cycle, self._began = Cycle(), perf_counter()
+        if action_name == RUN:
+            self.around(True)
+        self._since[action_name] = perf_counter()
+
+    def stop(self, action_name: str) -> None:
+        since = self._since.pop(action_name, None)
+        if action_name == RUN and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if since is not None and self.cycle is not None:
+            spent = self.cycle.actions.get(action_name, 0.0)
+            self.cycle.actions[action_name] = spent + perf_counter() - since
+        if action_name == RUN:
+            self.around(False)
+
+    def _close(self) -> None:
+        if self.cycle is not None:
+            self.cycle.seconds = perf_counter() - self._began
+            self.observation.cycles.append(self.cycle)
+            self.cycle = None
+
+    def drop(self) -> None:
+        """An epoch is over: what follows its last batch is no part of a step."""
+        self.cycle = None
+
+
+class Watch(Callback):
+    """Watches `fit`; its trainer is to make two short epochs. The last of the callbacks.
+
+    Three optimizer steps of the second epoch are traced, and where the host read values in the first, another one, with
+    the lines of code from which it did.
+
+    Args:
+        trace: trace a step; else batches are timed alone.
+
+    Attributes:
+        observation: what was seen.
+    """
+
+    def __init__(self, trace: bool = True) -> None:
+        self.observation, self.trace = Observation(), trace
+        self._open = self._behind = 0  # rows and batches behind the last optimizer step
+        self._sum, self._tokens = Trace(), 0  # of the step being traced; below 0: its tokens are not known
+        self._stepped = False
+        self._fresh = True  # no backward pass since the last optimizer step
+        self._recorder: Recorder | None = None
+        self._tracing = False
+        self._where: bool | None = False  # whether lines of code are to be traced; None: they were
+        self._graphs = 0
+        self._undo: list[Callable[[], Any]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the doors."""
+        self._clock = _Clock(self.observation, self._around, pl_module.device)
+        self._trainer, self._device, self._others = trainer, pl_module.device, _children()
+        old, move = trainer.profiler, trainer.strategy.batch_to_device  # type: ignore[attr-defined]
+        trainer.profiler = self._clock  # type: ignore[attr-defined]
+
+        def watched(batch: Any, *args: Any, **options: Any) -> Any:
+            if trainer.training:
+                self.observation.batches.append(look_at(batch))
+            return move(batch, *args, **options)
+
+        trainer.strategy.batch_to_device = watched  # type: ignore[method-assign]
+        self._undo = [
+            lambda: setattr(trainer, "profiler", old),
+            lambda: vars(trainer.strategy).pop("batch_to_device", None),
+        ]
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hear of each optimizer step."""
+        for optimizer in trainer.optimizers:
+            self._undo.append(optimizer.register_step_post_hook(self._step).remove)
+
+    def _step(self, *_: Any) -> None:
+        self._stepped = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note who the workers are."""
+        if batch_idx == 0:
+            self.observation.workers.append(_children() - self._others)
+        self._graphs = _graphs()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Are there gradients left of the last step?"""
+        if self._fresh and self.observation.windows:
+            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            if grads:
+                zero = not any(bool(grad.any()) for grad in grads)
+                self.observation.kept["zeros" if zero else "not cleared"] += 1
+        self._fresh = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the rows that went into an optimizer step."""
+        seen = self.observation
+        seen.compiled.append(_graphs() - self._graphs)
+        if seen.compiled[-1] and self._clock.cycle is not None:
+            self._clock.cycle.slowed = True
+        self._open += seen.batches[-1].rows
+        self._behind += 1
+        if self._stepped:
+            seen.windows.append(self._open)
+            seen.batches_per_step = max(seen.batches_per_step, self._behind)
+            self._open, self._behind, self._stepped, self._fresh = 0, 0, False, True
+            if self._tracing:
+                self._traced()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What no optimizer step has seen stays behind."""
+        self.observation.left.append(self._open)
+        self._open = self._behind = 0
+        self._tracing = False
+        self._clock.drop()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the doors."""
+        if self._device.type == "cuda":
+            self.observation.peak_bytes = torch.cuda.max_memory_allocated(self._device)
+        else:
+            self.observation.peak_bytes = process_bytes().get("VmHWM", 0)
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind."""
+        if self._recorder is not None:
+            self._recorder.stop()
+            self._recorder = None
+        self._close()
+
+    def _close(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo = []
+
+    # ------------------------------------------------------------------ the trace of one optimizer step
+
+    def _around(self, before: bool) -> None:
+        """A batch's forward, backward and step begin, or have ended."""
+        seen = self.observation
+        second = len(seen.left) == 1 and len(seen.windows) > 0 and self._behind == 0
+        if before and second and not self._tracing and self._wanted() and self._batch_number() > WARM_UP:
+            self._tracing, self._sum, self._tokens = True, Trace(), 0
+        if not self._tracing:
+            return
+        if before:
+            assert self._clock.cycle is not None
+            self._clock.cycle.slowed = True
+            self._recorder = Recorder(self._device, with_stack=bool(self._where))
+            self._recorder.start()
+        elif self._recorder is not None:
+            recorder, self._recorder = self._recorder, None
+            self._sum.add(recorder.stop())
+            tokens = seen.batches[-1].tokens
+            self._tokens = -1 if tokens is None or self._tokens < 0 else self._tokens + tokens
+
+    def _batch_number(self) -> int:
+        return self._trainer.fit_loop.epoch_loop.batch_idx + 1
+
+    def _wanted(self) -> bool:
+        """Whether a trace is missing: of a step, or of where in the code the host reads values."""
+        return self.trace and (len(self.observation.traces) < TRACES or bool(self._where))
+
+    def _traced(self) -> None:
+        seen = self.observation
+        self._tracing = False
+        if self._where:
+            seen.traces[0].items, self._where = self._sum.items, None
+            return
+        if not seen.traces:
+            seen.traced_tokens = None if self._tokens < 0 else self._tokens
+        seen.traces.append(self._sum)
+        self._where = len(seen.traces) == TRACES and bool(seen.traces[0].items)
+
+
+def look_at(batch: Any) -> Seen:
+    """Count a batch as it lies on the host: ours, a mapping with an `attention_mask` [N, T], or any other."""
+    tensors = list(_tensors(batch))
+    pinned = all(tensor.is_pinned() for tensor in tensors) if tensors and torch.cuda.is_available() else None
+    if hasattr(batch, "tokens") and hasattr(batch, "size"):
+        lengths = [length for micro in batch.micro for length in micro.lengths]
+        return Seen(batch.size, batch.tokens, None, max(lengths, default=0), pinned)
+    mask = batch.get("attention_mask") if hasattr(batch, "get") else None
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        of_rows = mask.sum(dim=1)
+        return Seen(len(mask), int(of_rows.sum()), mask.shape[1], int(of_rows.max()), pinned)
+    rows = next((len(tensor) for tensor in tensors if tensor.ndim), 1)
+    return Seen(rows, None, None, None, pinned)
+
+
+def _tensors(batch: Any) -> Sequence[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    if hasattr(batch, "micro"):
+        return [micro.input_ids for micro in batch.micro]
+    if hasattr(batch, "values"):
+        batch = list(batch.values())
+    if isinstance(batch, list | tuple):
+        return [tensor for part in batch for tensor in _tensors(part)]
+    return []
+
+
+def _children() -> frozenset[int]:
+    return frozenset(process.pid for process in multiprocessing.active_children() if process.pid is not None)
+
+
+def _graphs() -> int:
+    dynamo = sys.modules.get("torch._dynamo.utils")  # not imported for this, as that takes seconds
+    return 0 if dynamo is None else dynamo.counters["stats"]["unique_graphs"]
