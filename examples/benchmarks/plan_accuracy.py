@@ -1,0 +1,208 @@
+"""How well `plan` foretells a search, and the time left that a search prints: both against the clock on the wall.
+
+    OMP_NUM_THREADS=2 python examples/benchmarks/plan_accuracy.py --data FOLDER
+
+Each study is `lightning-bge plan`, then `lightning-bge hpo`, each in a process of its own, and nothing else should run.
+First studies without pruning, then with the default pruner and other seeds. Compared with the wall time of the whole
+command, from the start of its process to its end, are the plan's hours and their range; of pruned studies also what the
+plan's measurements give for the reports that the trials have really made; and the time left that was printed when a
+third of the trials had been run. A study that is in the record is not run again: a benchmark that was cut off goes on
+with the same command. FOLDER holds `rte/train.tsv`; with --train, --columns and --label it may be any other file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from common import add_shared_arguments, packaged_weights, write_record
+from note import table, write_note
+
+from lightning_bge.advisor import load_calibration, seconds_of
+from lightning_bge.hpo import PrunerConfig, parse_space, read_history
+from lightning_bge.runs import read_json
+
+SPACE = """{
+    model.optimizer.lr: {low: 1.0e-5, high: 3.0e-4, log: true},
+    model.dropout: {choices: [0.0, 0.1]},
+    data.batch_size: {choices: [16, 32]}
+}"""
+OUT = "docs/benchmarks/plan_accuracy.json"
+UNPRUNED = ({"folds": 1, "rows": 1.5}, {"folds": 2, "rows": 1.0}, {"folds": 1, "rows": 1.25})  # rows: times --rows
+EPOCHS, PRUNED_FOLDS = 2, 2
+TIME_LEFT = re.compile(r"about (\S+) left(?: \((\S+) to (\S+)\))?$")
+
+
+def settings(given: argparse.Namespace, folds: int, rows: float, seed: int, pruner: str, run_dir: Path) -> list[str]:
+    """The flags of one study."""
+    named = {
+        "run_dir": run_dir,
+        "model.name_or_path": given.model,
+        "data.train_file": Path(given.data, given.train),
+        "data.text_columns": given.columns,
+        "data.label_column": given.label,
+        "data.cache_dir": Path(given.work, "cache"),
+        "data.table.max_rows": round(rows * given.rows),
+        "data.split.folds": folds,
+        "trainer.max_epochs": EPOCHS,
+        "hpo.trials": given.trials,
+        "hpo.space": SPACE,
+        "hpo.seed": seed,
+        "hpo.pruner.name": pruner,
+    }
+    return [word for name, value in named.items() for word in (f"--{name}", str(value))]
+
+
+def run(command: str, flags: list[str]) -> tuple[float, float, list[tuple[float, str]]]:
+    """Run the program; when it began and ended, and each line of its output with the time at which it came."""
+    words = [sys.executable, "-m", "lightning_bge.cli", command, *flags]
+    began, lines = time.time(), []
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as one:
+        assert one.stdout is not None
+        for line in one.stdout:
+            lines.append((time.time(), line.rstrip()))
+    if one.returncode:
+        raise SystemExit(f"{command} ended with status {one.returncode}: {' '.join(words)}")
+    return began, time.time(), lines
+
+
+def study(given: argparse.Namespace, name: str, folds: int, rows: float, seed: int, pruner: str) -> dict[str, Any]:
+    """Plan one study, run it, and compare."""
+    run_dir = Path(given.work, name)
+    shutil.rmtree(run_dir, ignore_errors=True)  # of a study that was cut off
+    flags = settings(given, folds, rows, seed, pruner, run_dir)
+    plan_file = Path(given.work, f"{name}-plan.json")
+    began, ended, _ = run("plan", [*flags, "--seconds", str(given.seconds), "--json", str(plan_file)])
+    planned = read_json(plan_file)
+    assert planned is not None
+    found = {"folds": folds, "rows": round(rows * given.rows), "seed": seed, "pruner": pruner}
+    found |= {"plan_took": ended - began, "problems": planned["problems"]}
+    found |= {name: planned["prediction"][name] for name in ("low", "mid", "high")}
+    began, ended, lines = run("hpo", flags)
+    found["wall"] = ended - began
+    return found | {"given_reports": given_reports(run_dir, planned), "left": time_left(lines, ended)}
+
+
+def given_reports(run_dir: Path, planned: dict[str, Any]) -> float:
+    """Seconds that the plan's measurements give for the reports that the trials have made."""
+    asked = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["hpo"]
+    history, summary = read_history(run_dir), read_json(run_dir / "summary.json")
+    assert history is not None
+    assert summary is not None
+    known, pruner = load_calibration(planned["calibration"]), PrunerConfig(**asked["pruner"])
+    return seconds_of(known, parse_space(asked["space"]), pruner, history, summary["refit_epochs"])
+
+
+def time_left(lines: list[tuple[float, str]], ended: float) -> dict[str, float]:
+    """The time left that was printed after a third of the trials' lines, and that which was really left."""
+    shown = [(at, found) for at, line in lines if line.startswith("[") and (found := TIME_LEFT.search(line))]
+    at, found = shown[(len(shown) - 1) // 3]
+    mid, low, high = (seconds(text or found[1]) for text in found.groups())
+    return {"low": low, "mid": mid, "high": high, "true": ended - at}
+
+
+def seconds(text: str) -> float:
+    """Of `1:02:03`."""
+    hours, minutes, rest = text.split(":")
+    return int(hours) * 3600 + int(minutes) * 60 + int(rest)
+
+
+def studies(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """All that are to be run, by their names."""
+    todo = {
+        f"unpruned-{number}": {**kind, "seed": 42, "pruner": "none"}
+        for number, kind in enumerate(UNPRUNED[: given.unpruned], start=1)
+    }
+    pruned = {"folds": PRUNED_FOLDS, "rows": 1.0, "pruner": PrunerConfig().name}
+    return todo | {f"pruned-{seed}": {**pruned, "seed": seed} for seed in range(1, given.pruned + 1)}
+
+
+def judge(done: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What was asked: errors as shares of the wall time, and how often the ranges hold."""
+    unpruned = [one for one in done.values() if one["pruner"] == "none"]
+    pruned = [one for one in done.values() if one["pruner"] != "none"]
+    left = [one["left"] for one in done.values()]
+
+    def within(one: dict[str, float], truth: float) -> bool:
+        return one["low"] <= truth <= one["high"]
+
+    return {
+        "unpruned": [one["mid"] / one["wall"] - 1 for one in unpruned],
+        "pruned_in_range": [within(one, one["wall"]) for one in pruned],
+        "pruned_given_reports": [one["given_reports"] / one["wall"] - 1 for one in pruned],
+        "left": [one["mid"] / one["true"] - 1 for one in left],
+        "left_in_range": [within(one, one["true"]) for one in left],
+    }
+
+
+def sections(done: dict[str, dict[str, Any]], verdict: dict[str, Any]) -> list[str]:
+    """The note's tables."""
+    rows, left = [], []
+    for name, one in done.items():
+        off, given = (f"{one[key] / one['wall'] - 1:+.1%}" for key in ("mid", "given_reports"))
+        hours = (one["mid"], f"{one['low']:.0f} to {one['high']:.0f}", one["wall"], off, given)
+        rows.append([name, one["folds"], one["rows"], *hours])
+        one = one["left"]
+        off = f"{one['mid'] / one['true'] - 1:+.1%}"
+        left.append([name, one["mid"], f"{one['low']:.0f} to {one['high']:.0f}", one["true"], off])
+    header = ["study", "folds", "rows", "planned s", "range", "wall s", "off by", "given the reports"]
+    lines = []
+    if verdict["unpruned"]:
+        lines.append(f"without pruning, the largest error is {np.abs(verdict['unpruned']).max():.1%}")
+    if verdict["pruned_in_range"]:
+        inside, count = sum(verdict["pruned_in_range"]), len(verdict["pruned_in_range"])
+        lines.append(f"pruned, the range holds in {inside} of {count}")
+        largest = np.abs(verdict["pruned_given_reports"]).max()
+        lines.append(f"given the reports that pruned trials made, the largest error is {largest:.1%}")
+    inside, count = sum(verdict["left_in_range"]), len(verdict["left_in_range"])
+    lines.append(f"after a third, the range of the time left holds in {inside} of {count}")
+    return [
+        "\n".join(f"- {line}" for line in lines),
+        "## Plans\n\nThe range is to hold in eight of ten.\n\n" + table(header, rows),
+        "## The time left, after a third of the trials\n\n"
+        + table(["study", "printed s", "range", "really left s", "off by"], left),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_shared_arguments(parser, OUT, None)
+    parser.add_argument("--train", default="rte/train.tsv", help="rows, in the data's folder (default: %(default)s)")
+    parser.add_argument("--columns", default="[sentence1, sentence2]", help="the texts' (default: %(default)s)")
+    parser.add_argument("--label", default="label", help="column (default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=int, default=200, help="the first so many, times 1 to 1.5 (default: %(default)s)"
+    )
+    parser.add_argument("--trials", type=int, default=12, help="of each study (default: %(default)s)")
+    parser.add_argument("--unpruned", type=int, default=len(UNPRUNED), help="how many (default: %(default)s)")
+    parser.add_argument("--pruned", type=int, default=10, help="how many (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="that a plan measures (default: %(default)s)")
+    parser.add_argument("--work", default="runs/plan_accuracy", help="folder of the studies (default: %(default)s)")
+    given = parser.parse_args()
+    given.model = packaged_weights() if given.model is None else given.model
+    Path(given.work).mkdir(parents=True, exist_ok=True)
+    done = (read_json(Path(given.out)) or {}).get("studies", {})
+    todo = studies(given)
+    for name, kind in todo.items():
+        if name in done:
+            continue
+        done[name] = study(given, name, **kind)
+        print(json.dumps({name: done[name]}), flush=True)
+        verdict = judge(done)
+        shown = argparse.Namespace(**{key: value for key, value in vars(given).items() if key != "work"})
+        write_record(given.out, "plan_accuracy", shown, {"studies": done, "verdict": verdict})
+        write_note(given.out, "How well a plan foretells a search", sections(done, verdict))
+
+
+if __name__ == "__main__":
+    main()
