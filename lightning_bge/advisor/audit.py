@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from lightning_bge.advisor.claims import Claims, claims_of
@@ -151,8 +151,8 @@ def audit(
     Args:
         module: that trains as you train it.
         data: a data module, or training loaders; None: the module has its own.
-        trainer: your arguments of Lightning's `Trainer`, callbacks among them. Those that say how long to train are
-            replaced.
+        trainer: your arguments of Lightning's `Trainer`, callbacks among them. Those that say how long to train and on
+            how many devices are replaced: one device is watched. Checkpoints and early stopping are left out.
         claims: what is said to be in effect, where it can't be read off the objects: see `Claims`.
         config: how much is measured.
     """
@@ -193,7 +193,10 @@ class _Foreign(Subject):
     ) -> tuple[LightningModule, Trainer]:
         given = {name: value for name, value in self.trainer.items() if name not in _OURS}
         listed = given.pop("callbacks", None) or []
-        own = [listed] if isinstance(listed, Callback) else [c for c in listed if not isinstance(c, ModelCheckpoint)]
+        listed = [listed] if isinstance(listed, Callback) else listed
+        own = [callback for callback in listed if not isinstance(callback, ModelCheckpoint | EarlyStopping)]
+        devices = given.pop("devices", 1)
+        given["devices"] = devices[:1] if isinstance(devices, list) else 1
         changed = {name.removeprefix("trainer."): value for name, value in settings.items()}
         made = Trainer(**{**given, **_QUIET, **limits, **changed, "callbacks": [self.rewind, *own, *callbacks]})
         if hasattr(self.data, "train_dataloader"):
@@ -213,10 +216,13 @@ _OURS = (
     "limit_train_batches",
     "fast_dev_run",
     "profiler",
+    "strategy",
+    "num_nodes",
 )
 _QUIET: dict[str, Any] = {
     **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
-    **{"num_sanity_val_steps": 0, "limit_val_batches": 0},
+    # one batch, as schedules may wait for a metric of validation
+    **{"num_sanity_val_steps": 0, "limit_val_batches": 1},
 }
 
 

@@ -187,9 +187,11 @@ def calibrate(bench: Bench, points: Sequence[dict[str, Any]], space: Space, epoc
         raise ConfigError(f"none of {missing} points of the space fits into memory: see what `fit` says of them")
     rate = fmean(draw.rate for draw in draws)
     validation = fmean(draw.validation_rate for draw in draws)
-    # without the refit's steps, and with the whole test file
-    finish = bench.finish() - rate * tokens_of(bench.meter.steps)
-    finish += validation * (bench.test_tokens() - tokens_of(bench.meter.validation))
+    finish = bench.finish()
+    # without the refit's steps, but for what the first one takes more than others; and with the whole test file
+    first, *others = bench.meter.steps or [Step(0.0, 0.0, 0, 0, 0)]
+    finish -= rate * first.tokens + seconds_of(others) + seconds_of(bench.meter.validation)
+    finish += validation * bench.test_tokens()
     warm = [visit for draw in draws for visit in draw.visits if not visit.read]
     reset = fmean(visit.load for visit in warm) if warm else 0.0
     reads = [visit.load for draw in draws for visit in draw.visits if visit.read]

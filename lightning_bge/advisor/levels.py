@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -143,7 +142,7 @@ def trying_s(study: Study, calibration: Calibration, share: float, compile: Comp
         return 0.0, "compiled in what was measured"
     known, steps = Findings(graphs=2, step_s=calibration.step_s), steps_of(study, calibration, share)
     if (text := too_short(known, steps)) is not None:
-        return 0.0, text
+        return 0.0, text.removeprefix("compile off: ")
     most = time_limit_s(known, steps, compile)
     return most, f"tried when the study starts, for {most:.0f} s at most; what it brings is not known before"
 
@@ -179,9 +178,11 @@ def describe_compile(
     """When compiling pays, with the arithmetic; with steps this share shorter, and with steps this share faster."""
     steps = steps_of(study, calibration, prediction.share[1])
     train = steps * calibration.step_s
+    needed = needed_gain(compile_s, train)
+    pays = f"pay where steps get {needed:.1%} shorter" if needed < 1 else "can't pay"
     lines = [
         f"each worker trains {steps:,.0f} steps of {calibration.step_s * 1000:,.0f} ms = {in_words(train / HOUR)}; "
-        f"{compile_s:g} s of compiling pay where steps get {_share(needed_gain(compile_s, train))} shorter"
+        f"{compile_s:g} s of compiling {pays}"
     ]
     kinds: Sequence[How] = ("shorter", "faster")
     for how in kinds:
@@ -193,7 +194,3 @@ def describe_compile(
             f"net: {in_words(net.saved)} - {in_words(net.overhead)} = {in_words(net.net)}"
         )
     return lines
-
-
-def _share(value: float) -> str:
-    return f"{value:.1%}" if math.isfinite(value) and value < 1 else "more than can be"

@@ -92,14 +92,14 @@ def _parts(plan: Plan) -> list[str]:
         epochs=study.steps.epochs,
     )
     each = cost.total(study.steps)
-    low, mid, high = found.share
+    low, _, high = found.share
     return [
         how,
         f"  a trial to its end: {study.steps.folds} x (fold {cost.fold:.2f} s + {study.steps.epochs} x (steps "
         f"{cost.train:.2f} s + validation {cost.validation * study.steps.per_epoch:.2f} s + {cost.epoch:.2f} s)) "
         f"+ {cost.visit:.2f} s = {in_words(each / HOUR)}",
-        f"  {study.trials:,} of them: {in_words(found.full / HOUR)}; pruned: {mid:.0%} of that ({low:.0%} to "
-        f"{high:.0%}), {in_words(found.search / HOUR)}; about {found.complete:.0f} run to their end",
+        f"  {study.trials:,} of them: {in_words(found.full / HOUR)}; pruned: {found.search / found.full:.0%} of that "
+        f"({low:.0%} to {high:.0%}), {in_words(found.search / HOUR)}; about {found.complete:.0f} run to their end",
         f"  before and after: {in_words(found.around / HOUR)} (a process starts in {calibration.start:.1f} s, its "
         f"first trial takes {calibration.first:.1f} s more, the end {calibration.finish:.1f} s and the refit)",
     ]

@@ -20,9 +20,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.hpo.objective import BEST, Objective, predictions_file
+from lightning_bge.hpo.progress import Progress, count
 from lightning_bge.hpo.scores import best_points, maximizes, ranked, score_of
 from lightning_bge.hpo.storage import sweep
-from lightning_bge.hpo.study import FINISHED, Progress, StudyConfig, count, is_finished, stop_if_memory_is_kept
+from lightning_bge.hpo.study import FINISHED, StudyConfig, is_finished, stop_if_memory_is_kept
 
 ATTEMPTS = 3  # of one repeat, whose process died or which failed; then it counts as one without a value
 log = logging.getLogger("lightning_bge")

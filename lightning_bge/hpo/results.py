@@ -16,9 +16,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.objective import Build, Setup, drop_predictions, load_predictions, predictions_file
+from lightning_bge.hpo.progress import count, ended_early, finished
 from lightning_bge.hpo.repeats import Repeats, describe_repeats
 from lightning_bge.hpo.scores import cost_of, front, ranked, score_of
-from lightning_bge.hpo.study import FINISHED, count, ended_early, finished
+from lightning_bge.hpo.study import FINISHED
 from lightning_bge.memory import release
 from lightning_bge.models import best_threshold, compute_metrics
 from lightning_bge.models.metrics import (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from lightning_bge.advisor.cost import (
     ORIGINAL,
     ORIGINAL_NET,
     ORIGINAL_PARTS,
+    How,
     TrialCost,
     break_even,
     compile_balance,
@@ -43,6 +45,16 @@ def test_the_reference_case_with_steps_15_percent_faster_is_another_one() -> Non
         "saving   1,038.0 h of training with steps 15% faster: 1,038.0 h / 1.15 less = 135.4 h",
         "net      135.4 h - 33.3 h = 102.1 h",
     )
+
+
+def test_the_page_shows_this_arithmetic() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    kinds: tuple[How, How] = ("shorter", "faster")
+    for line in (
+        *describe_original()[:3],
+        *(line for how in kinds for line in compile_balance(**REFERENCE, how=how).lines),
+    ):
+        assert line in page
 
 
 def test_compiled_once_a_process_the_overhead_is_a_minute() -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from foreign import Classifier, loader
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from small_search import make, write_files
 
-from lightning_bge.advisor import AuditConfig, OwnRun, audit_own, describe_audit
+from lightning_bge.advisor import AuditConfig, OwnRun, audit, audit_own, describe_audit
 from lightning_bge.callbacks import CompileConfig
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo import PrunerConfig, Steps, StudyConfig
@@ -84,12 +87,15 @@ def test_negative_settings_are_refused(name: str) -> None:
         AuditConfig(**{name: -1})
 
 
+def test_early_stopping_checkpoints_and_several_devices_of_a_project_are_left_out(tmp_path: Path) -> None:
+    callbacks = [EarlyStopping("val_loss"), ModelCheckpoint(tmp_path)]
+    options = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "callbacks": callbacks, "max_time": "00:00:00:01"}
+    found = audit(Classifier(), loader(), options, config=AuditConfig(rounds=0))
+    assert found.row("effective batch").in_effect == "8 rows"
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_and_random_numbers_are_as_before(tmp_path: Path) -> None:
-    import torch
-    from foreign import Classifier, loader
-
-    from lightning_bge.advisor import audit
-
     module = Classifier()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     drawn = torch.random.get_rng_state()

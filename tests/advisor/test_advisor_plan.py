@@ -251,7 +251,7 @@ def test_compiling_is_tried_only_where_the_run_itself_would_try() -> None:
         replace(STUDY, trials=1), replace(KNOWN, draws=(replace(KNOWN.draws[0], step_s=0.001),)), 1.0, auto
     )
     assert short[0] == 0.0
-    assert "compile off:" in short[1]
+    assert "could be saved, compiling takes at least" in short[1]
     assert trying_s(replace(STUDY, trials=2000), KNOWN, 1.0, auto)[0] == 50.0
     assert trying_s(replace(STUDY, trials=2000), KNOWN, 1.0, CompileConfig("always"))[0] == 0.0
     assert "would make it" in table(replace(STUDY, trials=2000), compile=auto)["+compile"].how
@@ -266,6 +266,7 @@ def test_break_even_of_compiling() -> None:
     assert "paid after 500 steps, 1.2 whole trials" in shorter  # 60 s / (0.15 x 0.8 s)
     assert "net: 28.8 min - 60 s = 27.8 min" in shorter
     assert "paid after 575 steps" in faster
+    assert describe_compile(STUDY, KNOWN, prediction, 1e9, 0.15)[0].endswith("1e+09 s of compiling can't pay")
 
 
 def test_the_table_lines_up() -> None:

@@ -14,9 +14,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_bge.hpo import PrunerConfig, Recording, Steps, StudyConfig, build_pruner, estimate_end, open_study
 from lightning_bge.hpo.eta import Eta
+from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.promote import CONTINUES, PAUSED, POINT, Standings, last_resumed, next_resumed, rung_steps
 from lightning_bge.hpo.replay import Curve, replay_pruned
-from lightning_bge.hpo.study import Progress
 
 START = datetime(2026, 1, 1)
 CURVES = Path(__file__).parents[2] / "docs" / "benchmarks" / "curves"
@@ -245,7 +245,7 @@ def test_progress_says_it_and_works_it_out_seldom(
         asked.append((len(trials), *rest))
         return Eta(3900.0, 4800.0, 6000.0)
 
-    monkeypatch.setattr("lightning_bge.hpo.study.estimate_end", fake)
+    monkeypatch.setattr("lightning_bge.hpo.progress.estimate_end", fake)
     progress = Progress(9, "f1", 4, config)
     for trial in made(2):
         study.add_trial(trial)

@@ -1,0 +1,135 @@
+"""What a search has done and has still to do, in a line after each trial."""
+
+from __future__ import annotations
+
+import math
+import time
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from lightning_bge.hpo.eta import Eta, estimate_end
+from lightning_bge.hpo.objective import BEST
+from lightning_bge.hpo.promote import CONTINUES, PAUSED, PromotePruner, begun, continued
+from lightning_bge.hpo.pruning import PrunerConfig
+from lightning_bge.hpo.reports import Steps
+from lightning_bge.hpo.scores import cost_of, front, maximizes, ranked, score_of
+
+if TYPE_CHECKING:
+    from lightning_bge.hpo.study import StudyConfig
+
+ETA_SHARE = 50  # the time left is worked out anew when so many times what that takes have passed: 2 % of the time
+
+
+def count(study: optuna.Study, *states: TrialState) -> int:
+    """Number of trials in any of the states."""
+    return len(study.get_trials(deepcopy=False, states=states))
+
+
+def finished(study: optuna.Study) -> int:
+    """Number of trials that have ended, completed or pruned; one that was paused and resumed counts once."""
+    return begun(study.get_trials(deepcopy=False))
+
+
+def ended_early(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that were pruned, or paused and not resumed."""
+    trials = study.get_trials(deepcopy=False)
+    went_on = continued(trials)
+    return [trial for trial in trials if trial.state == TrialState.PRUNED and trial.number not in went_on]
+
+
+class Progress:
+    """Prints a line after each trial: what became of it, trials done and pruned, the best so far, the time left.
+
+    Args:
+        trials: how many are to be finished.
+        metric: its name.
+        n_reports: reports of a trial that runs to its end.
+        config: of the search; None: nothing is pruned, and nothing follows.
+    """
+
+    def __init__(self, trials: int, metric: str, n_reports: int, config: StudyConfig | None = None) -> None:
+        self.trials, self.metric, self.n_reports = trials, metric, n_reports
+        self.cost = None if config is None else config.cost
+        self.pruner = PrunerConfig("none") if config is None else config.pruner
+        self.sampler: Literal["tpe", "random"] = "tpe" if config is None else config.sampler
+        self.refit, self.repeats = (False, 0) if config is None else (config.refit, BEST * config.further_seeds)
+        self.start = time.monotonic()
+        self.eta: Eta | None = None
+        self.estimated, self.took = -math.inf, 0.0  # when, and in how many seconds
+
+    def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Optuna calls this after each trial."""
+        done, pruned = self._done(study), len(ended_early(study))
+        how = "paused" if isinstance(study.pruner, PromotePruner) else "pruned"
+        print(
+            f"[{done:>{len(str(self.trials))}}/{self.trials}] {self._name(trial)} {self._end(trial)} | "
+            f"{pruned} {how} | {self._best(study, trial)} | {_clock(time.monotonic() - self.start)} passed"
+            + self._left(study),
+            flush=True,
+        )
+
+    def _left(self, study: optuna.Study) -> str:
+        """The time left, with the range that holds in eight searches of ten; nothing where it can't be known yet."""
+        now = time.monotonic()
+        if now - self.estimated >= ETA_SHARE * self.took:
+            self.estimated = now
+            self.eta = self._estimate(study)
+            self.took = time.monotonic() - now
+        if self.eta is None:
+            return ""
+        low, mid, high = (_clock(max(0.0, seconds + self.estimated - now)) for seconds in vars(self.eta).values())
+        return f", about {mid} left" + (f" ({low} to {high})" if low != high else "")
+
+    def _estimate(self, study: optuna.Study) -> Eta | None:
+        # a study that this program has not opened does not know its steps
+        steps = Steps(**study.user_attrs.get("steps", {"folds": 1, "epochs": self.n_reports}))
+        workers = 1 + count(study, TrialState.RUNNING)
+        # all rows train for the refit: of K folds K / (K - 1) times as many, without a validation
+        refit = self.refit * (1 / (steps.folds - 1) if steps.folds > 1 else 1.25)
+        direction: Any = "maximize" if maximizes(study) else "minimize"
+        return estimate_end(
+            study.get_trials(deepcopy=False),
+            self.pruner,
+            self.trials,
+            steps,
+            workers,
+            datetime.now(),
+            direction,
+            self.repeats / workers + refit,
+            self.sampler,
+        )
+
+    def _done(self, study: optuna.Study) -> int:
+        return finished(study)
+
+    def _name(self, trial: FrozenTrial) -> str:
+        resumes = trial.user_attrs.get(CONTINUES)
+        return f"trial {trial.number}" + ("" if resumes is None else f" (goes on with {resumes})")
+
+    def _end(self, trial: FrozenTrial) -> str:
+        if trial.state == TrialState.COMPLETE:
+            cost = "" if self.cost is None else f", {self.cost} {cost_of(trial):.4g}"
+            return f"done: {self.metric} {score_of(trial):.4f}{cost}"
+        if "oom_where" in trial.user_attrs:
+            return f"pruned: out of memory in {trial.user_attrs['oom_where']}"
+        if trial.state == TrialState.PRUNED:
+            at = trial.user_attrs.get("pruned_at", trial.last_step)
+            value = trial.intermediate_values.get(trial.last_step) if trial.last_step else None
+            shown = "no value" if value is None else f"{self.metric} {value:.4f}"
+            how = "paused" if PAUSED in trial.user_attrs else "pruned"
+            return f"{how} at report {at} of {self.n_reports}: {shown}"
+        return "failed"
+
+    def _best(self, study: optuna.Study, trial: FrozenTrial) -> str:
+        found = ranked(study)
+        if not found:
+            return "no trial complete yet"
+        size = "" if self.cost is None else f", front of {len(front(study))}"
+        return f"best {score_of(found[0]):.4f} (trial {found[0].number}){size}"
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
