@@ -208,6 +208,7 @@ def time_left(run_dir: Path) -> Eta | None:
         history.read,
         history.direction,
         extra=max(again, 0) / len(running) + refit * bool(asked.get("refit", True)),
+        sampler=asked.get("sampler", "tpe"),
     )
 
 
