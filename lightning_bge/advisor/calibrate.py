@@ -29,6 +29,9 @@ FREE = (
 )
 MOST_DRAWS = 8
 MOST_STEPS = 20  # of a short epoch
+# Distinct micro-batches that oneDNN keeps kernels ready for: 1,024 in all, some 15 for each shape of a layer's inputs.
+# All trials meet the same batches, so that with fewer of them only the first trial finds them new, and takes longer.
+FEW_SHAPES = 64
 SHARE = 0.75  # of the time is for the draws; the rest for the end of a study
 NEAR = 0.1  # draws that differ in no setting count 100 times as much as those that differ in one
 
@@ -180,7 +183,8 @@ def calibrate(bench: Bench, points: Sequence[dict[str, Any]], space: Space, epoc
     gc.collect()
     gc.freeze()  # as a search does
     try:
-        draws, missing = _measure(bench, choose_draws(points, space, MOST_DRAWS), space, SHARE * seconds, seconds)
+        chosen = choose_draws(points, space, MOST_DRAWS)
+        draws, missing = _measure(bench, chosen, space, epochs, SHARE * seconds, seconds)
     finally:
         gc.unfreeze()
     if not draws:
@@ -192,12 +196,13 @@ def calibrate(bench: Bench, points: Sequence[dict[str, Any]], space: Space, epoc
     first, *others = bench.meter.steps or [Step(0.0, 0.0, 0, 0, 0)]
     finish -= rate * first.tokens + seconds_of(others) + seconds_of(bench.meter.validation)
     finish += validation * bench.test_tokens()
-    warm = [visit for draw in draws for visit in draw.visits if not visit.read]
+    visits = [visit for draw in draws for visit in (*draw.first, *draw.again)]
+    warm = [visit for visit in visits if not visit.read]
     reset = fmean(visit.load for visit in warm) if warm else 0.0
-    reads = [visit.load for draw in draws for visit in draw.visits if visit.read]
+    reads = [visit.load for visit in visits if visit.read]
     return Calibration(
         draws=tuple(draw.priced(draws, space, epochs, reset) for draw in draws),
-        first=_first(draws, reset),
+        first=_first(draws, reset, epochs),
         finish=max(0.0, finish),
         refit_epoch=rate * fmean(draw.sizes.all for draw in draws) * bench.refit,
         read=max(0.0, fmean(reads) - reset) if reads else 0.0,
@@ -208,7 +213,7 @@ def calibrate(bench: Bench, points: Sequence[dict[str, Any]], space: Space, epoc
 
 
 def _measure(
-    bench: Bench, chosen: Sequence[dict[str, Any]], space: Space, seconds: float, most: float
+    bench: Bench, chosen: Sequence[dict[str, Any]], space: Space, epochs: int, seconds: float, most: float
 ) -> tuple[list[Measured], int]:
     """Draw after draw for about so many seconds; and how many of them ran out of memory."""
     since, took, missing = _clock(), 0.0, 0
@@ -217,13 +222,14 @@ def _measure(
         began = _clock()
         if draws and began - since + took > (seconds if len(draws) > 1 else most):
             break
-        sizes = Sizes.of(bench.build(params).datamodule)
-        visits = bench.draw(params)
+        data = bench.build(params).datamodule
+        sizes, visits = Sizes.of(data), bench.draw(params)
+        again = bench.draw(params) if visits and sizes.steps * epochs * data.num_folds <= FEW_SHAPES else ()
         took = _clock() - began
         if not visits:
             missing += 1
             continue
-        draws.append(Measured(params, sizes, visits))
+        draws.append(Measured(params, sizes, visits, again, data.num_folds))
         if len(draws) == 1:  # now it is known what steps take
             bench.steps = draws[0].short_epoch(took, (seconds - took) / (max(3, kinds(chosen, space)) - 1))
     return draws, missing
@@ -241,11 +247,21 @@ def kinds(points: Sequence[dict[str, Any]], space: Space) -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    """One draw: its settings, the real sizes of its data, and its visits."""
+    """One draw: its settings, the real sizes of its data, its visits, and those of the same trial once more.
+
+    The second ones tell what a trial takes where there are any, the first ones what the first trial takes more.
+    """
 
     params: dict[str, Any]
     sizes: Sizes
-    visits: tuple[Visit, ...]
+    first: tuple[Visit, ...]
+    again: tuple[Visit, ...] = ()
+    folds: int = 1
+
+    @property
+    def visits(self) -> tuple[Visit, ...]:
+        """Those of a trial as most of them are."""
+        return self.again or self.first
 
     @cached_property
     def timed(self) -> list[Step]:
@@ -256,6 +272,12 @@ class Measured:
     def rate(self) -> float:
         """Seconds of a token in training."""
         return seconds_of(self.timed) / tokens_of(self.timed)
+
+    def new_batches(self, epochs: int) -> float:
+        """Seconds that a whole trial takes more whose batches are all new to this process."""
+        steps = [step for visit in self.first for step in visit.steps[1:]] if self.again else []
+        more = seconds_of(steps) / tokens_of(steps) - self.rate if steps else 0.0
+        return max(0.0, more) * self.sizes.train * epochs * self.folds
 
     @cached_property
     def validation_rate(self) -> float:
@@ -275,10 +297,10 @@ class Measured:
 
     def short_epoch(self, took: float, wanted: float) -> int:
         """Steps of an epoch that let the next draws take about so many seconds."""
-        steps = [step for visit in self.visits for step in visit.steps]
+        steps = [step for visit in (*self.first, *self.again) for step in visit.steps]
         each = seconds_of(self.timed) / len(self.timed)
-        more = (wanted - took) / each / sum(visit.epochs for visit in self.visits)
-        return max(2, min(MOST_STEPS, len(steps) // sum(visit.epochs for visit in self.visits) + int(more)))
+        epochs = sum(visit.epochs for visit in (*self.first, *self.again))
+        return max(2, min(MOST_STEPS, len(steps) // epochs + int((wanted - took) / each / epochs)))
 
     def priced(self, all: Sequence[Measured], space: Space, epochs: int, reset: float) -> Draw:
         """Its whole trial; what a process does once is left out of the first one's parts, by taking the others'."""
@@ -300,7 +322,7 @@ class Measured:
             reset: of a warm model.
             cold: the first visit is the first one of its process.
         """
-        warm = self.visits[1:] if cold and len(self.visits) > 1 else self.visits
+        warm = self.visits[1:] if cold and not self.again and len(self.visits) > 1 else self.visits
         fresh, last = warm[0], self.visits[-1]
         paused = self.visits[0].end if len(self.visits) > 1 else 0.0
         return {
@@ -313,10 +335,10 @@ class Measured:
         }
 
 
-def _first(draws: Sequence[Measured], reset: float) -> float:
+def _first(draws: Sequence[Measured], reset: float, epochs: int) -> float:
     """What the first trial of a process takes more than a later one; reading each model once is in it."""
-    first, later = draws[0].visits[0], draws[1].visits[0] if len(draws) > 1 else draws[0].visits[-1]
+    first, later = draws[0].first[0], draws[1].visits[0] if len(draws) > 1 else draws[0].visits[-1]
     owner = draws[1] if len(draws) > 1 else draws[0]
     more = first.outer - later.outer + first.build - later.build + draws[0].extra(first) - owner.extra(later)
-    reads = sum(visit.load - reset for draw in draws for visit in draw.visits if visit.read)
-    return max(0.0, more) + max(0.0, reads)
+    reads = sum(visit.load - reset for draw in draws for visit in (*draw.first, *draw.again) if visit.read)
+    return max(0.0, more) + max(0.0, reads) + draws[0].new_batches(epochs)

@@ -13,8 +13,9 @@ from small_search import SPACE, make, write_files
 from lightning_bge.advisor import bench as bench_module
 from lightning_bge.advisor import calibrate as calibrate_module
 from lightning_bge.advisor import measure
-from lightning_bge.advisor.bench import Bench, Sizes
-from lightning_bge.advisor.calibrate import calibrate
+from lightning_bge.advisor.bench import Bench, Sizes, Visit
+from lightning_bge.advisor.calibrate import Measured, calibrate
+from lightning_bge.advisor.measure import Step
 from lightning_bge.callbacks import CompileConfig
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo import PrunerConfig, Setup, StudyConfig, draw_points, parse_space, quiet_optuna
@@ -179,3 +180,18 @@ def test_an_epoch_of_one_step_can_be_measured_too(tmp_path: Path, clock: Clock) 
     assert found.draws[0].cost.train == pytest.approx(
         STEP * Sizes.of(large({"lr": 1e-3, "dropout": 0.1}).datamodule).train
     )
+
+
+def visit(*seconds: float) -> Visit:
+    """Of steps of 10 tokens each, the first one a second longer."""
+    steps = tuple(Step(s + (number == 0), 0.0, 2, 10, 1) for number, s in enumerate(seconds))
+    return Visit(10.0, 0.0, False, 0.0, 0.0, 5.0, 0.0, steps, (Step(1.0, 0.0, 2, 10, 1),), 1)
+
+
+def test_what_batches_take_that_are_new_to_a_process_counts_once() -> None:
+    """A trial trains 2 folds x 3 epochs of 100 tokens; its steps take 3 s, and 2 s once their batches are known."""
+    draw = Measured({}, Sizes(100.0, 50.0, 150.0, 10), (visit(3.0, 3.0, 3.0),), (visit(2.0, 2.0, 2.0),), folds=2)
+    assert draw.rate == pytest.approx(0.2)
+    assert draw.new_batches(epochs=3) == pytest.approx(0.1 * 100 * 3 * 2)
+    assert Measured({}, draw.sizes, draw.first).rate == pytest.approx(0.3)
+    assert Measured({}, draw.sizes, draw.first).new_batches(epochs=3) == 0
