@@ -237,7 +237,7 @@ def test_a_count_of_one_s_own_leaves_padding_out(now: list[float]) -> None:
         ({"enable_progress_bar": False}, type(None)),
         ({"barebones": True}, type(None)),
     ],
-    ids=str,
+    ids=["nothing said", "on", "own", "off", "barebones"],
 )
 @pytest.mark.filterwarnings("ignore:.*barebones.*")
 def test_the_program_uses_it_unless_told_otherwise(options: dict[str, Any], kind: type) -> None:
