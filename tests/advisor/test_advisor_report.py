@@ -366,7 +366,7 @@ def test_an_audit_is_shown_with_its_verdicts_gains_and_switches(tmp_path: Path) 
     for words in (
         AUDIT["next"],
         "✗ claimed, but not in effect",
-        "✓ in effect",
+        "✓ fine",
         "○ off",
         "- not applicable",
         "? not known",
