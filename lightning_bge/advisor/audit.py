@@ -303,6 +303,9 @@ def observe(subject: Subject, claims: Claims | None = None) -> Case:
 def judged(row: Row, variations: Sequence[Variation], measured: Measured, gains: dict[str, Gain | str]) -> Row:
     """A row with its measured gain; what is off and would bring something is to be switched on."""
     found = [variation for variation in variations if variation.row == row.name]
+    if row.name in measured.skipped:
+        why = "that takes time for two rounds, and epochs of two batches"
+        return replace(row, evidence=f"{row.evidence}; its gain was not measured: {why}")
     gain = gain_of(found[0], measured) if found else gains.get(row.name)
     if gain is None or row.verdict == "not applicable":
         return row

@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_bge.advisor.rows import Gain
 from lightning_bge.advisor.watch import WARM_UP, Watch
+from lightning_bge.callbacks.device import wait_for
 
 # settings by their dotted names, callbacks, the trainer's limits -> the module and its trainer, when they have trained
 Run = Callable[[dict[str, Any], Sequence[Callback], dict[str, Any]], tuple[LightningModule, Trainer]]
@@ -201,10 +202,10 @@ class _Side:
 
     def _timed(self, call: Callable[[], Any]) -> float:
         call()
-        _wait(self.device)
+        wait_for(self.device)
         since = perf_counter()
         call()
-        _wait(self.device)
+        wait_for(self.device)
         return perf_counter() - since
 
 
@@ -212,8 +213,3 @@ def _share(on: list[float], off: list[float], step_s: float, text: str) -> Gain:
     low, mid, high = interval([(b - a) / step_s for a, b in zip(on, off, strict=True)])
     words = f"{text}: {mean(on) * 1e3:.1f} ms against {mean(off) * 1e3:.1f} ms, of {step_s * 1e3:.0f} ms a step"
     return Gain(low, mid, high, "measured", words)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_bge.callbacks.device import wait_for
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo import Setup
 from lightning_bge.hpo.objective import LetGo
@@ -260,6 +260,5 @@ def measure_pace(
 
 
 def _now(module: LightningModule) -> float:
-    if module.device.type == "cuda":
-        torch.cuda.synchronize(module.device)
+    wait_for(module.device)
     return _clock()

@@ -238,12 +238,9 @@ def items(case: Case) -> Row:
 def callbacks(case: Case) -> Row:
     """What callbacks and the loop do between the batches."""
     seen = case.seen
-    spent = [
-        sum(seconds for name, seconds in cycle.actions.items() if name.startswith("[Callback]")) for cycle in seen.timed
-    ]
     between = [cycle.seconds - _spent(cycle.actions, FETCH, MOVE) - cycle.actions[RUN] for cycle in seen.timed]
     row = Row("loop", "callbacks and the loop", "not said", "?", "unknown", "no batch was timed")
-    if not spent:
+    if not between:
         return row
     share = _share(case, between)
     names: Counter[str] = Counter()

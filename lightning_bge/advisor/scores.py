@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import torch
-
 from lightning_bge.advisor.rows import Case, Row
 from lightning_bge.advisor.rows_data import host_seconds
-from lightning_bge.advisor.trace import PARTS
+from lightning_bge.advisor.trace import DTYPES, PARTS
 from lightning_bge.advisor.watch import FETCH, MOVE, RUN
 from lightning_bge.callbacks.peak import matmul_peak
 
 WORTH = 0.02  # share of a step's time below which nothing is worth doing
 CATEGORIES = ("compute", "data", "memory", "loop", "search")
-NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -88,9 +85,9 @@ def peak_share(case: Case) -> dict[str, Any]:
     if trace is None or not trace.flops or not case.seen.cycle_seconds:
         return {}
     dtype = trace.flops.most_common(1)[0][0]
-    if dtype not in NAMES:
+    if dtype not in DTYPES:
         return {}
-    peak = matmul_peak(case.device, NAMES[dtype])
+    peak = matmul_peak(case.device, DTYPES[dtype])
     seconds = case.seen.cycle_seconds * max(case.seen.batches_per_step, 1)
     achieved = sum(trace.flops.values()) / seconds
     return {

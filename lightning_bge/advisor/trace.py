@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 STEP = "lightning_bge.audit.step"  # marks the watched part of a trace
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::mv", "aten::addmv", "aten::_scaled_mm"}
@@ -339,8 +340,7 @@ def _flops(name: str, shapes: list[tuple[Any, list[int]]]) -> tuple[int, str]:
 
 
 def _name(dtype: torch.dtype) -> str:
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-    return names.get(dtype, str(dtype).removeprefix("torch."))
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
 
 def _size(shape: list[int]) -> int:

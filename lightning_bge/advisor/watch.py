@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ from torch import Tensor
 
 from lightning_bge.advisor.recorder import Recorder
 from lightning_bge.advisor.trace import Trace
+from lightning_bge.callbacks.compile import dynamo_counts
+from lightning_bge.callbacks.device import wait_for
 from lightning_bge.memory import process_bytes
 
 FETCH = "train_dataloader_next"  # the end of Lightning's names of what it does
@@ -133,8 +134,8 @@ class _Clock(Profiler):
 
     def stop(self, action_name: str) -> None:
         since = self._since.pop(action_name, None)
-        if action_name == RUN and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if action_name == RUN:
+            wait_for(self.device)
         if since is not None and self.cycle is not None:
             spent = self.cycle.actions.get(action_name, 0.0)
             self.cycle.actions[action_name] = spent + perf_counter() - since
@@ -209,7 +210,7 @@ class Watch(Callback):
         """Note who the workers are."""
         if batch_idx == 0:
             self.observation.workers.append(_children() - self._others)
-        self._graphs = _graphs()
+        self._graphs = dynamo_counts()[-1]
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Are there gradients left of the last step?"""
@@ -225,7 +226,7 @@ class Watch(Callback):
     ) -> None:
         """Count the rows that went into an optimizer step."""
         seen = self.observation
-        seen.compiled.append(_graphs() - self._graphs)
+        seen.compiled.append(dynamo_counts()[-1] - self._graphs)
         if seen.compiled[-1] and self._clock.cycle is not None:
             self._clock.cycle.slowed = True
         self._open += seen.batches[-1].rows
@@ -333,8 +334,3 @@ def _tensors(batch: Any) -> Sequence[Tensor]:
 
 def _children() -> frozenset[int]:
     return frozenset(process.pid for process in multiprocessing.active_children() if process.pid is not None)
-
-
-def _graphs() -> int:
-    dynamo = sys.modules.get("torch._dynamo.utils")  # not imported for this, as that takes seconds
-    return 0 if dynamo is None else dynamo.counters["stats"]["unique_graphs"]

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
@@ -24,6 +23,7 @@ from lightning_bge.callbacks.compile_policy import (
     too_short,
 )
 from lightning_bge.callbacks.compile_probe import Capture, OutOfTime, can_bound, measure, missing_tool, stop_workers
+from lightning_bge.callbacks.device import wait_for
 from lightning_bge.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class Compile(Callback):
         self._found = Findings(graphs=0)
         self._phase: Literal["new", "warm-up", "timing", "capture", "done"] = "done"
         self._capture: Capture | None = None
-        self._seen = _counts()
+        self._seen = dynamo_counts()
         self._first_step = self._start = self._batches = 0
         self._seconds = 0.0
         self._since: float | None = None
@@ -250,7 +250,7 @@ class Compile(Callback):
             self._consider(trainer)
             self._restart(trainer)
         if self._phase == "timing" and self._since is None:
-            _wait(pl_module.device)
+            wait_for(pl_module.device)
             self._since = _clock()
         elif self._phase == "capture":
             self._capture = Capture(self._layers[(len(self._layers) - 1) // 2])
@@ -282,7 +282,7 @@ class Compile(Callback):
 
     def _stop(self, module: LightningModule) -> None:
         if self._phase == "timing" and self._since is not None:
-            _wait(module.device)
+            wait_for(module.device)
             self._seconds += _clock() - self._since
             self._since = None
 
@@ -305,11 +305,11 @@ class Compile(Callback):
         self._count("validate")
 
     def _mark(self) -> None:
-        self._seen = _counts()
+        self._seen = dynamo_counts()
 
     def _count(self, loop: str | None) -> None:
         """Count what was compiled since the last mark; `loop` None: by the probe."""
-        functions, done, graphs = (now - seen for now, seen in zip(_counts(), self._seen, strict=True))
+        functions, done, graphs = (now - seen for now, seen in zip(dynamo_counts(), self._seen, strict=True))
         self.graphs += graphs
         self.given_up += functions - done
         if loop is not None and self.in_effect:
@@ -338,15 +338,10 @@ class Compile(Callback):
             )
 
 
-def _counts() -> tuple[int, int, int]:
+def dynamo_counts() -> tuple[int, int, int]:
     """Functions that this process gave to torch.compile, those compiled, and graphs; by torch's own counters."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # not imported for this, as that takes seconds
     if dynamo is None:
         return 0, 0, 0
     frames = dynamo.counters["frames"]
     return frames["total"], frames["ok"], dynamo.counters["stats"]["unique_graphs"]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -6,9 +6,9 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_bge.callbacks.device import wait_for
 from lightning_bge.callbacks.peak import matmul_peak
 from lightning_bge.callbacks.work import (
     CountBatch,
@@ -76,7 +76,7 @@ class Throughput(Callback):
         if len(shares) > 1:
             self._balances.append(sum(shares) / len(shares) / max(shares))
         if self._since is None:
-            _wait(pl_module)
+            wait_for(pl_module.device)
             self._since = time.perf_counter()
 
     def on_train_batch_end(
@@ -117,11 +117,6 @@ class Throughput(Callback):
     def _stop(self, module: LightningModule) -> None:
         self._batch_ended = None
         if self._since is not None:
-            _wait(module)
+            wait_for(module.device)
             self._work += Work(seconds=time.perf_counter() - self._since)
             self._since = None
-
-
-def _wait(module: LightningModule) -> None:
-    if module.device.type == "cuda":
-        torch.cuda.synchronize(module.device)

@@ -92,6 +92,14 @@ def estimate_end(
     return Eta(float(low), float(mid), float(high))
 
 
+def refit_trials(steps: Steps) -> float:
+    """What the refit takes, in trials that run to their end.
+
+    All rows train for it: of K folds K / (K - 1) times as many as in a fold, without a validation.
+    """
+    return 1 / (steps.folds - 1) if steps.folds > 1 else 1.25
+
+
 # ---------------------------------------------------------------------- what was spent
 
 

@@ -18,7 +18,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo.eta import Eta, estimate_end
+from lightning_bge.hpo.eta import Eta, estimate_end, refit_trials
 from lightning_bge.hpo.objective import BEST
 from lightning_bge.hpo.promote import CONTINUES, PAUSED, continued
 from lightning_bge.hpo.pruning import PrunerConfig
@@ -197,8 +197,6 @@ def time_left(run_dir: Path) -> Eta | None:
         return None
     again = BEST * StudyConfig(trials=history.planned, repeats=asked.get("repeats")).further_seeds
     again -= sum(trial.state in FINISHED for trial in repeats)
-    # all rows train for the refit: of K folds K / (K - 1) times as many, without a validation
-    refit = 1 / (history.steps.folds - 1) if history.steps.folds > 1 else 1.25
     return estimate_end(
         trials,
         PrunerConfig(**(asked.get("pruner") or {})),
@@ -207,7 +205,7 @@ def time_left(run_dir: Path) -> Eta | None:
         len(running),
         history.read,
         history.direction,
-        extra=max(again, 0) / len(running) + refit * bool(asked.get("refit", True)),
+        extra=max(again, 0) / len(running) + refit_trials(history.steps) * bool(asked.get("refit", True)),
         sampler=asked.get("sampler", "tpe"),
     )
 

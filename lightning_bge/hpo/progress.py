@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.eta import Eta, estimate_end
+from lightning_bge.hpo.eta import Eta, estimate_end, refit_trials
 from lightning_bge.hpo.objective import BEST
 from lightning_bge.hpo.promote import CONTINUES, PAUSED, PromotePruner, begun, continued
 from lightning_bge.hpo.pruning import PrunerConfig
@@ -87,8 +87,6 @@ class Progress:
         # a study that this program has not opened does not know its steps
         steps = Steps(**study.user_attrs.get("steps", {"folds": 1, "epochs": self.n_reports}))
         workers = 1 + count(study, TrialState.RUNNING)
-        # all rows train for the refit: of K folds K / (K - 1) times as many, without a validation
-        refit = self.refit * (1 / (steps.folds - 1) if steps.folds > 1 else 1.25)
         direction: Any = "maximize" if maximizes(study) else "minimize"
         return estimate_end(
             study.get_trials(deepcopy=False),
@@ -98,7 +96,7 @@ class Progress:
             workers,
             datetime.now(),
             direction,
-            self.repeats / workers + refit,
+            self.repeats / workers + self.refit * refit_trials(steps),
             self.sampler,
         )
 
