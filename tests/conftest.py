@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -20,3 +22,31 @@ def repeatable() -> Iterator[None]:
 def quiet_lightning() -> None:
     """Lightning says which hardware it found each time a trainer is made."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The program, in this process."""
+    from lightning_bge import cli  # takes seconds, which most tests need not wait for
+
+    def call(*args: str) -> tuple[int, str, str]:
+        """Exit status, standard output and standard error of the program."""
+        monkeypatch.setattr(sys, "argv", ["lightning-bge", *args])
+        capsys.readouterr()
+        status = 0
+        handlers = logging.getLogger().handlers[:]
+        loggers = [logging.getLogger(name) for name in ("", "lightning_bge", "lightning.pytorch", "lightning.fabric")]
+        levels = [logger.level for logger in loggers]
+        with warnings.catch_warnings():
+            try:
+                cli.main()
+            except SystemExit as stop:
+                status = stop.code if isinstance(stop.code, int) else 1
+            finally:
+                logging.getLogger().handlers[:] = handlers
+                for logger, level in zip(loggers, levels, strict=True):
+                    logger.setLevel(level)  # else later tests would hear what the program says
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call

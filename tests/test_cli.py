@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import os
 import signal
 import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +22,7 @@ import yaml
 from optuna.trial import TrialState
 from safetensors.torch import load_file
 
-from lightning_bge import cli, commands
+from lightning_bge import commands
 from lightning_bge.data import write_sample
 from lightning_bge.hpo import run_repeats
 from lightning_bge.hpo.storage import open_storage
@@ -58,27 +56,6 @@ def options(sample: Path, tmp_path: Path) -> list[str]:
 def search(options: list[str]) -> list[str]:
     space = '{"model.optimizer.lr": {"low": 1.0e-4, "high": 1.0e-2, "log": true}}'
     return ["hpo", *options, "--data.split.folds", "2", "--hpo.trials", "3", "--hpo.space", space]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*args: str) -> tuple[int, str, str]:
-        """Exit status, standard output and standard error of the program."""
-        monkeypatch.setattr(sys, "argv", ["lightning-bge", *args])
-        capsys.readouterr()
-        status = 0
-        handlers = logging.getLogger().handlers[:]
-        with warnings.catch_warnings():
-            try:
-                cli.main()
-            except SystemExit as stop:
-                status = stop.code if isinstance(stop.code, int) else 1
-            finally:
-                logging.getLogger().handlers[:] = handlers
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 def trials(folder: Path) -> list[optuna.trial.FrozenTrial]:

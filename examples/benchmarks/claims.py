@@ -40,7 +40,7 @@ from claims_sides import (
     try_compiling,
     worker_epoch,
 )
-from common import Job, add_shared_arguments, check_shared_arguments, write_record
+from common import add_shared_arguments, check_shared_arguments, rte_job, write_record
 from measures import ratio_of
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -225,18 +225,7 @@ def main(args: list[str] | None = None) -> None:
     machine = "CPU" if given.device == "cpu" else "GPU"
     asked = given.only.split(",") if given.only else [*CLAIMS, SEARCHES]
     names = [name for name in CLAIMS if name in asked]
-    job = Job(
-        model=given.model,
-        train_file=str(Path(given.data, "rte", "train.tsv")),
-        task="binary",
-        text_columns=("sentence1", "sentence2"),
-        label_column="label",
-        labels=("not_entailment", "entailment"),
-        device=given.device,
-        rows=max(ROWS, (1 + given.steps) * given.pairs),
-        batch=given.pairs,
-        seed=given.seed,
-    )
+    job = rte_job(given, rows=max(ROWS, (1 + given.steps) * given.pairs), batch=given.pairs)
     with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(sys.stderr):
         bench = Bench(job, cache, given.steps, compile_limit=given.compile_limit)
         hindered = obstacles(names, bench)

@@ -118,6 +118,23 @@ class Job:
         return read_table(path, self.text_columns, self.label_column, self.group_column, TableConfig(), rows)
 
 
+def rte_job(given: Namespace, rows: int | None, batch: int, **settings: Any) -> Job:
+    """The first pairs of RTE in the data folder that the command line names, with its model, device and seed."""
+    return Job(
+        model=given.model,
+        train_file=str(Path(given.data, "rte", "train.tsv")),
+        task="binary",
+        text_columns=("sentence1", "sentence2"),
+        label_column="label",
+        labels=("not_entailment", "entailment"),
+        device=given.device,
+        rows=rows,
+        seed=given.seed,
+        batch=batch,
+        **settings,
+    )
+
+
 def build_ours(
     job: Job,
     cache: str,

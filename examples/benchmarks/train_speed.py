@@ -25,7 +25,6 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from common import (
     build_ours,
     check_shared_arguments,
     describe_ours,
+    rte_job,
     write_record,
 )
 from loss_curve import compare_losses
@@ -242,19 +242,7 @@ def choose(given: argparse.Namespace) -> list[str]:
 
 
 def make_job(given: argparse.Namespace) -> Job:
-    return Job(
-        model=given.model,
-        train_file=str(Path(given.data, "rte", "train.tsv")),
-        task="binary",
-        text_columns=("sentence1", "sentence2"),
-        label_column="label",
-        labels=("not_entailment", "entailment"),
-        device=given.device,
-        rows=given.rows,
-        lr=given.lr,
-        seed=given.seed,
-        batch=BATCH,
-    )
+    return rte_job(given, rows=given.rows, batch=BATCH, lr=given.lr)
 
 
 def main(args: list[str] | None = None) -> None:

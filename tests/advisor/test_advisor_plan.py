@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
-import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +13,6 @@ from typing import Any
 import pytest
 from small_search import SPACE, make, write_files
 
-from lightning_bge import cli
 from lightning_bge.advisor import Known, PlanConfig, Search, describe_plan, load_calibration, make_plan
 from lightning_bge.advisor import predict as predict_module
 from lightning_bge.advisor.bench import Looks
@@ -281,25 +277,13 @@ def test_the_table_lines_up() -> None:
 
 
 @pytest.fixture
-def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+def program(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """The program, in a folder and with a cache of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIGHTNING_BGE_CACHE", str(tmp_path / "cache"))
-
-    def call(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lightning-bge", *args])
-        capsys.readouterr()
-        status, handlers = 0, logging.getLogger().handlers[:]
-        with warnings.catch_warnings():
-            try:
-                cli.main()
-            except SystemExit as stop:
-                status = stop.code if isinstance(stop.code, int) else 1
-            finally:
-                logging.getLogger().handlers[:] = handlers
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
+    return run
 
 
 def test_the_quickstart_is_planned_by_trying(program: Callable[..., Any], tmp_path: Path) -> None:

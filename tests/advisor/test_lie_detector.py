@@ -15,12 +15,11 @@ import torch._dynamo
 from foreign import Accumulating, Classifier, loader
 from optuna.pruners import HyperbandPruner, MedianPruner
 from optuna_integration import PyTorchLightningPruningCallback
-from small_search import write_files
+from small_search import small_data, write_files
 from torch import Tensor, nn
 
 from lightning_bge.advisor import AuditConfig, Claims, Row, audit, objective_rows
 from lightning_bge.advisor.rows_search import pruner_row, search_rows
-from lightning_bge.data import TextDataModule
 from lightning_bge.data.batching import BatchingConfig
 from lightning_bge.hpo import FoldPruningCallback, PrunerConfig, Steps, StudyConfig
 from lightning_bge.models import BGEClassifier
@@ -521,14 +520,7 @@ def test_no_false_alarm_in_our_own(name: str, tmp_path: Path) -> None:
     folder = write_files(tmp_path)
     rows = (folder / "train.csv").read_text().splitlines()
     (folder / "train.csv").write_text("\n".join([*rows, *rows[1:], *rows[1:]]) + "\n")
-    data = TextDataModule(
-        tokenizer=str(folder / "model"),
-        train_file=str(folder / "train.csv"),
-        max_length=32,
-        batch_size=8,
-        cache_dir=str(folder / "cache"),
-        batching=BatchingConfig(**{"num_workers": 0, **batching}),
-    )
+    data = small_data(folder, batching=BatchingConfig(**{"num_workers": 0, **batching}))
     model = BGEClassifier(str(folder / "model"), **options)
     found = audit(model, data, {**CPU, **trainer}, Claims(effective_batch=8), WATCH)
     assert not found.alarms

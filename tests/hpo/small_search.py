@@ -30,18 +30,22 @@ def write_files(folder: Path, dropout: float = 0.1) -> Path:
     return folder
 
 
+def small_data(folder: Path, **changes: Any) -> TextDataModule:
+    """The rows of the search, in batches of 8."""
+    settings: dict[str, Any] = {"max_length": 32, "batch_size": 8, **changes}
+    return TextDataModule(
+        tokenizer=str(folder / "model"),
+        train_file=str(folder / "train.csv"),
+        cache_dir=str(folder / "cache"),
+        **settings,
+    )
+
+
 def make(
     folder: Path, extra: tuple[Callback, ...] = (), monitor: MonitorConfig | None = None, **changes: Any
 ) -> Objective:
     def build(params: dict[str, Any]) -> Setup:
-        data = TextDataModule(
-            tokenizer=str(folder / "model"),
-            train_file=str(folder / "train.csv"),
-            max_length=32,
-            batch_size=8,
-            cache_dir=str(folder / "cache"),
-            split=SplitConfig(folds=2),
-        )
+        data = small_data(folder, split=SplitConfig(folds=2))
         data.setup("fit")
         model = BGEClassifier(
             str(folder / "model"),

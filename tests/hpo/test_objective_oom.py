@@ -11,11 +11,11 @@ import pytest
 import torch
 from optuna.trial import TrialState
 from small_models import small_model
-from small_search import write_files
+from small_search import small_data, write_files
 from torch._dynamo.exc import BackendCompilerFailed
 
 from lightning_bge.callbacks import CompileConfig
-from lightning_bge.data import BatchingConfig, EncodedDataset, TextDataModule
+from lightning_bge.data import BatchingConfig, EncodedDataset
 from lightning_bge.data.splits import SplitConfig
 from lightning_bge.hpo import MemoryKeptError, Objective, Setup, parse_space, run_study
 from lightning_bge.hpo.study import StudyConfig
@@ -48,15 +48,7 @@ EAGER = CompileConfig("never")
 
 def search(folder: Path, compiling: CompileConfig = EAGER, trials: int = 3) -> optuna.Study:
     def build(params: dict[str, Any]) -> Setup:
-        data = TextDataModule(
-            tokenizer=str(folder / "model"),
-            train_file=str(folder / "train.csv"),
-            max_length=32,
-            batch_size=8,
-            cache_dir=str(folder / "cache"),
-            split=SplitConfig(folds=2),
-            batching=BatchingConfig(num_workers=0),
-        )
+        data = small_data(folder, split=SplitConfig(folds=2), batching=BatchingConfig(num_workers=0))
         data.setup("fit")
         model = BGEClassifier(str(folder / "model"), optimizer=OptimizerConfig(lr=params["lr"]))
         settings = {"max_epochs": 2, "precision": "32-true", "accelerator": "cpu"}

@@ -16,10 +16,9 @@ from curve_study import run
 from lightning.pytorch import Callback
 from optuna.pruners import HyperbandPruner, MedianPruner
 from optuna_integration import PyTorchLightningPruningCallback
-from small_search import make, write_files
+from small_search import make, small_data, write_files
 from torch.utils.data import DataLoader
 
-from lightning_bge.data import TextDataModule
 from lightning_bge.data.batching import BatchingConfig
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo import PrunerConfig, Steps, build_pruner, forecast
@@ -79,14 +78,8 @@ def test_an_effective_batch_of_64_is_64_rows_and_the_last_window_is_stepped_and_
     folder = write_files(tmp_path)
     head, *rows = (folder / "train.csv").read_text().splitlines()
     (folder / "train.csv").write_text("\n".join([head, *rows * 4]) + "\n")  # 160 rows, of which 128 to train on
-    data = TextDataModule(
-        tokenizer=str(folder / "model"),
-        train_file=str(folder / "train.csv"),
-        max_length=32,
-        batch_size=50,
-        cache_dir=str(folder / "cache"),
-        batching=BatchingConfig(tokens=100),  # a handful of rows: 50 is no multiple of them
-    )
+    batching = BatchingConfig(tokens=100)  # a handful of rows: 50 is no multiple of them
+    data = small_data(folder, batch_size=50, batching=batching)
     seen = Steps64()
     settings = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = pl.Trainer(**settings, accelerator="cpu", max_epochs=2, limit_val_batches=0, callbacks=[seen])
