@@ -81,7 +81,7 @@ def _quieten() -> None:
     quiet_optuna()
     for pattern in (
         ".*does not have many workers.*",  # rows are tokenised and in memory: 0 workers are the fastest
-        ".*exists and is not empty.*",  # a run folder that is gone on with
+        ".*Checkpoint directory .* exists and is not empty.*",  # a run folder that is gone on with
         ".*number of training batches.*smaller than the logging interval.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6.6 under torch 2.13
     ):

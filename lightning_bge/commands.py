@@ -147,7 +147,8 @@ class BGECLI(LightningCLI):
         if config["enable_model_summary"] is None:  # it counts no packed FLOPs, and no bf16
             config["enable_model_summary"] = False
         if config["logger"] is None:
-            config["logger"] = CSVLogger(run_dir, name="", version="logs")
+            # a version for each time that it is started: it would delete what the one before has logged
+            config["logger"] = CSVLogger(run_dir, name="logs")
         config["callbacks"] = [*(config["callbacks"] or []), *fit_callbacks(run_dir, monitor, compiling, memory)]
         return self.trainer_class(**config)
 
@@ -258,6 +259,7 @@ class BGECLI(LightningCLI):
     def plan(self, model: BGEClassifier, datamodule: TextDataModule, hpo: StudyConfig) -> None:
         """Say what the study would take, before it is started."""
         process_s, options = time.process_time(), self._options(PlanConfig)
+        json = _writable(options.json)
         if self.trainer.world_size > 1:
             raise ConfigError("trainer.devices: a search trains on one device: set it to 1, and plan for --workers")
         if options.trials is not None:
@@ -272,21 +274,23 @@ class BGECLI(LightningCLI):
         encoder = self._warm_encoder(hpo)
         found = make_plan(Search(self.build, hpo, monitor, compiling, datamodule, run_dir, encoder, times), options)
         print(describe_plan(found))
-        if options.json is not None:
-            write_json(Path(options.json), found.as_dict())
+        if json is not None:
+            write_json(json, found.as_dict())
 
     def audit(self, model: BGEClassifier, datamodule: TextDataModule, hpo: StudyConfig) -> None:
         """Find out what is really in effect, and what is still to be gained; write it into the run folder."""
         options = self._options(AuditConfig)
+        json = _writable(options.json)
         if self.trainer.world_size > 1:
             raise ConfigError("trainer.devices: an audit watches one device: set it to 1")
         datamodule.setup("fit")
         config = self.config[self.subcommand]
-        epochs = _most_epochs(config, parse_space(hpo.space))
+        space = parse_space(hpo.space) if hpo.space else Space({}, {})  # `fit` has none
+        epochs = _most_epochs(config, space)
         steps = Steps(datamodule.num_folds, epochs, hpo.reports_per_epoch)
         run_dir = create_run_dir(self._get(self.config_init, "run_dir"))
         found = audit_own(OwnRun(self.build, hpo, steps, self._get(self.config_init, "compile")), options)
-        for path in (run_dir / "audit.json", *([] if options.json is None else [Path(options.json)])):
+        for path in filter(None, (run_dir / "audit.json", json)):
             write_json(path, found.as_dict())
         page = write_audit_page(run_dir / "audit.html", config.model.name_or_path, found)
         print(describe_audit(found, color=sys.stdout.isatty()))
@@ -402,6 +406,15 @@ def _plain_settings(parser: LightningArgumentParser, config: Namespace) -> dict[
     plain = plain_config(parser, config)
     plain.pop("hpo", None)
     return plain
+
+
+def _writable(path: str | None) -> Path | None:
+    """A file to be written later, in a folder that is made now, before something is measured for minutes."""
+    if path is None:
+        return None
+    found = Path(path).expanduser()
+    found.parent.mkdir(parents=True, exist_ok=True)
+    return found
 
 
 def _most_epochs(config: Namespace, space: Space) -> int:

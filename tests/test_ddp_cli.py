@@ -105,13 +105,13 @@ def test_fit_on_two_devices_ends_as_on_one(fitted: Path) -> None:
 
 
 def test_the_balance_is_logged_and_the_pace_is_that_of_all(fitted: Path) -> None:
-    epochs = [row for row in read_rows(fitted / "2" / "logs" / "metrics.csv") if row["train_loss"]]
+    epochs = [row for row in read_rows(fitted / "2" / "logs" / "version_0" / "metrics.csv") if row["train_loss"]]
     assert len(epochs) == 2
     for row in epochs:
         assert 0.5 <= float(row["train_balance"]) < 1  # a step with one row has 0.5
         assert float(row["train_sequences_per_s"]) > 0
         assert 0 <= float(row["train_data_wait"]) <= 1
-    assert "train_balance" not in read_rows(fitted / "1" / "logs" / "metrics.csv")[0]
+    assert "train_balance" not in read_rows(fitted / "1" / "logs" / "version_0" / "metrics.csv")[0]
 
 
 def test_a_finished_run_says_so_once_and_starts_nothing(fitted: Path, files: dict[str, str]) -> None:

@@ -7,6 +7,7 @@ that nothing of what a trial does is left out. Only their epochs are cut short.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_bge.advisor.measure import PaceMeter, Step
@@ -113,11 +115,13 @@ class Looks:
         device: `cpu`, `cuda` ...
         precision: the trainer's.
         attention: `packed` or `padded`.
+        tf32: whether a GPU multiplies fp32 matrices in TF32.
     """
 
     device: str
     precision: str
     attention: str
+    tf32: bool = False
 
 
 class _Look(Callback):
@@ -126,7 +130,8 @@ class _Look(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         attention = getattr(pl_module.net, "attention", "unknown")
-        self.bench.looks = Looks(pl_module.device.type, str(trainer.precision), str(attention))
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
+        self.bench.looks = Looks(pl_module.device.type, str(trainer.precision), str(attention), tf32)
 
 
 class Bench:

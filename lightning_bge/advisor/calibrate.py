@@ -70,7 +70,7 @@ class Calibration:
         finish: the study's end, without the steps of the refit: reading, exporting, writing, scoring the test file.
         refit_epoch: the steps of an epoch on all rows.
         read: reading the model from disk more than resetting a warm one.
-        steps: optimizer steps of an epoch.
+        steps: optimizer steps of an epoch, on average over the draws.
         missing: points that ran out of memory, besides those measured.
         took: seconds that all this took to measure; 0: figures given by hand.
     """
@@ -81,7 +81,7 @@ class Calibration:
     finish: float = 0.0
     refit_epoch: float = 0.0
     read: float = 0.0
-    steps: int = 0
+    steps: float = 0.0
     missing: int = 0
     took: float = 0.0
 
@@ -92,8 +92,8 @@ class Calibration:
 
     @property
     def step_s(self) -> float:
-        """Mean seconds of an optimizer step."""
-        return fmean(draw.step_s for draw in self.draws)
+        """Mean seconds of an optimizer step: draws with more of them count for more."""
+        return fmean(draw.cost.train for draw in self.draws) / self.steps
 
     def cost(self, params: dict[str, Any], space: Space, epochs: int) -> TrialCost:
         """What a trial with these settings takes: as the measured draws that are most like it.
@@ -206,7 +206,7 @@ def calibrate(bench: Bench, points: Sequence[dict[str, Any]], space: Space, epoc
         finish=max(0.0, finish),
         refit_epoch=rate * fmean(draw.sizes.all for draw in draws) * bench.refit,
         read=max(0.0, fmean(reads) - reset) if reads else 0.0,
-        steps=draws[0].sizes.steps,
+        steps=fmean(draw.sizes.steps for draw in draws),
         missing=missing,
         took=_clock() - since,
     )

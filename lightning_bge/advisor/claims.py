@@ -11,7 +11,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from lightning_bge.advisor.watch import Observation
+
 # Names of hyper-parameters that claim something, in the projects of others.
+SAYS_NOTHING = re.compile(r"^(no|not|disable|skip)_|_(mode|backend|dir|path)$")
 WORDS = {
     "bf16": re.compile(r"bf16|bfloat16"),
     "tf32": re.compile(r"tf32"),
@@ -53,19 +56,21 @@ class Claims:
         return Claims(**{name: getattr(other, name) if value is None else value for name, value in own.items()})
 
 
-def claims_of(module: LightningModule, trainer: Trainer) -> Claims:
+def claims_of(module: LightningModule, trainer: Trainer, seen: Observation) -> Claims:
     """What the objects of a run that has trained say they do: their flags, and names of the module's `hparams`.
 
-    `effective_batch` is the loader's batch size times `accumulate_grad_batches`, where the module names no other.
+    `effective_batch` is the loader's batch size times `accumulate_grad_batches`, where the module names no other and
+    the first batch had as many rows: what a loader counts may be questions with several answers each.
     """
     said = _words(dict(module.hparams))
     loader = trainer.train_dataloader
     workers = getattr(loader, "num_workers", 0)
     size = getattr(loader, "batch_size", None)
-    accumulated = size * trainer.accumulate_grad_batches if size and module.automatic_optimization else None
+    plain = module.automatic_optimization and seen.batches and seen.batches[0].rows == size
+    accumulated = size * trainer.accumulate_grad_batches if size and plain else None
     return Claims(
         bf16=_true("bf16" in str(trainer.precision), said.get("bf16")),
-        tf32=_true(torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest", said.get("tf32")),
+        tf32=_true(torch.cuda.is_available() and seen.fp32 == "tf32", said.get("tf32")),
         fused=_true(any(optimizer.defaults.get("fused") for optimizer in trainer.optimizers), said.get("fused")),
         compile=_true(any(is_compiled(part) for part in module.modules()), said.get("compile")),
         sdpa=_attention(module),
@@ -107,6 +112,8 @@ def _words(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         if isinstance(value, Mapping):
             found |= _words(value)
+            continue
+        if SAYS_NOTHING.search(str(name).lower()):
             continue
         for claim, pattern in WORDS.items():
             if not pattern.search(str(name).lower()) and not (claim == "bf16" and "bf16" in str(value).lower()):

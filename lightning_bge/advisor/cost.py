@@ -15,6 +15,7 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.hpo import Steps
 
 How = Literal["shorter", "faster"]
+Basis = Literal["measured", "predicted", "in effect", "off", "impossible", "not known"]
 HOUR = 3600.0
 # hours in the table that the product started from, and what was said to lead to the next ones
 ORIGINAL = (("TF32", 800.0, 678.0), ("zero_grad(set_to_none=True)", 678.0, 644.0), ("max-autotune", 644.0, 580.0))
@@ -138,13 +139,14 @@ class Level(NamedTuple):
         name: the optimisation that is added.
         hours: of the whole study with it and all before it.
         how: the arithmetic that leads there from the row before.
-        basis: measured, predicted, in effect (its part of the hours is not known apart), off, or impossible here.
+        basis: measured, predicted, in effect (its part of the hours is not known apart), off, impossible here, or not
+            known, of another machine.
     """
 
     name: str
     hours: float
     how: str
-    basis: Literal["measured", "predicted", "in effect", "off", "impossible"]
+    basis: Basis
 
 
 def describe_original() -> list[str]:

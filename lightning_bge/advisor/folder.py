@@ -17,10 +17,10 @@ from lightning_bge.hpo import History, read_history
 from lightning_bge.runs import read_json
 
 HIDDEN = "(hidden)"
-_SECRET = r"(?:token|pass(?:word|wd|phrase)|secret|key|apikey|credentials?|auth|signature)"
+_SECRET = r"(?:token|pass(?:word|wd|phrase)|pwd|secret|key|apikey|credentials?|auth(?:orization)?|signature)"
 _SECRET_NAME = re.compile(rf"(?:^|[._-]){_SECRET}$", re.IGNORECASE)
 _IN_URL = (
-    (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@]+@", re.IGNORECASE), rf"\1{HIDDEN}@"),
+    (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s]+@", re.IGNORECASE), rf"\1{HIDDEN}@"),
     (re.compile(rf"([?&][\w.-]*{_SECRET}=)[^&\s#'\"]+", re.IGNORECASE), rf"\1{HIDDEN}"),
 )
 
@@ -52,13 +52,21 @@ class RunFolder:
     best: str | None
 
     @property
+    def trials_done(self) -> bool:
+        """Whether as many trials have ended as are planned, as far as config.yaml says."""
+        history = self.history
+        return history is not None and (history.planned is None or history.begun >= history.planned)
+
+    @property
     def finished(self) -> bool:
-        """Whether its results are those of all that has run."""
+        """Whether its results are those of all that was planned, and of all that has run."""
         if self.summary is None or (self.history and self.history.going_on):
             return False
         if self.history is None:
             return True
         ended = sum(trial.outcome not in ("running", "waiting") for trial in self.history.trials)
+        if not self.trials_done or (self.summary.get("repeats") or {}).get("missing"):
+            return False
         return self.summary.get("n_runs", self.summary.get("n_trials")) == ended
 
 
@@ -84,22 +92,26 @@ def read_run(run_dir: Path) -> RunFolder:
         config=(yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None) or {},
         summary=read_json(run_dir / "summary.json"),
         calls=(read_json(run_dir / "run.json") or {}).get("calls", []),
-        epochs=read_epochs(run_dir / "logs" / "metrics.csv"),
+        epochs=read_epochs(run_dir / "logs"),
         audit=read_json(run_dir / "audit.json"),
         best=without_secrets_in_yaml(best.read_text(encoding="utf-8")) if best.is_file() else None,
     )
 
 
-def read_epochs(path: Path) -> list[dict[str, float]]:
-    """What was logged in training and validation, an epoch each; an epoch that has not ended yet is left out."""
-    if not path.is_file():
-        return []
+def read_epochs(logs: Path) -> list[dict[str, float]]:
+    """What was logged in training and validation, an epoch each; an epoch that has not ended yet is left out.
+
+    Args:
+        logs: folder of Lightning's `version_0`, `version_1`..., one for each time that the run was started. Of an epoch
+            that was trained again the later one counts.
+    """
     found: dict[int, dict[str, float]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            logged = {name: float(text) for name, text in row.items() if text and name and _is_number(text)}
-            if "epoch" in logged and not any(name.startswith("test_") for name in logged):
-                found.setdefault(int(logged["epoch"]), {}).update(logged)
+    for path in sorted(logs.glob("version_*/metrics.csv"), key=lambda path: (len(path.parent.name), path.parent.name)):
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                logged = {name: float(text) for name, text in row.items() if text and name and _is_number(text)}
+                if "epoch" in logged and not any(name.startswith("test_") for name in logged):
+                    found.setdefault(int(logged["epoch"]), {}).update(logged)
     # the last validation, of the epoch that counts, is logged under an epoch that was not trained
     return [found[epoch] for epoch in sorted(found) if any(name.startswith("train_") for name in found[epoch])]
 
@@ -133,19 +145,30 @@ def clean(text: str) -> str:
 
 
 def clean_command(words: Sequence[str]) -> list[str]:
-    """A command line, likewise: `--name=secret` and `--name secret`."""
+    """A command line, likewise: `--name=secret`, `--name secret`, and settings in a value that is YAML."""
     shown: list[str] = []
     secret = False
     for word in words:
-        name, equals, _ = word.partition("=")
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         if secret and not word.startswith("--"):
             shown.append(HIDDEN)
         elif equals and _SECRET_NAME.search(name):
             shown.append(f"{name}={HIDDEN}")
         else:
-            shown.append(clean(word))
+            shown.append(f"{name}{equals}{_clean_value(value)}")
         secret = not equals and word.startswith("--") and bool(_SECRET_NAME.search(word))
     return shown
+
+
+def _clean_value(text: str) -> str:
+    """One of a command line; what is no YAML with settings in it is a plain text."""
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return clean(text)
+    if not isinstance(settings, dict | list) or without_secrets(settings) == settings:
+        return clean(text)
+    return yaml.safe_dump(without_secrets(settings), default_flow_style=True, sort_keys=False, width=10**6).strip()
 
 
 def without_secrets_in_yaml(text: str) -> str:

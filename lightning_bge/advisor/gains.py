@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import mean, stdev
+from statistics import fmean, stdev
 from time import monotonic, perf_counter
 from typing import Any
 
@@ -46,17 +46,21 @@ class Variation:
 
 @dataclass
 class Measured:
-    """Seconds of the same batches in each round, as configured and with each variation.
+    """Seconds of a batch, of the same ones in each round, as configured and with each variation.
 
     Attributes:
         base: as configured.
         others: by the variation's row.
-        skipped: rows that there was no time for.
+        skipped: rows without a gain -> why.
     """
 
     base: list[float] = field(default_factory=list)
     others: dict[str, list[float]] = field(default_factory=dict)
-    skipped: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def rounds(self, row: str) -> list[tuple[float, float]]:
+        """As configured and with the variation, of the rounds in which both could be timed."""
+        return [pair for pair in zip(self.base, self.others[row], strict=True) if math.isfinite(sum(pair))]
 
 
 def measure_variations(
@@ -73,12 +77,13 @@ def measure_variations(
         run: trains afresh, each time from the same weights on the same batches.
         variations: one change each.
         rounds: of all of them.
-        seconds: begin no further round after so many; what has fewer than two rounds then counts as skipped.
+        seconds: begin no further round after so many; what has fewer than two rounds then counts as skipped. So does a
+            variation that can't be trained.
         epoch: batches that an epoch has at least. Of one of a single batch nothing can be timed.
         fixed: settings of all, where a variation does not change them.
     """
     if epoch < 2:
-        return Measured(skipped=[variation.row for variation in variations])
+        return Measured(skipped=dict.fromkeys([variation.row for variation in variations], "an epoch has one batch"))
     found, until = Measured(others={variation.row: [] for variation in variations}), monotonic() + seconds
     batches = min(epoch, WARM_UP + BATCHES + 1)
     limits = {"limit_train_batches": batches, "max_epochs": math.ceil((WARM_UP + BATCHES) / (batches - 1))}
@@ -86,42 +91,48 @@ def measure_variations(
         began = monotonic()
         found.base.append(_time(run, fixed or {}, limits))
         for variation in variations:
-            found.others[variation.row].append(_time(run, {**(fixed or {}), **variation.settings}, limits))
+            if variation.row in found.skipped:
+                continue
+            try:
+                found.others[variation.row].append(_time(run, {**(fixed or {}), **variation.settings}, limits))
+            except Exception as error:  # whatever stands against the other side: the row says so
+                found.skipped[variation.row] = f"the other side can't be trained: {type(error).__name__}: {error}"
         if number + 1 < rounds and monotonic() + (monotonic() - began) > until:
             break
-    if len(found.base) < 2:
-        found.skipped, found.others = list(found.others), {}
+    for row in found.others:
+        if row not in found.skipped and len(found.rounds(row)) < 2:
+            found.skipped[row] = "there was no time for two rounds, or a compiler was at work in each batch"
     return found
 
 
 def _time(run: Run, settings: dict[str, Any], limits: dict[str, Any]) -> float:
+    """Mean seconds of a batch; NaN: none could be timed."""
     watch = Watch(trace=False)
     run(settings, [watch], limits)
-    return sum(cycle.seconds for cycle in watch.observation.timed[:BATCHES])
+    timed = watch.observation.timed[:BATCHES]
+    return fmean(cycle.seconds for cycle in timed) if timed else math.nan
 
 
 def gain_of(variation: Variation, measured: Measured) -> Gain | None:
-    """The share of a step's time that being on saves; None: there was no time to measure it."""
-    other = measured.others.get(variation.row)
-    if not other:
+    """The share of a step's time that being on saves; None: it was not measured."""
+    if variation.row in measured.skipped or variation.row not in measured.others:
         return None
-    on, off = (measured.base, other) if variation.on else (other, measured.base)
+    base, other = zip(*measured.rounds(variation.row), strict=True)
+    on, off = (base, other) if variation.on else (other, base)
     low, mid, high = interval([math.log(a / b) for a, b in zip(on, off, strict=True)])
     return Gain(
         1 - math.exp(high),
         1 - math.exp(mid),
         1 - math.exp(low),
         "measured",
-        f"{variation.text}: {mean(on) / BATCHES * 1e3:.0f} ms a step against {mean(off) / BATCHES * 1e3:.0f} ms, "
+        f"{variation.text}: {fmean(on) * 1e3:.0f} ms a batch against {fmean(off) * 1e3:.0f} ms, "
         f"{len(on)} rounds in turns",
     )
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Student's interval of a mean: its lower end, the mean, its upper end."""
-    center = mean(values)
-    if len(values) < 2:
-        return -math.inf, center, math.inf
+    """Student's interval of the mean of two values or more: its lower end, the mean, its upper end."""
+    center = fmean(values)
     half = float(student.ppf((1 + level) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
     return center - half, center, center + half
 
@@ -136,8 +147,10 @@ def optimizer_gains(module: nn.Module, device: torch.device, step_s: float, roun
         module: whose parameters' shapes count; of large models a part of them, scaled up.
         device: where.
         step_s: seconds of a step, which the seconds found are shares of.
-        rounds: in turns.
+        rounds: in turns; of fewer than two nothing is said.
     """
+    if rounds < 2:
+        return {}
     shapes = [tuple(p.shape) for p in module.parameters() if p.requires_grad]
     total = sum(math.prod(shape) for shape in shapes)
     kept: list[tuple[int, ...]] = []
@@ -168,8 +181,9 @@ class _Side:
     def __init__(self, shapes: Sequence[tuple[int, ...]], device: torch.device, **options: Any) -> None:
         self.device = device
         self.parameters = [nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
-        self.gradients = [torch.full_like(p, 1e-3) for p in self.parameters]
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+        self.new = [torch.full_like(p, 1e-3) for p in self.parameters]
+        self.kept = [torch.full_like(p, 1e-3) for p in self.parameters]
+        for parameter, gradient in zip(self.parameters, self.kept, strict=True):
             parameter.grad = gradient
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, **options)
         self.optimizer.step()
@@ -180,11 +194,10 @@ class _Side:
 
     def zeros(self) -> float:
         """Seconds of filling the gradients with zeros and adding new ones."""
-        grads = [p.grad for p in self.parameters if p.grad is not None]
 
         def both() -> None:
-            torch._foreach_zero_(grads)
-            for grad, new in zip(grads, self.gradients, strict=True):
+            torch._foreach_zero_(self.kept)
+            for grad, new in zip(self.kept, self.new, strict=True):
                 grad.add_(new)
 
         return self._timed(both)
@@ -195,7 +208,7 @@ class _Side:
         def both() -> None:
             for parameter in self.parameters:
                 parameter.grad = None
-            for parameter, new in zip(self.parameters, self.gradients, strict=True):
+            for parameter, new in zip(self.parameters, self.new, strict=True):
                 parameter.grad = new
 
         return self._timed(both)
@@ -211,5 +224,5 @@ class _Side:
 
 def _share(on: list[float], off: list[float], step_s: float, text: str) -> Gain:
     low, mid, high = interval([(b - a) / step_s for a, b in zip(on, off, strict=True)])
-    words = f"{text}: {mean(on) * 1e3:.1f} ms against {mean(off) * 1e3:.1f} ms, of {step_s * 1e3:.0f} ms a step"
+    words = f"{text}: {fmean(on) * 1e3:.1f} ms against {fmean(off) * 1e3:.1f} ms, of {step_s * 1e3:.0f} ms a step"
     return Gain(low, mid, high, "measured", words)

@@ -10,7 +10,7 @@ import torch
 
 from lightning_bge.advisor.bench import Looks
 from lightning_bge.advisor.calibrate import Calibration, Draw
-from lightning_bge.advisor.cost import HOUR, How, Level, break_even, compile_balance, needed_gain, saved
+from lightning_bge.advisor.cost import HOUR, Basis, How, Level, break_even, compile_balance, needed_gain, saved
 from lightning_bge.advisor.cost import hours as in_words
 from lightning_bge.advisor.measure import measure_pace
 from lightning_bge.advisor.predict import Prediction, Priced, Study
@@ -57,7 +57,7 @@ def levels(
     calibration: Calibration,
     prediction: Prediction,
     variants: dict[str, float],
-    looks: Looks,
+    looks: Looks | None,
     compile: CompileConfig,
     gain: float,
 ) -> list[Level]:
@@ -69,7 +69,7 @@ def levels(
         calibration: what was measured.
         prediction: of the study.
         variants: of `measure_variants`.
-        looks: what is in effect.
+        looks: what is in effect; None: of another machine, where that is not known.
         compile: when layers are compiled.
         gain: share by which compiled steps are taken to be shorter.
     """
@@ -80,12 +80,16 @@ def levels(
     compute = compute * study.steps.folds * study.trials / HOUR
     rest = prediction.full / HOUR - compute
     reload = calibration.read * study.steps.folds * study.trials / HOUR
-    start = variants.get(PLAIN, variants.get(PADDED, 1.0) * (CLAIMED_BF16 if looks.precision == "bf16-mixed" else 1.0))
-    basis = "measured" if PLAIN in variants or looks.precision != "bf16-mixed" else "predicted"
+    start, basis = _start(variants, looks)
     trial = (compute * start + rest + reload) / study.trials
-    found = [Level("none", trial * study.trials, f"{study.trials:,} trials x {in_words(trial)}", basis)]  # type: ignore[arg-type]
-    found += _computing(compute, rest + reload, start, basis, variants, looks)
-    found += _compiling(study, calibration, prediction, compile, gain, found[-1].hours, compute)
+    found = [Level("none", trial * study.trials, f"{study.trials:,} trials x {in_words(trial)}", basis)]
+    if looks is None:
+        what = "as it was where the step was timed: within the row above"
+        found += [Level(name, found[0].hours, what, "not known") for name in ("+bf16", "+TF32", "+packing")]
+    else:
+        found += _computing(compute, rest + reload, start, basis, variants, looks)
+    tried = trying_s(study, priced, calibration, prediction.share[1], compile)
+    found += _compiling(tried, compile, gain, found[-1].hours, compute)
     now = found[-1].hours - reload
     each = f"{study.trials:,} x {study.steps.folds} times not reading the model: {in_words(reload)} less"
     found.append(Level("+warm start", now, each, "measured" if calibration.took else "predicted"))
@@ -103,20 +107,34 @@ def levels(
     return found
 
 
+def _start(variants: dict[str, float], looks: Looks | None) -> tuple[float, Basis]:
+    """Seconds of a token with nothing on over those now, and how that is known."""
+    if looks is None:
+        return 1.0, "not known"
+    bf16, packed = looks.precision == "bf16-mixed", looks.attention == "packed"
+    if bf16:
+        claimed = variants.get(PADDED, 1.0) * CLAIMED_BF16
+        return variants.get(PLAIN, claimed), "measured" if PLAIN in variants else "predicted"
+    # without a measurement nothing is known of packing
+    return variants.get(PADDED, 1.0), "measured" if PADDED in variants or not packed else "not known"
+
+
 def _computing(
-    compute: float, rest: float, start: float, basis: str, variants: dict[str, float], looks: Looks
+    compute: float, rest: float, start: float, basis: Basis, variants: dict[str, float], looks: Looks
 ) -> list[Level]:
     """bf16, TF32 and packing; `rest` are the hours outside of steps and validations."""
     found, padded = [], variants.get(PADDED, 1.0)
     if looks.precision == "bf16-mixed":
         what = f"steps x {padded / start:.3f}" + ("" if basis == "measured" else ": twice as fast, as is claimed")
-        found.append(Level("+bf16", compute * padded + rest, what, basis))  # type: ignore[arg-type]
+        found.append(Level("+bf16", compute * padded + rest, what, basis))
     else:
         found.append(Level("+bf16", compute * padded + rest, f"off: trainer.precision is {looks.precision}", "off"))
     if looks.device != "cuda":
         tf32 = Level("+TF32", found[-1].hours, f"a format of Nvidia's GPUs; this is {looks.device}", "impossible")
     elif torch.cuda.get_device_capability() < (8, 0):
         tf32 = Level("+TF32", found[-1].hours, "this GPU is older than Ampere", "impossible")
+    elif not looks.tf32:
+        tf32 = Level("+TF32", found[-1].hours, "off: fp32 matrices are multiplied in fp32", "off")
     else:
         tf32 = Level("+TF32", found[-1].hours, "what remains in fp32: within the row above", "in effect")
     found.append(tf32)
@@ -129,18 +147,22 @@ def _computing(
     return found
 
 
-def steps_of(study: Study, calibration: Calibration, share: float) -> float:
-    """Optimizer steps of each worker's part of the study."""
-    return study.trials * study.steps.folds * study.steps.epochs * calibration.steps * share / study.workers
+def training_s(study: Study, priced: Priced, share: float) -> float:
+    """Seconds of optimizer steps in each worker's part of the study, of which the pruner leaves this share."""
+    trial = study.steps.folds * fmean(cost.train * min(cost.epochs, study.steps.epochs) for cost in priced.costs)
+    return study.trials * trial * share / study.workers
 
 
-def trying_s(study: Study, calibration: Calibration, share: float, compile: CompileConfig) -> tuple[float, str]:
+def trying_s(
+    study: Study, priced: Priced, calibration: Calibration, share: float, compile: CompileConfig
+) -> tuple[float, str]:
     """The most seconds that each worker spends on finding out whether compiling pays, and what is known of it now."""
     if compile.policy == "never":
         return 0.0, "compile.policy is never"
     if compile.policy == "always":
         return 0.0, "compiled in what was measured"
-    known, steps = Findings(graphs=2, step_s=calibration.step_s), steps_of(study, calibration, share)
+    known = Findings(graphs=2, step_s=calibration.step_s)
+    steps = training_s(study, priced, share) / calibration.step_s
     if (text := too_short(known, steps)) is not None:
         return 0.0, text.removeprefix("compile off: ")
     most = time_limit_s(known, steps, compile)
@@ -148,36 +170,29 @@ def trying_s(study: Study, calibration: Calibration, share: float, compile: Comp
 
 
 def _compiling(
-    study: Study,
-    calibration: Calibration,
-    prediction: Prediction,
-    compile: CompileConfig,
-    gain: float,
-    hours: float,
-    compute: float,
+    tried: tuple[float, str], compile: CompileConfig, gain: float, hours: float, compute: float
 ) -> list[Level]:
-    most, text = trying_s(study, calibration, prediction.share[1], compile)
+    most, text = tried
     if most:
         text += f"; steps {gain:.0%} shorter would make it {in_words(hours - saved(compute, gain, 'shorter'))}"
     state = "in effect" if compile.policy == "always" else "off"
     found = [Level("+compile", hours, text, state)]  # type: ignore[arg-type]
     found.append(Level("+zero_grad(None)", hours, "gradients are freed: within the rows above", "in effect"))
-    tuned = compile.policy != "never" and compile.mode == "max-autotune"
-    text = (
-        "within compile"
-        if tuned
-        else "off: " + ("" if compile.policy == "never" else f"compile.mode is {compile.mode}")
-    )
-    found.append(Level("+max-autotune", hours, text.removesuffix(": "), "in effect" if tuned else "off"))
+    tuned = compile.mode == "max-autotune"
+    if compile.policy == "always" and tuned:
+        found.append(Level("+max-autotune", hours, "within compile", "in effect"))
+    else:
+        text = "with compile" if tuned else f"compile.mode is {compile.mode}"
+        found.append(Level("+max-autotune", hours, text, "off"))
     return found
 
 
 def describe_compile(
-    study: Study, calibration: Calibration, prediction: Prediction, compile_s: float, gain: float
+    study: Study, priced: Priced, calibration: Calibration, prediction: Prediction, compile_s: float, gain: float
 ) -> list[str]:
     """When compiling pays, with the arithmetic; with steps this share shorter, and with steps this share faster."""
-    steps = steps_of(study, calibration, prediction.share[1])
-    train = steps * calibration.step_s
+    train = training_s(study, priced, prediction.share[1])
+    steps = train / calibration.step_s
     needed = needed_gain(compile_s, train)
     pays = f"pay where steps get {needed:.1%} shorter" if needed < 1 else "can't pay"
     lines = [

@@ -16,13 +16,13 @@ from lightning_bge.advisor.bench import Bench, Looks, Sizes
 from lightning_bge.advisor.calibrate import Calibration, Draw, calibrate, features
 from lightning_bge.advisor.cost import HOUR, Level, TrialCost
 from lightning_bge.advisor.levels import describe_compile, levels, measure_variants, trying_s
-from lightning_bge.advisor.plan_doubts import assumed, busy, doubts, judge_search
+from lightning_bge.advisor.plan_doubts import Others, assumed, doubts, judge_search
 from lightning_bge.advisor.predict import Prediction, Priced, Study, predict
 from lightning_bge.advisor.what_if import WHAT_IF_RUNS, Changes, WhatIf
 from lightning_bge.callbacks import CompileConfig
 from lightning_bge.data import TextDataModule
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo import BEST, Recording, Space, Steps, StudyConfig, draw_points, parse_points, parse_space
+from lightning_bge.hpo import Recording, Space, Steps, StudyConfig, draw_points, parse_points, parse_space
 from lightning_bge.hpo.objective import Build
 from lightning_bge.models import WarmEncoder
 from lightning_bge.models.metrics import MonitorConfig
@@ -200,10 +200,11 @@ def make_plan(search: Search, options: PlanConfig) -> Plan:
         StudyError: the file of curves is none.
     """
     problems, pruner = judge_search(search.hpo, search.steps)
-    problems += [] if options.step_ms else busy()
-    points = draw_points(search.space, parse_points(search.hpo.enqueue, search.space), POINTS)
+    others = Others()
+    points = draw_points(search.space, parse_points(search.hpo.enqueue, search.space), POINTS + len(search.hpo.enqueue))
     find = _by_hand if options.step_ms else _measured
     calibration, looks, variants = find(search, options, points)
+    problems += [] if options.step_ms else others.problems()
     problems += doubts(calibration)
     priced = Priced.of(calibration, points, search.space, search.usual, len(search.hpo.enqueue))
     study = Study(
@@ -211,7 +212,7 @@ def make_plan(search: Search, options: PlanConfig) -> Plan:
         steps=search.steps,
         pruner=pruner,
         workers=options.workers,
-        repeats=BEST * search.hpo.further_seeds,
+        seeds=search.hpo.further_seeds,
         refit=search.hpo.refit,
         learns=search.hpo.sampler == "tpe",
         patience=search.monitor.patience,
@@ -219,9 +220,9 @@ def make_plan(search: Search, options: PlanConfig) -> Plan:
         curves=None if options.curves is None else Recording.load(Path(options.curves)),
     )
     share = predict(study, priced, calibration, WHAT_IF_RUNS).share[1]
-    study = replace(study, compile_s=trying_s(study, calibration, share, search.compile)[0])
+    study = replace(study, compile_s=trying_s(study, priced, calibration, share, search.compile)[0])
     prediction = predict(study, priced, calibration)
-    change = Changes(study, priced, calibration, search.data.split.val_fraction)
+    change = Changes(study, priced, calibration, search.data.split.val_fraction, search.hpo.cost is not None)
     late = options.deadline is not None and prediction.high / HOUR > options.deadline
     compile_s = COMPILE_S if options.compile_s is None else options.compile_s
     return Plan(
@@ -230,7 +231,7 @@ def make_plan(search: Search, options: PlanConfig) -> Plan:
         prediction,
         calibration,
         tuple(levels(study, priced, calibration, prediction, variants, looks, search.compile, options.compile_gain)),
-        tuple(describe_compile(study, calibration, prediction, compile_s, options.compile_gain)),
+        tuple(describe_compile(study, priced, calibration, prediction, compile_s, options.compile_gain)),
         tuple(change.usual()),
         tuple(problems),
         tuple(assumed(study, options.step_ms is not None)),
@@ -245,7 +246,7 @@ def make_plan(search: Search, options: PlanConfig) -> Plan:
 
 def _measured(
     search: Search, options: PlanConfig, points: list[dict[str, Any]]
-) -> tuple[Calibration, Looks, dict[str, float]]:
+) -> tuple[Calibration, Looks | None, dict[str, float]]:
     """On this machine, with what was given by hand put in its place."""
     search.build({})  # from here on what it reads is known
     since = time.perf_counter()
@@ -269,7 +270,7 @@ def _measured(
 
 def _by_hand(
     search: Search, options: PlanConfig, points: list[dict[str, Any]]
-) -> tuple[Calibration, Looks, dict[str, float]]:
+) -> tuple[Calibration, Looks | None, dict[str, float]]:
     """For another machine: nothing is measured."""
     assert options.step_ms is not None
     sizes = Sizes.of(search.data)
@@ -282,4 +283,4 @@ def _by_hand(
     draw = Draw(points[0], features(points[0], search.space), cost, step_s, train / sizes.train, 0.0)
     start = search.known.process_s * (1 + ENDS) if options.start_s is None else options.start_s
     found = Calibration((draw,), start, refit_epoch=train / sizes.train * sizes.all, steps=sizes.steps)
-    return found, Looks("another machine", "as configured", "as configured"), {}
+    return found, None, {}

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
+
+import torch
 
 from lightning_bge.advisor.calibrate import Calibration
 from lightning_bge.advisor.predict import DRIFT, Study
@@ -10,7 +14,8 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.hpo import PrunerConfig, Steps, StudyConfig
 from lightning_bge.hpo.pruning import check_pruner
 
-BUSY = 0.5  # load of a core, before anything is measured, from which on the machine is not this study's alone
+STAT = Path("/proc/stat")
+BUSY = 0.3  # cores at work for others, from which on it may matter
 
 
 def judge_search(hpo: StudyConfig, steps: Steps) -> tuple[list[str], PrunerConfig]:
@@ -30,16 +35,37 @@ def judge_search(hpo: StudyConfig, steps: Steps) -> tuple[list[str], PrunerConfi
     return found, pruner
 
 
-def busy() -> list[str]:
-    """Whether others use this machine while it is measured."""
-    cores = os.cpu_count() or 1
-    load = os.getloadavg()[0] / cores if hasattr(os, "getloadavg") else 0.0
-    if load < BUSY:
-        return []
-    return [
-        f"this machine is busy: {load * cores:.1f} processes want its {cores} cores. The figures are of a machine that "
-        "stays as busy: measure again when it is free"
-    ]
+class Others:
+    """What other processes, and other guests of the same hardware, take of this machine's cores from here on.
+
+    Only Linux tells (`/proc/stat`).
+    """
+
+    def __init__(self) -> None:
+        self._since = _spent()
+
+    def problems(self) -> list[str]:
+        """Nothing, or that too little of the machine was left for what was measured since."""
+        now, cores = _spent(), os.cpu_count() or 1
+        if self._since is None or now is None:
+            return []
+        wall, busy, own = (after - before for after, before in zip(now, self._since, strict=True))
+        used = max(0.0, busy - own) / wall if wall > 0 else 0.0
+        if used < BUSY or used + torch.get_num_threads() <= cores:
+            return []
+        return [
+            f"this machine is busy: {used:.1f} of its {cores} cores worked for others while it was measured. The "
+            "figures are of a machine that stays as busy: measure again when it is free"
+        ]
+
+
+def _spent() -> tuple[float, float, float] | None:
+    """Seconds: by the clock, of all cores at work or taken by the hypervisor, of this process and its children."""
+    if not STAT.exists():
+        return None
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, STAT.read_text().split("\n", 1)[0].split()[1:])
+    ticks = user + nice + system + irq + softirq + steal
+    return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
 
 
 def doubts(calibration: Calibration) -> list[str]:

@@ -31,7 +31,7 @@ def describe_plan(plan: Plan) -> str:
         "hours at each level of optimisation, one after the other",
         *(f"  {line}" for line in table_of_levels(plan.levels)),
         f"  = {in_words(found.mid / HOUR)} with the start, the end"
-        + (f" and {planned.repeats} trials again" if planned.repeats else ""),
+        + (" and the best trials with other seeds" if planned.seeds else ""),
         "",
         "compiling the encoder's layers",
         *(f"  {line}" for line in plan.compiling),

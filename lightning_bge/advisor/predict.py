@@ -13,8 +13,9 @@ import numpy as np
 
 from lightning_bge.advisor.calibrate import Calibration
 from lightning_bge.advisor.cost import TrialCost
-from lightning_bge.hpo import History, PrunerConfig, Recording, Space, Steps
+from lightning_bge.hpo import BEST, History, PrunerConfig, Recording, Space, Steps
 from lightning_bge.hpo.check import SIMULATED, STYLES, sample_curves
+from lightning_bge.hpo.eta import REFIT
 from lightning_bge.hpo.pruning import rungs
 from lightning_bge.hpo.replay import Curve, policy_of
 from lightning_bge.hpo.simulate import STARTUP, Halving, Outcome, Prices, run_promoted, schedule, skill
@@ -25,7 +26,6 @@ CURVES = 150  # simulated ones to choose from, of each style
 # Standard deviation of a machine's speed over the hours of a study against that of the minute in which it was measured.
 # It is assumed: other work, heat and clocks differ from machine to machine.
 DRIFT = 0.04
-REFIT = 0.8  # of the epochs: the refit trains as many as the folds' best epochs were on average
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Study:
         steps: what a trial that runs to its end reports.
         pruner: of the search.
         workers: processes that share it, each on a device of its own.
-        repeats: trials that run once more to their end.
+        seeds: further ones, with which the best of the trials that ran to their end (`hpo.BEST`, or as many as there
+            are) run once more.
         refit: whether a model is trained on all rows at the end.
         learns: whether the sampler is one that learns (tpe).
         patience: epochs without a better value after which a fold ends.
@@ -50,7 +51,7 @@ class Study:
     steps: Steps
     pruner: PrunerConfig
     workers: int = 1
-    repeats: int = 0
+    seeds: int = 0
     refit: bool = True
     learns: bool = True
     patience: int | None = None
@@ -209,25 +210,26 @@ def predict(study: Study, priced: Priced, calibration: Calibration, runs: int = 
     curves = pools(study)
     if study.pruner.name not in ("promote", "none") and study.survival is None:
         runs = min(runs, FEW)
-    walls, shares, found = [], [], []
+    walls, shares, found, repeats = [], [], [], []
     full = priced.full(study.steps)
     around = calibration.start + calibration.first + calibration.finish + study.compile_s
-    around += calibration.refit_epoch * study.refit * max(1, round(REFIT * study.steps.epochs))
-    repeats = full * math.ceil(study.repeats / study.workers) + calibration.read * (study.repeats > 0)
+    around += calibration.refit_epoch * study.refit * max(1.0, REFIT * study.steps.epochs)
     for number in range(runs):
         run = _Run(study, priced, curves[number % len(curves)], random).outcome
         pace = max(0.3, (1 + calibration.error * random.standard_normal()) * (1 + DRIFT * random.standard_normal()))
         found.append(run)
-        walls.append((run.wall + around + repeats) * pace)
+        again = min(BEST, run.complete(study.steps.total)) * study.seeds
+        repeats.append(full * math.ceil(again / study.workers) + calibration.read * (again > 0))
+        walls.append((run.wall + around + repeats[-1]) * pace)
         shares.append(run.seconds / (full * study.trials))
     low, mid, high = (float(value) for value in np.quantile(walls, [0.1, 0.5, 0.9]))
     return Prediction(
         *(low, mid, high, full * study.trials),
         search=fmean(run.seconds for run in found),
         around=around,
-        repeats=repeats,
+        repeats=fmean(repeats),
         share=tuple(float(value) for value in np.quantile(shares, [0.1, 0.5, 0.9])),  # type: ignore[arg-type]
-        complete=fmean(sum(made == study.steps.total for made in run.reports) for run in found),
+        complete=fmean(run.complete(study.steps.total) for run in found),
     )
 
 

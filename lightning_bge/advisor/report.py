@@ -296,7 +296,9 @@ def _fit_headline(run: RunFolder) -> str:
 
 def _fit_curves(run: RunFolder) -> str:
     if not run.epochs:
-        return paragraph("There is no logs/metrics.csv: the run has another logger than Lightning's CSVLogger.")
+        return paragraph(
+            "There is no logs/version_*/metrics.csv: the run has another logger than Lightning's CSVLogger."
+        )
     from lightning_bge.advisor.plots_fit import by_epoch
 
     logged = {name for epoch in run.epochs for name in epoch}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ Verdict = Literal["ok", "lie", "off", "not applicable", "unknown"]
 MOST = 0.9  # share of the matrix products that is to be computed as claimed: heads and losses may be in fp32
 HALF = 0.5  # of the forward pass that is to be compiled: a compiled layer's surroundings stay eager
 LITTLE_PADDING = 0.3  # what batches of random lengths, padded to their longest, are allowed
+UNSEEN = "no matrix product was seen: CUDA graphs and kernels that a compiler wrote hide theirs from the profiler"
 FEW = 3  # batches in which something is still compiled: first shapes, then dynamic ones
 
 
@@ -85,12 +87,14 @@ class Case:
         claims: what is said.
         module: after the run.
         trainer: likewise.
+        devices: that the run is meant for, of which one was watched.
     """
 
     seen: Observation
     claims: Claims
     module: LightningModule
     trainer: Trainer
+    devices: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -126,6 +130,8 @@ def bf16(case: Case) -> Row:
     if case.seen.trace is None:
         return untraced("compute", row.name, row.claimed)
     flops = case.seen.trace.flops
+    if not flops:
+        return replace(row, in_effect="?", verdict="unknown", evidence=UNSEEN)
     share = flops["bf16"] / max(sum(flops.values()), 1)
     row = replace(
         row,
@@ -151,7 +157,9 @@ def tf32(case: Case) -> Row:
         return replace(row, evidence=f"TF32 is of NVIDIA's GPUs, the training ran on {case.device.type}")
     if torch.cuda.get_device_capability(case.device) < (8, 0):
         return replace(row, evidence="TF32 comes with compute capability 8.0")
-    error = tf32_error(case.device)
+    error = case.seen.fp32_error
+    if error is None:
+        return replace(row, in_effect="?", verdict="unknown", evidence="no fp32 product was made while it trained")
     on = error > 1e-5
     kernels = [name for name in case.seen.trace.kernels if "tf32" in name.lower()] if case.seen.trace else []
     row = replace(
@@ -174,14 +182,6 @@ def tf32(case: Case) -> Row:
     )
 
 
-def tf32_error(device: torch.device) -> float:
-    """The relative error of an fp32 matrix product, as the process multiplies now, against float64."""
-    generator = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(512, 512, device=device, generator=generator) for _ in range(2))
-    exact = a.double() @ b.double()
-    return float(((a @ b).double() - exact).norm() / exact.norm())
-
-
 def fused(case: Case) -> Row:
     """The optimizer's fused kernel runs."""
     row = Row("compute", "fused optimizer", said(case.claims.fused), "", "ok", "")
@@ -189,10 +189,10 @@ def fused(case: Case) -> Row:
     if trace is None:
         return untraced("compute", row.name, row.claimed)
     steps = trace.optimizer
-    kind = next((word for word in ("fused", "foreach") if any(f"_{word}_a" in name for name in steps)), "one by one")
-    if kind == "one by one" and any("_foreach_" in name and name != "aten::_foreach_add_" for name in steps):
-        kind = "foreach"
-    most = ", ".join(f"{name} {count}x" for name, count in steps.most_common(3))
+    # the fused kernels come with foreach ones, which count the steps
+    kind = next((word for word in ("fused", "foreach") if any(f"_{word}_" in name for name in steps)), "one by one")
+    telling = sorted(steps.items(), key=lambda one: (f"_{kind}_" not in one[0], -one[1]))
+    most = ", ".join(f"{name} {count}x" for name, count in telling[:3])
     row = replace(row, in_effect=kind, evidence=f"operations of one optimizer step: {most or 'none of torch'}")
     if kind == "fused" or not steps:
         return row
@@ -226,6 +226,8 @@ def compiled(case: Case) -> Row:
         )
     if not case.claims.compile or share >= HALF:
         return row
+    if trace.regions and not trace.forward_flops:
+        return replace(row, in_effect="?", verdict="unknown", evidence=f"{row.evidence}; {UNSEEN}")
     given = sum(is_compiled(part) for part in case.module.modules())
     if trace.lookups:
         why = "torch.compile has given up: its limit of recompilations was reached, or it can't trace the code"
@@ -264,7 +266,9 @@ def attention(case: Case) -> Row:
 def dropout(case: Case) -> Row:
     """Dropout drops."""
     trace = case.seen.trace
+    asleep = list(_asleep(case.module))
     rates = [rate for rate in dropout_rates(case.module) if rate > 0]
+    rates = rates[: len(rates) - sum(frozen for _, frozen in asleep)]  # what is not trained needs none
     claimed = said(case.claims.dropout if rates or case.claims.dropout is not None else False)
     row = Row("compute", "dropout", claimed, "", "ok", "")
     if trace is None:
@@ -273,13 +277,12 @@ def dropout(case: Case) -> Row:
     row = replace(row, in_effect="yes" if trace.masks else "no", evidence=f"{trace.masks} masks drawn in one step")
     if not case.claims.dropout or not rates:
         return replace(row, verdict="ok" if trace.masks else "not applicable")
-    # attention's own dropout is drawn within its kernel; one mask in two modules is the least that is usual
-    if trace.masks >= len(rates) * batches / 2:
+    # attention's own dropout is drawn within its kernel; one mask in two modules is the least that is usual. A compiled
+    # graph may draw those of all its masks at once
+    if trace.masks >= len(rates) * batches / 2 or trace.seeds:
         return row
-    asleep = [name for name, part in case.module.named_modules() if not part.training and _drops(part)]
-    where = (
-        f"; {len(asleep)} of {len(rates)} dropout modules are in eval mode, the first is {asleep[0]}" if asleep else ""
-    )
+    names = [name for name, frozen in asleep if not frozen]
+    where = f"; {len(names)} of {len(rates)} dropout modules are in eval mode, the first is {names[0]}" if names else ""
     return replace(
         row,
         verdict="lie",
@@ -290,8 +293,12 @@ def dropout(case: Case) -> Row:
     )
 
 
-def _drops(part: nn.Module) -> bool:
-    return isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0
+def _asleep(module: nn.Module) -> Iterator[tuple[str, bool]]:
+    """Names of dropout modules in eval mode, and whether what they stand in is frozen."""
+    for name, part in module.named_modules():
+        if not part.training and isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
+            around = module.get_submodule(name.rpartition(".")[0])
+            yield name, not any(p.requires_grad for p in around.parameters())
 
 
 def zero_grad(case: Case) -> Row:

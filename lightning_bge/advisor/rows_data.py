@@ -30,18 +30,22 @@ def padding(case: Case) -> Row:
     """Tokens that were computed and are none."""
     row = Row("data", "padding", "not said", "?", "unknown", "")
     seen, trace = case.seen, case.seen.trace
-    if trace is None or seen.traced_tokens is None:
+    tokens = [batch.tokens for batch in seen.traced if batch.tokens is not None]
+    if trace is None or not tokens or len(tokens) < len(seen.traced):
         return replace(row, evidence="batches hold no attention_mask: how many of their tokens are real is not known")
     if not trace.looked:
         return replace(row, evidence="no lookup of token ids was seen: how many tokens were computed is not known")
-    # tables of positions and of token types are looked up as often or less often
-    computed = max(sum(counts) for counts in trace.looked.values())
-    share = max(0.0, 1 - seen.traced_tokens / computed)
+    # the largest table is that of the tokens; others are of positions, of token types, of distances
+    computed, real = sum(trace.looked[max(trace.looked)]), sum(tokens)
+    places = sum(batch.places or 0 for batch in seen.traced)
+    passes = computed // places if places and computed % places == 0 else 1  # a text may go through the model twice
+    computed //= max(passes, 1)
+    share = max(0.0, 1 - real / computed)
     row = replace(
         row,
         in_effect=f"{share:.0%} of the tokens computed",
         verdict="ok",
-        evidence=f"{computed} tokens computed in one step, {seen.traced_tokens} of them real",
+        evidence=f"{computed} tokens computed in one step, {real} of them real",
     )
     fixed = [batch for batch in seen.batches if batch.width is not None and batch.longest is not None]
     always = bool(fixed) and all(batch.width > batch.longest for batch in fixed)  # type: ignore[operator]
@@ -95,7 +99,7 @@ def workers(case: Case) -> Row:
         return replace(row, evidence="batches are assembled in the training process")
     if len(known) < 2:
         return replace(row, in_effect="?", verdict="unknown", evidence="workers were seen in one epoch only")
-    same = known[0] == known[1]
+    same = known[0] <= known[1]  # those of a validation are there too, from the end of epoch 1 on
     row = replace(
         row,
         in_effect="yes" if same else "no",
@@ -139,12 +143,16 @@ def effective_batch(case: Case) -> Row:
     row = Row("loop", "effective batch", "not said" if asked is None else f"{asked} rows", "?", "unknown", "")
     if not windows:
         return replace(row, evidence=f"no optimizer step in {len(case.seen.batches)} batches")
-    usual = windows.most_common(1)[0][0]
+    one = windows.most_common(1)[0][0]
+    if one is None:
+        return replace(row, evidence="batches hold no tensors: how many rows they have is not known")
+    usual, several = one * case.devices, f", on each of {case.devices} devices" if case.devices > 1 else ""
     row = replace(
         row,
         in_effect=f"{usual} rows",
         verdict="ok",
-        evidence="rows behind each of the optimizer steps: " + ", ".join(f"{n} ({k}x)" for n, k in windows.items()),
+        evidence=f"rows behind each of the optimizer steps{several}: "
+        + ", ".join(f"{n} ({k}x)" for n, k in windows.items()),
     )
     rows = _rows(case)
     if asked is None or usual == asked or (rows is not None and usual == rows < asked):
@@ -182,7 +190,7 @@ def last_window(case: Case) -> Row:
         effort="a few lines",
     )
     if left and (total is None or total % every):
-        ends = f"{left} rows behind the last optimizer step of the epoch; it steps every {every} batches"
+        ends = f"{left} batches behind the last optimizer step of the epoch; it steps every {every} batches"
         whole = "" if total is None else f", and a whole epoch has {total}, so that {total % every} are left"
         return replace(lost, evidence=ends + whole)
     if kept:
@@ -216,6 +224,11 @@ def items(case: Case) -> Row:
     trace = case.seen.trace
     if trace is None:
         return replace(row, in_effect="?", verdict="unknown", evidence="no optimizer step was traced")
+    if trace.items and not case.seen.located:
+        text = (
+            f"{sum(trace.items.values())} values read in one step; from where was not found out, as no other was traced"
+        )
+        return replace(row, in_effect="?", verdict="unknown", evidence=text)
     own = {where: count for where, count in trace.items.items() if where != "?"}
     of_libraries = trace.items.get("?", 0)
     text = ", ".join(f"{where} {count}x" for where, count in own.items())
@@ -293,9 +306,17 @@ def host(case: Case) -> Row:
 
 
 def host_seconds(case: Case) -> list[float]:
-    """For each traced step, seconds of a batch's forward, backward and step in which no operation ran."""
-    batches = max(case.seen.batches_per_step, 1)
-    return [trace.parts["host"] / batches for trace in case.seen.traces]
+    """For each traced step, seconds of a batch's forward, backward and step in which no operation ran.
+
+    A trace takes time of its own between operations, so that no more is counted than a step without a trace leaves.
+    """
+    seen, batches = case.seen, max(case.seen.batches_per_step, 1)
+    whole = seen.seconds(RUN)
+    found = []
+    for trace in seen.traces:
+        idle = trace.parts["host"]
+        found.append(max(0.0, min(idle / batches, whole - (trace.seconds - idle) / batches)))
+    return found
 
 
 def peak_memory(case: Case) -> Row:

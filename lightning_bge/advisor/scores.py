@@ -9,9 +9,8 @@ from typing import Any
 
 from lightning_bge.advisor.rows import Case, Row
 from lightning_bge.advisor.rows_data import host_seconds
-from lightning_bge.advisor.trace import DTYPES, PARTS
+from lightning_bge.advisor.trace import PARTS
 from lightning_bge.advisor.watch import FETCH, MOVE, RUN
-from lightning_bge.callbacks.peak import matmul_peak
 
 WORTH = 0.02  # share of a step's time below which nothing is worth doing
 CATEGORIES = ("compute", "data", "memory", "loop", "search")
@@ -82,16 +81,13 @@ def step_parts(case: Case) -> dict[str, float]:
 def peak_share(case: Case) -> dict[str, Any]:
     """The step's matrix products a second, against the fastest big one on this machine in the same dtype."""
     trace = case.seen.trace
-    if trace is None or not trace.flops or not case.seen.cycle_seconds:
+    peak = case.seen.peak
+    if trace is None or peak is None or not case.seen.cycle_seconds:
         return {}
-    dtype = trace.flops.most_common(1)[0][0]
-    if dtype not in DTYPES:
-        return {}
-    peak = matmul_peak(case.device, DTYPES[dtype])
     seconds = case.seen.cycle_seconds * max(case.seen.batches_per_step, 1)
     achieved = sum(trace.flops.values()) / seconds
     return {
-        "dtype": dtype,
+        "dtype": trace.dtype,
         "peak_gflops": peak / 1e9,
         "achieved_gflops": achieved / 1e9,
         "share": achieved / peak,

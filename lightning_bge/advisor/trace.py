@@ -30,6 +30,8 @@ KERNELS = {  # of attention, outermost first -> what users call them
     "flash_attn::_flash_attn_forward": "flash-attn",
     "flex_attention": "flex",
 }
+# Their texts stand one after the other without padding, so that the shapes don't tell how many keys each query meets.
+PACKED = {"aten::_flash_attention_forward", "torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward"}
 EAGER = "eager: scores written out"
 SOFTMAX = {"aten::softmax", "aten::_softmax", "aten::_safe_softmax"}
 # What draws random numbers. On CUDA dropout is one kernel, with nothing of these within.
@@ -60,10 +62,11 @@ class Trace:
         regions: compiled regions that ran.
         attention: calls of attention by kernel.
         masks: times random numbers were drawn for dropout in the forward pass.
-        optimizer: operations of the optimizer's step by name; without clipping.
+        seeds: those of them in compiled regions, where one drawing may be for the masks of a whole graph.
+        optimizer: operations of the optimizer's step by name; without clipping, but where the step has a closure.
         zeroed: operations that filled gradients with zeros.
         looked: lookups of token ids in an embedding's table: rows of the table -> numbers of ids of its calls.
-        items: values that the host read from tensors outside of the optimizer, by where in the code.
+        items: values that the host read from the device's tensors outside of the optimizer, by where in the code.
         kernels: kernels on the device by name.
         waited: seconds in which the host waited for the device.
     """
@@ -77,12 +80,18 @@ class Trace:
     regions: int = 0
     attention: Counter[str] = field(default_factory=Counter)
     masks: int = 0
+    seeds: int = 0
     optimizer: Counter[str] = field(default_factory=Counter)
     zeroed: int = 0
     looked: dict[int, list[int]] = field(default_factory=dict)
     items: Counter[str] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)
     waited: float = 0.0
+
+    @property
+    def dtype(self) -> str:
+        """That of most matrix products; empty: there were none."""
+        return max(self.flops, key=lambda name: self.flops[name], default="")
 
     def add(self, other: Trace) -> None:
         """Add what ran in another batch of the same optimizer step."""
@@ -120,12 +129,13 @@ def read_trace(tree: Sequence[Any], events: Sequence[Any] = ()) -> Trace:
     """
     [mark] = [event for root in tree for event in _find(root, STEP)]
     since, until = mark.start_time_ns, mark.end_time_ns
-    reader = _Reader(since, until, _Spans.of(tree))
+    kernels = [event for event in events if _on_device(event)]
+    reader = _Reader(since, until, _Spans.of(tree), bool(kernels))
     for root in tree:
         reader.read(root, _Place())
     reader.trace.seconds = (until - since) / 1e9
-    if any(_on_device(event) for event in events):
-        reader.read_device(events)
+    if kernels:
+        reader.read_device(events, kernels)
     else:
         reader.trace.parts["host"] = max(0.0, reader.trace.seconds - _covered(reader.spans) / 1e9)
     return reader.trace
@@ -168,8 +178,9 @@ class _Spans:
 
 
 class _Reader:
-    def __init__(self, since: int, until: int, steps: _Spans) -> None:
+    def __init__(self, since: int, until: int, steps: _Spans, on_device: bool = False) -> None:
         self.trace, self.since, self.until, self.steps = Trace(), since, until, steps
+        self.on_device = on_device
         self.spans: list[tuple[int, int]] = []
         self.part_of: dict[int, str] = {}  # correlation id of an operation -> its part
 
@@ -208,7 +219,10 @@ class _Reader:
             backward=backward,
             attention=above.attention or name in KERNELS,
             draws=above.draws or _draws(event),
-            product=above.product or name in PRODUCTS or name in BATCHED or name in KERNELS,
+            product=above.product
+            or name in PRODUCTS
+            or name in BATCHED
+            or (name in KERNELS and name != "CpuAttention"),
         )
 
     def _count(self, event: Any, place: _Place, updating: bool) -> None:
@@ -218,7 +232,7 @@ class _Reader:
             trace.optimizer[name] += 1
         if self.steps.zeroing(event.start_time_ns) and ("zero" in name or "fill" in name):
             trace.zeroed += 1
-        if name == "aten::item" and not updating:
+        if name == "aten::item" and not updating and self._waits(event):
             trace.items[place.code or "?"] += 1
         if name == "aten::embedding" and len(shapes) > 1 and not place.backward:
             [(_, table), (_, ids)] = shapes[:2]
@@ -226,6 +240,7 @@ class _Reader:
         self._count_attention(name, shapes, place)
         if _draws(event) and not place.draws and not place.backward and not updating:
             trace.masks += 1
+            trace.seeds += place.compiled
         if place.product and not name.endswith("_for_cpu"):
             return
         flops, dtype = _flops(name, shapes)
@@ -235,12 +250,17 @@ class _Reader:
                 trace.forward_flops += flops
                 trace.compiled_flops += flops if place.compiled else 0
 
+    def _waits(self, event: Any) -> bool:
+        """Whether a value is read for which the host has to wait: where there is a GPU, one that lies there."""
+        devices = [part.device.type for part in event.typed[1].inputs if hasattr(part, "device")]
+        return not self.on_device or devices[:1] != ["cpu"]
+
     def _count_attention(self, name: str, shapes: list[tuple[Any, list[int]]], place: _Place) -> None:
         if place.attention or place.backward:
             return
         if name in KERNELS:
             self.trace.attention[KERNELS[name]] += 1
-        elif name == "aten::_softmax" and len(shapes[0][1]) > 2:
+        elif name == "aten::_softmax" and _are_scores(shapes[0][1]):
             self.trace.attention[EAGER] += 1
 
     def _time(self, event: Any, above: str | None, part: str | None) -> None:
@@ -257,15 +277,12 @@ class _Reader:
             )
             self.trace.parts["other operations"] += max(0, until - since - within) / 1e9
 
-    def read_device(self, events: Sequence[Any]) -> None:
+    def read_device(self, events: Sequence[Any], kernels: Sequence[Any]) -> None:
         """Times of kernels instead of those of the calls that launched them; `host` is what no kernel covers."""
         parts = dict.fromkeys(PARTS, 0.0)
         spans = []
-        for event in events:
-            if WAITS.match(event.name()):
-                self.trace.waited += event.duration_ns() / 1e9
-            if not _on_device(event):
-                continue
+        self.trace.waited = sum(event.duration_ns() for event in events if WAITS.match(event.name())) / 1e9
+        for event in kernels:
             since, until = event.start_ns(), event.start_ns() + event.duration_ns()
             parts[self.part_of.get(event.linked_correlation_id(), "other operations")] += (until - since) / 1e9
             self.trace.kernels[event.name()] += 1
@@ -310,13 +327,23 @@ def _shapes(event: Any) -> list[tuple[Any, list[int]]]:
     return [(part.dtype, list(part.sizes)) for part in event.typed[1].inputs if hasattr(part, "sizes")]
 
 
+def _are_scores(shape: list[int]) -> bool:
+    """Whether a softmax over this shape is of attention's scores, [N, heads, T, T] or [N x heads, T, T]; pooling has
+    [N, T, 1]."""
+    return len(shape) == 4 or (len(shape) == 3 and shape[-1] == shape[-2])
+
+
 def _draws(event: Any) -> bool:
     """Whether an operation draws a mask: by itself, or as attention that was called with a probability of dropout."""
     if event.name in DRAWS:
         return True
-    return "scaled_dot_product" in event.name and any(
-        isinstance(part, float) and 0 < part < 1 for part in event.typed[1].inputs[3:5]
-    )
+    if event.name == "aten::_flash_attention_forward":
+        rates = event.typed[1].inputs[7:8]
+    elif "scaled_dot_product" in event.name:
+        rates = event.typed[1].inputs[3:5]
+    else:
+        return False
+    return any(isinstance(part, float) and 0 < part < 1 for part in rates)
 
 
 def _flops(name: str, shapes: list[tuple[Any, list[int]]]) -> tuple[int, str]:
@@ -324,8 +351,12 @@ def _flops(name: str, shapes: list[tuple[Any, list[int]]]) -> tuple[int, str]:
     matrices = [(dtype, shape) for dtype, shape in shapes if len(shape) >= 2]
     if len(matrices) < 2:
         return 0, ""
+    if name in PACKED:
+        return 0, ""
     if name in KERNELS and name != "CpuAttention":
         (dtype, q), (_, k) = matrices[:2]
+        if name == "flash_attn::_flash_attn_forward":  # [N, T, heads, D]
+            return 4 * _size(q) * k[-3], _name(dtype)
         return 4 * _size(q) * k[-2], _name(dtype)
     if name not in PRODUCTS and name not in BATCHED:
         return 0, ""
@@ -364,4 +395,5 @@ def _of_library(name: str) -> bool:
 
 
 def _on_device(event: Any) -> bool:
-    return "CUDA" in str(event.device_type())
+    """A kernel or a copy; marks such as our own stand among them too, from their first kernel to their last."""
+    return "CUDA" in str(event.device_type()) and not event.is_user_annotation()

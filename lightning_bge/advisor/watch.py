@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 
 from lightning_bge.advisor.recorder import Recorder
-from lightning_bge.advisor.trace import Trace
+from lightning_bge.advisor.trace import DTYPES, Trace
 from lightning_bge.callbacks.compile import dynamo_counts
-from lightning_bge.callbacks.device import wait_for
+from lightning_bge.callbacks.device import UnsharedClock, wait_for
+from lightning_bge.callbacks.peak import matmul_peak
 from lightning_bge.memory import process_bytes
 
 FETCH = "train_dataloader_next"  # the end of Lightning's names of what it does
@@ -33,15 +33,17 @@ class Seen:
     """A batch as the loader gave it.
 
     Attributes:
-        rows: sequences.
+        rows: sequences; None: the batch holds no tensors.
         tokens: real tokens; None: not known.
-        width: tokens of a row with its padding; None: the batch is no mapping with an `attention_mask`.
-        longest: real tokens of its longest row; None likewise.
+        places: tokens with the padding; None: the batch holds no `attention_mask`.
+        width: tokens of a row with its padding, in the mask that is the fullest; None likewise.
+        longest: real tokens of the longest row there; None likewise.
         pinned: whether its tensors lie in page-locked memory; None: there are none.
     """
 
-    rows: int
+    rows: int | None
     tokens: int | None
+    places: int | None
     width: int | None
     longest: int | None
     pinned: bool | None
@@ -49,7 +51,8 @@ class Seen:
 
 @dataclass
 class Cycle:
-    """What Lightning did from one fetch of a batch to the next, in seconds by its own name of it."""
+    """What Lightning did from one fetch of a batch to the next: seconds by its own name of it, without those in which
+    other processes had the cores."""
 
     actions: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
@@ -63,28 +66,42 @@ class Observation:
     Attributes:
         cycles: one for each batch but an epoch's last.
         batches: as the loader gave them.
-        windows: rows that went into each optimizer step.
-        batches_per_step: the most batches of any of them.
-        left: rows behind the last optimizer step of each epoch.
-        kept: batches behind an optimizer step that began with gradients: all zero, or not.
+        windows: rows that went into each optimizer step; None: not known.
+        behind: batches that went into an optimizer step -> how often.
+        left: batches behind the last optimizer step of each epoch.
+        kept: batches behind an optimizer step that began with gradients: all zero, or not. Not looked at where there
+            are several optimizers: gradients of one may be there while another one's are made.
         workers: process ids of the loader's workers in each epoch.
         compiled: graphs that torch.compile made while each batch was trained.
         traces: of an optimizer step each.
-        traced_tokens: real tokens of the first one's batches; None: not known.
+        traced: the batches of the first one.
+        located: whether one was traced with the lines of code.
         peak_bytes: the most memory that the process (the device's allocator) held.
+        fp32: how a GPU multiplied fp32 matrices by its setting, `tf32` or `ieee`, before the run put anything back.
+        fp32_error: the relative error of such a product then, against float64; None: not on a CPU.
+        peak: FLOP/s of the machine's fastest matrix product, in the dtype of most of the traced ones; None: none were.
     """
 
     cycles: list[Cycle] = field(default_factory=list)
     batches: list[Seen] = field(default_factory=list)
-    windows: list[int] = field(default_factory=list)
-    batches_per_step: int = 0
+    windows: list[int | None] = field(default_factory=list)
+    behind: Counter[int] = field(default_factory=Counter)
     left: list[int] = field(default_factory=list)
     kept: Counter[str] = field(default_factory=Counter)
     workers: list[frozenset[int]] = field(default_factory=list)
     compiled: list[int] = field(default_factory=list)
     traces: list[Trace] = field(default_factory=list)
-    traced_tokens: int | None = None
+    traced: list[Seen] = field(default_factory=list)
+    located: bool = False
     peak_bytes: int = 0
+    fp32: str = ""
+    fp32_error: float | None = None
+    peak: float | None = None
+
+    @property
+    def batches_per_step(self) -> int:
+        """Batches of an optimizer step; of windows that are as frequent the longer one, as an epoch's last is short."""
+        return max(self.behind, key=lambda batches: (self.behind[batches], batches), default=0)
 
     @property
     def trace(self) -> Trace | None:
@@ -96,16 +113,9 @@ class Observation:
         """The cycles that were not slowed down by warming up, the trace or compiling."""
         return [cycle for cycle in self.cycles[WARM_UP:] if not cycle.slowed]
 
-    def seconds(self, *names: str, prefix: str = "") -> float:
-        """Median seconds of a batch spent in the actions whose names end so (begin so)."""
-        found = [
-            sum(
-                spent
-                for action, spent in cycle.actions.items()
-                if (action.endswith(names) if names else action.startswith(prefix))
-            )
-            for cycle in self.timed
-        ]
+    def seconds(self, *names: str) -> float:
+        """Median seconds of a batch spent in the actions whose names end so."""
+        found = [sum(spent for action, spent in one.actions.items() if action.endswith(names)) for one in self.timed]
         return median(found) if found else 0.0
 
     @property
@@ -121,16 +131,17 @@ class _Clock(Profiler):
         super().__init__()
         self.observation, self.around, self.device = observation, around, device
         self.cycle: Cycle | None = None
+        self.now = UnsharedClock()
         self._since: dict[str, float] = {}
         self._began = 0.0
 
     def start(self, action_name: str) -> None:
         if action_name.endswith(FETCH):
             self._close()
-            self.cycle, self._began = Cycle(), perf_counter()
+            self.cycle, self._began = Cycle(), self.now()
         if action_name == RUN:
             self.around(True)
-        self._since[action_name] = perf_counter()
+        self._since[action_name] = self.now()
 
     def stop(self, action_name: str) -> None:
         since = self._since.pop(action_name, None)
@@ -138,13 +149,13 @@ class _Clock(Profiler):
             wait_for(self.device)
         if since is not None and self.cycle is not None:
             spent = self.cycle.actions.get(action_name, 0.0)
-            self.cycle.actions[action_name] = spent + perf_counter() - since
+            self.cycle.actions[action_name] = spent + self.now() - since
         if action_name == RUN:
             self.around(False)
 
     def _close(self) -> None:
         if self.cycle is not None:
-            self.cycle.seconds = perf_counter() - self._began
+            self.cycle.seconds = self.now() - self._began
             self.observation.cycles.append(self.cycle)
             self.cycle = None
 
@@ -156,8 +167,8 @@ class _Clock(Profiler):
 class Watch(Callback):
     """Watches `fit`; its trainer is to make two short epochs. The last of the callbacks.
 
-    Three optimizer steps of the second epoch are traced, and where the host read values in the first, another one, with
-    the lines of code from which it did.
+    Three optimizer steps of the second epoch are traced, and where the host read values in the first, the next one too,
+    with the lines of code from which it did.
 
     Args:
         trace: trace a step; else batches are timed alone.
@@ -168,8 +179,9 @@ class Watch(Callback):
 
     def __init__(self, trace: bool = True) -> None:
         self.observation, self.trace = Observation(), trace
-        self._open = self._behind = 0  # rows and batches behind the last optimizer step
-        self._sum, self._tokens = Trace(), 0  # of the step being traced; below 0: its tokens are not known
+        self._open: int | None = 0  # rows behind the last optimizer step; None: not known
+        self._behind = 0  # batches behind it
+        self._sum, self._parts = Trace(), list[Seen]()  # of the step being traced
         self._stepped = False
         self._fresh = True  # no backward pass since the last optimizer step
         self._recorder: Recorder | None = None
@@ -194,6 +206,7 @@ class Watch(Callback):
         self._undo = [
             lambda: setattr(trainer, "profiler", old),
             lambda: vars(trainer.strategy).pop("batch_to_device", None),
+            self._clock.now.close,
         ]
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
@@ -214,8 +227,10 @@ class Watch(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Are there gradients left of the last step?"""
-        if self._fresh and self.observation.windows:
-            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        optimizers = trainer.optimizers
+        if self._fresh and self.observation.windows and len(optimizers) == 1 and not self._tracing:
+            groups = optimizers[0].param_groups
+            grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
             if grads:
                 zero = not any(bool(grad.any()) for grad in grads)
                 self.observation.kept["zeros" if zero else "not cleared"] += 1
@@ -229,28 +244,35 @@ class Watch(Callback):
         seen.compiled.append(dynamo_counts()[-1] - self._graphs)
         if seen.compiled[-1] and self._clock.cycle is not None:
             self._clock.cycle.slowed = True
-        self._open += seen.batches[-1].rows
+        rows = seen.batches[-1].rows
+        self._open = None if rows is None or self._open is None else self._open + rows
         self._behind += 1
         if self._stepped:
             seen.windows.append(self._open)
-            seen.batches_per_step = max(seen.batches_per_step, self._behind)
+            seen.behind[self._behind] += 1
             self._open, self._behind, self._stepped, self._fresh = 0, 0, False, True
             if self._tracing:
                 self._traced()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What no optimizer step has seen stays behind."""
-        self.observation.left.append(self._open)
+        self.observation.left.append(self._behind)
         self._open = self._behind = 0
         self._tracing = False
         self._clock.drop()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the doors."""
+        seen = self.observation
         if self._device.type == "cuda":
-            self.observation.peak_bytes = torch.cuda.max_memory_allocated(self._device)
+            seen.peak_bytes = torch.cuda.max_memory_allocated(self._device)
         else:
-            self.observation.peak_bytes = process_bytes().get("VmHWM", 0)
+            seen.peak_bytes = process_bytes().get("VmHWM", 0)
+        if self.trace:  # as long as the run's settings are in force: they are put back when it is torn down
+            seen.fp32 = torch.backends.cuda.matmul.fp32_precision
+            seen.fp32_error = product_error(self._device) if self._device.type == "cuda" else None
+            dtype = DTYPES.get(seen.trace.dtype) if seen.trace else None
+            seen.peak = matmul_peak(self._device, dtype) if dtype else None
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -272,7 +294,7 @@ class Watch(Callback):
         seen = self.observation
         second = len(seen.left) == 1 and len(seen.windows) > 0 and self._behind == 0
         if before and second and not self._tracing and self._wanted() and self._batch_number() > WARM_UP:
-            self._tracing, self._sum, self._tokens = True, Trace(), 0
+            self._tracing, self._sum, self._parts = True, Trace(), []
         if not self._tracing:
             return
         if before:
@@ -283,8 +305,7 @@ class Watch(Callback):
         elif self._recorder is not None:
             recorder, self._recorder = self._recorder, None
             self._sum.add(recorder.stop())
-            tokens = seen.batches[-1].tokens
-            self._tokens = -1 if tokens is None or self._tokens < 0 else self._tokens + tokens
+            self._parts.append(seen.batches[-1])
 
     def _batch_number(self) -> int:
         return self._trainer.fit_loop.epoch_loop.batch_idx + 1
@@ -297,27 +318,43 @@ class Watch(Callback):
         seen = self.observation
         self._tracing = False
         if self._where:
-            seen.traces[0].items, self._where = self._sum.items, None
+            seen.traces[0].items, seen.located, self._where = self._sum.items, True, None
             return
-        if not seen.traces:
-            seen.traced_tokens = None if self._tokens < 0 else self._tokens
         seen.traces.append(self._sum)
-        self._where = len(seen.traces) == TRACES and bool(seen.traces[0].items)
+        if len(seen.traces) == 1:
+            seen.traced, self._where = self._parts, bool(self._sum.items)
 
 
 def look_at(batch: Any) -> Seen:
-    """Count a batch as it lies on the host: ours, a mapping with an `attention_mask` [N, T], or any other."""
+    """Count a batch as it lies on the host: ours, one that holds `...attention_mask`s [N, T], or any other."""
     tensors = list(_tensors(batch))
     pinned = all(tensor.is_pinned() for tensor in tensors) if tensors and torch.cuda.is_available() else None
     if hasattr(batch, "tokens") and hasattr(batch, "size"):
         lengths = [length for micro in batch.micro for length in micro.lengths]
-        return Seen(batch.size, batch.tokens, None, max(lengths, default=0), pinned)
-    mask = batch.get("attention_mask") if hasattr(batch, "get") else None
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        of_rows = mask.sum(dim=1)
-        return Seen(len(mask), int(of_rows.sum()), mask.shape[1], int(of_rows.max()), pinned)
-    rows = next((len(tensor) for tensor in tensors if tensor.ndim), 1)
-    return Seen(rows, None, None, None, pinned)
+        return Seen(batch.size, batch.tokens, None, None, max(lengths, default=0), pinned)
+    masks = [mask for mask in _masks(batch) if mask.numel()]
+    if masks:
+        tokens, places = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
+        width, longest = min(
+            ((mask.shape[1], int(mask.sum(dim=1).max())) for mask in masks), key=lambda pair: pair[0] - pair[1]
+        )
+        return Seen(len(masks[0]), tokens, places, width, longest, pinned)
+    rows = next((len(tensor) for tensor in tensors if tensor.ndim), None)
+    return Seen(rows, None, None, None, None, pinned)
+
+
+def _masks(batch: Any) -> Iterator[Tensor]:
+    """Attention masks in a batch: of a query, of its passages..."""
+    if isinstance(batch, list | tuple):
+        for part in batch:
+            yield from _masks(part)
+    elif hasattr(batch, "items"):
+        for name, part in batch.items():
+            if isinstance(part, Tensor):
+                if str(name).endswith("attention_mask") and part.ndim == 2:
+                    yield part
+            else:
+                yield from _masks(part)
 
 
 def _tensors(batch: Any) -> Sequence[Tensor]:
@@ -330,6 +367,14 @@ def _tensors(batch: Any) -> Sequence[Tensor]:
     if isinstance(batch, list | tuple):
         return [tensor for part in batch for tensor in _tensors(part)]
     return []
+
+
+def product_error(device: torch.device) -> float:
+    """The relative error of an fp32 matrix product, as the process multiplies now, against float64."""
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(512, 512, device=device, generator=generator) for _ in range(2))
+    exact = a.double() @ b.double()
+    return float(((a @ b).double() - exact).norm() / exact.norm())
 
 
 def _children() -> frozenset[int]:

@@ -45,12 +45,14 @@ class Changes:
         priced: what its points take.
         calibration: what was measured.
         part: of the rows that a single split validates on.
+        cost: whether the search has a cost as well, beside which nothing can prune.
     """
 
     study: Study
     priced: Priced
     calibration: Calibration
     part: float
+    cost: bool = False
 
     def usual(self) -> list[WhatIf]:
         """Those that are shown in any plan."""
@@ -72,41 +74,40 @@ class Changes:
             found.append(self.single_split())
         meet = [one for one in found if one is not None and one.high <= deadline]
         if not meet and self.study.steps.folds > 1:  # two at once
-            split = self._split()
+            split, flags = self._split()
             both = split._largest(split.trials, 1, self.study.trials - 1, deadline)
-            setting = "--data.split.folds 1 "
-            meet = (
-                []
-                if both is None
-                else [replace(both, change=f"a single split and {both.change}", setting=setting + both.setting)]
-            )
+            if both is not None:
+                change, setting = f"a single split and {both.change}", f"{flags} {both.setting}"
+                meet = [replace(both, change=change, setting=setting)]
         return meet
 
     def pruner(self, name: Literal["promote", "none"]) -> WhatIf | None:
-        """Another pruner; None: it could not prune."""
+        """Another pruner; None: it could not prune, or not beside a cost."""
         config = PrunerConfig(name)
+        if self.cost and name != "none":
+            return None
         try:
             check_pruner(config, self.study.trials, self.study.steps)
         except ConfigError:
             return None
         text = "without pruning" if name == "none" else "with the pruner promote"
-        return self._what_if(text, f"--hpo.pruner.name {name}", replace(self.study, pruner=config, survival=None))
+        return self._what_if(text, _only(name), replace(self.study, pruner=config, survival=None))
 
     def single_split(self) -> WhatIf:
         """One split in place of folds: each trial is judged on fewer rows, and by luck more often."""
-        split = self._split()
-        return split._what_if("a single split", "--data.split.folds 1", split.study)
+        split, flags = self._split()
+        return split._what_if("a single split", flags, split.study)
 
-    def _split(self) -> Changes:
-        """The changes of a study with a single split."""
-        folds = self.study.steps.folds
+    def _split(self) -> tuple[Changes, str]:
+        """The changes of a study with a single split, without pruning where the pruner can't act on one; its flags."""
+        folds, flags = self.study.steps.folds, "--data.split.folds 1"
         study = replace(self.study, steps=replace(self.study.steps, folds=1))
         try:
             check_pruner(study.pruner, study.trials, study.steps)
         except ConfigError:
-            study = replace(study, pruner=PrunerConfig("none"))
+            study, flags = replace(study, pruner=PrunerConfig("none")), f"{flags} {_only('none')}"
         priced = self.priced.scaled((1 - self.part) * folds / (folds - 1), self.part * folds)
-        return Changes(study, priced, self.calibration, self.part)
+        return replace(self, study=study, priced=priced), flags
 
     def workers(self, count: int) -> WhatIf:
         """More processes, each on a device of its own."""
@@ -140,3 +141,8 @@ class Changes:
     def _largest(self, make: Callable[[int], WhatIf | None], low: int, high: int, deadline: float) -> WhatIf | None:
         """The last of these numbers that is in time; None: none is."""
         return self._smallest(lambda number: make(low + high - number), low, high, deadline)
+
+
+def _only(pruner: str) -> str:
+    """The flag of a pruner as it is by default: with its name alone, the options of another one would stay."""
+    return f"--hpo.pruner '{{name: {pruner}}}'"

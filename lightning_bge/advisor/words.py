@@ -61,6 +61,8 @@ def state_of(run: RunFolder) -> str:
             again = sum(trial.outcome == "running" for trial in run.history.repeats)
             running = run.history.counts["running"]
             return f"running, {running} at once" if running else f"running {again} repeats of the best trials"
+        if run.trials_done:
+            return "its trials are done; what follows is at work, or was cut off: then the same command goes on with it"
         return "not finished, and no trial is running: the same command goes on with it"
     if run.is_study:
         return "just begun"

@@ -12,6 +12,7 @@ import math
 import statistics
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -22,16 +23,19 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.hpo.check import simulated_reports
+from lightning_bge.hpo.objective import BEST
 from lightning_bge.hpo.promote import CONTINUES, any_complete, begun, busy_points, latest_trials, point_of
 from lightning_bge.hpo.pruning import PrunerConfig, bootstrap_trials, rungs
 from lightning_bge.hpo.reports import Report, Steps
 from lightning_bge.hpo.simulate import STARTUP, Halving, Prices, Promoted, Running, schedule, skill
+from lightning_bge.hpo.storage import death_of
 
 RUNS = 100  # of the rest of the search
 MOST_TRIALS = 40_000  # of all runs together: about a second
 DRIFT = 0.03  # standard deviation of a machine's speed in the rest over that so far
 FIRST_SPREAD = 0.3  # standard error of the mean, as a share of it, where a single trial has ended
 LAST_PLACES = 30  # of these trials tell where the next ones will stand
+REFIT = 0.8  # of the epochs: the refit trains as many as the folds' best epochs were on average
 UNKNOWN = 20  # as if so many trials had stood anywhere, or been pruned as simulated: what was seen has to outweigh them
 
 
@@ -52,26 +56,32 @@ def estimate_end(
     workers: int,
     now: datetime,
     direction: Literal["maximize", "minimize"] = "maximize",
-    extra: float = 0.0,
     sampler: Literal["tpe", "random"] = "tpe",
+    seeds: int = 0,
+    repeated: int = 0,
+    refit: bool = False,
 ) -> Eta | None:
     """Seconds until all trials of a search are finished, with the range that holds in eight searches of ten.
 
     Args:
         trials: all of the study, in their order, running and waiting ones too. What they took is the time from start to
-            end; the user attribute `curve` tells what of it was training and validation.
+            end; the user attribute `curve` tells what of it was training and validation. One that runs in a process
+            that is gone counts as failed.
         pruner: of the search.
         n_trials: how many are to be finished.
         steps: what a trial that runs to its end reports.
         workers: processes that are at it now.
         now: local time without a time zone, as Optuna's times are.
         direction: of the score.
-        extra: what follows the search, in trials that run to their end: repeats, the refit.
         sampler: of the search; with tpe the later points are better, and with `promote` more of them go on.
+        seeds: further ones, with which the best of the trials that run to their end are run again.
+        repeated: those of these runs that have ended.
+        refit: whether a model is trained on all rows at the end.
 
     Returns:
         None where no trial has ended yet, so that there is nothing to go by.
     """
+    trials = [_failed(one) if _is_dead(one) else one for one in trials]
     ran = _ran(trials)
     once = {mine[0].number for mine in ran.values() if len(mine) > 2}  # what a process does once is in its first trial
     visits = {trial.number: visit for trial in trials if (visit := _visit(trial, trials, steps)) is not None}
@@ -87,17 +97,29 @@ def estimate_end(
         found = [rest.run(random, workers) for _ in range(runs)]
     else:
         found = _pruned(trials, pruner, n_trials, steps, spent, now, random, runs, workers)
-    after = extra * spent.seconds(0, steps.total)
+    again = max(0, seeds * _best(trials, pruner, n_trials, steps) - repeated)
+    after = again / workers * spent.seconds(0, steps.total) + refit * spent.refit(steps)
     low, mid, high = np.quantile(np.array(found) + after, [0.1, 0.5, 0.9])
     return Eta(float(low), float(mid), float(high))
 
 
-def refit_trials(steps: Steps) -> float:
-    """What the refit takes, in trials that run to their end.
+def _is_dead(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.RUNNING and "worker" in trial.user_attrs and death_of(trial) is not None
 
-    All rows train for it: of K folds K / (K - 1) times as many as in a fold, without a validation.
-    """
-    return 1 / (steps.folds - 1) if steps.folds > 1 else 1.25
+
+def _failed(trial: FrozenTrial) -> FrozenTrial:
+    found = copy(trial)
+    found.state = TrialState.FAIL
+    return found
+
+
+def _best(trials: Sequence[FrozenTrial], pruner: PrunerConfig, n_trials: int, steps: Steps) -> int:
+    """How many trials will be run again: of those that run to their end the best, and with `promote` there are few."""
+    complete = sum(trial.state == TrialState.COMPLETE for trial in trials)
+    if begun(trials) < n_trials:
+        [at] = rungs(pruner, steps) if pruner.name == "promote" else [()]
+        complete = max(complete, round(n_trials / pruner.reduction_factor ** len(at)))
+    return min(BEST, complete)
 
 
 # ---------------------------------------------------------------------- what was spent
@@ -110,12 +132,14 @@ class _Visit:
     Attributes:
         seconds: that it took.
         inside: the part of them in its reports, with what a fold's start takes.
+        train: the part of that without validations.
         reports: that it made, without those of the trial that it goes on with.
         start: how many that one had made.
     """
 
     seconds: float
     inside: float
+    train: float
     reports: int
     start: int
 
@@ -158,6 +182,13 @@ class _Spent:
         mean = statistics.fmean(found.values())
         return {number: ratio / mean for number, ratio in found.items()}
 
+    def refit(self, steps: Steps) -> float:
+        """What the refit takes: of K folds K / (K - 1) times a fold's rows, without a validation."""
+        visits = self.visits.values()
+        report = math.fsum(visit.train for visit in visits) / sum(visit.reports for visit in visits)
+        rows = steps.folds / (steps.folds - 1) if steps.folds > 1 else 1.25
+        return report * steps.per_epoch * rows * max(1.0, REFIT * steps.epochs)
+
     def seconds(self, start: int, end: float) -> float:
         """What a visit between these reports is expected to take; those between the same ones count most."""
         like = self._like.get((start, end), [])
@@ -187,8 +218,10 @@ def _visit(trial: FrozenTrial, trials: Sequence[FrozenTrial], steps: Steps) -> _
         return None
     seconds = trial.duration.total_seconds()
     curve = [Report(*report) for fold in trial.user_attrs.get("curve", ()) for report in fold]
-    inside = math.fsum(report.train_seconds + report.val_seconds for report in curve if report.step > start)
-    return _Visit(seconds, min(inside, seconds) if curve else seconds, reports, start)
+    made = [report for report in curve if report.step > start]
+    train = math.fsum(report.train_seconds for report in made) if curve else seconds
+    inside = train + math.fsum(report.val_seconds for report in made)
+    return _Visit(seconds, min(inside, seconds), min(train, seconds), reports, start)
 
 
 def _ran(trials: Sequence[FrozenTrial]) -> dict[tuple[str, int], list[FrozenTrial]]:

@@ -18,13 +18,12 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo.eta import Eta, estimate_end, refit_trials
-from lightning_bge.hpo.objective import BEST
+from lightning_bge.hpo.eta import Eta, estimate_end
 from lightning_bge.hpo.promote import CONTINUES, PAUSED, continued
 from lightning_bge.hpo.pruning import PrunerConfig
 from lightning_bge.hpo.reports import Report, Steps
 from lightning_bge.hpo.scores import cost_of, score_of
-from lightning_bge.hpo.storage import _death
+from lightning_bge.hpo.storage import death_of
 from lightning_bge.hpo.study import FINISHED, JOURNAL, StudyConfig
 
 # how a trial stands: `went on` is one that was paused and is continued by a later trial; `diverged` ended by a NaN
@@ -58,11 +57,8 @@ class PastTrial:
         reports: report, from 1 -> the mean over the folds so far. A trial that continues another has its reports too.
         curve: each fold's validations; empty before the trial's end.
         fold_scores: of a trial that ran to its end.
-        fold_epochs: the epochs that they come from, from 1.
-        pruned_at: the report at which it was stopped.
         paused_at: likewise, where it may be resumed.
         continues: the number of the paused trial that it goes on with.
-        retry_of: the number of the trial of a dead process whose settings it tries again.
         oom: what ran out of memory: where, kind, asked, free, text; empty where nothing did.
         note: why it was interrupted, or the value that was not finite; empty otherwise.
     """
@@ -77,11 +73,8 @@ class PastTrial:
     reports: dict[int, float] = field(default_factory=dict)
     curve: tuple[tuple[Report, ...], ...] = ()
     fold_scores: tuple[float, ...] = ()
-    fold_epochs: tuple[int, ...] = ()
-    pruned_at: int | None = None
     paused_at: int | None = None
     continues: int | None = None
-    retry_of: int | None = None
     oom: dict[str, Any] = field(default_factory=dict)
     note: str = ""
 
@@ -192,11 +185,9 @@ def time_left(run_dir: Path) -> Eta | None:
         return None
     trials = study.get_trials(deepcopy=False)
     history, asked = _describe(run_dir, study, (), ()), _config(run_dir).get("hpo") or {}
-    running = [trial for trial in (*trials, *repeats) if trial.state == TrialState.RUNNING and _death(trial) is None]
+    running = [trial for trial in (*trials, *repeats) if trial.state == TrialState.RUNNING and death_of(trial) is None]
     if not running or history.planned is None:
         return None
-    again = BEST * StudyConfig(trials=history.planned, repeats=asked.get("repeats")).further_seeds
-    again -= sum(trial.state in FINISHED for trial in repeats)
     return estimate_end(
         trials,
         PrunerConfig(**(asked.get("pruner") or {})),
@@ -205,8 +196,10 @@ def time_left(run_dir: Path) -> Eta | None:
         len(running),
         history.read,
         history.direction,
-        extra=max(again, 0) / len(running) + refit_trials(history.steps) * bool(asked.get("refit", True)),
         sampler=asked.get("sampler", "tpe"),
+        seeds=StudyConfig(trials=history.planned, repeats=asked.get("repeats")).further_seeds,
+        repeated=sum(trial.state in FINISHED for trial in repeats),
+        refit=bool(asked.get("refit", True)),
     )
 
 
@@ -217,10 +210,10 @@ def _load(run_dir: Path) -> tuple[optuna.Study | None, list[FrozenTrial]]:
     storage = JournalStorage(_ReadOnly(run_dir / JOURNAL))
     names = [study.study_name for study in storage.get_all_studies()]
     searches = [name for name in names if not name.endswith(REPEATS)]
-    if not searches:
-        return None, []
     # the study has its folder's name, unless that was renamed since
-    name = run_dir.name if run_dir.name in searches else searches[0]
+    name = run_dir.name if run_dir.name in names else next(iter(searches), None)
+    if name is None:
+        return None, []
     study = optuna.load_study(study_name=name, storage=storage)
     if "settings" not in study.user_attrs or "space" not in study.user_attrs:
         return None, []
@@ -289,11 +282,8 @@ def _past_trial(trial: FrozenTrial, went_on: bool) -> PastTrial:
         reports=dict(sorted(trial.intermediate_values.items())),
         curve=tuple(tuple(Report(*report) for report in fold) for fold in known.get("curve", ())),
         fold_scores=tuple(known.get("fold_scores", ())),
-        fold_epochs=tuple(known.get("fold_epochs", ())),
-        pruned_at=known.get("pruned_at"),
         paused_at=known.get(PAUSED),
         continues=known.get(CONTINUES),
-        retry_of=known.get("retry_of"),
         oom={key.removeprefix("oom_"): value for key, value in known.items() if key.startswith("oom_")},
         note=note,
     )
@@ -306,7 +296,7 @@ def _outcome(trial: FrozenTrial, went_on: bool) -> tuple[Outcome, str]:
     if trial.state == TrialState.WAITING:
         return "waiting", ""
     if trial.state == TrialState.RUNNING:
-        death = _death(trial)
+        death = death_of(trial)
         return ("running", "") if death is None else ("interrupted", death)
     if trial.state == TrialState.FAIL:
         return ("interrupted", str(known["swept"])) if "swept" in known else ("failed", "")

@@ -32,10 +32,10 @@ def parameter_importance(history: History) -> tuple[dict[str, float], str]:
         return {}, f"All {len(done)} complete trials have the same score, so that no setting can be told to matter."
     spaces = {name: _distribution(spec) for name, spec in history.space.items()}
     drawn = {name for name in spaces if all(name in trial.params for trial in done)}
-    usable = {name: spaces[name] for name in drawn if not spaces[name].single()}
+    sample = done if len(done) <= MOST else random.Random(0).sample(done, MOST)
+    usable = {name: spaces[name] for name in sorted(drawn) if len({trial.params[name] for trial in sample}) > 1}
     if not usable:
         return {}, "No setting was drawn from several values in all complete trials."
-    sample = done if len(done) <= MOST else random.Random(0).sample(done, MOST)
     study = optuna.create_study(direction=history.direction)
     study.add_trials(
         optuna.trial.create_trial(

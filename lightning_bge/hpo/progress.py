@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.eta import Eta, estimate_end, refit_trials
-from lightning_bge.hpo.objective import BEST
+from lightning_bge.hpo.eta import Eta, estimate_end
 from lightning_bge.hpo.promote import CONTINUES, PAUSED, PromotePruner, begun, continued
 from lightning_bge.hpo.pruning import PrunerConfig
 from lightning_bge.hpo.reports import Steps
 from lightning_bge.hpo.scores import cost_of, front, maximizes, ranked, score_of
+from lightning_bge.hpo.storage import death_of
 
 if TYPE_CHECKING:
     from lightning_bge.hpo.study import StudyConfig
@@ -55,7 +55,7 @@ class Progress:
         self.cost = None if config is None else config.cost
         self.pruner = PrunerConfig("none") if config is None else config.pruner
         self.sampler: Literal["tpe", "random"] = "tpe" if config is None else config.sampler
-        self.refit, self.repeats = (False, 0) if config is None else (config.refit, BEST * config.further_seeds)
+        self.refit, self.seeds = (False, 0) if config is None else (config.refit, config.further_seeds)
         self.start = time.monotonic()
         self.eta: Eta | None = None
         self.estimated, self.took = -math.inf, 0.0  # when, and in how many seconds
@@ -86,18 +86,20 @@ class Progress:
     def _estimate(self, study: optuna.Study) -> Eta | None:
         # a study that this program has not opened does not know its steps
         steps = Steps(**study.user_attrs.get("steps", {"folds": 1, "epochs": self.n_reports}))
-        workers = 1 + count(study, TrialState.RUNNING)
+        trials = study.get_trials(deepcopy=False)
+        others = [trial for trial in trials if trial.state == TrialState.RUNNING and death_of(trial) is None]
         direction: Any = "maximize" if maximizes(study) else "minimize"
         return estimate_end(
-            study.get_trials(deepcopy=False),
+            trials,
             self.pruner,
             self.trials,
             steps,
-            workers,
+            1 + len(others),
             datetime.now(),
             direction,
-            self.repeats / workers + self.refit * refit_trials(steps),
             self.sampler,
+            self.seeds,
+            refit=self.refit,
         )
 
     def _done(self, study: optuna.Study) -> int:

@@ -54,6 +54,10 @@ class Outcome:
     seconds: float
     wall: float
 
+    def complete(self, reports: int) -> int:
+        """Trials that made all of so many reports."""
+        return sum(made == reports for made in self.reports)
+
 
 class Running(NamedTuple):
     """A trial that is being trained.

@@ -217,7 +217,7 @@ def _this_worker() -> dict[str, Any]:
     }
 
 
-def _death(trial: FrozenTrial) -> str | None:
+def death_of(trial: FrozenTrial) -> str | None:
     """Return why the worker of a RUNNING trial is certainly gone, or None when that is not certain."""
     worker = trial.user_attrs.get("worker")
     if worker is None:
@@ -259,7 +259,7 @@ def sweep(study: optuna.Study, max_retries: int = 2) -> list[FrozenTrial]:
     """
     swept = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        reason = _death(trial)
+        reason = death_of(trial)
         if reason is None:
             _log_left_alone(trial)
         elif _fail(study, trial, reason):

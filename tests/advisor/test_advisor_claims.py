@@ -8,11 +8,12 @@ from lightning.pytorch import Trainer
 
 from lightning_bge.advisor import Claims
 from lightning_bge.advisor.claims import claims_of
+from lightning_bge.advisor.watch import Observation
 
 
 def claims(module: Classifier, **options: Any) -> Claims:
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return claims_of(module, Trainer(accelerator="cpu", **off, **options))
+    return claims_of(module, Trainer(accelerator="cpu", **off, **options), Observation())
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,8 @@ def claims(module: Classifier, **options: Any) -> Claims:
         ({"use_torch_compile": False}, "compile", None),
         ({"compile": "max-autotune"}, "compile", True),
         ({"compile": "never"}, "compile", None),
+        ({"use_torch_compile": False, "compile_mode": "default"}, "compile", None),
+        ({"disable_compile": True}, "compile", None),
         ({"effective_batch_size": 64}, "effective_batch", 64),
         ({"target_batch": 32}, "effective_batch", 32),
         ({"batch_size": 16}, "effective_batch", None),

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from small_search import SPACE, make, write_files
 
-from lightning_bge.advisor import Known, PlanConfig, Search, describe_plan, load_calibration, make_plan
+from lightning_bge.advisor import Known, PlanConfig, Search, describe_plan, load_calibration, make_plan, plan_doubts
 from lightning_bge.advisor import predict as predict_module
 from lightning_bge.advisor.bench import Looks
 from lightning_bge.advisor.calibrate import Calibration, Draw
 from lightning_bge.advisor.cost import HOUR, Level, TrialCost
-from lightning_bge.advisor.levels import PADDED, PLAIN, describe_compile, levels, trying_s
-from lightning_bge.advisor.plan_doubts import busy, doubts, judge_search
+from lightning_bge.advisor.levels import PADDED, PLAIN, describe_compile, levels, training_s, trying_s
+from lightning_bge.advisor.plan_doubts import Others, doubts, judge_search
 from lightning_bge.advisor.plan_words import table_of_levels
 from lightning_bge.advisor.predict import Priced, Study, predict
 from lightning_bge.advisor.what_if import MOST_WORKERS
@@ -67,8 +67,8 @@ def test_given_by_hand_the_hours_are_plain_arithmetic(search: Search) -> None:
     assert "given by hand, nothing was measured" in text
     assert "2 x (fold 10.00 s + 3 x (steps 3.00 s + validation 5.00 s + 0.00 s)) + 0.00 s = 68 s" in text
     again = make_plan(with_hpo(search, refit=True, repeats=2), HAND)
-    # the best five with two seeds, and a refit of 2 epochs (0.8 x 3) on twice as many rows
-    assert again.prediction.mid == pytest.approx(found.prediction.mid + 10 * trial + 2 * 6.0)
+    # the best five with two seeds, and a refit of 2.4 epochs (0.8 x 3) on twice as many rows
+    assert again.prediction.mid == pytest.approx(found.prediction.mid + 10 * trial + 2.4 * 6.0)
 
 
 @pytest.mark.usefixtures("steady")
@@ -148,10 +148,25 @@ def test_what_makes_no_sense_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "2 of 3 points of the space ran out of memory" in texts
     assert "one point of the space only" in texts
     assert "+-30%" in texts
-    monkeypatch.setattr(os, "getloadavg", lambda: (3.0 * (os.cpu_count() or 1), 0.0, 0.0))
-    assert "this machine is busy" in busy()[0]
-    monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 0.0, 0.0))
-    assert busy() == []
+
+
+def test_a_busy_machine_is_seen_by_what_others_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks, cores = os.sysconf("SC_CLK_TCK"), os.cpu_count() or 1
+    own = iter([(1.0, 0.0, 0.0, 0.0, 0.0), (11.0, 0.0, 0.0, 0.0, 0.0)] * 3)
+    times = iter([100.0, 110.0] * 3)
+    monkeypatch.setattr(plan_doubts, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(os, "times", lambda: next(own))
+    monkeypatch.setattr(plan_doubts.time, "monotonic", lambda: next(times))
+
+    def problems(user: float, steal: float) -> list[str]:
+        (tmp_path / "stat").write_text("cpu  0 0 0 0 0 0 0 0 0 0\ncpu0 1\n")
+        others = Others()
+        (tmp_path / "stat").write_text(f"cpu  {user * ticks:.0f} 0 0 99 99 0 0 {steal * ticks:.0f} 0 0\ncpu0 1\n")
+        return others.problems()
+
+    assert f"{cores:.1f} of its {cores} cores" in problems(10 + 10 * cores, 0)[0]
+    assert problems(10, 0) == []
+    assert "this machine is busy" in problems(10, 10 * cores)[0]
 
 
 @pytest.mark.parametrize(
@@ -224,6 +239,29 @@ def test_what_was_not_measured_is_said_to_be_predicted() -> None:
     assert "as is claimed" in found["+bf16"].how
     assert found["none"].hours == pytest.approx(2 * COMPUTE + REST + RELOAD)
     assert found["+packing"].basis == "in effect"
+    assert table(looks=Looks("cpu", "32-true", "packed"), variants={})["none"].basis == "not known"
+    elsewhere = levels(
+        STUDY, Priced([COST]), KNOWN, predict(STUDY, Priced([COST]), KNOWN), {}, None, CompileConfig(), 0.1
+    )
+    assert [level.basis for level in elsewhere[:4]] == ["not known"] * 4
+
+
+def test_max_autotune_is_in_effect_only_where_layers_are_compiled() -> None:
+    tuned = CompileConfig("auto", mode="max-autotune")
+    assert (table(compile=tuned)["+max-autotune"].basis, table(compile=tuned)["+max-autotune"].how) == (
+        "off",
+        "with compile",
+    )
+    assert table(compile=replace(tuned, policy="always"))["+max-autotune"].basis == "in effect"
+
+
+def test_steps_are_those_of_all_draws_and_epochs_those_that_are_drawn() -> None:
+    small, large = Draw({}, {}, replace(COST, train=60.0), 0.3, 0.01, 0.0), KNOWN.draws[0]
+    known = replace(KNOWN, draws=(small, large), steps=150)
+    assert known.step_s == 140 / 2 / 150
+    priced = Priced([replace(COST, epochs=1), COST])
+    # 36 trials, 2 folds, on average 1.5 epochs of 80 s, of which a quarter is left
+    assert training_s(STUDY, priced, 0.25) == 36 * 2 * 1.5 * 80 / 4
 
 
 def test_what_is_off_brings_nothing_and_names_its_switch() -> None:
@@ -243,26 +281,35 @@ def test_workers_are_a_level() -> None:
 
 def test_compiling_is_tried_only_where_the_run_itself_would_try() -> None:
     auto = CompileConfig("auto", limit_s=50.0)
+    quick = replace(COST, train=0.1)
     short = trying_s(
-        replace(STUDY, trials=1), replace(KNOWN, draws=(replace(KNOWN.draws[0], step_s=0.001),)), 1.0, auto
+        replace(STUDY, trials=1),
+        Priced([quick]),
+        replace(KNOWN, draws=(replace(KNOWN.draws[0], cost=quick),)),
+        1.0,
+        auto,
     )
     assert short[0] == 0.0
     assert "could be saved, compiling takes at least" in short[1]
-    assert trying_s(replace(STUDY, trials=2000), KNOWN, 1.0, auto)[0] == 50.0
-    assert trying_s(replace(STUDY, trials=2000), KNOWN, 1.0, CompileConfig("always"))[0] == 0.0
+    assert trying_s(replace(STUDY, trials=2000), Priced([COST]), KNOWN, 1.0, auto)[0] == 50.0
+    assert trying_s(replace(STUDY, trials=2000), Priced([COST]), KNOWN, 1.0, CompileConfig("always"))[0] == 0.0
     assert "would make it" in table(replace(STUDY, trials=2000), compile=auto)["+compile"].how
 
 
 def test_break_even_of_compiling() -> None:
     prediction = predict(replace(STUDY, pruner=NONE), Priced([COST]), KNOWN)
-    first, shorter, faster = describe_compile(replace(STUDY, pruner=NONE), KNOWN, prediction, 60.0, 0.15)
+    first, shorter, faster = describe_compile(
+        replace(STUDY, pruner=NONE), Priced([COST]), KNOWN, prediction, 60.0, 0.15
+    )
     # 36 trials x 2 folds x 2 epochs x 100 steps of 0.8 s
     assert first.startswith("each worker trains 14,400 steps of 800 ms = 3.20 h; 60 s of compiling pay")
     assert "get 0.5% shorter" in first
     assert "paid after 500 steps, 1.2 whole trials" in shorter  # 60 s / (0.15 x 0.8 s)
     assert "net: 28.8 min - 60 s = 27.8 min" in shorter
     assert "paid after 575 steps" in faster
-    assert describe_compile(STUDY, KNOWN, prediction, 1e9, 0.15)[0].endswith("1e+09 s of compiling can't pay")
+    assert describe_compile(STUDY, Priced([COST]), KNOWN, prediction, 1e9, 0.15)[0].endswith(
+        "1e+09 s of compiling can't pay"
+    )
 
 
 def test_the_table_lines_up() -> None:

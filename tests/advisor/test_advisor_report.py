@@ -244,6 +244,11 @@ def test_no_secret_and_no_text_of_the_users_data_is_shown(tmp_path: Path) -> Non
     (run / "config.yaml").write_text(yaml.safe_dump({**config, **SECRETS}))
     (run / "best.yaml").write_text("# https://me:s3cret-0@host\n" + yaml.safe_dump(SECRETS))
     command = ["/bin/lightning-bge", "hpo", "--api-key", "s3cret-a", "--x.token=s3cret-b", "--url=s3://u:s3cret-c@h"]
+    command += [
+        "--trainer.logger",
+        "{class_path: W, init_args: {api_key: s3cret-e}}",
+        "--to=ftp://u:s3cret-f@s3cret-g@h",
+    ]
     write_json(run / "run.json", {"calls": [{"command": command, "model": "https://x:s3cret-d@host/m"}]})
     for name in ("oof.csv", "test.csv", "validation.csv"):
         (run / name).write_text("row,text\n0,the user's own words\n")
@@ -305,14 +310,14 @@ LOG = """epoch,step,train_loss,train_tokens_per_s,train_data_wait,val_f1,val_los
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
     run = tmp_path / "fit"
-    (run / "logs").mkdir(parents=True)
-    (run / "logs" / "metrics.csv").write_text(LOG)
+    (run / "logs" / "version_0").mkdir(parents=True)
+    (run / "logs" / "version_0" / "metrics.csv").write_text(LOG)
     (run / "config.yaml").write_text("monitor: {metric: f1}\ntrainer: {max_epochs: 2}\n")
     return run
 
 
 def test_a_training_run_is_shown(trained: Path) -> None:
-    assert [epoch["epoch"] for epoch in read_epochs(trained / "logs" / "metrics.csv")] == [0, 1]
+    assert [epoch["epoch"] for epoch in read_epochs(trained / "logs")] == [0, 1]
     assert describe_status(trained).splitlines()[:2] == [
         "training run fit: not finished: running, or cut off; the same command goes on with it",
         "epochs     2 of 2 ended",
@@ -331,8 +336,20 @@ def test_a_training_run_is_shown(trained: Path) -> None:
     assert "finished" in describe_status(trained)
 
 
+def test_epochs_of_a_run_that_was_started_again_are_all_there(trained: Path) -> None:
+    (trained / "logs" / "version_1").mkdir()
+    again = LOG.replace("1,19", "2,29").replace("0,9", "1,19").replace("0.8,", "0.7,")
+    (trained / "logs" / "version_1" / "metrics.csv").write_text(again)
+    (trained / "logs" / "version_10").mkdir()  # just started
+    assert [(epoch["epoch"], epoch["train_loss"]) for epoch in read_epochs(trained / "logs")] == [
+        (0, 0.8),
+        (1, 0.7),
+        (2, 0.6),
+    ]
+
+
 def test_a_training_run_that_has_just_begun(trained: Path) -> None:
-    (trained / "logs" / "metrics.csv").unlink()
+    (trained / "logs" / "version_0" / "metrics.csv").unlink()
     page = page_of(trained)
     assert page.figures == []
     assert "No epoch has ended yet" in page.said
@@ -439,7 +456,7 @@ def test_ctrl_c_ends_the_watching_alone(
     monkeypatch.setattr(status.time, "sleep", sleep)
     main(["status", str(make_study(tmp_path / "run", 5)), "--watch", "0.5"])
     shown = capsys.readouterr()
-    assert "search run: not finished" in shown.out
+    assert "search run: its trials are done; what follows is at work, or was cut off" in shown.out
     assert shown.err == ""
 
 

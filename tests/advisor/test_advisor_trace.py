@@ -184,8 +184,11 @@ def operation(name: str, since: int, until: int, *children: object, number: int 
 
 
 class Kernel:
-    def __init__(self, name: str, since: int, length: int, number: int = 0, device: str = "CUDA") -> None:
+    def __init__(
+        self, name: str, since: int, length: int, number: int = 0, device: str = "CUDA", mark: bool = False
+    ) -> None:
         self._name, self._since, self._length, self._number, self._device = name, since, length, number, device
+        self._mark = mark
 
     def name(self) -> str:
         return self._name
@@ -202,6 +205,9 @@ class Kernel:
     def device_type(self) -> str:
         return f"DeviceType.{self._device}"
 
+    def is_user_annotation(self) -> bool:
+        return self._mark
+
 
 def test_on_a_gpu_time_is_that_of_kernels_by_what_launched_them() -> None:
     tree = [
@@ -214,6 +220,7 @@ def test_on_a_gpu_time_is_that_of_kernels_by_what_launched_them() -> None:
         )
     ]
     kernels = [
+        Kernel("lightning_bge.audit.step", 1_000, 9_000, mark=True),  # told of on the device as well
         Kernel("sm90_gemm_tf32", 1_000, 4_000, number=1),
         Kernel("flash_fwd", 5_000, 1_000, number=3),
         Kernel("cudaDeviceSynchronize", 6_000, 500, device="CPU"),

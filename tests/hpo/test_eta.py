@@ -13,7 +13,8 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_bge.hpo import PrunerConfig, Recording, Steps, StudyConfig, build_pruner, estimate_end, open_study
-from lightning_bge.hpo.eta import Eta
+from lightning_bge.hpo import eta as module
+from lightning_bge.hpo.eta import Eta, _best
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.promote import CONTINUES, PAUSED, POINT, Standings, last_resumed, next_resumed, rung_steps
 from lightning_bge.hpo.replay import Curve, replay_pruned
@@ -122,7 +123,7 @@ def test_after_a_third_of_a_recorded_search_the_rest_is_known(trials: int) -> No
             now, end = seen[-1].datetime_complete, everything[-1].datetime_complete
             assert now is not None
             assert end is not None
-            eta = estimate_end(seen, PrunerConfig(), trials, steps, 1, now, recording.direction, 0.0, "random")
+            eta = estimate_end(seen, PrunerConfig(), trials, steps, 1, now, recording.direction, "random")
             assert eta is not None
             found.append((eta, (end - now).total_seconds()))
     mean, inside = judge(found)
@@ -173,9 +174,30 @@ def test_without_a_pruner_it_is_the_mean_times_what_is_left() -> None:
     several = estimate_end(trials, none, 20, Steps(2, 2), 4, now)
     assert several is not None
     assert several.mid == pytest.approx(30, rel=0.03)
-    further = estimate_end(trials, none, 20, Steps(2, 2), 1, now, extra=2.5)
+    # of the best five ten runs with two other seeds, of which seven have ended; and the refit
+    further = estimate_end(trials, none, 20, Steps(2, 2), 1, now, seeds=2, repeated=7, refit=True)
     assert further is not None
-    assert further.mid == pytest.approx(145, rel=0.03)
+    assert further.mid == pytest.approx(158, rel=0.03)
+
+
+def test_few_trials_of_a_long_search_are_run_again() -> None:
+    # four of five go to the next of five rungs: 2,000 / 4 ** 5
+    assert _best((), PrunerConfig(), 2000, Steps(5, 100)) == 2
+    assert _best(made(8), PrunerConfig("none"), 2000, Steps(2, 2)) == 5
+    assert _best(made(3), PrunerConfig("none"), 3, Steps(2, 2)) == 3
+
+
+def test_a_worker_that_died_does_not_work_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials, now = made(8, workers=2), START + timedelta(seconds=40)
+    running = create_trial(state=TrialState.RUNNING, user_attrs={"worker": {"host": "here", "pid": 1}})
+    running.number, running.datetime_start = 8, now
+    alone = estimate_end([*trials], PrunerConfig("none"), 20, Steps(2, 2), 1, now)
+    monkeypatch.setattr(module, "death_of", lambda trial: "process 1 is gone")
+    dead = estimate_end([*trials, running], PrunerConfig("none"), 20, Steps(2, 2), 1, now)
+    assert alone is not None
+    assert dead is not None
+    assert dead.mid == pytest.approx(alone.mid, rel=0.03)
+    assert running.state == TrialState.RUNNING
 
 
 def test_what_runs_is_counted_by_what_it_has_still_to_do() -> None:
@@ -241,7 +263,8 @@ def test_progress_says_it_and_works_it_out_seldom(
     assert study.user_attrs["steps"] == {"folds": 2, "epochs": 2, "per_epoch": 1}
     asked = []
 
-    def fake(trials: Sequence[FrozenTrial], *rest: Any) -> Eta:
+    def fake(trials: Sequence[FrozenTrial], *rest: Any, refit: bool) -> Eta:
+        assert not refit
         asked.append((len(trials), *rest))
         return Eta(3900.0, 4800.0, 6000.0)
 
