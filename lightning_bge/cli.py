@@ -121,7 +121,7 @@ def show_status(args: list[str]) -> None:
         description="Say how a search or a training run stands: what is done, what is best, when it will end.",
     )
     parser.add_argument("run", type=Path, help="The run's folder.")
-    parser.add_argument("--watch", type=float, metavar="N", help="Say so every N seconds, until the run is finished.")
+    parser.add_argument("--watch", type=float, metavar="N", help="Say so every N seconds, until the run has ended.")
     chosen = parser.parse_args(args)
     run = chosen.run.expanduser()
     if chosen.watch is None:

@@ -205,7 +205,9 @@ class Rewind(Callback):
         if self.module is None:
             return
         for name, tensor in _state(self.module):
-            tensor.copy_(self.state[name])
+            before = self.state.get(name)
+            if before is not None and before.shape == tensor.shape:  # else a cache that was made, or grew, on the way
+                tensor.copy_(before)
         for name, parameter in self.module.named_parameters():
             gradient = self.gradients.get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
@@ -229,7 +231,7 @@ class _Foreign(Subject):
         """As the trainer's arguments say."""
         asked = self.trainer.get("devices", "auto")
         if isinstance(asked, str):
-            asked = asked.split(",") if "," in asked else -1 if asked == "auto" else int(asked)
+            asked = [one for one in asked.split(",") if one] if "," in asked else -1 if asked == "auto" else int(asked)
         if asked == -1:
             asked = 1 if self.trainer.get("accelerator") == "cpu" else max(1, torch.cuda.device_count())
         count = asked if isinstance(asked, int) else len(asked)
@@ -371,7 +373,7 @@ def observe(subject: Subject, claims: Claims | None = None) -> Case:
         wanted = min(MOST_BATCHES, 6 * every + 1 if every else MOST_BATCHES)
         # the second epoch is to hold two windows to time, three to trace, one to see where values are read, and a rest
         if every == 1 or batches >= wanted:
-            found = claims_of(module, trainer, seen)
+            found = claims_of(module, trainer, seen, subject.devices)
             return Case(seen, found if claims is None else claims.over(found), module, trainer, subject.devices)
         batches = wanted
 

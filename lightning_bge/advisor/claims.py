@@ -56,18 +56,18 @@ class Claims:
         return Claims(**{name: getattr(other, name) if value is None else value for name, value in own.items()})
 
 
-def claims_of(module: LightningModule, trainer: Trainer, seen: Observation) -> Claims:
+def claims_of(module: LightningModule, trainer: Trainer, seen: Observation, devices: int = 1) -> Claims:
     """What the objects of a run that has trained say they do: their flags, and names of the module's `hparams`.
 
-    `effective_batch` is the loader's batch size times `accumulate_grad_batches`, where the module names no other and
-    the first batch had as many rows: what a loader counts may be questions with several answers each.
+    `effective_batch` is the loader's batch size times `accumulate_grad_batches` and devices, where the module names no
+    other and the first batch had as many rows: what a loader counts may be questions with several answers each.
     """
     said = _words(dict(module.hparams))
     loader = trainer.train_dataloader
     workers = getattr(loader, "num_workers", 0)
     size = getattr(loader, "batch_size", None)
     plain = module.automatic_optimization and seen.batches and seen.batches[0].rows == size
-    accumulated = size * trainer.accumulate_grad_batches if size and plain else None
+    accumulated = size * trainer.accumulate_grad_batches * devices if size and plain else None
     return Claims(
         bf16=_true("bf16" in str(trainer.precision), said.get("bf16")),
         tf32=_true(torch.cuda.is_available() and seen.fp32 == "tf32", said.get("tf32")),

@@ -59,14 +59,19 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether its results are those of all that was planned, and of all that has run."""
+        """Whether its results are those of all that was planned."""
+        if not self.ended or self.summary is None:
+            return False
+        return self.history is None or (self.trials_done and not (self.summary.get("repeats") or {}).get("missing"))
+
+    @property
+    def ended(self) -> bool:
+        """Whether its results are those of all that has run, and nothing runs: it may have been given so many hours."""
         if self.summary is None or (self.history and self.history.going_on):
             return False
         if self.history is None:
             return True
         ended = sum(trial.outcome not in ("running", "waiting") for trial in self.history.trials)
-        if not self.trials_done or (self.summary.get("repeats") or {}).get("missing"):
-            return False
         return self.summary.get("n_runs", self.summary.get("n_trials")) == ended
 
 
@@ -149,13 +154,15 @@ def clean_command(words: Sequence[str]) -> list[str]:
     shown: list[str] = []
     secret = False
     for word in words:
-        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        name, equals, value = word.partition("=")
         if secret and not word.startswith("--"):
             shown.append(HIDDEN)
         elif equals and _SECRET_NAME.search(name):
             shown.append(f"{name}={HIDDEN}")
+        elif equals and word.startswith("--"):
+            shown.append(f"{name}={_clean_value(value)}")
         else:
-            shown.append(f"{name}{equals}{_clean_value(value)}")
+            shown.append(_clean_value(word))
         secret = not equals and word.startswith("--") and bool(_SECRET_NAME.search(word))
     return shown
 
@@ -164,7 +171,7 @@ def _clean_value(text: str) -> str:
     """One of a command line; what is no YAML with settings in it is a plain text."""
     try:
         settings = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # such as the 30th of February
         return clean(text)
     if not isinstance(settings, dict | list) or without_secrets(settings) == settings:
         return clean(text)

@@ -101,7 +101,7 @@ def measure_variations(
             break
     for row in found.others:
         if row not in found.skipped and len(found.rounds(row)) < 2:
-            found.skipped[row] = "there was no time for two rounds, or a compiler was at work in each batch"
+            found.skipped[row] = "fewer than two rounds could be timed, for want of time or as a compiler was at work"
     return found
 
 

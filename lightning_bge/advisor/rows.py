@@ -199,6 +199,8 @@ def fused(case: Case) -> Row:
     if case.claims.fused:
         note = "a restored optimizer state brings its own flags along" if kind == "foreach" else ""
         return replace(row, verdict="lie", advice=f"pass fused=True to the optimizer{'; ' * bool(note)}{note}")
+    if not any("fused" in optimizer.defaults for optimizer in case.trainer.optimizers):
+        return replace(row, evidence=f"{row.evidence}; this optimizer has no fused kernel")
     return replace(row, advice="pass fused=True to the optimizer", effort="one word", accuracy="none")
 
 
@@ -297,8 +299,8 @@ def _asleep(module: nn.Module) -> Iterator[tuple[str, bool]]:
     """Names of dropout modules in eval mode, and whether what they stand in is frozen."""
     for name, part in module.named_modules():
         if not part.training and isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
-            around = module.get_submodule(name.rpartition(".")[0])
-            yield name, not any(p.requires_grad for p in around.parameters())
+            around = list(module.get_submodule(name.rpartition(".")[0]).parameters())
+            yield name, bool(around) and not any(p.requires_grad for p in around)
 
 
 def zero_grad(case: Case) -> Row:

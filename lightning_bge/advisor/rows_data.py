@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from lightning_bge.advisor.claims import transformer_of
 from lightning_bge.advisor.rows import LITTLE_PADDING, Case, Gain, Row, said
-from lightning_bge.advisor.watch import FETCH, MOVE, RUN
+from lightning_bge.advisor.watch import FETCH, MOVE, RUN, Observation
 from lightning_bge.memory import limits, size
 
 NOTICEABLE = 0.05  # share of a batch's time that is worth a word
@@ -35,11 +36,8 @@ def padding(case: Case) -> Row:
         return replace(row, evidence="batches hold no attention_mask: how many of their tokens are real is not known")
     if not trace.looked:
         return replace(row, evidence="no lookup of token ids was seen: how many tokens were computed is not known")
-    # the largest table is that of the tokens; others are of positions, of token types, of distances
-    computed, real = sum(trace.looked[max(trace.looked)]), sum(tokens)
-    places = sum(batch.places or 0 for batch in seen.traced)
-    passes = computed // places if places and computed % places == 0 else 1  # a text may go through the model twice
-    computed //= max(passes, 1)
+    looked = trace.looked[_token_table(case, trace.looked)]
+    computed, real = sum(looked) // _passes(looked, seen), sum(tokens)
     share = max(0.0, 1 - real / computed)
     row = replace(
         row,
@@ -64,6 +62,21 @@ def padding(case: Case) -> Row:
     else:
         row = replace(row, advice="cut batches after sorting by length within each, or pack them: our data module does")
     return replace(row, verdict="lie" if always else "off", gain=gain, accuracy="none", effort="the collate function")
+
+
+def _token_table(case: Case, looked: dict[int, list[int]]) -> int:
+    """Rows of the embedding of token ids; others are of positions, of token types, of distances."""
+    model = transformer_of(case.module)
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None) if model is not None else None
+    return known if known in looked else max(looked)
+
+
+def _passes(looked: list[int], seen: Observation) -> int:
+    """How often each text goes through the model: twice where two masks of dropout are compared."""
+    places = [batch.places or 0 for batch in seen.traced]
+    if not all(places) or sum(looked) % sum(places) or max(looked) > max(places):
+        return 1
+    return max(1, sum(looked) // sum(places))
 
 
 def data_wait(case: Case) -> Row:

@@ -32,7 +32,7 @@ def describe_status(run_dir: Path) -> str:
 
 
 def watch_status(run_dir: Path, seconds: float) -> None:
-    """Show it, anew each time that so many seconds have passed, until the run is finished, or until Ctrl-C.
+    """Show it, anew each time that so many seconds have passed, until nothing is left to wait for, or until Ctrl-C.
 
     Raises:
         ConfigError: it is no run folder.
@@ -41,7 +41,7 @@ def watch_status(run_dir: Path, seconds: float) -> None:
     run = read_run(run_dir)
     live = Live(Text(_describe(run)), auto_refresh=False, vertical_overflow="visible")
     with suppress(KeyboardInterrupt), live:
-        while not run.finished:
+        while not run.ended:
             time.sleep(seconds)
             run = read_run(run_dir)
             live.update(Text(_describe(run)), refresh=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -51,8 +52,10 @@ class Seen:
 
 @dataclass
 class Cycle:
-    """What Lightning did from one fetch of a batch to the next: seconds by its own name of it, without those in which
-    other processes had the cores."""
+    """What Lightning did from one fetch of a batch to the next: seconds by its own name of it.
+
+    Of a run that is traced those are left out in which others had all the cores, the run's own workers among them.
+    """
 
     actions: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
@@ -127,11 +130,12 @@ class Observation:
 class _Clock(Profiler):
     """Lightning tells its profiler what it does: the door through which each part of a batch is timed."""
 
-    def __init__(self, observation: Observation, around: Callable[[bool], None], device: torch.device) -> None:
+    def __init__(
+        self, observation: Observation, around: Callable[[bool], None], device: torch.device, now: Callable[[], float]
+    ) -> None:
         super().__init__()
-        self.observation, self.around, self.device = observation, around, device
+        self.observation, self.around, self.device, self.now = observation, around, device, now
         self.cycle: Cycle | None = None
-        self.now = UnsharedClock()
         self._since: dict[str, float] = {}
         self._began = 0.0
 
@@ -192,7 +196,11 @@ class Watch(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the doors."""
-        self._clock = _Clock(self.observation, self._around, pl_module.device)
+        unshared = UnsharedClock()
+        # runs that are compared are a matter of the clock on the wall: what others take is the same for both
+        self._clock = _Clock(
+            self.observation, self._around, pl_module.device, unshared if self.trace else time.perf_counter
+        )
         self._trainer, self._device, self._others = trainer, pl_module.device, _children()
         old, move = trainer.profiler, trainer.strategy.batch_to_device  # type: ignore[attr-defined]
         trainer.profiler = self._clock  # type: ignore[attr-defined]
@@ -206,7 +214,7 @@ class Watch(Callback):
         self._undo = [
             lambda: setattr(trainer, "profiler", old),
             lambda: vars(trainer.strategy).pop("batch_to_device", None),
-            self._clock.now.close,
+            unshared.close,
         ]
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)

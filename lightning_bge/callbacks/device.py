@@ -20,7 +20,8 @@ def wait_for(device: torch.device) -> None:
 class UnsharedClock:
     """Seconds, to take differences of, which stand still while the thread could run but others have all the cores.
 
-    So a busy machine is not mistaken for a pause in the code; sleeping and waiting count. Linux tells of it (the second
+    So a busy machine is not mistaken for a pause in the code; sleeping and waiting count. Others are all other threads,
+    those of the own process too. Linux tells of it (the second
     number of `/proc/thread-self/schedstat`, in nanoseconds); elsewhere this is `perf_counter`. A reading takes 3
     microseconds. It is for the thread that made it.
     """

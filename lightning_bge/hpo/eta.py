@@ -81,7 +81,7 @@ def estimate_end(
     Returns:
         None where no trial has ended yet, so that there is nothing to go by.
     """
-    trials = [_failed(one) if _is_dead(one) else one for one in trials]
+    trials = [_failed(one) if is_dead(one) else one for one in trials]
     ran = _ran(trials)
     once = {mine[0].number for mine in ran.values() if len(mine) > 2}  # what a process does once is in its first trial
     visits = {trial.number: visit for trial in trials if (visit := _visit(trial, trials, steps)) is not None}
@@ -103,7 +103,8 @@ def estimate_end(
     return Eta(float(low), float(mid), float(high))
 
 
-def _is_dead(trial: FrozenTrial) -> bool:
+def is_dead(trial: FrozenTrial) -> bool:
+    """Whether a running trial's process is known to be gone."""
     return trial.state == TrialState.RUNNING and "worker" in trial.user_attrs and death_of(trial) is not None
 
 
@@ -118,7 +119,7 @@ def _best(trials: Sequence[FrozenTrial], pruner: PrunerConfig, n_trials: int, st
     complete = sum(trial.state == TrialState.COMPLETE for trial in trials)
     if begun(trials) < n_trials:
         [at] = rungs(pruner, steps) if pruner.name == "promote" else [()]
-        complete = max(complete, round(n_trials / pruner.reduction_factor ** len(at)))
+        complete = max(1, complete, round(n_trials / pruner.reduction_factor ** len(at)))
     return min(BEST, complete)
 
 

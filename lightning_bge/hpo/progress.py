@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.eta import Eta, estimate_end
+from lightning_bge.hpo.eta import Eta, estimate_end, is_dead
 from lightning_bge.hpo.promote import CONTINUES, PAUSED, PromotePruner, begun, continued
 from lightning_bge.hpo.pruning import PrunerConfig
 from lightning_bge.hpo.reports import Steps
 from lightning_bge.hpo.scores import cost_of, front, maximizes, ranked, score_of
-from lightning_bge.hpo.storage import death_of
 
 if TYPE_CHECKING:
     from lightning_bge.hpo.study import StudyConfig
@@ -87,7 +86,7 @@ class Progress:
         # a study that this program has not opened does not know its steps
         steps = Steps(**study.user_attrs.get("steps", {"folds": 1, "epochs": self.n_reports}))
         trials = study.get_trials(deepcopy=False)
-        others = [trial for trial in trials if trial.state == TrialState.RUNNING and death_of(trial) is None]
+        others = [trial for trial in trials if trial.state == TrialState.RUNNING and not is_dead(trial)]
         direction: Any = "maximize" if maximizes(study) else "minimize"
         return estimate_end(
             trials,

@@ -92,6 +92,7 @@ def test_early_stopping_checkpoints_and_several_devices_of_a_project_are_left_ou
     options = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "callbacks": callbacks, "max_time": "00:00:00:01"}
     found = audit(Classifier(), loader(), options, config=AuditConfig(rounds=0))
     assert found.row("effective batch").in_effect == "16 rows"
+    assert not found.alarms
     assert not list(tmp_path.iterdir())
 
 

@@ -248,6 +248,8 @@ def test_no_secret_and_no_text_of_the_users_data_is_shown(tmp_path: Path) -> Non
         "--trainer.logger",
         "{class_path: W, init_args: {api_key: s3cret-e}}",
         "--to=ftp://u:s3cret-f@s3cret-g@h",
+        "--dsn",
+        "password=s3cret-h",
     ]
     write_json(run / "run.json", {"calls": [{"command": command, "model": "https://x:s3cret-d@host/m"}]})
     for name in ("oof.csv", "test.csv", "validation.csv"):
@@ -263,7 +265,8 @@ def test_what_only_looks_like_a_secret_is_shown() -> None:
     assert without_secrets(OPEN) == OPEN
     assert without_secrets({"token": None, "use_auth": True}) == {"token": None, "use_auth": True}
     assert clean("mail me@host, see https://host/a@b?tokens=3") == "mail me@host, see https://host/a@b?tokens=3"
-    command = ["lightning-bge", "fit", "--data.batching.tokens", "4096", "--model.dropout=0.1"]
+    command = ["lightning-bge", "fit", "--data.batching.tokens", "4096", "--model.dropout=0.1", "2026-02-30"]
+    command += ["--x", "{a: 1, b: [x, y]}", "--y=[a, 'b']"]
     assert clean_command(command) == command
 
 

@@ -181,8 +181,9 @@ def test_without_a_pruner_it_is_the_mean_times_what_is_left() -> None:
 
 
 def test_few_trials_of_a_long_search_are_run_again() -> None:
-    # four of five go to the next of five rungs: 2,000 / 4 ** 5
+    # one in four goes on at each of five rungs: 2,000 / 4 ** 5
     assert _best((), PrunerConfig(), 2000, Steps(5, 100)) == 2
+    assert _best((), PrunerConfig(), 30, Steps(5, 10)) == 1
     assert _best(made(8), PrunerConfig("none"), 2000, Steps(2, 2)) == 5
     assert _best(made(3), PrunerConfig("none"), 3, Steps(2, 2)) == 3
 
