@@ -7,7 +7,9 @@ First studies without pruning, then with the default pruner and other seeds. Com
 command, from the start of its process to its end, are the plan's hours and their range; of pruned studies also what the
 plan's measurements give for the reports that the trials have really made; and the time left that was printed when a
 third of the trials had been run. A study that is in the record is not run again: a benchmark that was cut off goes on
-with the same command. FOLDER holds `rte/train.tsv`; with --train, --columns and --label it may be any other file.
+with the same command. With --again nothing is run: what was measured for the plans in the record is run forward once
+more, by the code as it is now. FOLDER holds `rte/train.tsv`; with --train, --columns and --label it may be any other
+file.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from common import add_shared_arguments, packaged_weights, write_record
 from note import table, write_note
 
 from lightning_bge.advisor import load_calibration, seconds_of
-from lightning_bge.hpo import PrunerConfig, parse_space, read_history
+from lightning_bge.advisor.plan import POINTS
+from lightning_bge.advisor.predict import Priced, Study, predict
+from lightning_bge.hpo import PrunerConfig, Steps, draw_points, parse_space, read_history
 from lightning_bge.runs import read_json
 
 SPACE = """{
@@ -91,6 +95,15 @@ def study(given: argparse.Namespace, name: str, folds: int, rows: float, seed: i
     began, ended, lines = run("hpo", flags)
     found["wall"] = ended - began
     return found | {"given_reports": given_reports(run_dir, planned), "left": time_left(lines, ended)}
+
+
+def foretold(given: argparse.Namespace, one: dict[str, Any], planned: dict[str, Any]) -> dict[str, float]:
+    """What the plan says by the code as it is now, from what was measured then."""
+    space, known = parse_space(yaml.safe_load(SPACE)), load_calibration(planned["calibration"])
+    priced = Priced.of(known, draw_points(space, [], POINTS), space, EPOCHS, 0)
+    study = Study(given.trials, Steps(one["folds"], EPOCHS), PrunerConfig(one["pruner"]))
+    found = predict(study, priced, known)
+    return {name: getattr(found, name) for name in ("low", "mid", "high")}
 
 
 def given_reports(run_dir: Path, planned: dict[str, Any]) -> float:
@@ -188,15 +201,19 @@ def main() -> None:
     parser.add_argument("--pruned", type=int, default=10, help="how many (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=60.0, help="that a plan measures (default: %(default)s)")
     parser.add_argument("--work", default="runs/plan_accuracy", help="folder of the studies (default: %(default)s)")
+    parser.add_argument("--again", action="store_true", help="only foretell the studies in the record once more")
     given = parser.parse_args()
     given.model = packaged_weights() if given.model is None else given.model
     Path(given.work).mkdir(parents=True, exist_ok=True)
     done = (read_json(Path(given.out)) or {}).get("studies", {})
     todo = studies(given)
     for name, kind in todo.items():
-        if name in done:
+        if (name in done) != given.again:
             continue
-        done[name] = study(given, name, **kind)
+        if given.again:
+            done[name] |= foretold(given, done[name], read_json(Path(given.work, f"{name}-plan.json")) or {})
+        else:
+            done[name] = study(given, name, **kind)
         print(json.dumps({name: done[name]}), flush=True)
         verdict = judge(done)
         shown = argparse.Namespace(**{key: value for key, value in vars(given).items() if key != "work"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from lightning_bge.advisor.calibrate import Calibration
@@ -91,7 +91,7 @@ class Changes:
         except ConfigError:
             return None
         text = "without pruning" if name == "none" else "with the pruner promote"
-        return self._what_if(text, _only(name), replace(self.study, pruner=config, survival=None))
+        return self._what_if(text, _switch(self.study.pruner, name), replace(self.study, pruner=config, survival=None))
 
     def single_split(self) -> WhatIf:
         """One split in place of folds: each trial is judged on fewer rows, and by luck more often."""
@@ -105,7 +105,7 @@ class Changes:
         try:
             check_pruner(study.pruner, study.trials, study.steps)
         except ConfigError:
-            study, flags = replace(study, pruner=PrunerConfig("none")), f"{flags} {_only('none')}"
+            study, flags = replace(study, pruner=PrunerConfig("none")), f"{flags} {_switch(self.study.pruner, 'none')}"
         priced = self.priced.scaled((1 - self.part) * folds / (folds - 1), self.part * folds)
         return replace(self, study=study, priced=priced), flags
 
@@ -143,6 +143,10 @@ class Changes:
         return self._smallest(lambda number: make(low + high - number), low, high, deadline)
 
 
-def _only(pruner: str) -> str:
-    """The flag of a pruner as it is by default: with its name alone, the options of another one would stay."""
-    return f"--hpo.pruner '{{name: {pruner}}}'"
+def _switch(now: PrunerConfig, name: str) -> str:
+    """The flags of a pruner as it is by default: with its name alone, options of the one now would stay."""
+    flags = [f"--hpo.pruner.name {name}"]
+    for option in fields(now):
+        if option.name != "name" and getattr(now, option.name) != option.default:
+            flags.append(f"--hpo.pruner.{option.name} {'null' if option.default is None else option.default}")
+    return " ".join(flags)

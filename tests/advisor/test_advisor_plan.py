@@ -120,6 +120,19 @@ def test_a_plan_in_time_and_one_that_nothing_helps(search: Search) -> None:
 
 
 @pytest.mark.usefixtures("steady")
+def test_the_flags_of_a_change_are_ones_that_hpo_takes(search: Search) -> None:
+    tuned = with_hpo(search, pruner=PrunerConfig("promote", reduction_factor=2, paused_gb=1.0))
+    [without] = [one for one in make_plan(tuned, HAND).what_ifs if one.change == "without pruning"]
+    assert without.setting == "--hpo.pruner.name none --hpo.pruner.reduction_factor 4 --hpo.pruner.paused_gb null"
+    # it has one value a fold, and of one split none to compare
+    folds = with_hpo(search, pruner=PrunerConfig("wilcoxon"), trials=60)
+    [split] = [one for one in make_plan(folds, HAND).what_ifs if one.change == "a single split"]
+    assert split.setting == "--data.split.folds 1 --hpo.pruner.name none"
+    costly = with_hpo(search, pruner=NONE, cost="train_seconds")
+    assert not [one for one in make_plan(costly, HAND).what_ifs if "promote" in one.setting]
+
+
+@pytest.mark.usefixtures("steady")
 def test_where_no_single_change_is_enough_two_at_once_may_be(search: Search) -> None:
     # one trial of 2 folds takes 68 s and one of a single split 10 + 3 x (4.8 + 2) = 30.4 s, after 60 s of the start
     found = make_plan(search, replace(HAND, deadline=(60 + 2.5 * 30.4) / HOUR, workers=MOST_WORKERS))
