@@ -1,8 +1,8 @@
 """Is an audit's order of gains reproducible, and does it find what was planted? The same audit twice, and three sleeps.
 
-    python examples/benchmarks/audit_twice.py CONFIG --out docs/benchmarks/audit_twice.json
+    python examples/benchmarks/audit_twice.py CONFIG --out docs/benchmarks/audit_twice.json [--seconds 150 ...]
 
-CONFIG is a YAML file as `lightning-bge audit -c` takes it. Each audit is the program's own, in a process of its own. A
+CONFIG is a YAML file as `lightning-bge audit -c` takes it, and all further flags are those of the two audits. Each audit is the program's own, in a process of its own. A
 pair of rows counts where the intervals of the two gains do not overlap in both audits; the two are to agree on which is
 the larger. The sleeps are planted one at a time, in the data set, in a callback between the batches, and in
 `training_step`; what the row says is compared with what the same row says without a sleep.
@@ -107,7 +107,7 @@ def note(record: dict[str, Any]) -> str:
     return (
         "# The same audit twice, and three planted sleeps\n\n"
         f"Written {record['written']} at commit {record['git_commit']} by `examples/benchmarks/audit_twice.py`, on "
-        f"{record['hardware']['cpu']}, {record['hardware']['threads']} threads. The audits took "
+        f"{record['hardware']['cpu']}, {record['hardware']['threads']} threads{' with ' * bool(record['flags'])}{' '.join(record['flags'])}. The audits took "
         f"{' and '.join(format(found['wall_seconds'], '.0f') for found in record['audits'])} s.\n\n"
         f"Gains, shares of a step's time with their 95 % intervals. Of the {agreement['pairs']} pairs of rows whose "
         f"intervals do not overlap in either audit, the two order {len(agreement['differ'])} differently.\n\n"
@@ -121,8 +121,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    chosen = parser.parse_args()
-    audits = [audit(chosen.config), audit(chosen.config)]
+    chosen, flags = parser.parse_known_args()
+    audits = [audit(chosen.config, "", *flags), audit(chosen.config, "", *flags)]
     planted = {}
     for name, code in PLANTS.items():
         # else the loader would measure that batches take long to assemble, and let workers do it ahead of time
@@ -133,6 +133,7 @@ def main() -> None:
         "git_commit": git_commit(),
         "hardware": hardware(),
         "versions": versions(),
+        "flags": flags,
         "sleep_s": SLEEP,
         "agreement": compare(*audits),
         "planted": planted,

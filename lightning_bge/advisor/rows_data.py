@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from statistics import median
 
 import torch
 
@@ -305,7 +306,11 @@ def host(case: Case) -> Row:
         verdict="ok",
         evidence=f"{share:.0%} of the time of a batch: no operation was running",
     )
-    if share < 0.25 or share * seen.cycle_seconds < PAUSE_S:
+    # the trace takes time of its own between operations: what is left without one has to be as long
+    batches = max(seen.batches_per_step, 1)
+    busy = median(trace.seconds - trace.parts["host"] for trace in seen.traces) / batches
+    sure = min(share * seen.cycle_seconds, seen.seconds(RUN) - busy)
+    if sure < 0.25 * seen.cycle_seconds or sure < PAUSE_S:
         return row
     return replace(
         row,
@@ -319,17 +324,10 @@ def host(case: Case) -> Row:
 
 
 def host_seconds(case: Case) -> list[float]:
-    """For each traced step, seconds of a batch's forward, backward and step in which no operation ran.
-
-    A trace takes time of its own between operations, so that no more is counted than a step without a trace leaves.
-    """
-    seen, batches = case.seen, max(case.seen.batches_per_step, 1)
-    whole = seen.seconds(RUN)
-    found = []
-    for trace in seen.traces:
-        idle = trace.parts["host"]
-        found.append(max(0.0, min(idle / batches, whole - (trace.seconds - idle) / batches)))
-    return found
+    """For each traced step, seconds of a batch's forward, backward and step in which no operation ran, and in which no
+    other process had the cores."""
+    batches = max(case.seen.batches_per_step, 1)
+    return [max(0.0, trace.parts["host"] - trace.stolen) / batches for trace in case.seen.traces]
 
 
 def peak_memory(case: Case) -> Row:

@@ -54,6 +54,7 @@ class Trace:
 
     Attributes:
         seconds: between the marks, the profiler's own time within.
+        stolen: those of them in which the training's thread could have run, but others had the cores.
         flops: floating-point operations of matrix products by the dtype they were computed in.
         parts: seconds by part, `PARTS`; operations on the device where there is one, `host` without any.
         forward_flops: of the forward pass.
@@ -72,6 +73,7 @@ class Trace:
     """
 
     seconds: float = 0.0
+    stolen: float = 0.0
     flops: Counter[str] = field(default_factory=Counter)
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     forward_flops: int = 0

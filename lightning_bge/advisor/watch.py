@@ -189,6 +189,7 @@ class Watch(Callback):
         self._stepped = False
         self._fresh = True  # no backward pass since the last optimizer step
         self._recorder: Recorder | None = None
+        self._began = 0.0  # what others had taken of the cores when the trace began
         self._tracing = False
         self._where: bool | None = False  # whether lines of code are to be traced; None: they were
         self._graphs = 0
@@ -310,9 +311,12 @@ class Watch(Callback):
             self._clock.cycle.slowed = True
             self._recorder = Recorder(self._device, with_stack=bool(self._where))
             self._recorder.start()
+            self._began = time.perf_counter() - self._clock.now()
         elif self._recorder is not None:
             recorder, self._recorder = self._recorder, None
+            stolen = time.perf_counter() - self._clock.now() - self._began
             self._sum.add(recorder.stop())
+            self._sum.stolen += stolen
             self._parts.append(seen.batches[-1])
 
     def _batch_number(self) -> int:
