@@ -2,10 +2,11 @@
 
     python examples/benchmarks/audit_twice.py CONFIG --out docs/benchmarks/audit_twice.json [--seconds 150 ...]
 
-CONFIG is a YAML file as `lightning-bge audit -c` takes it, and all further flags are those of the two audits. Each audit is the program's own, in a process of its own. A
-pair of rows counts where the intervals of the two gains do not overlap in both audits; the two are to agree on which is
-the larger. The sleeps are planted one at a time, in the data set, in a callback between the batches, and in
-`training_step`; what the row says is compared with what the same row says without a sleep.
+CONFIG is a YAML file as `lightning-bge audit -c` takes it; all further flags are those of the two audits. Each audit is
+the program's own, in a process of its own. A pair of rows counts where the intervals of the two gains do not overlap in
+both audits; the two are to agree on which is the larger. The sleeps are planted one at a time, in the data set, in a
+callback between the batches, and in `training_step`; what the row says is compared with what the same row says without
+a sleep.
 """
 
 from __future__ import annotations
@@ -103,11 +104,11 @@ def note(record: dict[str, Any]) -> str:
         ]
         for name, p in record["planted"].items()
     ]
-    agreement = record["agreement"]
+    agreement, with_flags = record["agreement"], f", {' '.join(record['flags'])}" if record["flags"] else ""
     return (
         "# The same audit twice, and three planted sleeps\n\n"
         f"Written {record['written']} at commit {record['git_commit']} by `examples/benchmarks/audit_twice.py`, on "
-        f"{record['hardware']['cpu']}, {record['hardware']['threads']} threads{' with ' * bool(record['flags'])}{' '.join(record['flags'])}. The audits took "
+        f"{record['hardware']['cpu']}, {record['hardware']['threads']} threads{with_flags}. The audits took "
         f"{' and '.join(format(found['wall_seconds'], '.0f') for found in record['audits'])} s.\n\n"
         f"Gains, shares of a step's time with their 95 % intervals. Of the {agreement['pairs']} pairs of rows whose "
         f"intervals do not overlap in either audit, the two order {len(agreement['differ'])} differently.\n\n"
