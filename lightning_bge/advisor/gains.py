@@ -89,14 +89,15 @@ def measure_variations(
     limits = {"limit_train_batches": batches, "max_epochs": math.ceil((WARM_UP + BATCHES) / (batches - 1))}
     for number in range(rounds):
         began = monotonic()
-        found.base.append(_time(run, fixed or {}, limits))
-        for variation in variations:
-            if variation.row in found.skipped:
-                continue
-            try:
-                found.others[variation.row].append(_time(run, {**(fixed or {}), **variation.settings}, limits))
-            except Exception as error:  # whatever stands against the other side: the row says so
-                found.skipped[variation.row] = f"the other side can't be trained: {type(error).__name__}: {error}"
+        sides: list[Variation | None] = [None, *variations]
+        for side in sides if number % 2 == 0 else reversed(sides):  # so that a machine that slows down favours none
+            if side is None:
+                found.base.append(_time(run, fixed or {}, limits))
+            elif side.row not in found.skipped:
+                try:
+                    found.others[side.row].append(_time(run, {**(fixed or {}), **side.settings}, limits))
+                except Exception as error:  # whatever stands against the other side: the row says so
+                    found.skipped[side.row] = f"the other side can't be trained: {type(error).__name__}: {error}"
         if number + 1 < rounds and monotonic() + (monotonic() - began) > until:
             break
     for row in found.others:

@@ -16,6 +16,8 @@ from lightning_bge.advisor.claims import Claims
 from lightning_bge.advisor.gains import Variation
 from lightning_bge.advisor.rows import Case, Gain, Row
 from lightning_bge.advisor.rows_search import search_rows
+from lightning_bge.advisor.scores import WORTH
+from lightning_bge.advisor.watch import FETCH, MOVE
 from lightning_bge.callbacks import BudgetFinder, Compile, CompileConfig, OomRecorder
 from lightning_bge.data import TextDataModule
 from lightning_bge.hpo import Setup, Steps, StudyConfig
@@ -74,9 +76,12 @@ class OwnRun(Subject):
             line = "model.attention: packed"
             found.append(Variation("padding", {"model.attention": "padded"}, True, "packed against padded", line))
         workers = 0 if case.trainer.train_dataloader.choice.num_workers else 2  # type: ignore[union-attr]
-        line = f"data.batching.num_workers: {workers}"
-        other = {"data.batching.num_workers": workers, "data.batching.persistent_workers": True}
-        found.append(Variation("loader workers", other, False, f"{workers} workers against the choice", line))
+        if (
+            not workers or case.seen.seconds(FETCH, MOVE) > WORTH * case.seen.cycle_seconds
+        ):  # else they can bring nothing
+            line = f"data.batching.num_workers: {workers}"
+            other = {"data.batching.num_workers": workers, "data.batching.persistent_workers": True}
+            found.append(Variation("loader workers", other, False, f"{workers} workers against the choice", line))
         for name, tokens in sizes(case):
             line = f"data.batching.tokens: {tokens}"
             text = f"micro-batches of at most {tokens} tokens against {data.budget}"

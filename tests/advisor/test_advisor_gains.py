@@ -71,7 +71,7 @@ def test_settings_are_measured_in_turns_on_the_same_number_of_batches() -> None:
     run = Clockwork()
     faster, slower = Variation("x", {"seconds": 0.5}, False, ""), Variation("y", {"seconds": 2.0}, False, "")
     found = measure_variations(run, [faster, slower], rounds=3, seconds=100)
-    assert [call.get("seconds") for call in run.calls] == [None, 0.5, 2.0] * 3
+    assert [call.get("seconds") for call in run.calls] == [None, 0.5, 2.0, 2.0, 0.5, None, None, 0.5, 2.0]
     assert found.base == [1.0] * 3
     assert found.others == {"x": [0.5] * 3, "y": [2.0] * 3}
     assert not found.skipped
