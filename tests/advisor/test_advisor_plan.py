@@ -22,7 +22,7 @@ from lightning_bge.advisor.levels import PADDED, PLAIN, describe_compile, levels
 from lightning_bge.advisor.plan_doubts import Others, doubts, judge_search
 from lightning_bge.advisor.plan_words import table_of_levels
 from lightning_bge.advisor.predict import Priced, Study, predict
-from lightning_bge.advisor.what_if import MOST_WORKERS
+from lightning_bge.advisor.what_if import MOST_WORKERS, Changes
 from lightning_bge.callbacks import CompileConfig
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo import PrunerConfig, Steps, StudyConfig, quiet_optuna
@@ -124,9 +124,9 @@ def test_the_flags_of_a_change_are_ones_that_hpo_takes(search: Search) -> None:
     tuned = with_hpo(search, pruner=PrunerConfig("promote", reduction_factor=2, paused_gb=1.0))
     [without] = [one for one in make_plan(tuned, HAND).what_ifs if one.change == "without pruning"]
     assert without.setting == "--hpo.pruner.name none --hpo.pruner.reduction_factor 4 --hpo.pruner.paused_gb null"
-    # it has one value a fold, and of one split none to compare
-    folds = with_hpo(search, pruner=PrunerConfig("wilcoxon"), trials=60)
-    [split] = [one for one in make_plan(folds, HAND).what_ifs if one.change == "a single split"]
+    # of one epoch on one split there is a single report
+    study = Study(60, Steps(2, 1), PrunerConfig(), learns=False)
+    split = Changes(study, Priced([COST]), KNOWN, 0.2).single_split()
     assert split.setting == "--data.split.folds 1 --hpo.pruner.name none"
     costly = with_hpo(search, pruner=NONE, cost="train_seconds")
     assert not [one for one in make_plan(costly, HAND).what_ifs if "promote" in one.setting]
