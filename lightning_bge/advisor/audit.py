@@ -128,6 +128,13 @@ class Subject:
         """
         raise NotImplementedError
 
+    def repeat(
+        self, settings: dict[str, Any], callbacks: Sequence[Callback], limits: dict[str, Any]
+    ) -> tuple[LightningModule, Trainer]:
+        """`run`, each time with the same random numbers: the same batches in the same order."""
+        with _same_random_numbers():
+            return self.run(settings, callbacks, limits)
+
     def switches(self, case: Case) -> list[Variation]:
         """What can be switched."""
         return precision_of(case)
@@ -306,19 +313,6 @@ def _same_random_numbers() -> Iterator[None]:
         random.setstate(known)
 
 
-@dataclass(frozen=True)
-class _Repeated:
-    """Runs of a subject that all meet the same random numbers, so the same batches in the same order."""
-
-    subject: Subject
-
-    def __call__(
-        self, settings: dict[str, Any], callbacks: Sequence[Callback], limits: dict[str, Any]
-    ) -> tuple[LightningModule, Trainer]:
-        with _same_random_numbers():
-            return self.subject.run(settings, callbacks, limits)
-
-
 def precision_of(case: Case) -> list[Variation]:
     """The other precision, of bf16 and fp32; bf16 only where it is not emulated, which takes minutes."""
     current = str(case.trainer.precision)
@@ -344,7 +338,7 @@ def audit_subject(subject: Subject, claims: Claims | None, config: AuditConfig) 
         switches, measured, gains = subject.switches(case), Measured(), {}
         if config.rounds and case.seen.cycle_seconds:
             measured = measure_variations(
-                *(_Repeated(subject), switches, config.rounds, config.seconds),
+                *(subject.repeat, switches, config.rounds, config.seconds),
                 epoch=int(case.trainer.num_training_batches),
                 fixed=subject.fixed(case),
             )
@@ -367,7 +361,7 @@ def observe(subject: Subject, claims: Claims | None = None) -> Case:
     batches = BATCHES
     while True:
         watch = Watch()
-        module, trainer = _Repeated(subject)({}, [watch], {"limit_train_batches": batches, "max_epochs": 2})
+        module, trainer = subject.repeat({}, [watch], {"limit_train_batches": batches, "max_epochs": 2})
         seen = watch.observation
         every = seen.batches_per_step
         wanted = min(MOST_BATCHES, 6 * every + 1 if every else MOST_BATCHES)

@@ -15,7 +15,7 @@ from lightning_bge.advisor.calibrate import Calibration
 from lightning_bge.advisor.cost import TrialCost
 from lightning_bge.hpo import BEST, History, PrunerConfig, Recording, Space, Steps
 from lightning_bge.hpo.check import SIMULATED, STYLES, sample_curves
-from lightning_bge.hpo.eta import REFIT
+from lightning_bge.hpo.eta import refit_epochs
 from lightning_bge.hpo.pruning import rungs
 from lightning_bge.hpo.replay import Curve, policy_of
 from lightning_bge.hpo.simulate import STARTUP, Halving, Outcome, Prices, run_promoted, schedule, skill
@@ -213,7 +213,7 @@ def predict(study: Study, priced: Priced, calibration: Calibration, runs: int = 
     walls, shares, found, repeats = [], [], [], []
     full = priced.full(study.steps)
     around = calibration.start + calibration.first + calibration.finish + study.compile_s
-    around += calibration.refit_epoch * study.refit * max(1.0, REFIT * study.steps.epochs)
+    around += calibration.refit_epoch * study.refit * refit_epochs(study.steps.epochs)
     for number in range(runs):
         run = _Run(study, priced, curves[number % len(curves)], random).outcome
         pace = max(0.3, (1 + calibration.error * random.standard_normal()) * (1 + DRIFT * random.standard_normal()))

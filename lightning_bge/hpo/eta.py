@@ -81,7 +81,7 @@ def estimate_end(
     Returns:
         None where no trial has ended yet, so that there is nothing to go by.
     """
-    trials = [_failed(one) if is_dead(one) else one for one in trials]
+    trials = [_failed(one) if _is_dead(one) else one for one in trials]
     ran = _ran(trials)
     once = {mine[0].number for mine in ran.values() if len(mine) > 2}  # what a process does once is in its first trial
     visits = {trial.number: visit for trial in trials if (visit := _visit(trial, trials, steps)) is not None}
@@ -103,7 +103,17 @@ def estimate_end(
     return Eta(float(low), float(mid), float(high))
 
 
-def is_dead(trial: FrozenTrial) -> bool:
+def being_run(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The running trials whose processes are not known to be gone."""
+    return [trial for trial in trials if trial.state == TrialState.RUNNING and not _is_dead(trial)]
+
+
+def refit_epochs(epochs: int) -> float:
+    """That the refit trains on average, of a fold's epochs."""
+    return max(1.0, REFIT * epochs)
+
+
+def _is_dead(trial: FrozenTrial) -> bool:
     """Whether a running trial's process is known to be gone."""
     return trial.state == TrialState.RUNNING and "worker" in trial.user_attrs and death_of(trial) is not None
 
@@ -188,7 +198,7 @@ class _Spent:
         visits = self.visits.values()
         report = math.fsum(visit.train for visit in visits) / sum(visit.reports for visit in visits)
         rows = steps.folds / (steps.folds - 1) if steps.folds > 1 else 1.25
-        return report * steps.per_epoch * rows * max(1.0, REFIT * steps.epochs)
+        return report * steps.per_epoch * rows * refit_epochs(steps.epochs)
 
     def seconds(self, start: int, end: float) -> float:
         """What a visit between these reports is expected to take; those between the same ones count most."""

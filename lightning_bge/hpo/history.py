@@ -18,7 +18,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo.eta import Eta, estimate_end, is_dead
+from lightning_bge.hpo.eta import Eta, being_run, estimate_end
 from lightning_bge.hpo.promote import CONTINUES, PAUSED, continued
 from lightning_bge.hpo.pruning import PrunerConfig
 from lightning_bge.hpo.reports import Report, Steps
@@ -185,7 +185,7 @@ def time_left(run_dir: Path) -> Eta | None:
         return None
     trials = study.get_trials(deepcopy=False)
     history, asked = _describe(run_dir, study, (), ()), _config(run_dir).get("hpo") or {}
-    running = [trial for trial in (*trials, *repeats) if trial.state == TrialState.RUNNING and not is_dead(trial)]
+    running = being_run([*trials, *repeats])
     if not running or history.planned is None:
         return None
     return estimate_end(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.eta import Eta, estimate_end, is_dead
+from lightning_bge.hpo.eta import Eta, being_run, estimate_end
 from lightning_bge.hpo.promote import CONTINUES, PAUSED, PromotePruner, begun, continued
 from lightning_bge.hpo.pruning import PrunerConfig
 from lightning_bge.hpo.reports import Steps
@@ -86,14 +86,13 @@ class Progress:
         # a study that this program has not opened does not know its steps
         steps = Steps(**study.user_attrs.get("steps", {"folds": 1, "epochs": self.n_reports}))
         trials = study.get_trials(deepcopy=False)
-        others = [trial for trial in trials if trial.state == TrialState.RUNNING and not is_dead(trial)]
         direction: Any = "maximize" if maximizes(study) else "minimize"
         return estimate_end(
             trials,
             self.pruner,
             self.trials,
             steps,
-            1 + len(others),
+            1 + len(being_run(trials)),
             datetime.now(),
             direction,
             self.sampler,
