@@ -1,7 +1,7 @@
 """Our callbacks in a Lightning project that uses nothing else of ours: its own module, data module and batches.
 
 An optimizer step sees 64 rows whatever memory there is; the data module cuts them into micro-batches of as many rows as
-`BudgetFinder` found to fit and to pay.
+`MicroBatchFinder` found to fit and to pay.
 
 python examples/own_project.py
 """
@@ -13,16 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from lightning_bge.callbacks import (
-    BudgetFinder,
-    Compile,
-    MemoryConfig,
-    OomRecorder,
-    Throughput,
-    TorchBackends,
-    TrainMode,
-    choose_precision,
-)
+from lightning_bge.callbacks.compile.callback import CompileLayers
+from lightning_bge.callbacks.micro_batch.finder import MemoryConfig, MicroBatchFinder
+from lightning_bge.callbacks.oom import OOMHandler
+from lightning_bge.callbacks.throughput.monitor import Throughput
+from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precision
+from lightning_bge.callbacks.train_mode import TrainMode
 
 Example = dict[str, Tensor]
 LONGEST = 12
@@ -59,7 +55,7 @@ class OwnModule(L.LightningModule):
 
 
 class OwnData(L.LightningDataModule):
-    """A batch factory: it counts rows. `BudgetFinder` wants the two methods, `OomRecorder` wants `budget` too."""
+    """A batch factory: it counts rows. `MicroBatchFinder` wants the two methods, `OOMHandler` wants `budget` too."""
 
     def __init__(self, count: int = 512) -> None:
         super().__init__()
@@ -100,10 +96,10 @@ def make_trainer() -> L.Trainer:
         callbacks=[
             TrainMode(),
             TorchBackends(),
-            OomRecorder(),
+            OOMHandler(),
             # After the recorder: what that lowers is learned. 8 GiB for this process; speed counts from 32 rows on.
-            BudgetFinder(MemoryConfig(limit_gb=8, enough=32)),
-            Compile(layers=lambda module: [module.encoder]),
+            MicroBatchFinder(MemoryConfig(limit_gb=8, enough=32)),
+            CompileLayers(layers=lambda module: [module.encoder]),
             Throughput(count_batch),
         ],
         accelerator="cpu",
@@ -121,9 +117,9 @@ def main() -> L.Trainer:
     print(f"{trainer.callback_metrics['train_tokens_per_s']:.0f} real tokens per second")
     print(f"micro-batches of at most {data.budget} rows")
     for callback in trainer.callbacks:
-        if isinstance(callback, BudgetFinder | Compile):
+        if isinstance(callback, MicroBatchFinder | CompileLayers):
             print(f"{type(callback).__name__}: {callback.reason}")
-        elif isinstance(callback, OomRecorder):
+        elif isinstance(callback, OOMHandler):
             print(f"{len(callback.records)} times out of memory")
     return trainer
 

@@ -10,20 +10,17 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.strategies import Strategy
 
-from lightning_bge.callbacks import (
-    BudgetFinder,
-    Compile,
-    CompileConfig,
-    OomRecorder,
-    Throughput,
-    ThroughputProgressBar,
-    TorchBackends,
-    choose_precision,
-)
-from lightning_bge.ddp import choose_strategy
+from lightning_bge.callbacks.compile.callback import CompileLayers
+from lightning_bge.callbacks.compile.policy import CompileConfig
+from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
+from lightning_bge.callbacks.oom import OOMHandler
+from lightning_bge.callbacks.throughput.bar import ThroughputProgressBar
+from lightning_bge.callbacks.throughput.monitor import Throughput
+from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precision
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo import early_stopping
+from lightning_bge.hpo.objective import early_stopping
 from lightning_bge.models.metrics import MonitorConfig, metric_direction
+from lightning_bge.runtime.distributed import choose_strategy
 
 # The trainer's settings that Lightning refuses under manual optimisation, and ours.
 INSTEAD = {
@@ -119,7 +116,7 @@ class BGETrainer(Trainer):
 
 
 def fit_callbacks(
-    run_dir: Path, monitor: MonitorConfig, compile_config: CompileConfig, memory: BudgetFinder
+    run_dir: Path, monitor: MonitorConfig, compile_config: CompileConfig, memory: MicroBatchFinder
 ) -> list[Callback]:
     """The largest micro-batch, early stopping, tokens per second, compiling where it pays, and checkpoints.
 
@@ -129,7 +126,7 @@ def fit_callbacks(
     folder = run_dir / "checkpoints"
     best = ModelCheckpoint(folder, "best", monitor=f"val_{monitor.metric}", mode=mode, save_last=True)
     recent = ModelCheckpoint(folder, "recent", train_time_interval=timedelta(minutes=10), enable_version_counter=False)
-    return [OomRecorder(), memory, *early_stopping(monitor), Throughput(), Compile(compile_config), best, recent]
+    return [OOMHandler(), memory, *early_stopping(monitor), Throughput(), CompileLayers(compile_config), best, recent]
 
 
 def newest_checkpoint(run_dir: Path) -> str | None:
@@ -138,7 +135,7 @@ def newest_checkpoint(run_dir: Path) -> str | None:
     return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 
 
-def quiet_trainer(config: dict[str, Any], memory: BudgetFinder | None = None, **changes: Any) -> Trainer:
+def quiet_trainer(config: dict[str, Any], memory: MicroBatchFinder | None = None, **changes: Any) -> Trainer:
     """A trainer for one fold: no logger, checkpoints or progress bar, which cost more than a small model's epoch."""
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     # the finder last: it learns of an out-of-memory error from what the callbacks before it have made of the budget

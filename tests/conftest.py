@@ -27,7 +27,7 @@ def quiet_lightning() -> None:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """The program, in this process."""
-    from lightning_bge import cli  # takes seconds, which most tests need not wait for
+    from lightning_bge.cli import main as cli
 
     def call(*args: str) -> tuple[int, str, str]:
         """Exit status, standard output and standard error of the program."""

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import cut_batch, micro_batch, random_sequences
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.types import TASKS, Batch, Schema, Task
+from tests.helpers.small_models import cut_batch, micro_batch, random_sequences
 
 
 def test_batch_counts_sequences_and_real_tokens() -> None:

@@ -23,12 +23,12 @@ from typing import Any
 
 from common import git_commit, hardware, markdown_table, versions
 
-from lightning_bge.runs import write_json, write_text
+from lightning_bge.runtime.run_folder import write_json, write_text
 
 # the row that has to find it, and the code that plants it
 PLANTS = {
     "data wait": """
-from lightning_bge.data.batching import EncodedDataset
+from lightning_bge.data.batches.max_tokens import EncodedDataset
 inner = EncodedDataset.__getitem__
 def slow(self, rows):
     time.sleep(SLEEP)
@@ -56,7 +56,7 @@ SLEEP = 0.2
 def audit(config: Path, plant: str = "", *flags: str) -> dict[str, Any]:
     """One audit, with its seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        code = f"import time\nSLEEP = {SLEEP}\n{plant}\nfrom lightning_bge.cli import main\nmain()"
+        code = f"import time\nSLEEP = {SLEEP}\n{plant}\nfrom lightning_bge.cli.main import main\nmain()"
         words = ["audit", "-c", str(config), "--run_dir", folder, *flags]
         since = time.perf_counter()
         subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)

@@ -10,9 +10,10 @@ from typing import Any
 import optuna
 from optuna.pruners import BasePruner, MedianPruner
 
-from lightning_bge.hpo import PrunerConfig, Recording, Steps
-from lightning_bge.hpo.pruners import BootstrapPruner, FoldEndPruner, WarmupPruner
-from lightning_bge.hpo.replay import Policy, policy_of, replay_pruned, share_to_reach
+from lightning_bge.hpo.forecast.replay import Policy, Recording, policy_of, replay_pruned, share_to_reach
+from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.pruning.pruners import BootstrapPruner, FoldEndPruner, WarmupPruner
 
 CURVES = Path(__file__).parents[2] / "docs" / "benchmarks" / "curves"
 WITHIN = 0.01

@@ -12,7 +12,7 @@ from claims_hpo import PRUNERS
 from common import markdown_table
 from note import repeat
 
-from lightning_bge.runs import write_text
+from lightning_bge.runtime.run_folder import write_text
 
 BEGIN, END = "<!-- measured: written by examples/benchmarks/claims.py -->", "<!-- end of what was measured -->"
 NOT_YET = "not measured yet"

@@ -14,9 +14,13 @@ from measures import wait_for_device
 from torch.optim import AdamW
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
-from lightning_bge.callbacks import Compile, CompileConfig, TorchBackends, choose_precision
-from lightning_bge.data import BatchingConfig, TableConfig, TextDataModule
-from lightning_bge.models import BGEClassifier
+from lightning_bge.callbacks.compile.callback import CompileLayers
+from lightning_bge.callbacks.compile.policy import CompileConfig
+from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precision
+from lightning_bge.data.batches.max_tokens import BatchingConfig
+from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.data.tables.readers import TableConfig
+from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.trainer import quiet_trainer
 
 BACKEND = "inductor"
@@ -154,12 +158,12 @@ def slow_step(bench: Bench, **switches: Any) -> float:
 def compiled_step(bench: Bench, policy: Any, mode: Any = "default") -> float:
     """Seconds of a step with the layers compiled, or not."""
     config = CompileConfig(policy, mode, bench.compile_limit, BACKEND)
-    return fit(bench, Seconds(bench.warmup), [Compile(config)]) / bench.steps
+    return fit(bench, Seconds(bench.warmup), [CompileLayers(config)]) / bench.steps
 
 
 def try_compiling(bench: Bench, mode: Any = "default") -> str | None:
     """Compile a layer within the limit; later fits of this process find its graph. Why it can't be; None: it can."""
-    attempt = Compile(CompileConfig("auto", mode, bench.compile_limit, BACKEND), steps_left=10**9)
+    attempt = CompileLayers(CompileConfig("auto", mode, bench.compile_limit, BACKEND), steps_left=10**9)
     fit(bench.of(*TRIED), Seconds(None), [attempt])
     return attempt.describe()["reason"] if attempt.describe()["compile_s"] is None else None
 

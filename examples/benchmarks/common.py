@@ -29,11 +29,13 @@ from transformers import (
 )
 from transformers import Trainer as TransformersTrainer
 
-from lightning_bge.data import BatchingConfig, Table, TableConfig, TextDataModule, read_table
-from lightning_bge.models import BGEClassifier
+from lightning_bge.data.batches.max_tokens import BatchingConfig
+from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.data.tables.readers import Table, TableConfig, read_table
+from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.losses import LossConfig
-from lightning_bge.models.optim import OptimizerConfig, ScheduleConfig
-from lightning_bge.runs import write_json
+from lightning_bge.models.optimizer import OptimizerConfig, ScheduleConfig
+from lightning_bge.runtime.run_folder import write_json
 from lightning_bge.trainer import quiet_trainer
 from lightning_bge.types import Task
 

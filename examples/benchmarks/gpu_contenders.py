@@ -19,11 +19,16 @@ from measures import Run, model_shape
 from peers import build_cross_encoder, tuned_options
 from transformers import TrainerCallback
 
-from lightning_bge.callbacks.compile import Compile
-from lightning_bge.callbacks.compile_policy import CompileConfig, Mode
-from lightning_bge.data import BatchingConfig, BatchLoader, EffectiveBatchSampler, EncodedDataset
-from lightning_bge.data.batching import TOKENS
-from lightning_bge.models import BGEClassifier
+from lightning_bge.callbacks.compile.callback import CompileLayers
+from lightning_bge.callbacks.compile.policy import CompileConfig, Mode
+from lightning_bge.data.batches.max_tokens import (
+    TOKENS,
+    BatchingConfig,
+    BatchLoader,
+    EffectiveBatchSampler,
+    EncodedDataset,
+)
+from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import Attention
 from lightning_bge.trainer import quiet_trainer
 from lightning_bge.types import Schema
@@ -103,14 +108,14 @@ def train_ours(bench: Bench, case: Case, clock: Clock, options: Ours) -> dict[st
     assert module.net is not None
     callbacks: list[Callback] = [LightningClock(clock, options.tf32)]
     if options.compile:
-        callbacks.append(Compile(CompileConfig(policy="always", mode=options.compile)))
+        callbacks.append(CompileLayers(CompileConfig(policy="always", mode=options.compile)))
     settings = {"max_epochs": 1, "precision": options.precision, "accelerator": bench.device, "callbacks": callbacks}
     trainer = quiet_trainer(settings, limit_val_batches=0)
     trainer.fit(module, train_dataloaders=loader_of(bench, case, options.tokens, options.one_shape))
     return {
         **asdict(options),
         "attention": module.net.attention,
-        "compile": callbacks[-1].describe() if isinstance(callbacks[-1], Compile) else None,
+        "compile": callbacks[-1].describe() if isinstance(callbacks[-1], CompileLayers) else None,
         "optimizer": asdict(module.optimizer_config),
         "schedule": asdict(module.schedule_config),
     }

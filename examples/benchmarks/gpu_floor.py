@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_bge.callbacks.compile import find_layers
-from lightning_bge.models.attention import Kernel, packed_attention
-from lightning_bge.models.attention_cuda import by_runs, flash, nested, varlen
+from lightning_bge.callbacks.compile.callback import find_layers
+from lightning_bge.models.attention.cuda import by_runs, flash, nested, varlen
+from lightning_bge.models.attention.packed import Kernel, packed_attention
+from lightning_bge.models.attention.packing import Packing
 from lightning_bge.models.encoder import load_classifier
-from lightning_bge.models.optim import OptimizerConfig, build_optimizer
-from lightning_bge.models.packing import Packing
+from lightning_bge.models.optimizer import OptimizerConfig, build_optimizer
 from lightning_bge.types import Batch, MicroBatch
 
 DROPOUT = 0.1

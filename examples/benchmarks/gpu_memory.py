@@ -1,4 +1,4 @@
-"""Whether the batch size that `BudgetFinder` answers holds: trained under several limits on memory, each in a process.
+"""Whether the batch size that `MicroBatchFinder` answers holds: trained under several memory limits, a process each.
 
 A fresh process each, as what torch's allocator keeps would disturb the next one. It is called by `gpu_suite.py`:
 `--parts memory`.
@@ -22,12 +22,11 @@ import torch
 from gpu_parts import MAX_LENGTH, Bench, Limit, labels_of, make_rows
 from lightning.pytorch import Callback, LightningDataModule
 
-from lightning_bge.callbacks import BudgetFinder, MemoryConfig
-from lightning_bge.data import EncodedDataset
-from lightning_bge.data.batching import EVAL_FACTOR
-from lightning_bge.memory import process_bytes
-from lightning_bge.models import BGEClassifier
+from lightning_bge.callbacks.micro_batch.finder import MemoryConfig, MicroBatchFinder
+from lightning_bge.data.batches.max_tokens import EVAL_FACTOR, EncodedDataset
+from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import quiet_transformers
+from lightning_bge.runtime.memory import process_bytes
 from lightning_bge.trainer import quiet_trainer
 from lightning_bge.types import Batch, Schema
 
@@ -155,7 +154,7 @@ def limit_memory(task: Task) -> None:
 def try_out(task: Task) -> dict[str, Any]:
     """Find a budget at the task's limit, train and validate with it, and with too large a one."""
     data, watch = WorstCases(task), Watch(task.runs)
-    finder = BudgetFinder(MemoryConfig(min_gain=None, cache=False))
+    finder = MicroBatchFinder(MemoryConfig(min_gain=None, cache=False))
     with quiet_transformers():
         module = BGEClassifier(str(Path(task.folder) / task.model))
         module.schema = data.schema

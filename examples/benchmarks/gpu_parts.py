@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from lightning_bge.data import TokenArrays
+from lightning_bge.data.tokens.cache import TokenArrays
 from lightning_bge.models.encoder import quiet_transformers
 
 MAX_LENGTH = 512

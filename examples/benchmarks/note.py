@@ -9,7 +9,7 @@ from typing import Any
 
 from common import markdown_table
 
-from lightning_bge.runs import write_text
+from lightning_bge.runtime.run_folder import write_text
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -30,11 +30,14 @@ import yaml
 from common import add_shared_arguments, packaged_weights, write_record
 from note import table, write_note
 
-from lightning_bge.advisor import load_calibration, seconds_of
-from lightning_bge.advisor.plan import POINTS
-from lightning_bge.advisor.predict import Priced, Study, predict
-from lightning_bge.hpo import PrunerConfig, Steps, draw_points, parse_space, read_history
-from lightning_bge.runs import read_json
+from lightning_bge.advisor.plan.plan import POINTS, load_calibration
+from lightning_bge.advisor.plan.predict import Priced, Study, predict, seconds_of
+from lightning_bge.hpo.analysis.history import read_history
+from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.space.parameter_sets import draw_points
+from lightning_bge.hpo.space.search_space import parse_space
+from lightning_bge.runtime.run_folder import read_json
 
 SPACE = """{
     model.optimizer.lr: {low: 1.0e-5, high: 3.0e-4, log: true},
@@ -69,7 +72,7 @@ def settings(given: argparse.Namespace, folds: int, rows: float, seed: int, prun
 
 def run(command: str, flags: list[str]) -> tuple[float, float, list[tuple[float, str]]]:
     """Run the program; when it began and ended, and each line of its output with the time at which it came."""
-    words = [sys.executable, "-m", "lightning_bge.cli", command, *flags]
+    words = [sys.executable, "-m", "lightning_bge.cli.main", command, *flags]
     began, lines = time.time(), []
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as one:
         assert one.stdout is not None

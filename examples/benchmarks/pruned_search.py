@@ -24,10 +24,10 @@ from common import git_commit, hardware, markdown_table, versions
 from optuna.trial import FrozenTrial, TrialState
 from record_searches import SEARCHES, add_arguments, search
 
-from lightning_bge.hpo import PrunerConfig
-from lightning_bge.hpo.promote import latest_trials, point_of
-from lightning_bge.hpo.reports import Report
-from lightning_bge.runs import write_json, write_text
+from lightning_bge.hpo.pruning.asha import latest_trials, point_of
+from lightning_bge.hpo.pruning.callback import Report
+from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.runtime.run_folder import write_json, write_text
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks"
 

@@ -23,8 +23,7 @@ import optuna
 from common import git_commit, markdown_table, versions
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner
 
-from lightning_bge.hpo.pruning import PrunerConfig
-from lightning_bge.hpo.replay import (
+from lightning_bge.hpo.forecast.replay import (
     Policy,
     Recording,
     Replay,
@@ -35,8 +34,9 @@ from lightning_bge.hpo.replay import (
     replay_pruned,
     share_to_reach,
 )
-from lightning_bge.hpo.reports import Steps
-from lightning_bge.runs import write_json, write_text
+from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.runtime.run_folder import write_json, write_text
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks"
 WITHIN = 0.01

@@ -35,7 +35,7 @@ from common import (
 )
 from note import table, write_note
 
-from lightning_bge.data import Table
+from lightning_bge.data.tables.readers import Table
 from lightning_bge.types import Task
 
 OURS, PEER = "lightning-bge", "Trainer"

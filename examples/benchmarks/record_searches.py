@@ -20,8 +20,8 @@ from typing import Any
 import optuna
 from common import versions
 
-from lightning_bge import cli
-from lightning_bge.hpo.replay import record_study
+from lightning_bge.cli import main as cli
+from lightning_bge.hpo.forecast.replay import record_study
 from lightning_bge.hpo.storage import open_storage
 
 HERE = Path(__file__).parent

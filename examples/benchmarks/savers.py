@@ -25,10 +25,10 @@ from common import add_shared_arguments, packaged_weights, print_table, write_re
 from measures import Run, fresh, medians_of, model_shape, ratio_of, values_of, wait_for_device
 from note import table, write_note
 
-from lightning_bge.memory import process_bytes, release
-from lightning_bge.models import OptimizerConfig, load_classifier
-from lightning_bge.models.optim import build_optimizer, materialize_state
-from lightning_bge.models.savers import SaversConfig
+from lightning_bge.models.encoder import load_classifier
+from lightning_bge.models.optimizer import OptimizerConfig, build_optimizer, materialize_state
+from lightning_bge.models.peft_and_freezing import SaversConfig
+from lightning_bge.runtime.memory import process_bytes, release
 from lightning_bge.types import MicroBatch
 
 PLAIN = "no saver"

@@ -35,8 +35,8 @@ from transformers import (
 )
 from transformers import Trainer as TransformersTrainer
 
-import lightning_bge.cli
-from lightning_bge.hpo.promote import point_of
+import lightning_bge.cli.main
+from lightning_bge.hpo.pruning.asha import point_of
 from lightning_bge.hpo.storage import open_storage
 from lightning_bge.hpo.study import JOURNAL
 
@@ -163,7 +163,7 @@ def search_ours(race: Race) -> optuna.Study:
     config = Path(race.folder, "hpo.yaml")
     config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     with patch.object(sys, "argv", ["lightning-bge", "hpo", "-c", str(config)]):
-        lightning_bge.cli.main()
+        lightning_bge.cli.main.main()
     return optuna.load_study(study_name=NAME, storage=storage)
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_bge.memory import OutOfMemory, find_oom, release
+from lightning_bge.runtime.memory import OutOfMemory, find_oom, release
 
 log = logging.getLogger(__name__)
 
 
-class OomRecorder(Callback):
+class OOMHandler(Callback):
     """Notes every out-of-memory error of a `fit`, and lowers the budget of what makes the batches.
 
     A callback can't repeat a step of an automatically optimised module: where one runs out of memory, the error comes
@@ -23,7 +23,7 @@ class OomRecorder(Callback):
     it at once.
 
     The budget is that of the data module, or of the module, if it has a `budget` and a `set_budget`; see
-    `BudgetFinder`.
+    `MicroBatchFinder`.
 
     Attributes:
         records: what failed during the last `fit`, oldest first. The last one ended it if `fit` raised.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import LightningDataModule
 
-from lightning_bge.data.batching import (
+from lightning_bge.data.batches.max_tokens import (
     EVAL_FACTOR,
     TOKENS,
     BatchingConfig,
@@ -19,13 +19,13 @@ from lightning_bge.data.batching import (
     EncodedDataset,
     EvalSampler,
 )
-from lightning_bge.data.cache import default_cache_dir
-from lightning_bge.data.labels import encode_labels, fit_labels
-from lightning_bge.data.source import EncodedFile, Source, TokenizerKey, Training, load_file, load_training, stamp
-from lightning_bge.data.splits import SplitConfig
-from lightning_bge.data.tables import TableConfig, read_table
-from lightning_bge.data.tokenizer import load_tokenizer
+from lightning_bge.data.encoded_file import EncodedFile, Source, TokenizerKey, Training, load_file, load_training, stamp
+from lightning_bge.data.tables.labels import encode_labels, fit_labels
+from lightning_bge.data.tables.readers import TableConfig, read_table
+from lightning_bge.data.tables.splits import SplitConfig
+from lightning_bge.data.tokens.tokenizer import load_tokenizer
 from lightning_bge.errors import ConfigError
+from lightning_bge.runtime.cache_dir import default_cache_dir
 from lightning_bge.types import TASKS, Batch, Schema, Task
 
 log = logging.getLogger(__name__)

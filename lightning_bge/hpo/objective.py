@@ -17,18 +17,20 @@ from optuna.trial import TrialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_bge.callbacks import Compile, CompileConfig, OomRecorder
-from lightning_bge.callbacks.oom import drop_locals
-from lightning_bge.data import TextDataModule
-from lightning_bge.hpo.folds import EpochThatCounts, Fold, Paused, pause
-from lightning_bge.hpo.promote import CONTINUES, PromotePruner
-from lightning_bge.hpo.reports import FoldPruningCallback, Report
-from lightning_bge.hpo.scores import CostName, best_points, cost, rank_key
-from lightning_bge.hpo.space import Space, suggest
+from lightning_bge.callbacks.compile.callback import CompileLayers
+from lightning_bge.callbacks.compile.policy import CompileConfig
+from lightning_bge.callbacks.oom import OOMHandler, drop_locals
+from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.hpo.pruning.asha import CONTINUES, AshaPruner
+from lightning_bge.hpo.pruning.callback import FoldPruningCallback, Report
+from lightning_bge.hpo.ranking import CostName, best_points, cost, rank_key
+from lightning_bge.hpo.space.search_space import Space, suggest
 from lightning_bge.hpo.storage import abandon, mark_alive
-from lightning_bge.memory import find_oom, give_way, live_bytes, release
-from lightning_bge.models import BGEClassifier, WarmEncoder
+from lightning_bge.hpo.trial_checkpoint import EpochThatCounts, Fold, Paused, pause
+from lightning_bge.models.classifier import BGEClassifier
+from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics import MonitorConfig, Predictions, metric_direction
+from lightning_bge.runtime.memory import find_oom, give_way, live_bytes, release
 
 BEST = 5  # trials whose out-of-fold predictions are kept, and which may be run again with other seeds
 SEED = "seed_everything"
@@ -100,7 +102,7 @@ class Objective:
     trials: int = 1
     compile: CompileConfig = CompileConfig()  # noqa: RUF009 - frozen
     per_epoch: int = 1
-    encoder: WarmEncoder = field(default_factory=WarmEncoder)
+    encoder: EncoderCache = field(default_factory=EncoderCache)
     cost: CostName | None = None
     paused_dir: Path | None = None
 
@@ -197,7 +199,7 @@ class Objective:
         def write(trainer: Trainer | None) -> None:
             study = trial.study
             assert self.paused_dir is not None
-            assert isinstance(study.pruner, PromotePruner)
+            assert isinstance(study.pruner, AshaPruner)
             if study.pruner.can_be_resumed(study, study.get_trials(deepcopy=False)[trial.number], self.trials):
                 pause(self.paused_dir / str(trial.number), trainer, done, curve, reports, counts)
 
@@ -211,7 +213,7 @@ class Objective:
             objective=self.monitor.objective,
             direction=direction,
             per_epoch=self.per_epoch,
-            pause=write if isinstance(trial.study.pruner, PromotePruner) else None,
+            pause=write if isinstance(trial.study.pruner, AshaPruner) else None,
         )
         curve.append(reports.curve)
         if paused is not None:
@@ -219,8 +221,10 @@ class Objective:
         setup = self.build(params)
         setup.datamodule.select_fold(len(done))
         if not reports.closed:
-            compiler = Compile(self.compile, steps_left=self._steps_left(trial.study, setup.datamodule, len(done)))
-            callbacks = [OomRecorder(), compiler, counts, *early_stopping(self.monitor), reports, LetGo()]
+            compiler = CompileLayers(
+                self.compile, steps_left=self._steps_left(trial.study, setup.datamodule, len(done))
+            )
+            callbacks = [OOMHandler(), compiler, counts, *early_stopping(self.monitor), reports, LetGo()]
             setup.model.load = self.encoder.load
             checkpoint = None if paused is None else paused.checkpoint
             setup.make_trainer(callbacks=callbacks).fit(

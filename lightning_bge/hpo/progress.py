@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.eta import Eta, being_run, estimate_end
-from lightning_bge.hpo.promote import CONTINUES, PAUSED, PromotePruner, begun, continued
-from lightning_bge.hpo.pruning import PrunerConfig
-from lightning_bge.hpo.reports import Steps
-from lightning_bge.hpo.scores import cost_of, front, maximizes, ranked, score_of
+from lightning_bge.hpo.forecast.eta import Eta, being_run, estimate_end
+from lightning_bge.hpo.pruning.asha import CONTINUES, PAUSED, AshaPruner, begun, continued
+from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.ranking import cost_of, front, maximizes, ranked, score_of
 
 if TYPE_CHECKING:
     from lightning_bge.hpo.study import StudyConfig
@@ -62,7 +62,7 @@ class Progress:
     def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Optuna calls this after each trial."""
         done, pruned = self._done(study), len(ended_early(study))
-        how = "paused" if isinstance(study.pruner, PromotePruner) else "pruned"
+        how = "paused" if isinstance(study.pruner, AshaPruner) else "pruned"
         print(
             f"[{done:>{len(str(self.trials))}}/{self.trials}] {self._name(trial)} {self._end(trial)} | "
             f"{pruned} {how} | {self._best(study, trial)} | {_clock(time.monotonic() - self.start)} passed"

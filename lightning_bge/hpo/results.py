@@ -17,20 +17,21 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.objective import Build, Setup, drop_predictions, load_predictions, predictions_file
 from lightning_bge.hpo.progress import count, ended_early, finished
-from lightning_bge.hpo.repeats import Repeats, describe_repeats
-from lightning_bge.hpo.scores import cost_of, front, ranked, score_of
+from lightning_bge.hpo.ranking import cost_of, front, ranked, score_of
+from lightning_bge.hpo.seed_replicates import Repeats, describe_repeats
 from lightning_bge.hpo.study import FINISHED
-from lightning_bge.memory import release
-from lightning_bge.models import best_threshold, compute_metrics
 from lightning_bge.models.metrics import (
     LOWER_IS_BETTER,
     MonitorConfig,
     Predictions,
+    best_threshold,
+    compute_metrics,
     cross_fitted_decisions,
     scores,
 )
-from lightning_bge.models.output import write_predictions
-from lightning_bge.runs import read_json, write_json, write_text
+from lightning_bge.models.prediction_file import write_predictions
+from lightning_bge.runtime.memory import release
+from lightning_bge.runtime.run_folder import read_json, write_json, write_text
 from lightning_bge.types import Schema
 
 HAS_THRESHOLD = ("binary", "multilabel")

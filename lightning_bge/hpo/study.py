@@ -17,15 +17,15 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import ConfigError, StudyError
-from lightning_bge.hpo.points import parse_points
 from lightning_bge.hpo.progress import Progress, finished
-from lightning_bge.hpo.promote import CONTINUES, PromotePruner, Promoter, nothing_left
-from lightning_bge.hpo.pruning import PrunerConfig, build_pruner
-from lightning_bge.hpo.reports import Steps
-from lightning_bge.hpo.scores import CostName
-from lightning_bge.hpo.space import describe_difference, parse_space, space_to_json
+from lightning_bge.hpo.pruning.asha import CONTINUES, AshaPruner, Promoter, nothing_left
+from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
+from lightning_bge.hpo.ranking import CostName
+from lightning_bge.hpo.space.parameter_sets import parse_points
+from lightning_bge.hpo.space.search_space import describe_difference, parse_space, space_to_json
 from lightning_bge.hpo.storage import enqueue_once, open_storage, sweep
-from lightning_bge.memory import size
+from lightning_bge.runtime.memory import size
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 JOURNAL = "journal.log"
@@ -107,7 +107,7 @@ class StudyConfig:
 
     @property
     def warm_bytes(self) -> int | None:
-        """The limit of `WarmEncoder`: None is its share of the memory."""
+        """The limit of `EncoderCache`: None is its share of the memory."""
         if self.warm_gb is not None:
             return round(self.warm_gb * 2**30)
         return None if "model.name_or_path" in self.space else 0
@@ -203,14 +203,14 @@ def quiet_optuna() -> None:
 
 def is_finished(study: optuna.Study, config: StudyConfig) -> bool:
     """Whether no trial is missing, or is to be resumed; others may still be running some beyond."""
-    if isinstance(study.pruner, PromotePruner):
+    if isinstance(study.pruner, AshaPruner):
         return nothing_left(study, study.pruner, config.trials)
     return finished(study) >= config.trials
 
 
 def others_go_on(study: optuna.Study) -> bool:
     """Whether other processes run trials whose end may let further paused ones be resumed: they end the study."""
-    if not isinstance(study.pruner, PromotePruner):
+    if not isinstance(study.pruner, AshaPruner):
         return False
     sweep(study)
     trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
@@ -265,7 +265,7 @@ def run_study(
 
 def _promoter(study: optuna.Study, config: StudyConfig, paused_dir: Path | None) -> Promoter | None:
     """What resumes paused trials; None, and no paused trials are kept, where the pruner is another."""
-    if isinstance(study.pruner, PromotePruner):
+    if isinstance(study.pruner, AshaPruner):
         assert paused_dir is not None
         room = config.pruner.paused_gb
         return Promoter(study.pruner, config.trials, paused_dir, None if room is None else room * 2**30)

@@ -20,20 +20,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.memory import OutOfMemoryError, find_oom, give_way, release
+from lightning_bge.models.distributed import gather, sum_gradients, sum_over_ranks, without_sync
 from lightning_bge.models.encoder import Attention, TextClassifier, load_classifier, quiet_transformers
-from lightning_bge.models.ladder import REMEDIES, Ladder
 from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.metrics import Predictions, compute_metrics
-from lightning_bge.models.optim import (
+from lightning_bge.models.oom_retry import REMEDIES, OOMRetry
+from lightning_bge.models.optimizer import (
     OptimizerConfig,
     ScheduleConfig,
     build_optimizer,
     build_schedule,
     materialize_state,
 )
-from lightning_bge.models.ranks import gather, sum_gradients, sum_over_ranks, without_sync
-from lightning_bge.models.savers import SaversConfig, plain_weights
+from lightning_bge.models.peft_and_freezing import SaversConfig, plain_weights
+from lightning_bge.runtime.memory import OutOfMemoryError, find_oom, give_way, release
 from lightning_bge.types import SCHEMA_FILE, TASKS, Batch, Schema, Task
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class BGEClassifier(LightningModule):
         savers: what is given up for memory: recomputed activations, frozen layers, LoRA.
 
     Attributes:
-        load: what the encoder is loaded by; a search sets it to `WarmEncoder.load`, which loads once for all trials.
+        load: what the encoder is loaded by; a search sets it to `EncoderCache.load`, which loads once for all trials.
         ladder: what is done when memory runs out, and what was.
         communicate: whether the ranks of a distributed run add up gradients and predictions. A callback that tries out
             batches on each rank for itself switches it off meanwhile.
@@ -109,7 +109,7 @@ class BGEClassifier(LightningModule):
         self.net: TextClassifier | None = None
         self.loss: Loss | None = None
         self.predictions: Predictions | None = None  # of the last validation, test or prediction run
-        self.ladder = Ladder()
+        self.ladder = OOMRetry()
         self.communicate = True
         self._parts: list[Predictions] = []
         self._losses: list[Tensor] = []

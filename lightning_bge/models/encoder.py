@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from transformers.utils import logging as transformers_logging
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.models.attention import PACKED, register_packed_attention
-from lightning_bge.models.bert import BERT_LIKE, use_packed_layers
+from lightning_bge.models.attention.bert_layers import BERT_LIKE, use_packed_layers
+from lightning_bge.models.attention.packed import PACKED, register_packed_attention
+from lightning_bge.models.attention.packing import Packing, pad_to_bucket
 from lightning_bge.models.dropout import use_cheap_dropout
-from lightning_bge.models.packing import Packing, pad_to_bucket
-from lightning_bge.models.savers import SaversConfig, apply_savers
+from lightning_bge.models.peft_and_freezing import SaversConfig, apply_savers
 from lightning_bge.types import MicroBatch
 
 log = logging.getLogger(__name__)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_texts import build_tokenizer, random_texts
 from transformers import BertTokenizer
+
+from tests.helpers.small_texts import build_tokenizer, random_texts
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import optuna
 import pytest
-from small_search import make, write_files
 
-from lightning_bge.hpo import Objective
-from lightning_bge.models import load_classifier
+from lightning_bge.hpo.objective import Objective
+from lightning_bge.models.encoder import load_classifier
+from tests.helpers.small_search import make, write_files
 
 
 @pytest.fixture

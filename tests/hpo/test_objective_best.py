@@ -8,11 +8,10 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
-from small_search import make, write_files
 
-from lightning_bge.hpo import Objective
-from lightning_bge.hpo.objective import drop_predictions, load_predictions
-from lightning_bge.hpo.scores import front, ranked
+from lightning_bge.hpo.objective import Objective, drop_predictions, load_predictions
+from lightning_bge.hpo.ranking import front, ranked
+from tests.helpers.small_search import make, write_files
 
 
 @pytest.fixture(scope="module")

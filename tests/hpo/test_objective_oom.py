@@ -10,19 +10,23 @@ import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
-from small_models import small_model
-from small_search import small_data, write_files
 from torch._dynamo.exc import BackendCompilerFailed
 
-from lightning_bge.callbacks import CompileConfig
-from lightning_bge.data import BatchingConfig, EncodedDataset
-from lightning_bge.data.splits import SplitConfig
-from lightning_bge.hpo import MemoryKeptError, Objective, Setup, parse_space, run_study
-from lightning_bge.hpo.study import StudyConfig
-from lightning_bge.memory import live_bytes
-from lightning_bge.models import BGEClassifier, OptimizerConfig, TextClassifier, WarmEncoder
+from lightning_bge.callbacks.compile.policy import CompileConfig
+from lightning_bge.data.batches.max_tokens import BatchingConfig, EncodedDataset
+from lightning_bge.data.tables.splits import SplitConfig
+from lightning_bge.hpo.objective import Objective, Setup
+from lightning_bge.hpo.space.search_space import parse_space
+from lightning_bge.hpo.study import MemoryKeptError, StudyConfig, run_study
+from lightning_bge.models.classifier import BGEClassifier
+from lightning_bge.models.encoder import TextClassifier
+from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics import MonitorConfig
+from lightning_bge.models.optimizer import OptimizerConfig
+from lightning_bge.runtime.memory import live_bytes
 from lightning_bge.trainer import quiet_trainer
+from tests.helpers.small_models import small_model
+from tests.helpers.small_search import small_data, write_files
 
 SPACE = {"lr": {"low": 1e-4, "high": 1e-2, "log": True}}
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15 GiB of which 1.00 GiB is free."
@@ -222,7 +226,7 @@ def test_no_encoder_waits_after_a_trial_that_ran_out_of_memory(
     for number, each in enumerate("abc"):
         paths[each] = str(folder / each)
         small_model("bert", outputs=1, seed=number).save_pretrained(paths[each])
-    warm = WarmEncoder(2**30)
+    warm = EncoderCache(2**30)
     for each in ("b", "a"):
         warm.load(paths[each], 1)
     used = warm.nbytes - warm._held[0].nbytes

@@ -12,19 +12,20 @@ import numpy as np
 import optuna
 import pytest
 import torch
-from curve_study import run
 from lightning.pytorch import Callback
 from optuna.pruners import HyperbandPruner, MedianPruner
 from optuna_integration import PyTorchLightningPruningCallback
-from small_search import make, small_data, write_files
 from torch.utils.data import DataLoader
 
-from lightning_bge.data.batching import BatchingConfig
+from lightning_bge.data.batches.max_tokens import BatchingConfig
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo import PrunerConfig, Steps, build_pruner, forecast
-from lightning_bge.hpo.pruners import BootstrapPruner, FoldEndPruner, ReachPruner
-from lightning_bge.hpo.pruning import bootstrap_trials
-from lightning_bge.models import BGEClassifier
+from lightning_bge.hpo.forecast.preview import forecast
+from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.pruning.config import PrunerConfig, bootstrap_trials, build_pruner
+from lightning_bge.hpo.pruning.pruners import BootstrapPruner, FoldEndPruner, ReachPruner
+from lightning_bge.models.classifier import BGEClassifier
+from tests.helpers.curve_study import run
+from tests.helpers.small_search import make, small_data, write_files
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

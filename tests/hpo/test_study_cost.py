@@ -11,8 +11,10 @@ import optuna
 import pytest
 
 from lightning_bge.errors import ConfigError, StudyError
-from lightning_bge.hpo import PrunerConfig, Steps, StudyConfig, open_study, run_study
+from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.results import describe_study, trials_table
+from lightning_bge.hpo.study import StudyConfig, open_study, run_study
 
 SPACE = {"lr": {"low": 0.0, "high": 1.0}}
 NONE = PrunerConfig(name="none")

@@ -1,0 +1,4 @@
+from .data.datamodule import TextDataModule as TextDataModule
+from .models.classifier import BGEClassifier as BGEClassifier
+
+__version__: str

@@ -1,0 +1,1 @@
+"""The hours of a study before they are spent."""

@@ -1,0 +1,1 @@
+"""A run as a page, and its status as text."""

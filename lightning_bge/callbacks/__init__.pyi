@@ -1,0 +1,12 @@
+from .compile.callback import CompileLayers as CompileLayers
+from .compile.policy import CompileConfig as CompileConfig
+from .micro_batch.finder import BatchFactory as BatchFactory
+from .micro_batch.finder import MemoryConfig as MemoryConfig
+from .micro_batch.finder import MicroBatchFinder as MicroBatchFinder
+from .oom import OOMHandler as OOMHandler
+from .throughput.bar import ThroughputProgressBar as ThroughputProgressBar
+from .throughput.monitor import Throughput as Throughput
+from .throughput.peak import matmul_peak as matmul_peak
+from .torch_backends import TorchBackends as TorchBackends
+from .torch_backends import choose_precision as choose_precision
+from .train_mode import TrainMode as TrainMode

@@ -1,0 +1,1 @@
+"""torch.compile for an encoder's layers, where it pays."""

@@ -1,0 +1,158 @@
+"""Found batch sizes, kept for this process and, in a file, for others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_bge.runtime.run_folder import create_run_dir, read_json, write_json
+
+if sys.platform != "win32":
+    import fcntl
+
+log = logging.getLogger(__name__)
+
+FILE = "budgets.json"
+IRRELEVANT = ("params", "lr", "initial_lr", "weight_decay")  # of an optimizer's options
+
+_known: dict[str, dict[str, Any]] = {}
+_said: set[str] = set()
+
+
+def say_once(text: str, level: int = logging.INFO) -> None:
+    """Log a line once a process, not once a trial."""
+    if text not in _said:
+        _said.add(text)
+        log.log(level, text)
+
+
+def forget() -> None:
+    """Forget what this process knows, but not the files."""
+    _known.clear()
+    _said.clear()
+
+
+class Budgets:
+    """Entries by key: `{"budget": int, "reason": str, ...}`.
+
+    Args:
+        folder: where `budgets.json` is; None: this process alone.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The smallest that is known, as another process may have lowered it; None: nothing is."""
+        entries = [entry for entry in (_known.get(key), self._read().get(key)) if entry is not None]
+        return min(entries, key=lambda entry: entry["budget"], default=None)
+
+    def put(self, key: str, entry: dict[str, Any]) -> None:
+        """Keep an entry; what other processes wrote meanwhile stays."""
+        _known[key] = entry
+        if self.folder is None:
+            return
+        try:
+            with _locked(create_run_dir(self.folder)):
+                write_json(self.folder / FILE, {"budgets": {**self._read(), key: entry}})
+        except OSError as error:
+            say_once(f"budgets can't be kept in {self.folder} ({error}): each process finds its own", logging.WARNING)
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        if self.folder is None:
+            return {}
+        path = self.folder / FILE
+        try:
+            content = read_json(path)
+            entries = {} if content is None else content["budgets"]
+            if not all(type(entry["budget"]) is int and entry["budget"] > 0 for entry in entries.values()):
+                raise ValueError("a budget is not a number above 0")
+            return entries
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            aside = path.with_suffix(".damaged")
+            try:
+                os.replace(path, aside)
+            except FileNotFoundError:
+                return {}  # another process was faster
+            say_once(f"{path} can't be read ({error}): it is now {aside.name}", logging.WARNING)
+            return {}
+        except OSError as error:
+            say_once(f"{path} can't be read ({error})", logging.WARNING)
+            return {}
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time, where the system has such locks; without, the last writer wins."""
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(folder / f"{FILE}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def describe_setting(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """What the memory of a step depends on, as far as module and trainer show it.
+
+    Of numbers such as momentum and dropout it counts only whether they are 0.
+    """
+    weights = [(tuple(p.shape), str(p.dtype), p.requires_grad) for p in module.parameters()]
+    parts = [(type(part).__qualname__, _flags(part)) for part in module.modules()]
+    net = getattr(module, "net", None)
+    return {
+        "module": f"{type(module).__module__}.{type(module).__qualname__}",
+        "parts": hashlib.sha256(repr((weights, parts)).encode()).hexdigest(),
+        "attention": str(getattr(net, "attention", None)),
+        "compiled": sum(part._compiled_call_impl is not None for part in module.modules()),
+        "precision": str(trainer.precision),
+        "clipping": trainer.gradient_clip_val is not None,
+        "validation": trainer.enable_validation,
+        "optimizers": [
+            (type(o).__qualname__, [{k: _kind(v) for k, v in g.items() if k not in IRRELEVANT} for g in o.param_groups])
+            for o in trainer.optimizers
+        ],
+        "device": _device_name(module.device),
+        "world_size": trainer.world_size,
+        "torch": torch.__version__,
+    }
+
+
+def digest(content: dict[str, Any]) -> str:
+    """A key for plain data."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _flags(part: torch.nn.Module) -> list[tuple[str, bool]]:
+    """Switches such as `gradient_checkpointing`, and whether there is dropout; none that a step sets."""
+    flags = [
+        (name, value) for name, value in vars(part).items() if isinstance(value, bool) and not name.startswith("_")
+    ]
+    rate = getattr(part, "p", None)
+    if isinstance(rate, float | int):
+        flags.append(("p", rate > 0))
+    return sorted(flags)
+
+
+def _kind(value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    return bool(value) if isinstance(value, float | int) else type(value).__name__
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"

@@ -1,0 +1,1 @@
+"""How fast training is: tokens per second, utilisation, padding."""

@@ -1,0 +1,5 @@
+"""`python -m lightning_bge.cli`, which torchrun and other launchers start."""
+
+from lightning_bge.cli.main import main
+
+main()

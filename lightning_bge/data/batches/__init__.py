@@ -1,0 +1,1 @@
+"""Effective batches of token ids, cut into micro-batches."""

@@ -1,0 +1,1 @@
+"""Rows from files, their labels, and their folds."""

@@ -1,0 +1,191 @@
+"""Tokenise once: token ids in Arrow files that are named by their content and memory-mapped by every reader."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tokenizers
+
+from lightning_bge.data.tokens.tokenizer import tokenizer_fingerprint
+from lightning_bge.errors import DataError
+from lightning_bge.runtime.cache_dir import CACHE_ENV, default_cache_dir
+
+log = logging.getLogger(__name__)
+
+# Part of every key: raise it when the content of the files changes its meaning.
+_VERSION = "1"
+_CHUNK = 4096
+_STALE_SECONDS = 86400
+
+
+@dataclass(frozen=True)
+class TokenArrays:
+    """Token ids of N rows, T tokens in all, end to end; views of a memory-mapped file, read-only.
+
+    Attributes:
+        input_ids: int32 [T].
+        offsets: int64 [N + 1], where each row starts, and T at the end.
+        token_type_ids: uint8 [T], or None where the tokenizer makes none.
+        lengths: int32 [N].
+        path: the file.
+    """
+
+    input_ids: np.ndarray
+    offsets: np.ndarray
+    token_type_ids: np.ndarray | None
+    lengths: np.ndarray
+    path: Path
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __reduce__(self) -> tuple[Callable[[Path], TokenArrays], tuple[Path]]:
+        # A worker process maps the same file instead of getting a copy of the arrays.
+        return open_tokens, (self.path,)
+
+
+def hash_texts(texts: Sequence[tuple[str, ...]]) -> str:
+    """Sha256 (hex) of rows of texts; each text is preceded by its length, so no two lists look the same."""
+    digest = hashlib.sha256()
+    for row in texts:
+        digest.update(len(row).to_bytes(1, "little"))
+        for text in row:
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def tokenize_cached(
+    texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int, cache_dir: str | Path | None = None
+) -> TokenArrays:
+    """Token ids of rows of one or two texts, from the cache where they are there.
+
+    Truncated as `tokenizer(a, b, truncation=True, max_length=max_length)` does it: the longer text loses tokens first.
+
+    Args:
+        texts: N rows, all of one or all of two texts.
+        tokenizer: a fast tokenizer of transformers.
+        max_length: the most tokens of a row, special tokens counted.
+        cache_dir: folder of the cache; None: `default_cache_dir()`.
+
+    Raises:
+        DataError: the folder cannot be written or is full, or a row gives no token at all.
+    """
+    folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    parts = (_VERSION, tokenizers.__version__, tokenizer_fingerprint(tokenizer), hash_texts(texts), str(max_length))
+    path = folder / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()}.arrow"
+    if path.exists():
+        try:
+            return open_tokens(path, rows=len(texts))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            log.warning("token cache %s cannot be read (%s): it is built anew", path, error)
+    log.info("tokenising %d rows into %s", len(texts), path)
+    _write(path, _tokenize(texts, tokenizer, max_length))
+    return open_tokens(path, rows=len(texts))
+
+
+def open_tokens(path: Path, rows: int | None = None) -> TokenArrays:
+    """Map a cache file.
+
+    Raises:
+        ValueError, pyarrow.ArrowInvalid: the file is cut short, or does not hold what it says or `rows` rows.
+    """
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    if reader.num_record_batches != 1:
+        raise ValueError(f"{reader.num_record_batches} record batches, expected 1")
+    batch = reader.get_batch(0)
+    said = (reader.schema.metadata or {}).get(b"rows")
+    if said != str(batch.num_rows).encode() or rows not in (None, batch.num_rows):
+        raise ValueError(f"{batch.num_rows} rows, its header says {said!r}, expected {rows}")
+    ids = batch.column("input_ids")
+    offsets = ids.offsets.to_numpy()
+    types = batch.column("token_type_ids").values.to_numpy() if "token_type_ids" in batch.schema.names else None
+    return TokenArrays(ids.values.to_numpy(), offsets, types, np.diff(offsets).astype(np.int32), Path(path))
+
+
+def list_cache(folder: str | Path | None = None) -> list[Path]:
+    """The files of the cache."""
+    return sorted((default_cache_dir() if folder is None else Path(folder).expanduser()).glob("*.arrow"))
+
+
+def clear_cache(folder: str | Path | None = None) -> int:
+    """Delete the files of the cache and return the bytes that this frees; who has a file open keeps it."""
+    freed = 0
+    for path in list_cache(folder):
+        freed += path.stat().st_size
+        path.unlink(missing_ok=True)
+    return freed
+
+
+def _tokenize(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -> pa.RecordBatch:
+    chunks: dict[str, list[np.ndarray]] = {"input_ids": [], "token_type_ids": []}
+    dtypes = {"input_ids": np.int32, "token_type_ids": np.uint8}
+    lengths = np.empty(len(texts), dtype=np.int64)
+    for start in range(0, len(texts), _CHUNK):
+        columns = [list(column) for column in zip(*texts[start : start + _CHUNK], strict=True)]
+        encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
+        ids = encoded["input_ids"]
+        lengths[start : start + len(ids)] = [len(row) for row in ids]
+        for name in chunks.keys() & encoded.keys():
+            flat = itertools.chain.from_iterable(encoded[name])
+            chunks[name].append(np.fromiter(flat, dtypes[name]))
+    empty = np.flatnonzero(lengths == 0)
+    if len(empty):
+        raise DataError(
+            f"the tokenizer makes no token of row {empty[0] + 1} ({len(empty)} rows in all): drop these rows"
+        )
+    offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int64())
+    columns_out = {
+        name: pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(parts)))
+        for name, parts in chunks.items()
+        if parts
+    }
+    return pa.record_batch(columns_out).replace_schema_metadata({"rows": str(len(texts))})
+
+
+def _write(path: Path, batch: pa.RecordBatch) -> None:
+    """Write a whole file under another name and then rename it, so that nobody ever sees half of it."""
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _remove_stale(path.parent)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem[:16]}-", suffix=".tmp")
+        with os.fdopen(descriptor, "wb") as file:
+            with pa.ipc.new_file(file, batch.schema) as writer:
+                writer.write_batch(batch)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = f"the disk is full, {batch.nbytes:,} bytes are needed" if full else str(error)
+        raise DataError(
+            f"cannot write the token cache in {path.parent}: {reason}. Make room, or set data.cache_dir or the "
+            f"environment variable {CACHE_ENV} to another folder"
+        ) from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Delete what killed processes left behind; a file younger than a day may be somebody's work."""
+    for leftover in folder.glob("*.tmp"):
+        try:
+            if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+                leftover.unlink()
+        except FileNotFoundError:
+            continue  # another process was faster

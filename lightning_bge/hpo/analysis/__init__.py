@@ -1,0 +1,1 @@
+"""A study read from its run folder: history, hours, importance."""

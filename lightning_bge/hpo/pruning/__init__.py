@@ -1,0 +1,1 @@
+"""Which trials are paused or pruned, and when."""

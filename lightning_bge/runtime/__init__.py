@@ -1,0 +1,1 @@
+"""What every package needs of the machine: memory, run folders, configuration, processes."""

@@ -1,0 +1,13 @@
+"""Where this program keeps what later runs can use: tokenised texts, micro-batch sizes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CACHE_ENV = "LIGHTNING_BGE_CACHE"
+
+
+def default_cache_dir() -> Path:
+    """The folder in the environment variable `LIGHTNING_BGE_CACHE`, else `~/.cache/lightning-bge`."""
+    return Path(os.environ.get(CACHE_ENV) or "~/.cache/lightning-bge").expanduser()

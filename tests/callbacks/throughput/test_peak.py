@@ -1,0 +1,74 @@
+"""The probe of the machine's peak: on a made-up machine its answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_bge.callbacks.throughput import peak
+from lightning_bge.callbacks.throughput.peak import matmul_peak
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peak, "_peaks", {})
+
+
+class Machine:
+    """Multiplies at a given pace, from a size on; smaller products run at a part of it, and the first call at half."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, pace: float, full_at: int = 1) -> None:
+        self.now, self.pace, self.full_at, self.sizes = 0.0, pace, full_at, list[int]()
+        monkeypatch.setattr(peak, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(peak, "_seconds", self.seconds)
+        monkeypatch.setattr(torch, "randn", lambda rows, columns, **_: torch.empty(rows, columns, device="meta"))
+
+    def seconds(self, a: Tensor, b: Tensor, calls: int) -> float:
+        size = len(a)
+        pace = self.pace * min(1.0, size / self.full_at) * (1 if size in self.sizes else 0.5)
+        self.sizes.append(size)
+        self.now += calls * 2 * size**3 / pace
+        return 2 * size**3 / pace
+
+
+@pytest.mark.parametrize("pace", [1e9, 7e10, 3e12, 1e15])
+def test_it_finds_a_machine_s_pace_in_little_time(monkeypatch: pytest.MonkeyPatch, pace: float) -> None:
+    machine = Machine(monkeypatch, pace)
+    assert matmul_peak(CPU, torch.float32) == pytest.approx(pace)
+    assert machine.now < 0.2
+    assert machine.sizes == sorted(machine.sizes)
+
+
+def test_a_machine_that_wants_big_matrices_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, 1e13, full_at=4096)
+    assert matmul_peak(CPU, torch.float32) == pytest.approx(1e13)
+    assert max(machine.sizes) == peak.LARGEST
+
+
+def test_a_hopelessly_slow_machine_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, 1e7)
+    assert matmul_peak(CPU, torch.bfloat16) == pytest.approx(5e6)
+    assert machine.sizes == [peak.SMALLEST]
+
+
+def test_measured_once_for_each_dtype_and_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr(peak, "_measure", lambda device, dtype: asked.append(dtype) or float(len(asked)))
+    for _ in range(2):
+        assert matmul_peak(CPU, torch.float32) == 1
+        assert matmul_peak(CPU, torch.bfloat16) == 2
+    torch.set_num_threads(2)
+    assert matmul_peak(CPU, torch.float32) == 3
+    assert asked == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_the_real_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_rng_state()
+    found = matmul_peak(CPU, torch.float32)
+    assert 1e7 < found < math.inf
+    assert torch.equal(before, torch.get_rng_state())  # a run's random numbers are its own

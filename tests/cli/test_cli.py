@@ -1,0 +1,418 @@
+"""The program as a user calls it, on the generated sample with a very small BERT."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+import yaml
+from optuna.trial import TrialState
+from safetensors.torch import load_file
+
+from lightning_bge.cli import lightning_cli as commands
+from lightning_bge.data.sample import write_sample
+from lightning_bge.hpo.seed_replicates import run_repeats
+from lightning_bge.hpo.storage import open_storage
+from lightning_bge.models.tiny_bert import build_tiny_bert
+from tests.helpers.paths import CONFIGS
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sample")
+    write_sample(folder, posts=30, test_posts=12)
+    with (folder / "train.csv").open(newline="") as file:
+        texts = [text for row in csv.DictReader(file) for text in (row["text"], row["criterion"])]
+    build_tiny_bert(folder / "model", texts, vocab_size=300, hidden_size=16, layers=1, max_positions=128)
+    return folder
+
+
+@pytest.fixture
+def options(sample: Path, tmp_path: Path) -> list[str]:
+    return [
+        *("--model.name_or_path", str(sample / "model"), "--run_dir", str(tmp_path / "study")),
+        *("--data.train_file", str(sample / "train.csv"), "--data.cache_dir", str(tmp_path / "cache")),
+        *("--data.text_columns", "[text, criterion]", "--data.group_column", "post_id"),
+        *("--data.max_length", "64", "--trainer.precision", "32-true", "--trainer.max_epochs", "2"),
+    ]
+
+
+@pytest.fixture
+def search(options: list[str]) -> list[str]:
+    space = '{"model.optimizer.lr": {"low": 1.0e-4, "high": 1.0e-2, "log": true}}'
+    return ["hpo", *options, "--data.split.folds", "2", "--hpo.trials", "3", "--hpo.space", space]
+
+
+def trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name=folder.name, storage=open_storage(folder / "journal.log")).trials
+
+
+def test_a_search_ends_with_a_model_that_the_peers_load_and_that_predicts_the_same(
+    run: Run, search: list[str], sample: Path, tmp_path: Path
+) -> None:
+    from sentence_transformers import CrossEncoder
+
+    study, test_file = tmp_path / "study", str(sample / "test.csv")
+    status, out, err = run(*search, "--data.test_file", test_file)
+    assert status == 0, err
+    assert "can first pause at report 1 of 4" in out
+    assert "[3/3]" in out
+    summary = json.loads((study / "summary.json").read_text())
+    wanted = "study n_trials n_complete n_pruned n_failed metric best_value best_params wall_seconds model_dir"
+    assert set(wanted.split()) <= set(summary)
+    assert summary["study"] == "study"
+    assert summary["n_complete"] + summary["n_pruned"] == summary["n_trials"] == 3
+    assert summary["n_failed"] == 0
+    assert summary["test"].keys() >= {"f1", "accuracy"}
+    with (study / "trials.csv").open(newline="") as file:
+        assert [row["number"] for row in csv.DictReader(file) if not row["continues"]] == ["0", "1", "2"]
+
+    found = tmp_path / "scores.csv"
+    common = ("--data.text_columns", "[text, criterion]", "--data.cache_dir", str(tmp_path / "cache"))
+    status, _, err = run(
+        *("predict", "--model.name_or_path", summary["model_dir"], "--data.predict_file", test_file, *common),
+        *("--output", str(found), "--trainer.precision", "32-true"),
+    )
+    assert status == 0, err
+    with found.open(newline="") as file, open(test_file, newline="") as texts:
+        ours, rows = list(csv.DictReader(file)), list(csv.DictReader(texts))
+    peer = CrossEncoder(summary["model_dir"], device="cpu").predict([(r["text"], r["criterion"]) for r in rows])
+    assert [float(row["score"]) for row in ours] == pytest.approx(peer.tolist(), abs=1e-4)
+    assert {row["label"] for row in ours} <= {"0", "1"}
+
+    # best.yaml is what `fit` takes
+    status, out, err = run("fit", "-c", str(study / "best.yaml"), "--trainer.enable_progress_bar", "false")
+    assert status == 0, err
+    assert yaml.safe_load((study / "fit" / "config.yaml").read_text())["model"]["optimizer"]["lr"] == pytest.approx(
+        summary["best_params"]["model.optimizer.lr"]
+    )
+
+
+def test_the_same_command_again_runs_only_what_is_missing(run: Run, search: list[str], tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    search = [*search, "--hpo.pruner.name", "hyperband"]  # `promote` may resume one of the first
+    assert run(*search, "--hpo.trials", "2")[0] == 0
+    before = [(t.number, t.params, t.datetime_complete) for t in trials(study)]
+    status, out, _ = run(*search, "--hpo.trials", "2")
+    assert status == 0
+    assert "trial 0" not in out.split("best")[0]  # no trial's line, and no second refit
+    assert [(t.number, t.params, t.datetime_complete) for t in trials(study)] == before
+    status, out, _ = run(*search, "--hpo.trials", "4")
+    assert status == 0
+    after = [(t.number, t.params, t.datetime_complete) for t in trials(study)]
+    assert after[:2] == before
+    assert len(after) == 4
+    assert len({tuple(params.values()) for _, params, _ in after}) == 4  # a resumed sampler does not start over
+
+
+def test_a_study_of_another_space_or_other_data_is_refused(run: Run, search: list[str], tmp_path: Path) -> None:
+    assert run(*search, "--hpo.trials", "1", "--hpo.pruner.name", "none", "--hpo.refit", "false")[0] == 0
+    other = '{"model.optimizer.lr": {"low": 1.0e-4, "high": 2.0e-2, "log": true}}'
+    status, _, err = run(*search, "--hpo.space", other)
+    assert status == 2
+    assert "high 0.01 -> 0.02" in err
+    status, _, err = run(*search, "--data.batch_size", "8")
+    assert status == 2
+    assert "data.batch_size: 32 there, 8 asked" in err
+    assert len(trials(tmp_path / "study")) == 1
+
+
+MISTAKES = {
+    "train file": (("--data.train_file", "nowhere.csv"), "nowhere.csv does not exist"),
+    "column": (("--data.text_columns", "[text, question]"), "its columns are 'post_id', 'text', 'criterion', 'label'"),
+    "metric": (("--monitor.metric", "f7"), "a binary task has f1, accuracy"),
+    "groups": (("--data.group_column", "label"), "2 groups cannot be split into 3"),
+    "class": (("--model.task", "regression", "--monitor.metric", "f1"), "a regression task has spearman"),
+    "name": (("--hpo.space", '{"model.optimizer.rate": {"low": 1, "high": 2}}'), "no setting model.optimizer.rate"),
+    "bounds": (("--hpo.space", '{"model.optimizer.lr": {"low": 0.2, "high": 0.1}}'), "swap the bounds"),
+    "value": (("--hpo.space", '{"model.dropout": {"low": 0.1, "high": 1.5}}'), "expected 0 to below 1"),
+    "type": (("--hpo.space", '{"data.batch_size": {"choices": ["many"]}}'), "many"),
+    "empty space": (("--hpo.space", "{}"), "at least one parameter"),
+    "never prunes": (("--hpo.pruner.min_resource", "50"), "could never prune"),
+    "clipping": (("--trainer.gradient_clip_val", "1.0"), "set model.optimizer.max_grad_norm"),
+    "cost": (("--hpo.cost", "train_seconds"), "Set hpo.pruner.name to none, or hpo.cost to null"),
+    "repeats": (("--hpo.repeats", "-1"), "hpo.repeats: expected 0 or more"),
+    "folds": (("--data.split.folds", "0"), "data.split.folds"),
+    "option": (("--hpo.trails", "3"), "--hpo.trails"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_has_one_clear_message_and_leaves_nothing(
+    run: Run, search: list[str], tmp_path: Path, mistake: str
+) -> None:
+    args, message = MISTAKES[mistake]
+    folds = () if mistake == "folds" else ("--data.split.folds", "3")
+    status, out, err = run(*search, *folds, *args)
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "study" / "journal.log").exists()
+
+
+def test_a_full_disk_has_a_clear_message(run: Run, search: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    monkeypatch.setattr("lightning_bge.hpo.results.write_text", full)
+    status, _, err = run(*search, "--hpo.trials", "1", "--hpo.pruner.name", "none")
+    assert status == 2
+    assert "no room on the disk" in err
+    monkeypatch.undo()
+
+
+def test_ctrl_c_leaves_no_trial_running_and_its_point_is_tried_again(
+    run: Run, search: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fit = commands.BGETrainer.fit
+
+    def interrupted(self: commands.BGETrainer, *args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.BGETrainer, "fit", interrupted)
+    status, _, err = run(*search)
+    assert status == 130
+    assert "the same command goes on" in err
+    [first, queued] = trials(tmp_path / "study")
+    assert (first.state, queued.state) == (TrialState.FAIL, TrialState.WAITING)
+    monkeypatch.setattr(commands.BGETrainer, "fit", fit)
+    status, _, err = run(*search)
+    assert status == 0, err
+    retried = trials(tmp_path / "study")[1]
+    assert retried.params == first.params
+    summary = json.loads((tmp_path / "study" / "summary.json").read_text())
+    assert (summary["n_failed"], summary["n_interrupted"]) == (0, 1)
+
+
+def repeats(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    storage = open_storage(folder / "journal.log")
+    return optuna.load_study(study_name=f"{folder.name}-repeats", storage=storage).trials
+
+
+def test_the_best_trials_are_run_again_with_other_seeds_and_ctrl_c_loses_none(
+    run: Run, search: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    study = tmp_path / "study"
+    search = [*search, "--hpo.pruner.name", "none", "--hpo.repeats", "2"]
+    fit, calls = commands.BGETrainer.fit, []
+
+    def interrupted(self: commands.BGETrainer, *args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 12:  # two folds each of three trials, of two repeats, and of this one
+            raise KeyboardInterrupt
+        fit(self, *args, **kwargs)
+
+    monkeypatch.setattr(commands.BGETrainer, "fit", interrupted)
+    status, out, err = run(*search)
+    assert status == 130
+    assert "at the end the best trials, up to 5, are run again; other seeds for each: 2" in out
+    assert [t.state.name for t in repeats(study)] == ["COMPLETE"] * 2 + ["FAIL"] + ["WAITING"] * 4
+    before = [(t.number, t.value, t.datetime_complete) for t in repeats(study)[:2]]
+    monkeypatch.setattr(commands.BGETrainer, "fit", fit)
+    status, out, err = run(*search)
+    assert status == 0, err
+    assert len(trials(study)) == 3
+    after = repeats(study)
+    assert [(t.number, t.value, t.datetime_complete) for t in after[:2]] == before
+    done = [(t.user_attrs["of"], t.user_attrs["seed"]) for t in after if t.state == TrialState.COMPLETE]
+    assert sorted(done) == [(of, seed) for of in range(3) for seed in (43, 44)]
+    summary = json.loads((study / "summary.json").read_text())
+    found = {again["trial"]: again for again in summary["repeats"]["trials"]}
+    for trial in trials(study):
+        values = [trial.value, *(t.value for t in after if t.user_attrs["of"] == trial.number and t.value is not None)]
+        assert sorted(found[trial.number]["values"]) == sorted(values)
+        assert len(set(values)) > 1  # other seeds, another training
+        assert found[trial.number]["mean"] == pytest.approx(statistics.fmean(values))
+        assert found[trial.number]["spread"] == pytest.approx(statistics.stdev(values))
+    winner = max(found.values(), key=lambda again: again["mean"])["trial"]
+    assert summary["repeats"]["winner"] == summary["best_trial"] == winner
+    assert summary["best_params"] == trials(study)[winner].params
+    assert yaml.safe_load((study / "best.yaml").read_text())["seed_everything"] == 42
+    assert {path.stem for path in (study / "oof").iterdir()} == {"0", "1", "2"}
+    assert f"{found[winner]['mean']:.4f} +- {found[winner]['spread']:.4f}" in out
+    # once more: nothing is run, nothing refitted
+    written = (study / "summary.json").stat().st_mtime_ns
+    assert run(*search)[0] == 0
+    assert repeats(study) == after
+    assert (study / "summary.json").stat().st_mtime_ns == written
+
+
+def test_the_winner_of_the_repeats_is_what_the_study_ends_with(
+    run: Run, search: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    study, chosen = tmp_path / "study", run_repeats
+
+    def changed(search: optuna.Study, *args: Any) -> Any:
+        found = chosen(search, *args)
+        assert found is not None
+        worst = found.trials[-1].trial
+        assert worst != found.before
+        return replace(found, winner=worst)
+
+    monkeypatch.setattr(commands, "run_repeats", changed)
+    status, out, err = run(*search, "--hpo.pruner.name", "none", "--hpo.repeats", "1")
+    assert status == 0, err
+    summary = json.loads((study / "summary.json").read_text())
+    winner = trials(study)[summary["repeats"]["winner"]]
+    assert f"the winner changed: trial {winner.number}, not trial {summary['repeats']['winner_before']}" in out
+    assert (summary["best_trial"], summary["best_params"]) == (winner.number, winner.params)
+    assert summary["best_value"] == winner.value
+    assert summary["fold_scores"] == winner.user_attrs["fold_scores"]
+    assert summary["refit_epochs"] == max(1, round(statistics.fmean(winner.user_attrs["fold_epochs"])))
+    best = yaml.safe_load((study / "best.yaml").read_text())
+    assert best["model"]["optimizer"]["lr"] == winner.params["model.optimizer.lr"]
+    # the threshold and the out-of-fold file are of its predictions
+    logits = load_file(study / "oof" / f"{winner.number}.safetensors")
+    order = logits["rows"].argsort()
+    with (study / "oof.csv").open(newline="") as file:
+        scores = [float(row["score"]) for row in csv.DictReader(file)]
+    assert scores == pytest.approx(logits["logits"][order].flatten().sigmoid().tolist(), abs=1e-5)
+
+
+def test_a_search_with_a_cost_ends_with_the_front(run: Run, search: list[str], tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    status, out, err = run(*search, "--hpo.cost", "predict_seconds", "--hpo.pruner.name", "none", "--hpo.repeats", "1")
+    assert status == 0, err
+    assert "predict_seconds" in out.splitlines()[3]
+    assert "front of" in out
+    assert "best f1 for its predict_seconds:" in out
+    summary = json.loads((study / "summary.json").read_text())
+    assert summary["cost"] == "predict_seconds"
+    done = trials(study)
+    assert [len(trial.values) for trial in done] == [2] * 3
+    for one in summary["front"]:
+        assert one == {
+            **dict(zip(("score", "cost"), done[one["number"]].values, strict=True)),
+            **{"number": one["number"], "params": done[one["number"]].params},
+        }
+        assert not any(
+            t.values[0] >= one["score"] and t.values[1] <= one["cost"] and t.values != done[one["number"]].values
+            for t in done
+        )
+    assert summary["repeats"]["winner_before"] == summary["front"][0]["number"]
+    assert summary["front"][0]["score"] == max(trial.values[0] for trial in done)
+    assert Path(summary["model_dir"]).is_dir()
+    with (study / "trials.csv").open(newline="") as file:
+        assert [float(row["cost"]) for row in csv.DictReader(file)] == [trial.values[1] for trial in done]
+    status, _, err = run(*search, "--hpo.pruner.name", "none")
+    assert status == 2
+    assert "hpo.cost: predict_seconds there, None asked" in err
+
+
+def start(args: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "lightning_bge.cli.main", *args],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # a shell that runs the tests in the background lets them ignore Ctrl-C, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until, "nothing happened for two minutes"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_study_loses_no_finished_trial_and_leaves_none_running(
+    search: list[str], tmp_path: Path, kill: signal.Signals
+) -> None:
+    study = tmp_path / "study"
+    search = [*search, "--hpo.trials", "5", "--trainer.max_epochs", "20", "--hpo.pruner.name", "none"]
+    process = start(search)
+    journal = study / "journal.log"
+    wait_for(lambda: journal.exists() and journal.read_text().count('"state":1') >= 1 and running(study), process)
+    process.send_signal(kill)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == (130 if kill == signal.SIGINT else -kill), out
+    done = [(t.number, t.value, t.datetime_complete) for t in trials(study) if t.state == TrialState.COMPLETE]
+    assert done
+    again = start([*search, "--hpo.refit", "false"])
+    out = again.communicate(timeout=240)[0]
+    assert again.returncode == 0, out
+    after = trials(study)
+    states = [t.state for t in after]
+    assert TrialState.RUNNING not in states
+    assert TrialState.WAITING not in states
+    assert states.count(TrialState.COMPLETE) == 5
+    assert [(t.number, t.value, t.datetime_complete) for t in after if t.number < len(done)] == done
+    points = [tuple(t.params.values()) for t in after if t.state == TrialState.COMPLETE]
+    assert len(set(points)) == 5  # none is repeated, and the killed one is tried again
+    [killed] = [t for t in after if t.state == TrialState.FAIL]
+    assert tuple(killed.params.values()) in points
+
+
+def running(study: Path) -> bool:
+    return any(t.state == TrialState.RUNNING and t.params for t in trials(study))
+
+
+def test_a_killed_fit_goes_on_and_ends_with_the_same_weights(options: list[str], run: Run, tmp_path: Path) -> None:
+    quiet = ("--trainer.enable_progress_bar", "false", "--model.optimizer.lr", "1e-3", "--trainer.max_epochs", "12")
+    args = ["fit", *options, *quiet]
+    status, _, err = run(*args, "--run_dir", str(tmp_path / "whole"))
+    assert status == 0, err
+    process = start([*args, "--run_dir", str(tmp_path / "killed")])
+    wait_for((tmp_path / "killed" / "checkpoints" / "last.ckpt").exists, process)
+    process.kill()
+    process.communicate(timeout=60)
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    status, out, err = run(*args, "--run_dir", str(tmp_path / "killed"))
+    assert status == 0, err
+    assert "going on from" in out
+    whole, killed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    # a finished run is not trained again; one of other settings is refused
+    status, out, _ = run(*args, "--run_dir", str(tmp_path / "killed"))
+    assert "is finished" in out
+    status, _, err = run(*args, "--run_dir", str(tmp_path / "killed"), "--model.optimizer.lr", "2e-3")
+    assert status == 2
+    assert "model.optimizer.lr: 0.001 there, 0.002 asked" in err
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_parsed_and_printed(run: Run, path: Path) -> None:
+    command = "hpo" if "hpo:" in path.read_text() else "fit"
+    status, out, err = run(command, "-c", str(path), "--print_config")
+    assert status == 0, err
+    printed = yaml.safe_load(out)
+    asked = yaml.safe_load(path.read_text())
+    assert printed["model"]["name_or_path"] == asked["model"]["name_or_path"]
+
+
+def test_the_run_folder_tells_how_to_repeat_it_and_nothing_more(
+    run: Run, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert run("fit", *options, "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "1")[0] == 0
+    folder = tmp_path / "study"
+    [call] = json.loads((folder / "run.json").read_text())["calls"]
+    assert call["seed"] == 42
+    assert call["versions"]["torch"] == torch.__version__
+    assert len(call["data_hash"]) == 64
+    assert call["command"][1] == "fit"
+    assert folder.stat().st_mode & 0o077 == 0
+    for path in folder.rglob("*"):
+        assert path.is_dir() or b"hf_secret" not in path.read_bytes()

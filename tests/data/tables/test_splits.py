@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+from lightning_bge.data.tables.splits import SplitConfig, folds_hash, make_folds
+from lightning_bge.errors import ConfigError, DataError
+
+N = 120
+RANDOM = np.random.default_rng(0)
+CLASSES = {
+    "binary": (RANDOM.random(N) < 0.3).astype(np.float32),
+    "multiclass": RANDOM.integers(0, 3, N),
+    "regression": RANDOM.random(N).astype(np.float32),
+    "multilabel": (RANDOM.random((N, 3)) < 0.3).astype(np.float32),
+}
+GROUPS = np.sort(RANDOM.integers(0, 25, N))
+
+
+@pytest.mark.parametrize("task", list(CLASSES))
+@pytest.mark.parametrize("folds", [1, 3])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("stratified", [False, True])
+def test_properties(task: Any, folds: int, grouped: bool, stratified: bool) -> None:
+    config = SplitConfig(folds=folds, stratified=stratified)
+    groups = GROUPS if grouped else None
+    result = make_folds(N, task, CLASSES[task], groups, config)
+    assert len(result) == folds
+    if folds > 1:
+        assert np.array_equal(np.sort(np.concatenate(result)), np.arange(N))
+    else:
+        assert len(result[0]) == pytest.approx(N * config.val_fraction, abs=10 if grouped else 1)
+    for fold in result:
+        assert fold.dtype == np.int64
+        assert np.array_equal(fold, np.unique(fold))
+        rest = np.setdiff1d(np.arange(N), fold)
+        if grouped:
+            assert not set(GROUPS[fold]) & set(GROUPS[rest])
+        if stratified and task == "multiclass" and not grouped:
+            parts = np.bincount(CLASSES[task][fold]) / len(fold)
+            np.testing.assert_allclose(parts, np.bincount(CLASSES[task]) / N, atol=0.06)
+    again = make_folds(N, task, CLASSES[task], groups, config)
+    assert folds_hash(result) == folds_hash(again)
+    other = make_folds(N, task, CLASSES[task], groups, SplitConfig(folds=folds, stratified=stratified, seed=7))
+    assert folds_hash(result) != folds_hash(other)
+
+
+def test_same_as_sklearn() -> None:
+    labels = CLASSES["binary"]
+    for reference, groups in ((StratifiedKFold, None), (StratifiedGroupKFold, GROUPS)):
+        split = reference(4, shuffle=True, random_state=5).split(labels, labels, groups)
+        ours = make_folds(N, "binary", labels, groups, SplitConfig(folds=4, seed=5))
+        for (_, theirs), fold in zip(split, ours, strict=True):
+            np.testing.assert_array_equal(fold, theirs)
+
+
+def test_hash_sees_borders() -> None:
+    assert folds_hash([np.array([0, 1]), np.array([2])]) != folds_hash([np.array([0]), np.array([1, 2])])
+
+
+def test_faults() -> None:
+    labels = np.array([0, 0, 0, 0, 1, 1], dtype=np.float32)
+    with pytest.raises(DataError, match=r"class 'yes' is in 2 rows, too few for 3 parts.*data\.split\.folds"):
+        make_folds(6, "binary", labels, None, SplitConfig(folds=3), ("no", "yes"))
+    with pytest.raises(DataError, match="2 groups cannot be split into 3 parts"):
+        make_folds(6, "binary", labels, np.array([0, 0, 0, 1, 1, 1]), SplitConfig(folds=3))
+    with pytest.raises(DataError, match=r"2 groups cannot be split into 5 parts: change data\.split\.val_fraction"):
+        make_folds(6, "binary", labels, np.array([0, 0, 0, 1, 1, 1]), SplitConfig())
+    with pytest.raises(DataError, match="class 1 is in 1 groups"):
+        make_folds(6, "binary", labels, np.array([0, 1, 2, 3, 4, 4]), SplitConfig(folds=2))
+    with pytest.raises(DataError, match="2 rows cannot be split into 3"):
+        make_folds(2, "regression", labels[:2], None, SplitConfig(folds=3))
+    with pytest.raises(DataError, match="cannot be split"):
+        make_folds(6, "binary", labels, None, SplitConfig(val_fraction=0.1))
+
+
+def test_class_missing_from_a_fold() -> None:
+    # Unstratified folds know nothing of classes: with some seeds both rare rows are on one side.
+    labels = np.array([1, 1] + [0] * 18, dtype=np.float32)
+
+    def split_with_many_seeds() -> None:
+        for seed in range(20):
+            make_folds(20, "binary", labels, None, SplitConfig(2, stratified=False, seed=seed), ("no", "yes"))
+
+    with pytest.raises(DataError, match=r"fold \d has no row of class 'yes' on its (training|validation) side"):
+        split_with_many_seeds()
+
+
+def test_no_empty_or_poor_fold_with_few_groups() -> None:
+    """StratifiedGroupKFold is approximate: whatever it does, folds are whole or an error says why not."""
+    refused = 0
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        groups = np.repeat(np.arange(4), random.integers(1, 30, 4))
+        labels = (random.random(len(groups)) < 0.4).astype(np.float32)
+        try:
+            folds = make_folds(len(groups), "binary", labels, groups, SplitConfig(folds=3, seed=seed))
+        except DataError:
+            refused += 1
+            continue
+        for fold in folds:
+            rest = np.setdiff1d(np.arange(len(groups)), fold)
+            assert len(np.unique(labels[fold])) == len(np.unique(labels[rest])) == 2
+    assert 0 < refused < 60
+
+
+@pytest.mark.parametrize("bad", [{"folds": 0}, {"fold": 1}, {"val_fraction": 0.0}, {"val_fraction": 0.9}, {"seed": -1}])
+def test_config(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"data.split.{next(iter(bad))}"):
+        SplitConfig(**bad)

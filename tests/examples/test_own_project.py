@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_bge.callbacks.compile.callback import CompileLayers
+from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
+from lightning_bge.callbacks.oom import OOMHandler
+from lightning_bge.callbacks.torch_backends import TorchBackends
+from lightning_bge.callbacks.train_mode import TrainMode
+from tests.helpers.paths import EXAMPLES
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*in eval mode:UserWarning"),
+]
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setenv("LIGHTNING_BGE_CACHE", str(tmp_path))
+    spec = importlib.util.spec_from_file_location("own_project", EXAMPLES / "own_project.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def get(trainer: Any, kind: type) -> Any:
+    [callback] = [callback for callback in trainer.callbacks if isinstance(callback, kind)]
+    return callback
+
+
+def test_the_callbacks_work_in_a_project_that_uses_nothing_else_of_ours(
+    own: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = torch.get_float32_matmul_precision()
+    trainer = own.main()
+    assert trainer.global_step == 16
+    assert get(trainer, TrainMode).switched == ["encoder", "encoder.0", "encoder.1"]
+    assert "fp32 matrix products" in get(trainer, TorchBackends).describe()
+    assert torch.get_float32_matmul_precision() == before
+    finder = get(trainer, MicroBatchFinder)
+    assert finder.describe()["tried"]
+    assert trainer.datamodule.budget == finder.budget >= 32
+    assert get(trainer, OOMHandler).records == []
+    assert get(trainer, CompileLayers).reason.startswith("compile off: 5 steps left")
+    assert trainer.callback_metrics["train_tokens_per_s"] > 0
+    assert finder.reason in capsys.readouterr().out
+
+    again = own.main()  # what was found is known now
+    assert get(again, MicroBatchFinder).describe()["from_cache"]
+    assert again.datamodule.budget == finder.budget
+
+
+def test_an_oom_in_that_project_is_recorded_and_the_next_run_begins_with_less(own: ModuleType) -> None:
+    class Full(own.OwnModule):  # type: ignore[misc, name-defined]
+        fails = True
+
+        def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            if self.fails and self.trainer.global_step == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return super().forward(batch)
+
+    trainer, data = own.make_trainer(), own.OwnData()
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.fit(Full(), data)
+    [record] = get(trainer, OOMHandler).records
+    assert (record.where, record.asked) == ("forward", 2 * 2**30)
+    finder = get(trainer, MicroBatchFinder)
+    assert data.budget == finder.budget
+    assert finder.reason == f"lowered from {2 * finder.budget:,} after an OOM"
+
+    Full.fails = False
+    trainer, data = own.make_trainer(), own.OwnData()
+    trainer.fit(Full(), data)
+    assert get(trainer, MicroBatchFinder).describe()["from_cache"]
+    assert data.budget == finder.budget

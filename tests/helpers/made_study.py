@@ -1,0 +1,176 @@
+"""A run folder with a made-up search of any size, written in seconds: its journal, settings and configuration."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from optuna.distributions import BaseDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from lightning_bge.hpo.space.search_space import is_drawn, parse_space, space_to_json
+
+SPACE: dict[str, dict[str, Any]] = {
+    "model.optimizer.lr": {"low": 1.0e-5, "high": 3.0e-4, "log": True},
+    "model.optimizer.weight_decay": {"low": 1.0e-4, "high": 0.1, "log": True},
+    "model.schedule.warmup": {"low": 0.0, "high": 0.2},
+    "model.dropout": {"choices": [0.0, 0.1, 0.2]},
+    "data.batch_size": {"choices": [16, 32, 64]},
+    "model.loss.name": {"choices": ["bce", "focal"]},
+    "model.loss.focal_gamma": {"low": 0.5, "high": 5.0, "when": {"model.loss.name": "focal"}},
+}
+START = datetime(2026, 3, 2, 9, 0)
+TOTAL = 15  # 5 folds of 3 epochs
+RUNGS = (1, 4)
+
+
+class Unlocked(JournalFileBackend):
+    """Writes without a lock and without waiting for the disk."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with open(self._file_path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+
+
+def new_study(run_dir: Path, planned: int, folds: int = 5, cost: str | None = None, **settings: Any) -> optuna.Study:
+    """An empty study in a run folder, as `lightning-bge hpo` leaves it before the first trial."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    pruner = "promote" if cost is None else "none"
+    config = {"monitor": {"metric": "f1"}, "hpo": {"trials": planned, "pruner": {"name": pruner}}}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    study = optuna.create_study(
+        study_name=run_dir.name,
+        directions=["maximize"] if cost is None else ["maximize", "minimize"],
+        storage=JournalStorage(Unlocked(str(run_dir / "journal.log"))),
+    )
+    known = {"monitor.metric": "f1", "monitor.objective": "best", "data.split.folds": folds, "trainer.max_epochs": 3}
+    study.set_user_attr("space", space_to_json(parse_space(SPACE)))
+    study.set_user_attr("settings", known | settings | ({} if cost is None else {"hpo.cost": cost}))
+    return study
+
+
+def draw(rng: random.Random) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+    """Settings of one trial, and what they were drawn from."""
+    space, params = parse_space(SPACE), {}
+    for name in space:
+        spec = SPACE[name]
+        if not is_drawn(space, name, params):
+            continue
+        if "choices" in spec:
+            params[name] = rng.choice(spec["choices"])
+        elif spec.get("log"):
+            params[name] = math.exp(rng.uniform(math.log(spec["low"]), math.log(spec["high"])))
+        else:
+            params[name] = rng.uniform(spec["low"], spec["high"])
+    return params, {name: space[name] for name in params}
+
+
+def reports(params: dict[str, Any], rng: random.Random) -> tuple[list[float], list[list[float]]]:
+    """What a trial with these settings reports at 1..15, and each fold's validations by themselves."""
+    quality = 0.86 - 0.12 * abs(math.log10(params["model.optimizer.lr"]) + 4.2) - 0.25 * params["model.dropout"] ** 2
+    quality += rng.gauss(0, 0.015) - 0.01 * (params["data.batch_size"] == 64)
+    folds, means, done = [], [], []
+    for fold in range(5):
+        end = quality - 0.02 * (fold == 2) + rng.gauss(0, 0.008)
+        values = [end - 0.2 * 0.35**epoch + rng.gauss(0, 0.004) for epoch in range(3)]
+        folds.append(values)
+        means += [(sum(done) + max(values[: epoch + 1])) / (fold + 1) for epoch in range(3)]
+        done.append(max(values))
+    return means, folds
+
+
+class Maker:
+    """Makes the trials of a search by halving that pauses, one after another on so many workers."""
+
+    def __init__(self, seed: int = 0, workers: int = 1, minutes: float = 1.6) -> None:
+        self.rng = random.Random(seed)
+        self.free = [START] * workers
+        self.seconds = 60 * minutes  # of a report
+        self.trials: list[FrozenTrial] = []
+        self.seen: dict[int, list[float]] = {rung: [] for rung in RUNGS}
+
+    def span(self, seconds: float) -> dict[str, datetime]:
+        """Take the worker that is free first for so long."""
+        self.free.sort()
+        start = self.free.pop(0)
+        self.free.append(start + timedelta(seconds=seconds))
+        return {"datetime_start": start, "datetime_complete": self.free[-1]}
+
+    def add(self, state: TrialState, drawn: Any, made: int, seconds: float, attrs: dict[str, Any], **more: Any) -> None:
+        params, distributions, means, folds, pace = drawn
+        curve = [
+            [[3 * fold + i + 1, folds[fold][i], 0.85 * pace, 0.15 * pace, pace, 0.1] for i in range(min(3, left))]
+            for fold in range(5)
+            if (left := made - 3 * fold) > 0
+        ]
+        trial = create_trial(
+            state=state,
+            params=params,
+            distributions=distributions,
+            intermediate_values=dict(enumerate(means[:made], start=1)),
+            user_attrs=({"curve": curve} if state.is_finished() and made else {}) | attrs,
+            value=means[-1] if state == TrialState.COMPLETE else None,
+        )
+        trial.number = len(self.trials)
+        for name, moment in {**self.span(seconds), **more}.items():
+            setattr(trial, name, moment)
+        self.trials.append(trial)
+
+    def one(self) -> None:
+        """One point: run until it pauses, resumed where it stands in the top quarter, or ended by an accident."""
+        params, distributions = draw(self.rng)
+        pace = self.seconds * self.rng.uniform(0.8, 1.3) * (1.2 if params["data.batch_size"] == 16 else 1.0)
+        drawn = (params, distributions, *reports(params, self.rng), pace)
+        luck = self.rng.random()
+        if luck < 0.006:
+            oom = {"oom_where": "training", "oom_kind": "cuda", "oom_asked": 2 * 2**30, "oom_free": 2**29}
+            return self.add(TrialState.PRUNED, drawn, 0, 0.2 * pace, oom)
+        if luck < 0.010:
+            return self.add(TrialState.FAIL, drawn, 0, 0.4 * pace, {})
+        if luck < 0.014:
+            return self.add(TrialState.FAIL, drawn, 1, 1.4 * pace, {"swept": "process 4711 is gone"})
+        if luck < 0.018:
+            return self.add(TrialState.PRUNED, drawn, 1, 1.1 * pace, {"nan": "nan", "pruned_at": 2})
+        parent, begun = {}, 0
+        for rung in (*RUNGS, TOTAL):
+            if rung == TOTAL:
+                scores = {"fold_scores": [max(fold) for fold in drawn[3]], "fold_epochs": [3] * 5}
+                return self.add(TrialState.COMPLETE, drawn, TOTAL, (TOTAL - begun) * pace, {**parent, **scores})
+            self.seen[rung].append(drawn[2][rung - 1])
+            top = sorted(self.seen[rung], reverse=True)[: max(1, len(self.seen[rung]) // 4)]
+            if drawn[2][rung - 1] >= top[-1] and self.rng.random() < 0.6:
+                continue
+            paused = {**parent, "paused_at": rung, "pruned_at": rung}
+            self.add(TrialState.PRUNED, drawn, rung, (rung - begun) * pace, paused)
+            if drawn[2][rung - 1] < top[-1]:
+                return None
+            first = parent.get("point", len(self.trials) - 1)
+            parent, begun = {"continues": len(self.trials) - 1, "point": first}, rung
+        return None
+
+
+def make_study(run_dir: Path, points: int, seed: int = 0, workers: int = 1, running: bool = False) -> Path:
+    """The run folder of a made-up search of so many points."""
+    study, maker = new_study(run_dir, points + 100 * running), Maker(seed, workers)
+    for _ in range(points):
+        maker.one()
+    if running:  # it has come to now
+        late = datetime.now() - timedelta(minutes=7) - max(maker.free)
+        for trial in maker.trials:
+            trial.datetime_start, trial.datetime_complete = trial.datetime_start + late, trial.datetime_complete + late
+        params, distributions = draw(maker.rng)
+        drawn = (params, distributions, *reports(params, maker.rng), maker.seconds)
+        # of another host, so that nobody can tell that it is not there
+        worker = {"host": "another", "pid": 1, "start": "1", "boot": "b", "namespace": "n"}
+        start = datetime.now() - timedelta(minutes=7)
+        maker.add(TrialState.RUNNING, drawn, 4, 60, {"worker": worker}, datetime_start=start, datetime_complete=None)
+    study.add_trials(maker.trials)
+    return run_dir

@@ -1,0 +1,67 @@
+"""A very small search: 40 rows, a BERT of two layers, two folds of two epochs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from transformers import PreTrainedTokenizerBase
+
+from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.data.tables.splits import SplitConfig
+from lightning_bge.hpo.objective import Objective, Setup
+from lightning_bge.hpo.space.search_space import parse_space
+from lightning_bge.models.classifier import BGEClassifier
+from lightning_bge.models.metrics import MonitorConfig
+from lightning_bge.models.optimizer import OptimizerConfig
+from lightning_bge.trainer import quiet_trainer
+from tests.helpers.small_models import VOCABULARY, small_model, word_tokenizer
+
+SPACE = {"lr": {"low": 1e-4, "high": 1e-2, "log": True}, "dropout": {"choices": [0.0, 0.1, 0.3]}}
+
+
+def write_files(folder: Path, dropout: float = 0.1) -> Path:
+    """Model, tokenizer and rows of the search."""
+    small_model("bert", outputs=1, dropout=dropout).save_pretrained(folder / "model")
+    tokenizer: PreTrainedTokenizerBase = word_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    words = VOCABULARY[5:]
+    rows = [f"{' '.join(words[i % 7 : i % 7 + 2 + i % 5])},{words[i % 11]},{i % 2}" for i in range(40)]
+    (folder / "train.csv").write_text("\n".join(["text_a,text_b,label", *rows]) + "\n")
+    return folder
+
+
+def small_data(folder: Path, **changes: Any) -> TextDataModule:
+    """The rows of the search, in batches of 8."""
+    settings: dict[str, Any] = {"max_length": 32, "batch_size": 8, **changes}
+    return TextDataModule(
+        tokenizer=str(folder / "model"),
+        train_file=str(folder / "train.csv"),
+        cache_dir=str(folder / "cache"),
+        **settings,
+    )
+
+
+def make(
+    folder: Path, extra: tuple[Callback, ...] = (), monitor: MonitorConfig | None = None, **changes: Any
+) -> Objective:
+    def build(params: dict[str, Any]) -> Setup:
+        data = small_data(folder, split=SplitConfig(folds=2))
+        data.setup("fit")
+        model = BGEClassifier(
+            str(folder / "model"),
+            optimizer=OptimizerConfig(lr=params["lr"]),
+            dropout=params["dropout"],
+            seed=params.get("seed_everything", 42),
+        )
+        settings = {
+            "max_epochs": changes.get("epochs", 2),
+            "precision": "32-true",
+            "accelerator": "cpu",
+            "callbacks": list(extra),
+        }
+        return Setup(model, data, lambda **more: quiet_trainer(settings, **more), dict)
+
+    settings = {"epochs": 2, "oof_dir": folder / "oof", **changes}
+    return Objective(build, parse_space(SPACE), monitor or MonitorConfig(metric="loss"), 2, **settings)

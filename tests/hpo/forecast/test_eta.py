@@ -1,0 +1,317 @@
+"""The time left, on searches whose end is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from lightning_bge.hpo.forecast import eta as module
+from lightning_bge.hpo.forecast.eta import Eta, _best, estimate_end
+from lightning_bge.hpo.forecast.replay import Curve, Recording, replay_pruned
+from lightning_bge.hpo.progress import Progress
+from lightning_bge.hpo.pruning.asha import CONTINUES, PAUSED, POINT, Standings, last_resumed, next_resumed, rung_steps
+from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
+from lightning_bge.hpo.study import StudyConfig, open_study
+from tests.helpers.paths import CURVES
+
+START = datetime(2026, 1, 1)
+OUTSIDE, GAP = 0.3, 0.05  # seconds of a trial outside of its reports, and between trials
+
+
+class Machine:
+    """Makes trials as one worker of a study leaves them behind."""
+
+    def __init__(self) -> None:
+        self.trials: list[FrozenTrial] = []
+        self.now = START
+
+    def ran(self, curve: Curve, start: int, end: int, complete: bool, **attributes: Any) -> FrozenTrial:
+        reports = [
+            [step + 1, curve.values[step], curve.seconds[step] - curve.validation[step], curve.validation[step], 0, 0]
+            for step in range(end)
+        ]
+        trial = create_trial(
+            state=TrialState.COMPLETE if complete else TrialState.PRUNED,
+            value=curve.value if complete else curve.values[end - 1],
+            intermediate_values={step + 1: curve.values[step] for step in range(end)},
+            user_attrs={"worker": {"host": "h", "pid": 1}, "curve": [reports], **attributes},
+        )
+        trial.number, trial.datetime_start = len(self.trials), self.now
+        self.now += timedelta(seconds=OUTSIDE + sum(curve.seconds[start:end]))
+        trial.datetime_complete = self.now
+        self.now += timedelta(seconds=GAP)
+        self.trials.append(trial)
+        return trial
+
+
+def promoted(recording: Recording, order: Sequence[int], rungs: Sequence[int], eta: int) -> list[FrozenTrial]:
+    """The trials of a whole search with `promote`, by the plain rules of `next_resumed`."""
+    machine, there, over, latest = Machine(), {}, set(), {}
+    begun = 0
+    while (point := choose(there, over, len(rungs), eta, begun, len(order), machine.trials)) is not None:
+        begun = max(begun, point + 1)
+        curve, before = recording.trials[order[point]], latest.get(point)
+        start = 0 if before is None else len(before.intermediate_values)
+        stages = run_stages(curve, there, over, point, rungs, eta, recording)
+        end = [*rungs, recording.n_reports][stages] if stages < len(rungs) else len(curve.values)
+        complete = stages == len(rungs) and curve.value is not None
+        attributes = (
+            {} if before is None else {CONTINUES: before.number, POINT: before.user_attrs.get(POINT, before.number)}
+        )
+        paused = {} if stages == len(rungs) else {PAUSED: end}
+        latest[point] = machine.ran(curve, start, end, complete, **attributes, **paused)
+    return machine.trials
+
+
+def choose(
+    there: Standings, over: set[int], rungs: int, eta: int, begun: int, points: int, trials: Sequence[FrozenTrial]
+) -> int | None:
+    point = next_resumed(there, rungs, eta, over)
+    if point is None and begun < points:
+        return begun
+    complete = any(trial.state == TrialState.COMPLETE for trial in trials)
+    return last_resumed(there, over, complete) if point is None else point
+
+
+def run_stages(
+    curve: Curve, there: Any, over: set[int], point: int, rungs: Sequence[int], eta: int, recording: Recording
+) -> int:
+    """Let a point run until it pauses; return the rung, or their number at its end."""
+    stage = len(there.get(point, {}))
+    while stage < len(rungs):
+        if curve.value is None and len(curve.values) <= rungs[stage]:
+            break
+        there.setdefault(point, {})[stage] = recording.sign * curve.values[rungs[stage] - 1]
+        if next_resumed(there, len(rungs), eta, over) != point:
+            return stage
+        stage += 1
+    over.add(point)
+    return len(rungs)
+
+
+def recorded(name: str) -> Recording:
+    return Recording.load(CURVES / f"{name}.json").coarser(1)
+
+
+def orders(recording: Recording, trials: int, count: int) -> Iterator[np.ndarray]:
+    """The first one recorded is left out: what a process does once is in its seconds."""
+    for seed in range(count):
+        yield np.random.default_rng(seed).permutation(np.arange(1, len(recording.trials)))[:trials]
+
+
+def judge(found: Sequence[tuple[Eta, float]]) -> tuple[float, float]:
+    """Mean of mid over truth, and the share of truths within the range."""
+    inside = np.mean([eta.low <= truth <= eta.high for eta, truth in found])
+    return float(np.mean([eta.mid / truth for eta, truth in found])), float(inside)
+
+
+@pytest.mark.parametrize("trials", [12, 39])
+def test_after_a_third_of_a_recorded_search_the_rest_is_known(trials: int) -> None:
+    found = []
+    for name in ("trecqa", "sick", "sample"):
+        recording = recorded(name)
+        steps = Steps(recording.folds, recording.epochs)
+        for order in orders(recording, trials, 20):
+            everything = promoted(recording, order, rung_steps(steps.total, 1, 4), 4)
+            seen = everything[: len(everything) // 3]
+            now, end = seen[-1].datetime_complete, everything[-1].datetime_complete
+            assert now is not None
+            assert end is not None
+            eta = estimate_end(seen, PrunerConfig(), trials, steps, 1, now, recording.direction, "random")
+            assert eta is not None
+            found.append((eta, (end - now).total_seconds()))
+    mean, inside = judge(found)
+    assert 0.9 < mean < 1.1
+    assert 0.65 <= inside <= 0.92  # 0.8 in the long run; 60 searches
+
+
+@pytest.mark.parametrize("pruner", [PrunerConfig("median"), PrunerConfig("reach"), PrunerConfig("none")])
+def test_with_other_pruners_too(pruner: PrunerConfig) -> None:
+    recording = recorded("sample")
+    steps, trials, found = Steps(recording.folds, recording.epochs), 40, []
+    for order in orders(recording, trials, 6):
+        run = replay_pruned(recording, build_pruner(pruner, trials, steps), order)
+        machine = Machine()
+        for place, reports in zip(order, run.reports, strict=True):
+            curve = recording.trials[place]
+            machine.ran(curve, 0, reports, reports == steps.total and curve.value is not None)
+        seen = machine.trials[: trials // 3]
+        now = seen[-1].datetime_complete
+        assert now is not None
+        eta = estimate_end(seen, pruner, trials, steps, 1, now)
+        assert eta is not None
+        found.append((eta, (machine.now - now).total_seconds() - GAP))
+    mean, inside = judge(found)
+    assert 0.85 < mean < 1.15
+    assert inside >= 0.5
+
+
+def made(count: int, seconds: float = 10.0, workers: int = 1, total: int = 4) -> list[FrozenTrial]:
+    """Complete trials of the same length, on several workers that began at the same time."""
+    trials = []
+    for number in range(count):
+        trial = create_trial(value=0.5, intermediate_values={step: 0.5 for step in range(1, total + 1)})
+        trial.number = number
+        trial.datetime_start = START + timedelta(seconds=seconds * (number // workers))
+        trial.datetime_complete = trial.datetime_start + timedelta(seconds=seconds)
+        trials.append(trial)
+    return trials
+
+
+def test_without_a_pruner_it_is_the_mean_times_what_is_left() -> None:
+    trials, none = made(8), PrunerConfig("none")
+    now = START + timedelta(seconds=80)
+    eta = estimate_end(trials, none, 20, Steps(2, 2), 1, now)
+    assert eta is not None
+    assert eta.mid == pytest.approx(120, rel=0.03)
+    assert 100 < eta.low < eta.mid < eta.high < 140
+    several = estimate_end(trials, none, 20, Steps(2, 2), 4, now)
+    assert several is not None
+    assert several.mid == pytest.approx(30, rel=0.03)
+    # of the best five ten runs with two other seeds, of which seven have ended; and the refit
+    further = estimate_end(trials, none, 20, Steps(2, 2), 1, now, seeds=2, repeated=7, refit=True)
+    assert further is not None
+    assert further.mid == pytest.approx(158, rel=0.03)
+
+
+def test_few_trials_of_a_long_search_are_run_again() -> None:
+    # one in four goes on at each of five rungs: 2,000 / 4 ** 5
+    assert _best((), PrunerConfig(), 2000, Steps(5, 100)) == 2
+    assert _best((), PrunerConfig(), 30, Steps(5, 10)) == 1
+    assert _best(made(8), PrunerConfig("none"), 2000, Steps(2, 2)) == 5
+    assert _best(made(3), PrunerConfig("none"), 3, Steps(2, 2)) == 3
+
+
+def test_a_worker_that_died_does_not_work_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials, now = made(8, workers=2), START + timedelta(seconds=40)
+    running = create_trial(state=TrialState.RUNNING, user_attrs={"worker": {"host": "here", "pid": 1}})
+    running.number, running.datetime_start = 8, now
+    alone = estimate_end([*trials], PrunerConfig("none"), 20, Steps(2, 2), 1, now)
+    monkeypatch.setattr(module, "death_of", lambda trial: "process 1 is gone")
+    dead = estimate_end([*trials, running], PrunerConfig("none"), 20, Steps(2, 2), 1, now)
+    assert alone is not None
+    assert dead is not None
+    assert dead.mid == pytest.approx(alone.mid, rel=0.03)
+    assert running.state == TrialState.RUNNING
+
+
+def test_what_runs_is_counted_by_what_it_has_still_to_do() -> None:
+    trials = made(8, workers=2)
+    running = create_trial(state=TrialState.RUNNING)
+    running.number, running.datetime_start = 8, START + timedelta(seconds=32)
+    eta = estimate_end([*trials, running], PrunerConfig("none"), 10, Steps(2, 2), 2, START + timedelta(seconds=40))
+    assert eta is not None
+    assert eta.mid == pytest.approx(10, rel=0.05)  # the other one begins now; this one needs 2 s more
+    alone = estimate_end([*trials, running], PrunerConfig("none"), 9, Steps(2, 2), 2, START + timedelta(seconds=40))
+    assert alone is not None
+    assert 0.5 < alone.low < 2 < alone.high < 4
+
+
+def test_a_search_that_goes_on_after_a_pause_counts_no_pause() -> None:
+    trials = made(6)
+    for trial in trials[3:]:
+        for name in ("datetime_start", "datetime_complete"):
+            setattr(trial, name, getattr(trial, name) + timedelta(days=3))
+    eta = estimate_end(trials, PrunerConfig("none"), 12, Steps(2, 2), 1, START + timedelta(days=3, seconds=60))
+    assert eta is not None
+    assert eta.mid == pytest.approx(60, rel=0.05)
+
+
+def test_nothing_is_said_before_there_is_anything_to_go_by() -> None:
+    running = create_trial(state=TrialState.RUNNING)
+    running.datetime_start = START
+    failed = create_trial(state=TrialState.FAIL)
+    empty = create_trial(state=TrialState.PRUNED, value=None)
+    for trials in ([], [running], [failed, empty]):
+        assert estimate_end(trials, PrunerConfig(), 12, Steps(2, 2), 1, START) is None
+
+
+def test_a_finished_search_has_nothing_left() -> None:
+    for pruner in (PrunerConfig("none"), PrunerConfig()):
+        assert estimate_end(made(5), pruner, 5, Steps(2, 2), 1, START) == Eta(0.0, 0.0, 0.0)
+
+
+def test_the_last_paused_one_still_runs_to_its_end() -> None:
+    """Three points at the rung: none is in the top quarter, so that the best goes on when all have begun."""
+    recording = Recording(
+        "r",
+        "minimize",
+        1,
+        5,
+        1,
+        {},
+        tuple(Curve(number, {}, float(number), (float(number),) * 5, (2.0,) * 5, (1.0,) * 5) for number in range(3)),
+    )
+    trials = promoted(recording, range(3), [1], 4)
+    assert [len(trial.intermediate_values) for trial in trials] == [1, 1, 1, 5]
+    eta = estimate_end(trials[:3], PrunerConfig(), 3, Steps(1, 5), 1, trials[2].datetime_complete or START, "minimize")
+    assert eta is not None
+    assert eta.mid == pytest.approx(8 + OUTSIDE + GAP, rel=0.05)
+
+
+def test_progress_says_it_and_works_it_out_seldom(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = {"model.optimizer.lr": {"low": 0.0, "high": 1.0}}
+    config = StudyConfig(trials=9, space=space, pruner=PrunerConfig("none"), refit=False)
+    study = open_study(tmp_path, config, "maximize", Steps(2, 2), {})
+    assert study.user_attrs["steps"] == {"folds": 2, "epochs": 2, "per_epoch": 1}
+    asked = []
+
+    def fake(trials: Sequence[FrozenTrial], *rest: Any, refit: bool) -> Eta:
+        assert not refit
+        asked.append((len(trials), *rest))
+        return Eta(3900.0, 4800.0, 6000.0)
+
+    monkeypatch.setattr("lightning_bge.hpo.progress.estimate_end", fake)
+    progress = Progress(9, "f1", 4, config)
+    for trial in made(2):
+        study.add_trial(trial)
+    progress(study, study.trials[0])
+    assert capsys.readouterr().out.rstrip().endswith("about 1:20:00 left (1:05:00 to 1:40:00)")
+    assert [(one[0], *one[1:5]) for one in asked] == [(2, PrunerConfig("none"), 9, Steps(2, 2), 1)]
+    progress.took = 1e6  # as if that had taken long
+    progress(study, study.trials[1])
+    assert len(asked) == 1
+    assert "about 1:20:00 left" in capsys.readouterr().out
+
+
+def test_before_the_first_report_no_time_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = optuna.create_study(direction="maximize")
+    study.add_trial(create_trial(state=TrialState.PRUNED, value=None))
+    Progress(9, "f1", 4)(study, study.trials[0])
+    assert "left" not in capsys.readouterr().out
+
+
+def test_several_workers_share_what_is_left() -> None:
+    recording = recorded("sample")
+    steps = Steps(recording.folds, recording.epochs)
+    seen = promoted(recording, range(1, 59), rung_steps(steps.total, 1, 4), 4)[:20]
+    now = seen[-1].datetime_complete
+    assert now is not None
+    alone, shared = (estimate_end(seen, PrunerConfig(), 58, steps, workers, now) for workers in (1, 4))
+    assert alone is not None
+    assert shared is not None
+    assert 0.25 * alone.mid < shared.mid < 0.5 * alone.mid  # at the end some have nothing to do
+
+
+def test_better_points_go_on_more_often() -> None:
+    recording = recorded("sample")
+    steps = Steps(recording.folds, recording.epochs)
+    seen = promoted(recording, range(1, 59), rung_steps(steps.total, 1, 4), 4)[:20]
+    now = seen[-1].datetime_complete
+    assert now is not None
+    learned, drawn = (
+        estimate_end(seen, PrunerConfig(), 58, steps, 1, now, sampler=sampler) for sampler in ("tpe", "random")
+    )
+    assert learned is not None
+    assert drawn is not None
+    assert learned.mid > drawn.mid

@@ -1,0 +1,142 @@
+"""What is announced before a study is what a real study then does."""
+
+from __future__ import annotations
+
+import binascii
+import math
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.pruners import HyperbandPruner
+from optuna.trial import TrialState
+
+from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.forecast.preview import describe_pruner, forecast, sample_curves
+from lightning_bge.hpo.pruning.asha import PAUSED
+from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.pruning.config import PrunerConfig, bootstrap_trials, build_pruner
+from lightning_bge.hpo.pruning.pruners import FoldWilcoxonPruner
+from lightning_bge.hpo.study import StudyConfig, open_study
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+TRIALS = 60
+SPACE = {"model.optimizer.lr": {"low": 0.0, "high": 1.0}}
+ORIGINAL = PrunerConfig("disarmed_hyperband", reduction_factor=4, min_resource=1, max_resource=5, patience=3)
+CONFIGS = {
+    "hyperband": (PrunerConfig("hyperband"), Steps(1, 12)),
+    "hyperband, one bracket empty": (PrunerConfig("hyperband", fold_confidence=None), Steps(4, 4)),
+    "hyperband, finer reports": (PrunerConfig("hyperband", reduction_factor=3, min_resource=2), Steps(3, 3, 2)),
+    "patient hyperband": (PrunerConfig("hyperband", patience=2), Steps(3, 4)),
+    "hyperband within reach": (PrunerConfig("hyperband", reach=2), Steps(3, 4)),
+    "median": (PrunerConfig("median", warmup_reports=3), Steps(5, 2)),
+    "median, between folds too": (PrunerConfig("median", warmup_reports=5, fold_confidence=0.9), Steps(3, 2)),
+    "patient percentile": (PrunerConfig("percentile", percentile=25.0, patience=1), Steps(2, 5, 2)),
+    "wilcoxon": (PrunerConfig("wilcoxon"), Steps(5, 3)),
+    "reach": (PrunerConfig("reach", warmup_reports=2), Steps(3, 3, 2)),
+    "promote": (PrunerConfig("promote", reduction_factor=3, min_resource=2), Steps(3, 3, 2)),
+    "the original's": (ORIGINAL, Steps(5, 10)),
+}
+NEVER = {
+    "one report at the end": (PrunerConfig("hyperband", bootstrap=0), Steps(1, 1), HyperbandPruner(1, 5, 4)),
+    "wilcoxon on three folds": (PrunerConfig("wilcoxon"), Steps(3, 3), FoldWilcoxonPruner(3)),
+    "rungs beyond the reports": (PrunerConfig("hyperband", min_resource=9), Steps(2, 4), HyperbandPruner(9, 90, 4)),
+}
+
+
+def run(study: optuna.Study, steps: Steps) -> None:
+    """60 trials, each worse than all before it and falling: whatever can be pruned is, as early as it can be."""
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("model.optimizer.lr", 0.0, 1.0)
+        for step in range(1, steps.total + 1):
+            trial.report(-trial.number - 0.001 * step, step)
+            if step < steps.total and trial.should_prune():
+                trial.set_user_attr(PAUSED, step)
+                raise optuna.TrialPruned
+        return -trial.number - 0.001 * steps.total
+
+    study.optimize(objective, n_trials=TRIALS)
+
+
+def bracket_of(name: str, number: int, brackets: int, eta: int) -> int:
+    """Which bracket a trial is in, from Hyperband's budgets and Optuna's way to draw one."""
+    budgets = [math.ceil(brackets * eta ** (brackets - 1 - b) / (brackets - b)) for b in range(brackets)]
+    owners = [b for b, budget in enumerate(budgets) for _ in range(budget)]
+    return owners[binascii.crc32(f"{name}_{number}".encode()) % len(owners)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_real_study_does_what_was_announced(name: str, tmp_path: Path) -> None:
+    config, steps = CONFIGS[name]
+    found = forecast(config, TRIALS, steps)
+    study = open_study(tmp_path / "study", StudyConfig(TRIALS, SPACE, pruner=config), "maximize", steps, {})
+    run(study, steps)
+    pruned = {one.number: one.last_step for one in study.trials if one.state is TrialState.PRUNED}
+    assert pruned
+    assert min(pruned.values()) == found.first
+    several = len(found.brackets) > 1
+    brackets = {
+        number: bracket_of("study", number, len(found.brackets), config.reduction_factor) if several else 0
+        for number in range(TRIALS)
+    }
+    for number, step in pruned.items():
+        assert step == found.brackets[brackets[number]][0]
+    kept = [number for number in range(TRIALS) if number not in pruned]
+    for number in kept[bootstrap_trials(config, TRIALS) :]:
+        first = min(other for other in range(TRIALS) if brackets[other] == brackets[number])
+        # nothing can prune it, or it is the best in its bracket, being the first
+        assert not found.brackets[brackets[number]] or (several and number == first)
+    assert f"can first {'pause' if config.name == 'promote' else 'prune'} at report {found.first} of {steps.total}" in (
+        describe_pruner(config, TRIALS, steps)
+    )
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_what_is_refused_would_never_have_pruned(name: str) -> None:
+    config, steps, pruner = NEVER[name]
+    for call in (forecast, build_pruner):
+        with pytest.raises(ConfigError, match="could never prune"):
+            call(config, TRIALS, steps)
+    study = optuna.create_study(study_name="s", direction="maximize", pruner=pruner)
+    run(study, steps)
+    assert all(one.state is TrialState.COMPLETE for one in study.trials)
+
+
+def test_the_forecast_is_in_proportion() -> None:
+    steps = Steps(5, 6)
+    few, many = (forecast(PrunerConfig("median"), n, steps) for n in (100, 2000))
+    assert 0 < few.pruned <= 90
+    assert many.pruned > 10 * few.pruned
+    assert many.cost < few.cost < 1  # the warm-up is a smaller part
+    assert forecast(PrunerConfig("none"), 100, steps).cost == 1.0
+    most = forecast(PrunerConfig("median", bootstrap=99), 100, steps)
+    assert most.pruned <= 1
+    assert most.cost > 0.98
+
+
+def test_simulated_curves_are_those_of_folds() -> None:
+    recording = sample_curves(50, Steps(4, 3, 2))
+    assert {len(trial.values) for trial in recording.trials} == {24}
+    ends = [trial.value for trial in recording.trials]
+    assert all(trial.values[-1] == trial.value for trial in recording.trials)
+    assert max(ends) - min(ends) > 0.3
+    assert sample_curves(50, Steps(4, 3, 2)) == recording
+    assert sample_curves(50, Steps(4, 3, 2), seed=1) != recording
+
+
+def test_what_the_user_reads() -> None:
+    text = describe_pruner(PrunerConfig("hyperband", fold_confidence=None), 2000, Steps(5, 6))
+    first, second, third = text.splitlines()
+    assert first == (
+        "hyperband: brackets judge at reports [[1, 4, 16], [4, 16], [16]]; can first prune at report 1 of 30"
+    )
+    assert second == "the first 30 of 2000 trials to finish run to their end"
+    assert third.startswith("on simulated learning curves about 1,")
+    assert third.endswith("% of the full cost")
+    assert "rungs at reports [1, 4, 16]" in describe_pruner(PrunerConfig("promote"), 50, Steps(3, 6))
+    assert "patience disarms hyperband" in describe_pruner(PrunerConfig("hyperband", patience=1), 50, Steps(3, 6))
+    original = describe_pruner(ORIGINAL, 2000, Steps(5, 10))
+    assert "a trial that still improves is never pruned" in original
+    assert "the first 30 to be judged at a rung are pruned" in original
+    assert describe_pruner(PrunerConfig("none"), 1, Steps(1, 1)) == "no pruning: every trial runs to its end"

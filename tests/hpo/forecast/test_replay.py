@@ -1,0 +1,222 @@
+"""Recordings of real searches, and replays of them against real studies and plain arithmetic."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.pruners import NopPruner
+from optuna.trial import TrialState
+
+from lightning_bge.errors import StudyError
+from lightning_bge.hpo.forecast.preview import sample_curves
+from lightning_bge.hpo.forecast.replay import (
+    Curve,
+    Recording,
+    Replay,
+    mean_regret,
+    oracle,
+    policy_of,
+    record_study,
+    regret,
+    replay_promoted,
+    replay_pruned,
+    share_to_reach,
+)
+from lightning_bge.hpo.pruning.asha import CONTINUES, PAUSED, AshaPruner, Promoter, point_of, rung_steps
+from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
+from tests.helpers.small_search import make, write_files
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+STEPS = Steps(3, 2, 2)
+
+
+def by_hand(values: list[list[float]], seconds: float = 1.0, direction: Any = "maximize") -> Recording:
+    n = len(values[0])
+    trials = tuple(
+        Curve(number, {}, row[-1], tuple(row), (seconds,) * n, (0.0,) * n) for number, row in enumerate(values)
+    )
+    return Recording("hand", direction, 1, n, 1, {}, trials)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> optuna.Study:
+    objective = make(write_files(tmp_path_factory.mktemp("search")), per_epoch=2)
+    study = optuna.create_study(direction="minimize", sampler=optuna.samplers.RandomSampler(seed=1), study_name="s")
+    study.optimize(objective, n_trials=3)
+    return study
+
+
+def test_a_recording_holds_what_the_study_reported(searched: optuna.Study, tmp_path: Path) -> None:
+    found = record_study(searched, "small", 2, 2, 2, rows=40)
+    assert (found.direction, found.n_reports, found.about) == ("minimize", 8, {"rows": 40})
+    for curve, trial in zip(found.trials, searched.trials, strict=True):
+        assert curve.values == pytest.approx(list(trial.intermediate_values.values()), abs=1e-6)
+        assert curve.value == trial.value
+        assert curve.params == trial.params
+        assert all(a >= b >= 0 for a, b in zip(curve.seconds, curve.validation, strict=True))
+        assert 0 < sum(curve.seconds) <= trial.duration.total_seconds()
+    assert found.best == searched.best_value
+    found.save(tmp_path / "small.json")
+    assert Recording.load(tmp_path / "small.json") == found
+
+
+def test_a_coarser_recording_is_that_of_fewer_reports(searched: optuna.Study) -> None:
+    fine = record_study(searched, "small", 2, 2, 2)
+    coarse = fine.coarser(1)
+    for curve, once in zip(fine.trials, coarse.trials, strict=True):
+        assert once.values == curve.values[1::2]
+        assert sum(once.seconds) == pytest.approx(sum(curve.seconds) - sum(curve.validation[0::2]))
+    with pytest.raises(StudyError, match="does not divide"):
+        fine.coarser(3)
+
+
+def test_what_cannot_be_recorded(searched: optuna.Study, tmp_path: Path) -> None:
+    pruned = optuna.create_study()
+    pruned.add_trial(optuna.trial.create_trial(state=TrialState.PRUNED, intermediate_values={1: 0.5}))
+    with pytest.raises(StudyError, match="was pruned: record a search without pruning"):
+        record_study(pruned, "p", 1, 2, 1)
+    old = optuna.create_study()
+    old.add_trial(optuna.trial.create_trial(value=0.5))
+    with pytest.raises(StudyError, match="no record of its seconds"):
+        record_study(old, "o", 1, 2, 1)
+    with pytest.raises(StudyError, match="expected a recording of schema version"):
+        Recording.load(tmp_path / "missing.json")
+    (tmp_path / "other.json").write_text(json.dumps({"schema_version": 99}))
+    with pytest.raises(StudyError, match="expected a recording of schema version"):
+        Recording.load(tmp_path / "other.json")
+
+
+def test_a_trial_that_ended_by_a_nan_is_recorded_and_replayed() -> None:
+    study = optuna.create_study(direction="maximize")
+    curve = [[[1, 0.5, 1.0, 0.2, 1.0, 0.2], [2, float("nan"), 1.0, 0.2, 1.0, 0.2]]]
+    attributes = {"nan": "nan", "curve": curve}
+    study.add_trial(
+        optuna.trial.create_trial(state=TrialState.PRUNED, intermediate_values={1: 0.5}, user_attrs=attributes)
+    )
+    [trial] = record_study(study, "n", 1, 4, 1).trials
+    assert trial.value is None
+    assert trial.seconds == (1.2, 1.2)
+    recording = Recording("n", "maximize", 1, 4, 1, {}, (trial, Curve(1, {}, 0.4, (0.4,) * 4, (1.0,) * 4, (0.0,) * 4)))
+    for run in (replay_pruned(recording, NopPruner(), [0, 1]), replay_promoted(recording, [1], 2, [0, 1])):
+        assert run.seconds == pytest.approx(6.4)
+        assert run.reports == (2, 4)
+        assert [value for _, value in run.found] == [0.4]
+
+
+@pytest.mark.parametrize("name", ["hyperband", "median", "percentile", "reach", "none"])
+def test_a_replay_equals_a_real_study(name: Any) -> None:
+    recording = sample_curves(40, STEPS)
+    order = list(range(40))
+    random.Random(0).shuffle(order)
+    config = PrunerConfig(name)
+    run = policy_of(config, 40, STEPS)(recording, order, "fixed")
+    study = optuna.create_study(study_name="fixed", direction="maximize", pruner=build_pruner(config, 40, STEPS))
+
+    def objective(trial: optuna.Trial) -> float:
+        values = recording.trials[order[trial.number]].values
+        for step, value in enumerate(values, start=1):
+            trial.report(value, step)
+            if step < len(values) and trial.should_prune():
+                raise optuna.TrialPruned
+        return values[-1]
+
+    study.optimize(objective, n_trials=40)
+    assert run.reports == tuple(trial.last_step for trial in study.trials)
+    assert [value for _, value in run.found] == [t.value for t in study.trials if t.state is TrialState.COMPLETE]
+    assert run.seconds == sum(run.reports)
+
+
+def test_a_promoted_replay_equals_the_papers() -> None:
+    from tests.hpo.pruning.test_asha import plain_halving
+
+    recording = sample_curves(40, STEPS)
+    order = list(range(40))
+    random.Random(1).shuffle(order)
+    steps = rung_steps(12, 1, 3)
+    made, ended = plain_halving([list(recording.trials[place].values) for place in order], list(steps), 3)
+    run = replay_promoted(recording, steps, 3, order)
+    assert run.reports == tuple(made)
+    assert len(run.found) == ended
+    assert run.seconds == sum(made)
+
+
+def test_a_promoted_search_has_an_end_even_where_no_trial_earned_it() -> None:
+    run = replay_promoted(by_hand([[0.1] * 4, [0.2] * 4]), [1], 4, [0, 1])
+    assert run.reports == (1, 4)
+    assert run.found == ((5.0, 0.2),)
+
+
+def test_figures_of_a_replay_by_hand() -> None:
+    recording = by_hand([[0.5] * 2, [0.992] * 2, [1.0] * 2, [0.2] * 2])
+    run = replay_pruned(recording, NopPruner(), [0, 1, 2, 3])
+    assert run == Replay(8.0, ((2.0, 0.5), (4.0, 0.992), (6.0, 1.0), (8.0, 0.2)), (2, 2, 2, 2), (0, 1, 2, 3))
+    assert share_to_reach(recording, run) == 0.5
+    assert share_to_reach(recording, run, within=0.001) == 0.75
+    assert [regret(recording, run, at) for at in (1, 2, 4, 9)] == pytest.approx([1.0, 0.5, 0.008, 0.0])
+    assert mean_regret(recording, run) == pytest.approx((2 * 1.0 + 2 * 0.5 + 2 * 0.008) / 8)
+    known = oracle(recording, [0, 1, 2, 3])
+    assert known.reports == (2, 2, 2, 0)
+    assert known.seconds == 6.0
+    nothing = Replay(1.0, (), (1,), (0,))
+    assert share_to_reach(recording, nothing) is None
+    assert mean_regret(recording, nothing) == 1.0
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_the_mean_regret_is_the_integral_of_the_regret(direction: Any) -> None:
+    values = np.random.default_rng(0).uniform(0.5, 1.5, (12, 3)).tolist()
+    recording = by_hand(values, 2.0, direction)
+    run = replay_pruned(recording, NopPruner(), list(range(12)))
+    at = (np.arange(7200) + 0.5) / 100
+    assert mean_regret(recording, run) == pytest.approx(np.mean([regret(recording, run, x) for x in at]))
+
+
+def test_nans_among_promoted_trials_are_replayed_as_a_study_has_them(tmp_path: Path) -> None:
+    nan = float("nan")
+    rows = [[0.65] * 6, [0.9, nan], [nan], [0.6] * 6, [0.7] * 6, [0.8, 0.8, 0.8, nan], [0.5] * 6, [0.75] * 6]
+    trials = tuple(
+        Curve(
+            *(number, {}, row[-1] if len(row) == 6 else None, tuple(row)),
+            *((1.0,) * len(row), (0.0,) * len(row)),
+        )
+        for number, row in enumerate(rows)
+    )
+    recording = Recording("n", "maximize", 1, 6, 1, {}, trials)
+    run = replay_promoted(recording, [1, 3], 2, range(8))
+    study = optuna.create_study(direction="maximize", pruner=AshaPruner([1, 3], 2), study_name="s")
+    promoter = Promoter(study.pruner, 8, tmp_path)
+    points: list[int] = []
+
+    def objective(trial: optuna.Trial) -> float:
+        frozen = study.get_trials(deepcopy=False)[trial.number]
+        if point_of(frozen) not in points:
+            points.append(point_of(frozen))
+        row = rows[points.index(point_of(frozen))]
+        parent = trial.user_attrs.get(CONTINUES)
+        start = 0 if parent is None else study.trials[parent].last_step
+        for step, value in enumerate(row, start=1):
+            if value != value:
+                trial.set_user_attr("nan", "nan")
+                raise optuna.TrialPruned
+            trial.report(value, step)
+            if start < step < 6 and trial.should_prune():
+                trial.set_user_attr(PAUSED, step)
+                raise optuna.TrialPruned
+        return row[-1]
+
+    promoter(study)
+    study.optimize(objective, callbacks=[promoter])
+    made = [0] * 8
+    for trial in study.trials:
+        at = points.index(point_of(trial))
+        made[at] = (trial.last_step or 0) + ("nan" in trial.user_attrs)
+    assert run.reports == tuple(made)
+    done = [trial.value for trial in study.trials if trial.state is TrialState.COMPLETE]
+    assert [value for _, value in run.found] == done
