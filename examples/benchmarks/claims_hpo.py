@@ -11,9 +11,9 @@ import optuna
 from optuna.pruners import BasePruner, MedianPruner
 
 from lightning_bge.hpo.forecast.replay import Policy, Recording, policy_of, replay_pruned, share_to_reach
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.pruning.pruners import BootstrapPruner, FoldEndPruner, WarmupPruner
+from lightning_bge.hpo.steps import Steps
 
 CURVES = Path(__file__).parents[2] / "docs" / "benchmarks" / "curves"
 WITHIN = 0.01

@@ -33,10 +33,10 @@ from note import table, write_note
 from lightning_bge.advisor.plan.plan import POINTS, load_calibration
 from lightning_bge.advisor.plan.predict import Priced, Study, predict, seconds_of
 from lightning_bge.hpo.analysis.history import read_history
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.space.parameter_sets import draw_points
 from lightning_bge.hpo.space.search_space import parse_space
+from lightning_bge.hpo.steps import Steps
 from lightning_bge.runtime.run_folder import read_json
 
 SPACE = """{

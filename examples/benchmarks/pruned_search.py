@@ -25,8 +25,8 @@ from optuna.trial import FrozenTrial, TrialState
 from record_searches import SEARCHES, add_arguments, search
 
 from lightning_bge.hpo.pruning.asha import latest_trials, point_of
-from lightning_bge.hpo.pruning.callback import Report
 from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.steps import Report
 from lightning_bge.runtime.run_folder import write_json, write_text
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks"

@@ -34,8 +34,8 @@ from lightning_bge.hpo.forecast.replay import (
     replay_pruned,
     share_to_reach,
 )
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.steps import Steps
 from lightning_bge.runtime.run_folder import write_json, write_text
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks"

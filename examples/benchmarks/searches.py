@@ -36,9 +36,9 @@ from transformers import (
 from transformers import Trainer as TransformersTrainer
 
 import lightning_bge.cli.main
+from lightning_bge.hpo.config import JOURNAL
 from lightning_bge.hpo.pruning.asha import point_of
 from lightning_bge.hpo.storage import open_storage
-from lightning_bge.hpo.study import JOURNAL
 
 NAME = "race"
 # What is searched: name, lowest, highest, logarithmic. Warm-up is a share of the steps.

@@ -28,14 +28,15 @@ from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.micro_batch.finder import MemoryConfig, MicroBatchFinder
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError, StudyError, UserError
+from lightning_bge.hpo.config import BEST, StudyConfig
 from lightning_bge.hpo.forecast.preview import describe_pruner
-from lightning_bge.hpo.objective import BEST, Objective, Setup
-from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.objective import Objective, Setup
 from lightning_bge.hpo.results import describe_study, finish_study
 from lightning_bge.hpo.seed_replicates import run_repeats
 from lightning_bge.hpo.space.parameter_sets import complete_point, ends, parse_points, points_to_check
 from lightning_bge.hpo.space.search_space import Space, parse_space
-from lightning_bge.hpo.study import StudyConfig, differences, open_study, others_go_on, run_study
+from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.study import differences, open_study, others_go_on, run_study
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics import MonitorConfig, best_threshold, check_metric, metric_direction, scores

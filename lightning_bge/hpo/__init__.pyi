@@ -7,6 +7,8 @@ from .analysis.hours import SearchClock as SearchClock
 from .analysis.hours import best_over_hours as best_over_hours
 from .analysis.hours import hours_saved as hours_saved
 from .analysis.importance import parameter_importance as parameter_importance
+from .config import BEST as BEST
+from .config import StudyConfig as StudyConfig
 from .forecast.eta import Eta as Eta
 from .forecast.eta import estimate_end as estimate_end
 from .forecast.preview import Forecast as Forecast
@@ -14,7 +16,6 @@ from .forecast.preview import describe_pruner as describe_pruner
 from .forecast.preview import forecast as forecast
 from .forecast.replay import Recording as Recording
 from .forecast.replay import record_study as record_study
-from .objective import BEST as BEST
 from .objective import INTERRUPTED as INTERRUPTED
 from .objective import Objective as Objective
 from .objective import Setup as Setup
@@ -24,7 +25,6 @@ from .objective_probe import watch_objective as watch_objective
 from .objective_probe import would_prune as would_prune
 from .pruning.asha import AshaPruner as AshaPruner
 from .pruning.callback import FoldPruningCallback as FoldPruningCallback
-from .pruning.callback import Steps as Steps
 from .pruning.config import PrunerConfig as PrunerConfig
 from .pruning.config import build_pruner as build_pruner
 from .pruning.pruners import BootstrapPruner as BootstrapPruner
@@ -42,8 +42,8 @@ from .space.parameter_sets import parse_points as parse_points
 from .space.parameter_sets import points_to_check as points_to_check
 from .space.search_space import Space as Space
 from .space.search_space import parse_space as parse_space
+from .steps import Steps as Steps
 from .study import MemoryKeptError as MemoryKeptError
-from .study import StudyConfig as StudyConfig
 from .study import differences as differences
 from .study import open_study as open_study
 from .study import others_go_on as others_go_on

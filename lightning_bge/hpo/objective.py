@@ -21,10 +21,12 @@ from lightning_bge.callbacks.compile.callback import CompileLayers
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.oom import OOMHandler, drop_locals
 from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.hpo.config import BEST
 from lightning_bge.hpo.pruning.asha import CONTINUES, AshaPruner
-from lightning_bge.hpo.pruning.callback import FoldPruningCallback, Report
+from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.ranking import CostName, best_points, cost, rank_key
 from lightning_bge.hpo.space.search_space import Space, suggest
+from lightning_bge.hpo.steps import Report
 from lightning_bge.hpo.storage import abandon, mark_alive
 from lightning_bge.hpo.trial_checkpoint import EpochThatCounts, Fold, Paused, pause
 from lightning_bge.models.classifier import BGEClassifier
@@ -32,7 +34,6 @@ from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics import MonitorConfig, Predictions, metric_direction
 from lightning_bge.runtime.memory import find_oom, give_way, live_bytes, release
 
-BEST = 5  # trials whose out-of-fold predictions are kept, and which may be run again with other seeds
 SEED = "seed_everything"
 SLACK = 2**20  # bytes that an out-of-memory trial may leave behind: the libraries' small caches
 log = logging.getLogger("lightning_bge")

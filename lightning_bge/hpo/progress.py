@@ -12,12 +12,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.hpo.forecast.eta import Eta, being_run, estimate_end
 from lightning_bge.hpo.pruning.asha import CONTINUES, PAUSED, AshaPruner, begun, continued
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import cost_of, front, maximizes, ranked, score_of
+from lightning_bge.hpo.steps import Steps
 
 if TYPE_CHECKING:
-    from lightning_bge.hpo.study import StudyConfig
+    from lightning_bge.hpo.config import StudyConfig
 
 ETA_SHARE = 50  # the time left is worked out anew when so many times what that takes have passed: 2 % of the time
 

@@ -10,7 +10,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.pruning.callback import Report
+from lightning_bge.hpo.steps import Report
 
 CostName = Literal["train_seconds", "predict_seconds"]
 

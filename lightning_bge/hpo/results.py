@@ -15,11 +15,11 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
+from lightning_bge.hpo.config import FINISHED
 from lightning_bge.hpo.objective import Build, Setup, drop_predictions, load_predictions, predictions_file
 from lightning_bge.hpo.progress import count, ended_early, finished
 from lightning_bge.hpo.ranking import cost_of, front, ranked, score_of
 from lightning_bge.hpo.seed_replicates import Repeats, describe_repeats
-from lightning_bge.hpo.study import FINISHED
 from lightning_bge.models.metrics import (
     LOWER_IS_BETTER,
     MonitorConfig,

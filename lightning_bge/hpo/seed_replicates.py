@@ -19,11 +19,12 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.objective import BEST, Objective, predictions_file
+from lightning_bge.hpo.config import BEST, FINISHED, StudyConfig
+from lightning_bge.hpo.objective import Objective, predictions_file
 from lightning_bge.hpo.progress import Progress, count
 from lightning_bge.hpo.ranking import best_points, maximizes, ranked, score_of
 from lightning_bge.hpo.storage import sweep
-from lightning_bge.hpo.study import FINISHED, StudyConfig, is_finished, stop_if_memory_is_kept
+from lightning_bge.hpo.study import is_finished, stop_if_memory_is_kept
 
 ATTEMPTS = 3  # of one repeat, whose process died or which failed; then it counts as one without a value
 log = logging.getLogger("lightning_bge")

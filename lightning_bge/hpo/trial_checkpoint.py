@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_bge.hpo.pruning.callback import FoldPruningCallback, Report
+from lightning_bge.hpo.pruning.callback import FoldPruningCallback
+from lightning_bge.hpo.steps import Report
 from lightning_bge.models.metrics import Predictions
 
 

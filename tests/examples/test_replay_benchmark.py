@@ -10,8 +10,8 @@ import pytest
 
 from lightning_bge.hpo.forecast.preview import sample_curves
 from lightning_bge.hpo.forecast.replay import Recording
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.steps import Steps
 from tests.helpers.paths import ROOT
 
 CURVES = ROOT / "docs" / "benchmarks" / "curves"

@@ -15,9 +15,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.data.batches.max_tokens import BatchingConfig, EncodedDataset
 from lightning_bge.data.tables.splits import SplitConfig
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.objective import Objective, Setup
 from lightning_bge.hpo.space.search_space import parse_space
-from lightning_bge.hpo.study import MemoryKeptError, StudyConfig, run_study
+from lightning_bge.hpo.study import MemoryKeptError, run_study
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import TextClassifier
 from lightning_bge.models.encoder_cache import EncoderCache

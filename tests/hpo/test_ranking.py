@@ -5,8 +5,8 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from lightning_bge.hpo.pruning.callback import Report
 from lightning_bge.hpo.ranking import best_points, cost, cost_of, front, ranked, score_of
+from lightning_bge.hpo.steps import Report
 
 
 def study_of(values: list[list[float]], *directions: str) -> optuna.Study:

@@ -18,12 +18,13 @@ import pytest
 from optuna.trial import TrialState
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.seed_replicates import Again, Repeats, _open, describe_repeats, run_repeats
 from lightning_bge.hpo.space.search_space import parse_space, suggest
+from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage import _start_time, _this_worker, abandon, mark_alive, open_storage, sweep
-from lightning_bge.hpo.study import StudyConfig, open_study, run_study
+from lightning_bge.hpo.study import open_study, run_study
 
 SPACE = {"lr": {"low": 0.0, "high": 1.0}}
 Value = Callable[[optuna.Trial, int], float]

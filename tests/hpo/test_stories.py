@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from lightning_bge.data.batches.max_tokens import BatchingConfig
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.forecast.preview import forecast
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig, bootstrap_trials, build_pruner
 from lightning_bge.hpo.pruning.pruners import BootstrapPruner, FoldEndPruner, ReachPruner
+from lightning_bge.hpo.steps import Steps
 from lightning_bge.models.classifier import BGEClassifier
 from tests.helpers.curve_study import run
 from tests.helpers.small_search import make, small_data, write_files

@@ -14,11 +14,12 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from lightning_bge.errors import StudyError
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.objective import load_predictions, save_predictions
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.results import describe_study, judge_out_of_fold, majority_baseline, trials_table, wall_seconds
-from lightning_bge.hpo.study import StudyConfig, open_study, run_study
+from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.study import open_study, run_study
 from lightning_bge.models.metrics import Predictions
 from lightning_bge.types import Schema
 

@@ -11,10 +11,11 @@ import optuna
 import pytest
 
 from lightning_bge.errors import ConfigError, StudyError
-from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.results import describe_study, trials_table
-from lightning_bge.hpo.study import StudyConfig, open_study, run_study
+from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.study import open_study, run_study
 
 SPACE = {"lr": {"low": 0.0, "high": 1.0}}
 NONE = PrunerConfig(name="none")

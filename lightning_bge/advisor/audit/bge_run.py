@@ -23,9 +23,9 @@ from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.objective import Setup
-from lightning_bge.hpo.pruning.callback import Steps
-from lightning_bge.hpo.study import StudyConfig
+from lightning_bge.hpo.steps import Steps
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder_cache import EncoderCache
 

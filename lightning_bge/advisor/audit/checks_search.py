@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from lightning_bge.advisor.audit.checks_compute import Gain, Row
 from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.forecast.preview import describe_pruner, forecast
 from lightning_bge.hpo.objective_probe import watch_objective, would_prune
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.study import StudyConfig
+from lightning_bge.hpo.steps import Steps
 
 
 def search_rows(hpo: StudyConfig, steps: Steps) -> list[Row]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.steps import Steps
 
 How = Literal["shorter", "faster"]
 Basis = Literal["measured", "predicted", "in effect", "off", "impossible", "not known"]

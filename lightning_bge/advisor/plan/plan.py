@@ -22,12 +22,12 @@ from lightning_bge.advisor.plan.warnings import Others, assumed, doubts, judge_s
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.forecast.replay import Recording
 from lightning_bge.hpo.objective import Build
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.space.parameter_sets import draw_points, parse_points
 from lightning_bge.hpo.space.search_space import Space, parse_space
-from lightning_bge.hpo.study import StudyConfig
+from lightning_bge.hpo.steps import Steps
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics import MonitorConfig
 

@@ -14,14 +14,14 @@ import numpy as np
 from lightning_bge.advisor.plan.calibrate import Calibration
 from lightning_bge.advisor.plan.cost_model import TrialCost
 from lightning_bge.hpo.analysis.history import History
+from lightning_bge.hpo.config import BEST
 from lightning_bge.hpo.forecast.eta import refit_epochs
 from lightning_bge.hpo.forecast.preview import SIMULATED, STYLES, sample_curves
 from lightning_bge.hpo.forecast.replay import Curve, Recording, policy_of
 from lightning_bge.hpo.forecast.simulator import STARTUP, Halving, Outcome, Prices, run_promoted, schedule, skill
-from lightning_bge.hpo.objective import BEST
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig, rungs
 from lightning_bge.hpo.space.search_space import Space
+from lightning_bge.hpo.steps import Steps
 
 RUNS = 80
 FEW = 12  # runs with a pruner of Optuna's, each of which takes up to half a second

@@ -11,9 +11,9 @@ import torch
 from lightning_bge.advisor.plan.calibrate import Calibration
 from lightning_bge.advisor.plan.predict import DRIFT, Study
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig, check_pruner
-from lightning_bge.hpo.study import StudyConfig
+from lightning_bge.hpo.steps import Steps
 
 STAT = Path("/proc/stat")
 BUSY = 0.3  # cores at work for others, from which on it may matter

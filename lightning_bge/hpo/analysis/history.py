@@ -18,13 +18,13 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
+from lightning_bge.hpo.config import FINISHED, JOURNAL, StudyConfig
 from lightning_bge.hpo.forecast.eta import Eta, being_run, estimate_end
 from lightning_bge.hpo.pruning.asha import CONTINUES, PAUSED, continued
-from lightning_bge.hpo.pruning.callback import Report, Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import cost_of, score_of
+from lightning_bge.hpo.steps import Report, Steps
 from lightning_bge.hpo.storage import death_of
-from lightning_bge.hpo.study import FINISHED, JOURNAL, StudyConfig
 
 # how a trial stands: `went on` is one that was paused and is continued by a later trial; `diverged` ended by a NaN
 Outcome = Literal[

@@ -22,12 +22,12 @@ from typing import Literal
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
+from lightning_bge.hpo.config import BEST
 from lightning_bge.hpo.forecast.preview import simulated_reports
 from lightning_bge.hpo.forecast.simulator import STARTUP, Halving, Prices, Promoted, Running, schedule, skill
-from lightning_bge.hpo.objective import BEST
 from lightning_bge.hpo.pruning.asha import CONTINUES, any_complete, begun, busy_points, latest_trials, point_of
-from lightning_bge.hpo.pruning.callback import Report, Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig, bootstrap_trials, rungs
+from lightning_bge.hpo.steps import Report, Steps
 from lightning_bge.hpo.storage import death_of
 
 RUNS = 100  # of the rest of the search

@@ -9,8 +9,8 @@ from functools import cache
 import numpy as np
 
 from lightning_bge.hpo.forecast.replay import Curve, Recording, policy_of
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig, bootstrap_trials, check_pruner, optuna_bootstrap, rungs
+from lightning_bge.hpo.steps import Steps
 
 STYLES = {"usual": (1.0, 1.0), "fast": (0.4, 1.0), "slow": (2.5, 1.0), "noisy": (1.0, 5.0)}  # slower, noise
 SIMULATED = 120  # trials of a simulated study at most: half a second; larger ones are scaled up from it

@@ -24,8 +24,8 @@ from optuna.trial import TrialState
 
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.pruning.asha import Standings, last_resumed, next_resumed
-from lightning_bge.hpo.pruning.callback import Report, Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner, rungs
+from lightning_bge.hpo.steps import Report, Steps
 from lightning_bge.runtime.run_folder import SCHEMA_VERSION, read_json, write_text
 
 Floats = np.ndarray[tuple[int], np.dtype[np.float64]]

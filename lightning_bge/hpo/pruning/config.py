@@ -16,7 +16,6 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner,
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.pruning.asha import AshaPruner, rung_steps
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.pruning.pruners import (
     BootstrapPruner,
     FoldEndPruner,
@@ -24,6 +23,7 @@ from lightning_bge.hpo.pruning.pruners import (
     ReachPruner,
     WarmupPruner,
 )
+from lightning_bge.hpo.steps import Steps
 
 PrunerName = Literal["promote", "reach", "hyperband", "median", "percentile", "wilcoxon", "disarmed_hyperband", "none"]
 

@@ -15,9 +15,9 @@ from lightning_bge.advisor.audit.bge_run import OwnRun, audit_own
 from lightning_bge.advisor.audit.console import describe_audit
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.study import StudyConfig
+from lightning_bge.hpo.steps import Steps
 from tests.helpers.foreign_modules import Classifier, loader
 from tests.helpers.small_search import make, write_files
 

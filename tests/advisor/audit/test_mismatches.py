@@ -21,9 +21,10 @@ from lightning_bge.advisor.audit.checks_compute import Row
 from lightning_bge.advisor.audit.checks_search import objective_rows, pruner_row, search_rows
 from lightning_bge.advisor.audit.requested import Claims
 from lightning_bge.data.batches.max_tokens import BatchingConfig
-from lightning_bge.hpo.pruning.callback import FoldPruningCallback, Steps
+from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.study import StudyConfig
+from lightning_bge.hpo.steps import Steps
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.peft_and_freezing import SaversConfig
 from tests.helpers.foreign_modules import Accumulating, Classifier, loader

@@ -17,11 +17,12 @@ from lightning_bge.advisor.plan.pace import Step
 from lightning_bge.advisor.plan.trial_bench import Bench, Sizes, Visit
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.objective import Setup
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.space.parameter_sets import draw_points
 from lightning_bge.hpo.space.search_space import parse_space
-from lightning_bge.hpo.study import StudyConfig, quiet_optuna
+from lightning_bge.hpo.study import quiet_optuna
 from lightning_bge.models.encoder_cache import EncoderCache
 from tests.helpers.small_search import SPACE, make, write_files
 

@@ -21,7 +21,7 @@ from lightning_bge.advisor.plan.cost_model import (
     saved,
 )
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.steps import Steps
 from tests.helpers.paths import DOCS
 
 REFERENCE = {"hours": 250.0 + 788.0, "times": 30 + 1970, "compile_s": 60.0, "gain": 0.15}

@@ -25,9 +25,10 @@ from lightning_bge.advisor.plan.trial_bench import Looks
 from lightning_bge.advisor.plan.warnings import Others, doubts, judge_search
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.study import StudyConfig, quiet_optuna
+from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.study import quiet_optuna
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics import MonitorConfig
 from tests.helpers.paths import CONFIGS

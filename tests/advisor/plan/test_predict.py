@@ -16,10 +16,10 @@ from lightning_bge.advisor.plan.predict import Priced, Study, pools, predict, se
 from lightning_bge.hpo.analysis.history import History, PastTrial
 from lightning_bge.hpo.forecast.replay import Curve, Recording, replay_promoted
 from lightning_bge.hpo.pruning.asha import rung_steps
-from lightning_bge.hpo.pruning.callback import Report, Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.space.parameter_sets import draw_points
 from lightning_bge.hpo.space.search_space import parse_space
+from lightning_bge.hpo.steps import Report, Steps
 from lightning_bge.hpo.study import quiet_optuna
 from tests.helpers.paths import CURVES
 

@@ -11,9 +11,10 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from lightning_bge.advisor.report.report import write_report
-from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.study import StudyConfig, open_study, run_study
+from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.study import open_study, run_study
 from lightning_bge.runtime.run_folder import write_json
 from tests.helpers.audit_sample import AUDIT
 from tests.helpers.made_study import make_study

@@ -14,9 +14,10 @@ from lightning_bge.errors import StudyError
 from lightning_bge.hpo.analysis.history import History, PastTrial, read_history, time_left
 from lightning_bge.hpo.analysis.hours import SearchClock, best_over_hours, hours_saved
 from lightning_bge.hpo.analysis.importance import parameter_importance
-from lightning_bge.hpo.pruning.callback import Report, Steps
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.study import StudyConfig, open_study, run_study
+from lightning_bge.hpo.steps import Report, Steps
+from lightning_bge.hpo.study import open_study, run_study
 from tests.helpers.made_study import START, make_study, new_study
 from tests.helpers.small_search import SPACE, make, write_files
 

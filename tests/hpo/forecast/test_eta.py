@@ -12,14 +12,15 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.forecast import eta as module
 from lightning_bge.hpo.forecast.eta import Eta, _best, estimate_end
 from lightning_bge.hpo.forecast.replay import Curve, Recording, replay_pruned
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.pruning.asha import CONTINUES, PAUSED, POINT, Standings, last_resumed, next_resumed, rung_steps
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
-from lightning_bge.hpo.study import StudyConfig, open_study
+from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.study import open_study
 from tests.helpers.paths import CURVES
 
 START = datetime(2026, 1, 1)

@@ -12,12 +12,13 @@ from optuna.pruners import HyperbandPruner
 from optuna.trial import TrialState
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.forecast.preview import describe_pruner, forecast, sample_curves
 from lightning_bge.hpo.pruning.asha import PAUSED
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig, bootstrap_trials, build_pruner
 from lightning_bge.hpo.pruning.pruners import FoldWilcoxonPruner
-from lightning_bge.hpo.study import StudyConfig, open_study
+from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.study import open_study
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 TRIALS = 60

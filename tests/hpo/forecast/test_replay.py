@@ -29,8 +29,8 @@ from lightning_bge.hpo.forecast.replay import (
     share_to_reach,
 )
 from lightning_bge.hpo.pruning.asha import CONTINUES, PAUSED, AshaPruner, Promoter, point_of, rung_steps
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
+from lightning_bge.hpo.steps import Steps
 from tests.helpers.small_search import make, write_files
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -9,7 +9,7 @@ from lightning_bge.hpo.forecast.preview import sample_curves
 from lightning_bge.hpo.forecast.replay import replay_promoted
 from lightning_bge.hpo.forecast.simulator import Halving, Outcome, Prices, Promoted, Running, run_promoted, schedule
 from lightning_bge.hpo.pruning.asha import next_resumed, rung_steps
-from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.steps import Steps
 
 STEPS = Steps(3, 6)
 RUNGS = rung_steps(STEPS.total, 1, 4)

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from optuna.trial import FrozenTrial, TrialState
 from safetensors.torch import load_file
 
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.objective import predictions_file
 from lightning_bge.hpo.pruning.asha import (
     CONTINUES,
@@ -30,9 +31,9 @@ from lightning_bge.hpo.pruning.asha import (
     rung_steps,
     standings,
 )
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.study import StudyConfig, finished, open_study, run_study
+from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.study import finished, open_study, run_study
 from lightning_bge.models.metrics import MonitorConfig
 from tests.helpers.small_search import SPACE, make, write_files
 

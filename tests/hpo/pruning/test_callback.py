@@ -7,9 +7,10 @@ from optuna.trial import TrialState
 from torch.utils.data import DataLoader
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.pruning.callback import FoldPruningCallback, Steps
+from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
 from lightning_bge.hpo.pruning.pruners import BootstrapPruner
+from lightning_bge.hpo.steps import Steps
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 pytestmark = pytest.mark.filterwarnings(

@@ -8,9 +8,9 @@ from optuna.pruners import HyperbandPruner, NopPruner
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.forecast.preview import forecast
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig, bootstrap_trials, build_pruner, rungs
 from lightning_bge.hpo.pruning.pruners import BootstrapPruner
+from lightning_bge.hpo.steps import Steps
 from tests.helpers.curve_study import run
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -11,7 +11,6 @@ import pytest
 from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from scipy.stats import wilcoxon
 
-from lightning_bge.hpo.pruning.callback import Steps
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
 from lightning_bge.hpo.pruning.pruners import (
     BootstrapPruner,
@@ -21,6 +20,7 @@ from lightning_bge.hpo.pruning.pruners import (
     WarmupPruner,
     fold_scores,
 )
+from lightning_bge.hpo.steps import Steps
 from tests.helpers.curve_study import run
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

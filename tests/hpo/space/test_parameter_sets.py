@@ -10,11 +10,12 @@ import pytest
 from optuna.trial import TrialState
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.pruning.callback import Steps
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.space.parameter_sets import complete_point, parse_points, points_to_check
 from lightning_bge.hpo.space.search_space import Space, parse_space, suggest
-from lightning_bge.hpo.study import StudyConfig, open_study, run_study
+from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.study import open_study, run_study
 
 RAW: dict[str, Any] = {
     "alpha": {"low": 1.0, "high": 4.0, "when": {"lora": True, "model": ["base", "large"]}},

@@ -1,0 +1,103 @@
+"""The options of a study."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from optuna.trial import TrialState
+
+from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.ranking import CostName
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+JOURNAL = "journal.log"
+BEST = 5  # trials whose out-of-fold predictions are kept, and which may be run again with other seeds
+LONG = 200  # trials of a study from which on the best five are run again with two other seeds: 10 are at most 5 %
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """The search.
+
+    Attributes:
+        trials: how many trials are to be finished, completed or pruned, in all; raise it to go on with a study.
+        space: what is searched: dotted name of a setting -> {low, high, log, step} or {choices: [...]}. With `when:
+            {another.setting: value or [values]}` it is drawn only in trials where that searched setting, one with
+            choices, has such a value; elsewhere it keeps its configured value. Of several entries all must hold.
+        enqueue: known good points, tried first and once a study: a list of {dotted name: value, ...}. What a point
+            leaves out is drawn. Points may be added when a study goes on; they count among its trials.
+        pruner: which trials are stopped early.
+        sampler: tpe (Optuna's default: multivariate, with constant liar) or random.
+        seed: of the sampler.
+        hours: start no further trial after so many hours of this call; null: no limit.
+        report_every: how often a trial reports to the pruner, in epochs: 1, or a part like 0.5 or 0.25, which lets bad
+            trials end earlier and costs as many more validations.
+        repeats: with how many other seeds each of the best five trials is run again at the end, to its end, so that the
+            winner is not merely the luckiest: it has the best mean over its seeds. null: 2 where there are 200 trials
+            or more, else 0.
+        cost: what is minimised besides the score: train_seconds, of a trial's training, or predict_seconds, of
+            validating 1,000 rows; null: nothing. With a cost nothing is pruned: set pruner.name to none. The summary
+            lists the Pareto-optimal trials; the best trial stays the one with the best score.
+        refit: train the best settings on all rows at the end, and export the model.
+        warm_gb: memory for the models that a search keeps ready, so that each is read once: the one in use, and others
+            that wait in the host's memory; the least recently used is dropped first. In units of 2**30 bytes; 0: the
+            one in use alone. null: that too, unless model.name_or_path is searched; then a quarter of the host's
+            memory, or of what the control group, RLIMIT_* or memory.limit_gb allow, as the other three are for a
+            trial's gradients, optimizer and activations; and at most half of what is free, as other processes may
+            search too.
+
+    Raises:
+        ConfigError: a value is out of range, or a cost was asked for together with a pruner.
+    """
+
+    trials: int = 100
+    space: dict[str, dict[str, Any]] = field(default_factory=dict)
+    enqueue: list[dict[str, Any]] = field(default_factory=list)
+    pruner: PrunerConfig = PrunerConfig()  # noqa: RUF009 - frozen
+    sampler: Literal["tpe", "random"] = "tpe"
+    seed: int = 42
+    hours: float | None = None
+    report_every: float = 1.0
+    repeats: int | None = None
+    cost: CostName | None = None
+    refit: bool = True
+    warm_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise ConfigError(f"hpo.trials: expected 1 or more, got {self.trials}")
+        if self.hours is not None and self.hours <= 0:
+            raise ConfigError(f"hpo.hours: expected more than 0 or null, got {self.hours}")
+        if not 0 < self.report_every <= 1 or abs(1 / self.report_every - self.reports_per_epoch) > 1e-3:
+            raise ConfigError(
+                f"hpo.report_every: expected 1, or one part of an epoch like 0.5 or 0.25, got {self.report_every}"
+            )
+        if self.warm_gb is not None and not 0 <= self.warm_gb < math.inf:
+            raise ConfigError(f"hpo.warm_gb: expected 0 or more, or null, got {self.warm_gb}")
+        if self.repeats is not None and self.repeats < 0:
+            raise ConfigError(f"hpo.repeats: expected 0 or more, or null, got {self.repeats}")
+        if self.cost is not None and self.pruner.name != "none":
+            raise ConfigError(
+                "hpo.cost: no trial can be pruned where a cost is minimised besides the score, but hpo.pruner.name is "
+                f"{self.pruner.name}. Set hpo.pruner.name to none, or hpo.cost to null"
+            )
+
+    @property
+    def further_seeds(self) -> int:
+        """Number of seeds with which each of the best trials is run again."""
+        return 2 * (self.trials >= LONG) if self.repeats is None else self.repeats
+
+    @property
+    def warm_bytes(self) -> int | None:
+        """The limit of `EncoderCache`: None is its share of the memory."""
+        if self.warm_gb is not None:
+            return round(self.warm_gb * 2**30)
+        return None if "model.name_or_path" in self.space else 0
+
+    @property
+    def reports_per_epoch(self) -> int:
+        """Reports in each epoch."""
+        return round(1 / self.report_every)
