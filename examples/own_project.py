@@ -55,23 +55,25 @@ class OwnModule(L.LightningModule):
 
 
 class OwnData(L.LightningDataModule):
-    """A batch factory: it counts rows. `MicroBatchFinder` wants the two methods, `OOMHandler` wants `budget` too."""
+    """A batch source that counts rows, for `MicroBatchFinder` and `OOMHandler`."""
 
     def __init__(self, count: int = 512) -> None:
         super().__init__()
-        self.rows, self.budget = make_rows(count), 8
+        self.rows, self.micro_batch_size = make_rows(count), 8
 
-    def worst_case_batch(self, budget: int, train: bool) -> list[Example]:
+    def worst_case_batch(self, micro_batch_size: int, train: bool) -> list[Example]:
         """One micro-batch of so many rows, all as long as they can get."""
         longest = {"input_ids": torch.ones(LONGEST, dtype=torch.int64), "attention_mask": torch.ones(LONGEST).bool()}
-        return [default_collate([{**longest, "label": torch.tensor(1.0)}] * budget)]
+        return [default_collate([{**longest, "label": torch.tensor(1.0)}] * micro_batch_size)]
 
-    def set_budget(self, budget: int) -> None:
+    def set_micro_batch_size(self, size: int) -> None:
         """Cut batches into micro-batches of so many rows from now on."""
-        self.budget = budget
+        self.micro_batch_size = size
 
     def cut(self, rows: list[Example]) -> list[Example]:
-        return [default_collate(rows[at : at + self.budget]) for at in range(0, len(rows), self.budget)]
+        return [
+            default_collate(rows[at : at + self.micro_batch_size]) for at in range(0, len(rows), self.micro_batch_size)
+        ]
 
     def train_dataloader(self) -> DataLoader[Example]:
         return DataLoader(self.rows, batch_size=64, collate_fn=self.cut)
@@ -98,7 +100,7 @@ def make_trainer() -> L.Trainer:
             TorchBackends(),
             OOMHandler(),
             # After the recorder: what that lowers is learned. 8 GiB for this process; speed counts from 32 rows on.
-            MicroBatchFinder(MemoryConfig(limit_gb=8, enough=32)),
+            MicroBatchFinder(MemoryConfig(limit_gb=8, default_size=32)),
             CompileLayers(layers=lambda module: [module.encoder]),
             Throughput(count_batch),
         ],
@@ -115,7 +117,7 @@ def main() -> L.Trainer:
     trainer, data = make_trainer(), OwnData()
     trainer.fit(OwnModule(), data)
     print(f"{trainer.callback_metrics['train_tokens_per_s']:.0f} real tokens per second")
-    print(f"micro-batches of at most {data.budget} rows")
+    print(f"micro-batches of at most {data.micro_batch_size} rows")
     for callback in trainer.callbacks:
         if isinstance(callback, MicroBatchFinder | CompileLayers):
             print(f"{type(callback).__name__}: {callback.reason}")

@@ -32,14 +32,14 @@ from lightning_bge.types import Batch, Schema
 
 # Shares of the GPU that a process may fill. The larger model's weights, gradients and AdamW take 9 GiB.
 FRACTIONS = {"bge-base-en-v1.5": (0.06, 0.12, 0.25, 0.5), "bge-reranker-v2-m3": (0.1, 0.15, 0.25, 0.5)}
-TOO_LARGE = 1.35  # times the budget: beyond the margin, and what the finder does not look at more closely
+TOO_LARGE = 1.35  # times the size found: beyond the margin, and what the finder does not look at more closely
 TINY_ROOM = 300 * 2**20  # bytes of address space beyond what the imports take, in the tiny form on a CPU
 TIMEOUT_S = 300
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one process does: a budget is sought at a limit, and trained with so many times."""
+    """What one process does: a micro-batch size is searched at a limit, and trained with so many times."""
 
     model: str
     folder: str
@@ -51,9 +51,9 @@ class Task:
 
 
 class WorstCases(LightningDataModule):
-    """Batches of the budget, all sequences as long as they can get: some that must fit, one that must not."""
+    """Batches of the size found, all sequences as long as they can get: some that must fit, one that must not."""
 
-    budget_step = MAX_LENGTH
+    micro_batch_size_step = MAX_LENGTH
 
     def __init__(self, task: Task) -> None:
         super().__init__()
@@ -61,19 +61,19 @@ class WorstCases(LightningDataModule):
         rows = make_rows(bench.shape(task.model), np.full(8, MAX_LENGTH), task.seed)
         self.dataset = EncodedDataset(rows, labels_of(len(rows)), None, MAX_LENGTH)
         self.schema, self.class_counts = Schema("binary", ("no", "yes"), ("first", "second"), MAX_LENGTH), None
-        self.runs, self.budget, self.factor = task.runs, MAX_LENGTH, 1.0
+        self.runs, self.micro_batch_size, self.factor = task.runs, MAX_LENGTH, 1.0
 
-    def worst_case_batch(self, budget: int, train: bool) -> Batch:
+    def worst_case_batch(self, micro_batch_size: int, train: bool) -> Batch:
         """One micro-batch, rounded up to whole sequences."""
-        tokens = budget if train else EVAL_FACTOR * budget
+        tokens = micro_batch_size if train else EVAL_FACTOR * micro_batch_size
         return self.dataset.worst_case(-(-tokens // MAX_LENGTH), MAX_LENGTH)
 
-    def set_budget(self, budget: int) -> None:
+    def set_micro_batch_size(self, size: int) -> None:
         """Make batches of that size."""
-        self.budget = budget
+        self.micro_batch_size = size
 
     def train_dataloader(self) -> Source:
-        """`runs` batches of the budget and a larger one."""
+        """`runs` batches of the size found and a larger one."""
         return Source(self, train=True)
 
     def val_dataloader(self) -> Source:
@@ -82,7 +82,7 @@ class WorstCases(LightningDataModule):
 
 
 class Source:
-    """Batches made when they are asked for, as the budget is known then."""
+    """Batches made when they are asked for, as their size is known then."""
 
     def __init__(self, data: WorstCases, train: bool) -> None:
         self.data, self.train = data, train
@@ -94,7 +94,7 @@ class Source:
         for number in range(len(self)):
             if self.train:
                 self.data.factor = TOO_LARGE if number == self.data.runs else 1.0
-            yield self.data.worst_case_batch(round(self.data.budget * self.data.factor), self.train)
+            yield self.data.worst_case_batch(round(self.data.micro_batch_size * self.data.factor), self.train)
 
 
 class Watch(Callback):
@@ -152,9 +152,9 @@ def limit_memory(task: Task) -> None:
 
 
 def try_out(task: Task) -> dict[str, Any]:
-    """Find a budget at the task's limit, train and validate with it, and with too large a one."""
+    """Find a micro-batch size at the task's limit, train and validate with it, and with too large a one."""
     data, watch = WorstCases(task), Watch(task.runs)
-    finder = MicroBatchFinder(MemoryConfig(min_gain=None, cache=False))
+    finder = MicroBatchFinder(MemoryConfig(min_speedup=None, cache=False))
     with quiet_transformers():
         module = BGEClassifier(str(Path(task.folder) / task.model))
         module.schema = data.schema
@@ -168,7 +168,7 @@ def try_out(task: Task) -> dict[str, Any]:
     found = finder.describe()
     return {
         "fraction": task.fraction,
-        "budget": found["budget"],
+        "micro_batch_size": found["micro_batch_size"],
         "reason": found["reason"],
         "search_s": watch.search_s,
         "tries": len(found["tried"]),
@@ -202,7 +202,7 @@ def measure_memory(suite: Any, model: str) -> dict[str, Any]:
         except Exception as error:
             suite.fail(what, error)
             continue
-        print(f"{what}: {entry['budget']} tokens, found in {entry['search_s']:.1f} s, holds", flush=True)
+        print(f"{what}: {entry['micro_batch_size']} tokens, found in {entry['search_s']:.1f} s, holds", flush=True)
     return {"limits": found}
 
 
@@ -215,7 +215,7 @@ def check(entry: dict[str, Any]) -> None:
     if entry["failed_runs"] or not entry["larger_failed"]:
         larger = "did not fit" if entry["larger_failed"] else "fitted too"
         raise RuntimeError(
-            f"at {entry['budget']} tokens {entry['failed_runs']} of {entry['runs']} steps ran out of memory; "
+            f"at {entry['micro_batch_size']} tokens {entry['failed_runs']} of {entry['runs']} steps ran out of memory; "
             f"{TOO_LARGE} times as many {larger}"
         )
 

@@ -20,7 +20,7 @@ FIGURES = (
 # Of a limit on memory.
 LIMIT_FIGURES = (
     "fraction",
-    "budget",
+    "micro_batch_size",
     "search_s",
     "tries",
     "peak_gib",

@@ -44,7 +44,7 @@ from lightning_bge.models.encoder import quiet_transformers
 
 MAIN = "bge-base-en-v1.5"
 BATCHES = (32, 256)
-TOKEN_BUDGETS = (4096, 8192, 16384, 65536)
+MICRO_BATCH_TOKENS = (4096, 8192, 16384, 65536)
 COMPILE_WARMUP = 15  # steps, in which every shape that needs a graph of its own should come
 OURS = "lightning-bge"
 
@@ -66,7 +66,7 @@ class Suite:
         self.began = self.now()
 
     def left(self) -> float:
-        """Seconds until the budget is spent."""
+        """Seconds until the time is spent."""
         return self.minutes * 60 - (self.now() - self.began)
 
     def skip(self, what: str, reason: str) -> None:
@@ -163,15 +163,13 @@ def switches(suite: Suite, case: Case) -> dict[str, Any]:
     return suite.turns(case, {name: partial(train_ours, options=options) for name, options in variants.items()})
 
 
-def token_budgets(suite: Suite, case: Case) -> dict[str, Any]:
+def micro_batch_sizes(suite: Suite, case: Case) -> dict[str, Any]:
     """How large a micro-batch should be."""
     default = Ours().tokens
-    budgets = [default, *(tokens for tokens in TOKEN_BUDGETS if tokens != default)]
+    sizes = [default, *(tokens for tokens in MICRO_BATCH_TOKENS if tokens != default)]
     if suite.bench.tiny:
-        budgets = [tokens // 64 for tokens in budgets]
-    return suite.turns(
-        case, {f"{tokens} tokens": partial(train_ours, options=Ours(tokens=tokens)) for tokens in budgets}
-    )
+        sizes = [tokens // 64 for tokens in sizes]
+    return suite.turns(case, {f"{tokens} tokens": partial(train_ours, options=Ours(tokens=tokens)) for tokens in sizes})
 
 
 def back_ends(suite: Suite, case: Case) -> dict[str, Any]:
@@ -228,7 +226,7 @@ def all_parts(bench: Bench) -> list[Part]:
         Part(f"overhead {small}", 15, lambda suite: measure_overhead(suite.bench, small, suite.peak)),
         Part(f"overhead {large}", 15, lambda suite: measure_overhead(suite.bench, large, suite.peak)),
         Part(f"switches {small}", 40, partial(switches, case=small)),
-        Part(f"token budgets {large}", 30, partial(token_budgets, case=large)),
+        Part(f"micro-batch sizes {large}", 30, partial(micro_batch_sizes, case=large)),
         Part(f"attention {large}", 10, partial(back_ends, case=large)),
         Part(f"compile {small}", 90, partial(compiled, case=small), cuda=True),
         Part(f"compiled peer {small}", 90, partial(compiled_peer, case=small), cuda=True),

@@ -1,8 +1,8 @@
 from .compile.callback import CompileLayers as CompileLayers
 from .compile.policy import CompileConfig as CompileConfig
-from .micro_batch.finder import BatchFactory as BatchFactory
 from .micro_batch.finder import MemoryConfig as MemoryConfig
 from .micro_batch.finder import MicroBatchFinder as MicroBatchFinder
+from .micro_batch.finder import SupportsMicroBatchSize as SupportsMicroBatchSize
 from .oom import OOMHandler as OOMHandler
 from .throughput.bar import ThroughputProgressBar as ThroughputProgressBar
 from .throughput.monitor import Throughput as Throughput

@@ -1,4 +1,4 @@
-"""Out of memory in any Lightning module: what failed and where is noted, memory is freed, the budget is lowered."""
+"""Out of memory in any Lightning module: what failed is noted, memory is freed, the micro-batch size is lowered."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ log = logging.getLogger(__name__)
 
 
 class OOMHandler(Callback):
-    """Notes every out-of-memory error of a `fit`, and lowers the budget of what makes the batches.
+    """Notes every out-of-memory error of a `fit`, and lowers the micro-batch size of what makes the batches.
 
     A callback can't repeat a step of an automatically optimised module: where one runs out of memory, the error comes
     out of `fit` as it is, after this callback has noted it, dropped gradients and the locals of the frames that failed,
-    given memory back, and halved the budget, so that the next `fit` begins with less. A module that repeats its steps
-    itself (one with a `ladder`, as ours) goes on; its lower limit is handed on here, so that later batches are cut to
-    it at once.
+    given memory back, and halved the micro-batch size, so that the next `fit` begins with less. A module that repeats
+    its steps itself (one with a `ladder`, as ours) goes on; its lower limit is handed on here, so that later batches
+    are cut to it at once.
 
-    The budget is that of the data module, or of the module, if it has a `budget` and a `set_budget`; see
-    `MicroBatchFinder`.
+    The size is that of the data module, or of the module, if it has a `micro_batch_size` and a `set_micro_batch_size`;
+    see `MicroBatchFinder`.
 
     Attributes:
         records: what failed during the last `fit`, oldest first. The last one ended it if `fit` raised.
@@ -78,28 +78,31 @@ class OOMHandler(Callback):
             optimizer.zero_grad(set_to_none=True)
         drop_locals(exception)
         release()
-        factory = budget_of(trainer, pl_module)
-        if factory is not None and factory.budget > 1 and record.kind == "device":
-            factory.set_budget(factory.budget // 2)
-            log.warning("%s: the budget is %d from now on", record, factory.budget)
+        source = batch_source(trainer, pl_module)
+        if source is not None and source.micro_batch_size > 1 and record.kind == "device":
+            source.set_micro_batch_size(source.micro_batch_size // 2)
+            log.warning("%s: the micro-batch size is %d from now on", record, source.micro_batch_size)
 
     def _take_over(self, trainer: Trainer, module: LightningModule) -> None:
         ladder = getattr(module, "ladder", None)
         if ladder is None or len(ladder.records) == len(self.records):
             return
         self.records = list(ladder.records)
-        factory = budget_of(trainer, module)
+        source = batch_source(trainer, module)
         # of several ranks each keeps its own limit to itself: they cut evaluation batches alike
-        if factory is None or ladder.limit is None or trainer.world_size > 1:
+        if source is None or ladder.limit is None or trainer.world_size > 1:
             return
-        if ladder.limit < factory.budget:
-            factory.set_budget(ladder.limit)
+        if ladder.limit < source.micro_batch_size:
+            source.set_micro_batch_size(ladder.limit)
 
 
-def budget_of(trainer: Trainer, module: LightningModule) -> Any:
-    """The data module or module whose `budget` can be set; None where there is none."""
+def batch_source(trainer: Trainer, module: LightningModule) -> Any:
+    """The data module or module whose `micro_batch_size` can be set; None where there is none."""
     known = (getattr(trainer, "datamodule", None), module)
-    return next((thing for thing in known if hasattr(thing, "budget") and hasattr(thing, "set_budget")), None)
+    return next(
+        (thing for thing in known if hasattr(thing, "micro_batch_size") and hasattr(thing, "set_micro_batch_size")),
+        None,
+    )
 
 
 def drop_locals(error: BaseException) -> None:

@@ -89,7 +89,7 @@ class BGECLI(LightningCLI):
         parser.add_argument("--monitor", type=MonitorConfig, default=MonitorConfig(), help="What a run is judged by.")
         text = "When the encoder's layers are compiled."
         parser.add_argument("--compile", type=CompileConfig, default=CompileConfig(), help=text)
-        text = "How the token budget of a micro-batch is found, where data.batching.tokens is auto."
+        text = "How the size of a micro-batch is found, where data.batching.tokens is auto."
         parser.add_argument("--memory", type=MemoryConfig, default=MemoryConfig(), help=text)
         for source, target in LINKS:
             parser.link_arguments(source, target)

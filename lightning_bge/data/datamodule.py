@@ -112,7 +112,7 @@ class TextDataModule(LightningDataModule):
         self.train_groups: np.ndarray | None = None
         self.group_names: tuple[str, ...] = ()
         self._fold: int | None = split.fold
-        self._budget = TOKENS if batching.tokens == "auto" else batching.tokens
+        self._micro_batch_size = TOKENS if batching.tokens == "auto" else batching.tokens
         self._datasets: dict[str, EncodedDataset] = {}
 
     def _check_settings(self) -> None:
@@ -161,9 +161,11 @@ class TextDataModule(LightningDataModule):
         self.schema = Schema(self.task, training.names, self.text_columns, file.max_length)
         self.folds, self.folds_hash, self.data_hash = training.folds, training.folds_hash, file.data_hash
         self.train_labels, self.train_groups, self.group_names = training.labels, file.groups, file.group_names
-        self._datasets["train"] = EncodedDataset(file.tokens, training.labels, file.groups, self.budget)
+        self._datasets["train"] = EncodedDataset(file.tokens, training.labels, file.groups, self.micro_batch_size)
         if self.val_file is None:
-            self._datasets["val"] = EncodedDataset(file.tokens, training.labels, file.groups, self.eval_budget)
+            self._datasets["val"] = EncodedDataset(
+                file.tokens, training.labels, file.groups, self.eval_micro_batch_size
+            )
 
     def _setup_file(self, name: str, path: str | None) -> None:
         if path is None:
@@ -181,7 +183,7 @@ class TextDataModule(LightningDataModule):
         if name == "val" and shared:
             log.warning("%d groups of %s are in the training file too: scores will look too good", len(shared), path)
         self.schema = replace(schema, max_length=file.max_length)
-        self._datasets[name] = EncodedDataset(file.tokens, labels, file.groups, self.eval_budget)
+        self._datasets[name] = EncodedDataset(file.tokens, labels, file.groups, self.eval_micro_batch_size)
 
     def _known_schema(self) -> Schema:
         """From `setup("fit")`, else from the exported model's folder, else from the settings and the training file."""
@@ -255,58 +257,59 @@ class TextDataModule(LightningDataModule):
             raise ConfigError(f"fold {k} does not exist, there are {self.num_folds}, counted from 0")
         self._fold = k
 
-    # ------------------------------------------------------------------ what a batch factory offers
+    # ------------------------------------------------------------------ what a batch source offers
 
     @property
-    def budget(self) -> int:
-        """Token budget of a training micro-batch, as it is in force."""
-        return self._budget
+    def micro_batch_size(self) -> int:
+        """The most tokens of a training micro-batch, now in effect."""
+        return self._micro_batch_size
 
     @property
-    def eval_budget(self) -> int:
-        """Token budget of a micro-batch without gradients, as it is in force."""
+    def eval_micro_batch_size(self) -> int:
+        """The most tokens of a micro-batch without gradients, now in effect."""
         fixed = self.batching.eval_tokens
-        return EVAL_FACTOR * self._budget if fixed == "auto" else fixed
+        return EVAL_FACTOR * self._micro_batch_size if fixed == "auto" else fixed
 
     @property
-    def budget_step(self) -> int:
-        """Tokens of the longest sequence: the smallest budget worth a try, after `setup`."""
+    def micro_batch_size_step(self) -> int:
+        """Tokens of the longest sequence: the smallest micro-batch size worth a try, after `setup`."""
         assert self.schema is not None
         return self.schema.max_length
 
     @property
-    def budget_wanted(self) -> bool:
-        """Whether a budget is to be searched: `data.batching.tokens` is auto."""
+    def auto_micro_batch_size(self) -> bool:
+        """Whether a micro-batch size is to be searched: `data.batching.tokens` is auto."""
         return self.batching.tokens == "auto"
 
     @property
-    def budget_key(self) -> dict[str, Any]:
-        """What of the data the memory of a step depends on, besides the budget; after `setup`."""
+    def micro_batch_size_key(self) -> dict[str, Any]:
+        """What of the data the memory of a step depends on, besides the micro-batch size; after `setup`."""
         assert self.schema is not None
         fixed = self.batching.eval_tokens
         return {"max_length": self.schema.max_length, "labels": self.schema.num_outputs, "eval_tokens": fixed}
 
-    def worst_case_batch(self, budget: int, train: bool) -> Batch:
-        """One micro-batch of as many sequences of `max_length` tokens as the budget allows, at least one.
+    def worst_case_batch(self, micro_batch_size: int, train: bool) -> Batch:
+        """One micro-batch of as many sequences of `max_length` tokens as the size allows, at least one.
 
         Args:
-            budget: of a training micro-batch.
+            micro_batch_size: of a training micro-batch, in tokens.
             train: else a micro-batch without gradients, which is larger: see `data.batching.eval_tokens`.
         """
         fixed = self.batching.eval_tokens
         if not train:
-            budget = EVAL_FACTOR * budget if fixed == "auto" else fixed
-        return self._dataset("train").worst_case(max(1, budget // self.budget_step), self.budget_step)
+            micro_batch_size = EVAL_FACTOR * micro_batch_size if fixed == "auto" else fixed
+        step = self.micro_batch_size_step
+        return self._dataset("train").worst_case(max(1, micro_batch_size // step), step)
 
-    def set_budget(self, tokens: int) -> None:
-        """Change the token budget of micro-batches, in loaders that exist too (with 0 workers at once).
+    def set_micro_batch_size(self, size: int) -> None:
+        """Change the size of micro-batches, in loaders that exist too (with 0 workers at once).
 
         Args:
-            tokens: of training micro-batches; those without gradients follow where `data.batching.eval_tokens` is auto.
+            size: tokens of a training micro-batch; those without gradients follow where `eval_tokens` is auto.
         """
-        self._budget = tokens
+        self._micro_batch_size = size
         for name, dataset in self._datasets.items():
-            dataset.budget = tokens if name == "train" else self.eval_budget
+            dataset.max_tokens = size if name == "train" else self.eval_micro_batch_size
 
     def new_tokenizer(self) -> Any:
         """A fresh tokenizer, to be saved beside an exported model: the one in use carries truncation settings."""
@@ -334,7 +337,7 @@ class TextDataModule(LightningDataModule):
     def _eval_loader(self, name: str, rows: np.ndarray | None = None) -> BatchLoader:
         dataset = self._dataset(name)
         rows = np.arange(len(dataset)) if rows is None else rows
-        return self._loader(dataset, EvalSampler(rows, dataset.tokens.lengths, self.eval_budget))
+        return self._loader(dataset, EvalSampler(rows, dataset.tokens.lengths, self.eval_micro_batch_size))
 
     def _dataset(self, name: str) -> EncodedDataset:
         if name not in self._datasets:

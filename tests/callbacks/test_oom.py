@@ -62,14 +62,14 @@ class Failing(torch.optim.SGD):
 
 
 class Data(LightningDataModule):
-    """Batches of `budget` rows."""
+    """Batches of `micro_batch_size` rows."""
 
     def __init__(self, fails: Exception | None = None) -> None:
         super().__init__()
-        self.budget, self.fails = 8, fails
+        self.micro_batch_size, self.fails = 8, fails
 
-    def set_budget(self, budget: int) -> None:
-        self.budget = budget
+    def set_micro_batch_size(self, size: int) -> None:
+        self.micro_batch_size = size
 
     def collate(self, rows: list[Tensor]) -> Tensor:
         if self.fails is not None and self.trainer.global_step == 1:
@@ -77,10 +77,10 @@ class Data(LightningDataModule):
         return torch.stack(rows)
 
     def train_dataloader(self) -> Any:
-        return DataLoader(RandomDataset(32, 64), batch_size=self.budget, collate_fn=self.collate)
+        return DataLoader(RandomDataset(32, 64), batch_size=self.micro_batch_size, collate_fn=self.collate)
 
     def val_dataloader(self) -> Any:
-        return DataLoader(RandomDataset(32, 8), batch_size=self.budget)
+        return DataLoader(RandomDataset(32, 8), batch_size=self.micro_batch_size)
 
 
 def fit(module: BoringModel, data: Data, recorder: OOMHandler) -> None:
@@ -109,8 +109,11 @@ def test_notes_frees_lowers_and_lets_the_error_out(place: str, caplog: pytest.Lo
     [record] = recorder.records
     assert record == OutOfMemory(place, "device", 2**30, 4 * 2**20, TEXT)
     assert find_oom(caught.value, "elsewhere") == record
-    assert data.budget == 4
-    assert f"out of memory in {place}: 1.0 GiB asked, 4.0 MiB were free: the budget is 4 from now on" in caplog.text
+    assert data.micro_batch_size == 4
+    assert (
+        f"out of memory in {place}: 1.0 GiB asked, 4.0 MiB were free: the micro-batch size is 4 from now on"
+        in caplog.text
+    )
     assert all(parameter.grad is None for parameter in module.parameters())
     assert live_bytes() - before < 10**5  # though the error, and so its traceback, is still at hand
 
@@ -120,7 +123,7 @@ def test_other_errors_are_left_alone() -> None:
     with pytest.raises(RuntimeError, match="shape mismatch"):
         fit(Hungry("forward", RuntimeError("shape mismatch")), data, recorder)
     assert recorder.records == []
-    assert data.budget == 8
+    assert data.micro_batch_size == 8
 
 
 def test_a_killed_worker_lowers_nothing() -> None:
@@ -129,7 +132,7 @@ def test_a_killed_worker_lowers_nothing() -> None:
     with pytest.raises(RuntimeError, match="killed"):
         fit(Hungry("forward", error), data, recorder)
     assert recorder.records[0].kind == "worker"
-    assert data.budget == 8
+    assert data.micro_batch_size == 8
 
 
 def test_the_next_fit_begins_anew() -> None:
@@ -164,7 +167,7 @@ def test_what_a_module_has_found_for_itself_is_handed_on() -> None:
     data, recorder = Data(), OOMHandler()
     fit(Repeating(), data, recorder)
     assert len(recorder.records) == 1
-    assert data.budget == 3
+    assert data.micro_batch_size == 3
 
 
 def test_locals_of_what_led_to_an_error_go_too() -> None:

@@ -172,34 +172,39 @@ def test_balanced(make: Make) -> None:
         make(task="regression", batching=BatchingConfig(balanced=True))
 
 
-def test_token_budget(make: Make) -> None:
+def test_micro_batch_size(make: Make) -> None:
     data = make()
     data.setup("fit")
     loader = data.train_dataloader()
     assert len(next(iter(loader)).micro) == 1
-    data.set_budget(60)
+    data.set_micro_batch_size(60)
     small = next(iter(loader))
     assert len(small.micro) > 1
     assert all(sum(micro.lengths) <= 60 for micro in small.micro)
     assert len(next(iter(data.train_dataloader())).micro) == len(small.micro)
 
 
-def test_budgets_are_auto_or_fixed(make: Make) -> None:
+def test_micro_batch_sizes_are_auto_or_fixed(make: Make) -> None:
     auto = make()
     auto.setup("fit")
-    assert (auto.budget, auto.eval_budget, auto.budget_wanted) == (8192, 16384, True)
+    assert (auto.micro_batch_size, auto.eval_micro_batch_size, auto.auto_micro_batch_size) == (8192, 16384, True)
     old = auto.val_dataloader()
-    auto.set_budget(40)  # found, or after an OOM
-    assert (auto.budget, auto.eval_budget, auto.budget_wanted, auto.batching.tokens) == (40, 80, True, "auto")
+    auto.set_micro_batch_size(40)  # found, or after an OOM
+    assert (auto.micro_batch_size, auto.eval_micro_batch_size, auto.auto_micro_batch_size, auto.batching.tokens) == (
+        40,
+        80,
+        True,
+        "auto",
+    )
     for loader in (old, auto.val_dataloader()):  # the sampler of the old one has cut already
         totals = [sum(micro.lengths) for batch in loader for micro in batch.micro]
         assert len(totals) > 1
         assert max(totals) <= 80
         assert max(totals) > 40
     fixed = make(batching=BatchingConfig(tokens=100, eval_tokens=30))
-    fixed.set_budget(50)
+    fixed.set_micro_batch_size(50)
     fixed.setup("fit")
-    assert (fixed.budget, fixed.eval_budget, fixed.budget_wanted) == (50, 30, False)
+    assert (fixed.micro_batch_size, fixed.eval_micro_batch_size, fixed.auto_micro_batch_size) == (50, 30, False)
     assert all(sum(micro.lengths) <= 30 for batch in fixed.val_dataloader() for micro in batch.micro)
     for bad in ("much", 0, 1.5, True):
         for name in ("tokens", "eval_tokens"):
@@ -210,7 +215,10 @@ def test_budgets_are_auto_or_fixed(make: Make) -> None:
 def test_worst_case_batches(make: Make) -> None:
     data = make(max_length=16, group_column="group")
     data.setup("fit")
-    assert (data.budget_step, data.budget_key) == (16, {"max_length": 16, "labels": 1, "eval_tokens": "auto"})
+    assert (data.micro_batch_size_step, data.micro_batch_size_key) == (
+        16,
+        {"max_length": 16, "labels": 1, "eval_tokens": "auto"},
+    )
     real = next(iter(data.train_dataloader())).micro[0]
     for train, sequences in ((True, 6), (False, 12)):
         [micro] = data.worst_case_batch(100, train).micro
@@ -342,7 +350,7 @@ def test_command_line(tokenizer_dir: str) -> None:
     assert (data.text_columns, data.table.labels, data.batching.tokens) == (("q", "d"), ("n", "y"), 100)
     help_text = parser.format_help()
     for option in (
-        "token budget of a training micro-batch",
+        "the most tokens of a training micro-batch",
         "rows of an effective batch",
         "several labels in one cell",
     ):

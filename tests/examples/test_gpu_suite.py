@@ -99,9 +99,11 @@ def test_figures_agree_with_one_another(record: dict[str, Any]) -> None:
 
 def test_switches_are_in_effect(record: dict[str, Any]) -> None:
     found = {
-        name: part for name, part in record["parts"].items() if name.startswith(("switches", "token", "attention"))
+        name: part
+        for name, part in record["parts"].items()
+        if name.startswith(("switches", "micro-batch", "attention"))
     }
-    switches, budgets, attention = found.values()
+    switches, sizes, attention = found.values()
     configs = {name: contender["config"] for name, contender in switches["contenders"].items()}
     assert configs["lightning-bge"]["precision"] == "bf16-mixed"
     assert configs["lightning-bge"]["attention"] == "packed"
@@ -109,17 +111,17 @@ def test_switches_are_in_effect(record: dict[str, Any]) -> None:
     assert configs["fp32"]["precision"] == "32-true"
     assert configs["dropout 0"]["dropout"] == 0
     assert configs["foreach AdamW"]["fused"] is False
-    assert len({contender["config"]["tokens"] for contender in budgets["contenders"].values()}) == 4
+    assert len({contender["config"]["tokens"] for contender in sizes["contenders"].values()}) == 4
     errors = [entry["relative_error"] for entry in attention.values() if isinstance(entry, dict)]
     assert len(errors) == 3
     assert max(errors) < 0.02  # bf16 has 8 bits
 
 
-def test_the_answer_of_the_budget_finder_held(record: dict[str, Any]) -> None:
+def test_the_answer_of_the_micro_batch_finder_held(record: dict[str, Any]) -> None:
     [(name, part)] = [(name, part) for name, part in record["parts"].items() if name.startswith("memory")]
     assert name == "memory bge-base-en-v1.5"
     [entry] = part["limits"]
-    assert entry["budget"] >= 8 * 512
+    assert entry["micro_batch_size"] >= 8 * 512
     assert entry["tries"] > 3
     assert entry["search_s"] > 0
     assert "RLIMIT_AS" in entry["reason"]
@@ -136,7 +138,7 @@ def test_each_limit_has_a_process_and_a_wrong_answer_is_a_failure(
         tasks.append(task)
         if len(tasks) == 4:
             raise RuntimeError("exit status 1: AttributeError")
-        figures = {"budget": 512, "search_s": 1.0, "runs": 20}
+        figures = {"micro_batch_size": 512, "search_s": 1.0, "runs": 20}
         return {**figures, "failed_runs": int(len(tasks) == 2), "larger_failed": len(tasks) != 3}
 
     monkeypatch.setattr(gpu.memory, "run_alone", run_alone)

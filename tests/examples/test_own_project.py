@@ -48,7 +48,7 @@ def test_the_callbacks_work_in_a_project_that_uses_nothing_else_of_ours(
     assert torch.get_float32_matmul_precision() == before
     finder = get(trainer, MicroBatchFinder)
     assert finder.describe()["tried"]
-    assert trainer.datamodule.budget == finder.budget >= 32
+    assert trainer.datamodule.micro_batch_size == finder.micro_batch_size >= 32
     assert get(trainer, OOMHandler).records == []
     assert get(trainer, CompileLayers).reason.startswith("compile off: 5 steps left")
     assert trainer.callback_metrics["train_tokens_per_s"] > 0
@@ -56,7 +56,7 @@ def test_the_callbacks_work_in_a_project_that_uses_nothing_else_of_ours(
 
     again = own.main()  # what was found is known now
     assert get(again, MicroBatchFinder).describe()["from_cache"]
-    assert again.datamodule.budget == finder.budget
+    assert again.datamodule.micro_batch_size == finder.micro_batch_size
 
 
 def test_an_oom_in_that_project_is_recorded_and_the_next_run_begins_with_less(own: ModuleType) -> None:
@@ -74,11 +74,11 @@ def test_an_oom_in_that_project_is_recorded_and_the_next_run_begins_with_less(ow
     [record] = get(trainer, OOMHandler).records
     assert (record.where, record.asked) == ("forward", 2 * 2**30)
     finder = get(trainer, MicroBatchFinder)
-    assert data.budget == finder.budget
-    assert finder.reason == f"lowered from {2 * finder.budget:,} after an OOM"
+    assert data.micro_batch_size == finder.micro_batch_size
+    assert finder.reason == f"lowered from {2 * finder.micro_batch_size:,} after an OOM"
 
     Full.fails = False
     trainer, data = own.make_trainer(), own.OwnData()
     trainer.fit(Full(), data)
     assert get(trainer, MicroBatchFinder).describe()["from_cache"]
-    assert data.budget == finder.budget
+    assert data.micro_batch_size == finder.micro_batch_size

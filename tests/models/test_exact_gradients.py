@@ -1,4 +1,4 @@
-"""Any effective batch, token budget and number of ranks: the gradient is that of one big batch."""
+"""Any effective batch, micro-batch size and number of ranks: the gradient is that of one big batch."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def one_big_batch(folder: str, dtype: torch.dtype, sequences: list[Tensor], labe
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def in_pieces(module: BGEClassifier, sequences: list[Tensor], labels: Tensor, budget: int, ranks: int) -> Any:
-    """Each rank's share, cut by the budget; the ranks' gradients add up."""
+def in_pieces(module: BGEClassifier, sequences: list[Tensor], labels: Tensor, max_tokens: int, ranks: int) -> Any:
+    """Each rank's share, cut by the limit; the ranks' gradients add up."""
     assert module.loss is not None
     assert module.net is not None
     lengths = np.array([len(ids) for ids in sequences])
@@ -63,7 +63,7 @@ def in_pieces(module: BGEClassifier, sequences: list[Tensor], labels: Tensor, bu
     module.net.zero_grad(set_to_none=True)
     for share in shares(lengths, ranks):
         micro = []
-        for run in cut(lengths[share], budget):
+        for run in cut(lengths[share], max_tokens):
             rows = share[run].tolist()
             seen += rows
             micro.append(micro_batch([sequences[row] for row in rows], labels[rows]))
@@ -83,17 +83,19 @@ def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(2, 40), min_size=1, max_size=14),
-    budget=st.integers(1, 200),
+    max_tokens=st.integers(1, 200),
     ranks=st.integers(1, 4),
     weighted=st.booleans(),
 )
-@example(lengths=[5], budget=1, ranks=3, weighted=True)  # ranks without a sequence
-@example(lengths=[40, 2, 2, 2, 2, 2, 2], budget=4, ranks=2, weighted=True)  # shares of other sizes, one over the budget
+@example(lengths=[5], max_tokens=1, ranks=3, weighted=True)  # ranks without a sequence
+@example(
+    lengths=[40, 2, 2, 2, 2, 2, 2], max_tokens=4, ranks=2, weighted=True
+)  # shares of other sizes, one over the limit
 def test_gradients_are_those_of_one_big_batch(
     folder: str,
     modules: dict[tuple[torch.dtype, bool], BGEClassifier],
     lengths: list[int],
-    budget: int,
+    max_tokens: int,
     ranks: int,
     weighted: bool,
 ) -> None:
@@ -101,7 +103,7 @@ def test_gradients_are_those_of_one_big_batch(
     labels = torch.tensor([number % 3 for number in range(len(lengths))])
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         expected = one_big_batch(folder, dtype, sequences, labels, weighted)
-        compare(in_pieces(modules[dtype, weighted], sequences, labels, budget, ranks), expected, tolerance)
+        compare(in_pieces(modules[dtype, weighted], sequences, labels, max_tokens, ranks), expected, tolerance)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)

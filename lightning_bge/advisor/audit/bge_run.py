@@ -90,7 +90,7 @@ class OwnRun(Subject):
             found.append(Variation("loader workers", other, False, f"{workers} workers against the choice", line))
         for name, tokens in sizes(case):
             line = f"data.batching.tokens: {tokens}"
-            text = f"micro-batches of at most {tokens} tokens against {data.budget}"
+            text = f"micro-batches of at most {tokens} tokens against {data.micro_batch_size}"
             found.append(Variation(name, {"data.batching.tokens": tokens}, False, text, line))
         return found
 
@@ -102,7 +102,7 @@ class OwnRun(Subject):
 
     def fixed(self, case: Case) -> dict[str, Any]:
         """The size of micro-batches, so that none is looked for again."""
-        return {"data.batching.tokens": datamodule_of(case).budget}
+        return {"data.batching.tokens": datamodule_of(case).micro_batch_size}
 
     def gains(self, case: Case, config: AuditConfig) -> dict[str, Gain | str]:
         """Also what compiling would save, from one layer of a real batch."""
@@ -112,7 +112,7 @@ class OwnRun(Subject):
         return found
 
     def _compiling(self, case: Case, limit_s: float) -> dict[str, Gain | str]:
-        probe = CompileLayers(replace(self.compile, policy="auto", limit_s=limit_s), steps_left=FOREVER)
+        probe = CompileLayers(replace(self.compile, policy="auto", time_limit=limit_s), steps_left=FOREVER)
         self.run(self.fixed(case), [probe], {"limit_train_batches": PROBED, "max_epochs": 1})
         told = probe.describe()
         if told["saved_ms"] is None or not told["step_ms"]:
@@ -132,25 +132,25 @@ def datamodule_of(case: Case) -> TextDataModule:
 
 
 def sizes(case: Case) -> list[tuple[str, int]]:
-    """Budgets of tokens worth a try: half a batch, and twice the one in force where a batch needs more than one."""
+    """Micro-batch sizes worth a try: half a batch, and twice the one in effect where a batch needs more than one."""
     data = datamodule_of(case)
     tokens = round(median(batch.tokens or 0 for batch in case.seen.batches))
-    half = max(data.budget_step, min(tokens, data.budget) // 2)
+    half = max(data.micro_batch_size_step, min(tokens, data.micro_batch_size) // 2)
     found = [("smaller micro-batches", half)]
-    return [*found, ("larger micro-batches", 2 * data.budget)] if tokens > data.budget else found
+    return [*found, ("larger micro-batches", 2 * data.micro_batch_size)] if tokens > data.micro_batch_size else found
 
 
 def dynamic_batch_size(case: Case) -> Row:
-    """The token budget of a micro-batch, and how it was found."""
+    """The size of a micro-batch, and how it was found."""
     data = datamodule_of(case)
     finders = [one for one in case.trainer.callbacks if isinstance(one, MicroBatchFinder)]  # type: ignore[attr-defined]
-    why = finders[0].reason if finders and data.budget_wanted else "as data.batching.tokens says"
-    return Row("memory", "dynamic batch size", str(data.batching.tokens), f"{data.budget} tokens", "ok", why)
+    why = finders[0].reason if finders and data.auto_micro_batch_size else "as data.batching.tokens says"
+    return Row("memory", "dynamic batch size", str(data.batching.tokens), f"{data.micro_batch_size} tokens", "ok", why)
 
 
 def micro_batches(case: Case) -> list[Row]:
     """Rows for the sizes that are tried."""
-    now = f"{datamodule_of(case).budget} tokens"
+    now = f"{datamodule_of(case).micro_batch_size} tokens"
     return [Row("memory", name, "not said", now, "ok", f"at most {tokens} tokens") for name, tokens in sizes(case)]
 
 

@@ -328,7 +328,7 @@ class Measured:
         paused = self.visits[0].end if len(self.visits) > 1 else 0.0
         return {
             "visit": fmean(visit.outer for visit in warm),
-            # the budget of a micro-batch may be searched in the first one; later ones find it in its cache
+            # the micro-batch size may be searched in the first one; later ones find it in its cache
             "fold": fresh.build + reset + min(v.start for v in warm) + fmean(self.extra(v) for v in warm) + last.end,
             "epoch": last.between,
             "pause": paused,

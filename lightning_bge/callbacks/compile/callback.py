@@ -85,8 +85,8 @@ class CompileLayers(Callback):
 
     No key, checkpoint or export changes, and a layer that is compiled already is not compiled again. With `auto` the
     first steps run eager and are timed. If compiling could pay, one layer's calls of one real batch are replayed,
-    forward and backward, eager and compiled, within `limit_s`; results stay as they were, random numbers too. What was
-    measured is remembered in the process: the next trial decides by arithmetic alone.
+    forward and backward, eager and compiled, within `time_limit`; results stay as they were, random numbers too. What
+    was measured is remembered in the process: the next trial decides by arithmetic alone.
 
     Args:
         config: policy, mode, time limit, back end.
@@ -232,7 +232,7 @@ class CompileLayers(Callback):
             found.measured = measure(capture, lambda layer: compile_layers([layer], self.config), limit, _clock)
             found.failed = None
         except OutOfTime:
-            why = "" if limit == self.config.limit_s else f", {MOST_TRYING:.0%} of the time that is left"
+            why = "" if limit == self.config.time_limit else f", {MOST_TRYING:.0%} of the time that is left"
             found.failed, found.tried_s = f"one layer was not compiled within {span(limit)}{why}", limit
         except Exception as error:
             summary = (str(error).strip().splitlines() or [""])[0]

@@ -28,22 +28,22 @@ class CompileConfig:
             always compiles when training starts; never leaves them as they are.
         mode: torch.compile's. reduce-overhead records CUDA graphs, which want static shapes: pad micro-batches to few
             token totals, as each one is compiled anew.
-        limit_s: the most seconds that auto spends on trying. 120, as one layer of MiniLM took 17 to 50 s on a CPU.
+        time_limit: the most seconds that auto spends on trying. 120, as one layer of MiniLM took 17 to 50 s on a CPU.
         backend: torch.compile's.
     """
 
     policy: Policy = "auto"
     mode: Mode = "default"
-    limit_s: float = 120.0
+    time_limit: float = 120.0
     backend: str = "inductor"
 
     def __post_init__(self) -> None:
         for name, allowed in (("policy", get_args(Policy)), ("mode", get_args(Mode))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"compile.{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)}")
-        if not 0 < self.limit_s < math.inf:
+        if not 0 < self.time_limit < math.inf:
             raise ConfigError(
-                f"compile.limit_s: expected seconds above 0, got {self.limit_s}: to try nothing, set policy to never"
+                f"compile.time_limit: expected seconds above 0, got {self.time_limit}: to try nothing, set policy never"
             )
 
 
@@ -97,7 +97,7 @@ def too_short(found: Findings, steps: float) -> str | None:
 def time_limit_s(found: Findings, steps: float, config: CompileConfig) -> float:
     """How long the probe may take: as configured, and no more than a small share of the time that is left."""
     assert found.step_s is not None
-    return min(config.limit_s, MOST_TRYING * steps * found.step_s)
+    return min(config.time_limit, MOST_TRYING * steps * found.step_s)
 
 
 def judge(found: Findings, layers: int, steps: float) -> tuple[bool, str]:

@@ -23,7 +23,7 @@ if sys.platform != "win32":
 
 log = logging.getLogger(__name__)
 
-FILE = "budgets.json"
+FILE = "micro_batch_sizes.json"
 IRRELEVANT = ("params", "lr", "initial_lr", "weight_decay")  # of an optimizer's options
 
 _known: dict[str, dict[str, Any]] = {}
@@ -43,11 +43,11 @@ def forget() -> None:
     _said.clear()
 
 
-class Budgets:
-    """Entries by key: `{"budget": int, "reason": str, ...}`.
+class MicroBatchSizes:
+    """Entries by key: `{"micro_batch_size": int, "reason": str, ...}`.
 
     Args:
-        folder: where `budgets.json` is; None: this process alone.
+        folder: where `micro_batch_sizes.json` is; None: this process alone.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -56,7 +56,7 @@ class Budgets:
     def get(self, key: str) -> dict[str, Any] | None:
         """The smallest that is known, as another process may have lowered it; None: nothing is."""
         entries = [entry for entry in (_known.get(key), self._read().get(key)) if entry is not None]
-        return min(entries, key=lambda entry: entry["budget"], default=None)
+        return min(entries, key=lambda entry: entry["micro_batch_size"], default=None)
 
     def put(self, key: str, entry: dict[str, Any]) -> None:
         """Keep an entry; what other processes wrote meanwhile stays."""
@@ -65,9 +65,12 @@ class Budgets:
             return
         try:
             with _locked(create_run_dir(self.folder)):
-                write_json(self.folder / FILE, {"budgets": {**self._read(), key: entry}})
+                write_json(self.folder / FILE, {"sizes": {**self._read(), key: entry}})
         except OSError as error:
-            say_once(f"budgets can't be kept in {self.folder} ({error}): each process finds its own", logging.WARNING)
+            say_once(
+                f"micro-batch sizes can't be kept in {self.folder} ({error}): each process finds its own",
+                logging.WARNING,
+            )
 
     def _read(self) -> dict[str, dict[str, Any]]:
         if self.folder is None:
@@ -75,9 +78,11 @@ class Budgets:
         path = self.folder / FILE
         try:
             content = read_json(path)
-            entries = {} if content is None else content["budgets"]
-            if not all(type(entry["budget"]) is int and entry["budget"] > 0 for entry in entries.values()):
-                raise ValueError("a budget is not a number above 0")
+            entries = {} if content is None else content["sizes"]
+            if not all(
+                type(entry["micro_batch_size"]) is int and entry["micro_batch_size"] > 0 for entry in entries.values()
+            ):
+                raise ValueError("a micro-batch size is not a number above 0")
             return entries
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             aside = path.with_suffix(".damaged")

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_bge.callbacks.micro_batch.cache import Budgets, describe_setting, digest, say_once
+from lightning_bge.callbacks.micro_batch.cache import MicroBatchSizes, describe_setting, digest, say_once
 from lightning_bge.callbacks.micro_batch.probe import Probe, make_meter, map_large_blocks, obstacle
 from lightning_bge.callbacks.micro_batch.search import Answer, Room, Search
 from lightning_bge.errors import ConfigError
@@ -31,63 +31,62 @@ _NOTHING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """How the token budget of a micro-batch is found.
+    """How the size of a micro-batch is found.
 
     Attributes:
         limit_gb: memory that this process may use on the training device, in units of 2**30 bytes. Unset: what the
             control group, RLIMIT_AS, RLIMIT_DATA or the GPU allow; on a CPU without such a limit nothing is searched.
-        margin: share of the activations' memory that is left free. 0.1, as allocators fragment from step to step.
-        min_gain: stop where twice the budget brings less than this share more tokens a second. null: take as much as
+        safety_margin: share of the activations' memory that is left free. 0.1, as allocators fragment between steps.
+        min_speedup: stop where twice the size brings less than this share more tokens a second. null: take as much as
             memory allows.
-        enough: speed is not looked at below this budget (tokens), which is also what is taken where nothing can be
-            searched.
+        default_size: tokens. Speed is not measured below this size, which is also taken where nothing can be searched.
         cache: keep what was found in a file, for other processes and later runs.
     """
 
     limit_gb: float | None = None
-    margin: float = 0.1
-    min_gain: float | None = 0.05
-    enough: int = 8192
+    safety_margin: float = 0.1
+    min_speedup: float | None = 0.05
+    default_size: int = 8192
     cache: bool = True
 
     def __post_init__(self) -> None:
         checks = {
             "limit_gb": ("a number above 0, or null", self.limit_gb is None or 0 < self.limit_gb < math.inf),
-            "margin": ("0 to below 1", 0 <= self.margin < 1),
-            "min_gain": ("0 or more, or null", self.min_gain is None or 0 <= self.min_gain < math.inf),
-            "enough": ("1 token or more", self.enough >= 1),
+            "safety_margin": ("0 to below 1", 0 <= self.safety_margin < 1),
+            "min_speedup": ("0 or more, or null", self.min_speedup is None or 0 <= self.min_speedup < math.inf),
+            "default_size": ("1 token or more", self.default_size >= 1),
         }
         for name, (expected, good) in checks.items():
             if not good:
                 raise ConfigError(f"memory.{name}: expected {expected}, got {getattr(self, name)}")
 
 
-class BatchFactory(Protocol):
+class SupportsMicroBatchSize(Protocol):
     """What a data module, or a LightningModule, offers to have its batches sized.
 
-    A budget counts what the factory likes, such as real tokens of a micro-batch or rows of a batch; `MemoryConfig`'s
-    `enough` is counted so too. Further attributes, all optional:
+    The size counts what the batch source likes, such as real tokens of a micro-batch or rows of a batch;
+    `MemoryConfig.default_size` is counted so too. Further attributes, all optional:
 
-    - `budget_step: int`, the smallest budget, and what budgets are a multiple of. Missing: 1.
-    - `budget_wanted: bool`, False where the user has set a number: nothing is done then. Missing: True.
-    - `budget_key: dict`, what of the data the memory of a step depends on, besides the budget, as plain data.
-    - `budget: int`, the one in force: where it falls below the one found, as somebody met an OOM, the cache learns it.
+    - `micro_batch_size_step: int`, the smallest size, and what sizes are a multiple of. Missing: 1.
+    - `auto_micro_batch_size: bool`, False where the user has set a number: nothing is done then. Missing: True.
+    - `micro_batch_size_key: dict`, what of the data the memory of a step depends on, besides the size, as plain data.
+    - `micro_batch_size: int`, the one in effect: where it falls below the one found, after an OOM, the cache keeps it.
     """
 
-    def worst_case_batch(self, budget: int, train: bool) -> Any:
+    def worst_case_batch(self, micro_batch_size: int, train: bool) -> Any:
         """A synthetic batch of that size, on the host, in which everything is as long as it can get.
 
         Args:
-            budget: the size, a multiple of `budget_step`.
-            train: for the training step; else what is validated with at that budget, which may be larger.
+            micro_batch_size: a multiple of `micro_batch_size_step`.
+            train: for the training step; else what is validated with at that size, which may be larger.
         """
 
-    def set_budget(self, budget: int) -> None:
+    def set_micro_batch_size(self, size: int) -> None:
         """Make batches of that size from now on."""
 
 
 class MicroBatchFinder(Callback):
-    """Finds the largest micro-batch that fits and pays, and hands it to the batch factory, when training starts.
+    """Finds the largest micro-batch that fits and pays, and hands it to the batch source, when training starts.
 
     By then precision, attention, compiled layers, train mode, weights and optimizers are those of the run. Trial steps
     of growing size go through the module's own `training_step` (forward, backward, clipping; the optimizers' state is
@@ -96,20 +95,20 @@ class MicroBatchFinder(Callback):
     decides, large blocks are mapped one by one from then on (`map_large_blocks`), so that the answer holds. Nothing
     else of the run changes: weights, gradients, optimizers, schedules, random numbers, modes and what lists, dicts and
     tensors of the module hold are put back. A module with an attribute `communicate` has it set to False meanwhile, as
-    ranks try on their own; then all take the smallest budget of any. What was found is cached by all that the memory of
+    ranks try on their own; then all take the smallest size of any. What was found is cached by all that the memory of
     a step depends on; a second run makes no trial step.
 
-    The batch factory (see `BatchFactory`) is the trainer's data module, or else the LightningModule. On a CPU without a
-    stated limit, and where memory can't be measured or steps can't be tried alone (as with sharded strategies),
-    `enough` is taken.
+    The batch source (see `SupportsMicroBatchSize`) is the trainer's data module, or else the LightningModule. On a CPU
+    without a stated limit, and where memory can't be measured or steps can't be tried alone (as with sharded
+    strategies), `default_size` is taken.
 
     Args:
         config: limit, margin, when to stop.
-        cache_dir: folder of `budgets.json`. None: the environment variable LIGHTNING_BGE_CACHE, else
+        cache_dir: folder of `micro_batch_sizes.json`. None: the environment variable LIGHTNING_BGE_CACHE, else
             ~/.cache/lightning-bge.
 
     Attributes:
-        budget: the one in force, or None.
+        micro_batch_size: the one in effect, or None.
         reason: why, in one line.
 
     Raises:
@@ -123,66 +122,74 @@ class MicroBatchFinder(Callback):
     ) -> None:
         self.config = config
         folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
-        self._budgets = Budgets(folder if config.cache else None)
+        self._sizes = MicroBatchSizes(folder if config.cache else None)
         self._reset()
 
     def _reset(self) -> None:
-        self.budget: int | None = None
+        self.micro_batch_size: int | None = None
         self.reason = "no training step was made"
-        self._factory: Any = None
+        self._source: Any = None
         self._key: str | None = None
         self._found: dict[str, Any] = {}
         self._from_cache = False
 
     def describe(self) -> dict[str, Any]:
-        """Budget and reason, and the figures behind them as plain data; memory in bytes, above what is held anyway.
+        """Size and reason, and the figures behind them as plain data; memory in bytes, above what is held anyway.
 
-        `tried` lists (budget, peak, seconds) of each trial step, None where it failed; `peak` is the budget's own.
+        `tried` lists (size, peak, seconds) of each trial step, None where it failed; `peak` is the size's own.
         """
         figures = {name: self._found.get(name) for name in ("tried", "peak", "limit", "limit_bytes", "mapped")}
-        setting = {"margin": self.config.margin, "from_cache": self._from_cache}
-        return {"budget": self.budget, "reason": self.reason, **setting, **figures}
+        setting = {"safety_margin": self.config.safety_margin, "from_cache": self._from_cache}
+        return {"micro_batch_size": self.micro_batch_size, "reason": self.reason, **setting, **figures}
 
     # ------------------------------------------------------------------ finding
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look the budget up, or search it, and hand it to the batch factory."""
+        """Look the size up, or search it, and hand it to the batch source."""
         self._reset()
-        factory = _find_factory(trainer, pl_module)
-        if factory is None:
-            self.reason = "no budget: neither data module nor module is a batch factory (see BatchFactory)"
+        source = _find_source(trainer, pl_module)
+        if source is None:
+            self.reason = (
+                "no micro-batch size: neither data module nor module is a batch source (see SupportsMicroBatchSize)"
+            )
             say_once(self.reason, logging.WARNING)
             return
-        if not getattr(factory, "budget_wanted", True):
-            self.reason = "the budget is the user's"
+        if not getattr(source, "auto_micro_batch_size", True):
+            self.reason = "the micro-batch size is the user's"
             return
         known = limits(pl_module.device, _given(self.config))
-        self._key = self._make_key(trainer, pl_module, factory, known)
-        entry = self._budgets.get(self._key)
+        self._key = self._make_key(trainer, pl_module, source, known)
+        entry = self._sizes.get(self._key)
         self._from_cache = entry is not None
         if entry is None:
-            entry = self._find(trainer, pl_module, factory, known)
+            entry = self._find(trainer, pl_module, source, known)
         elif entry["mapped"]:
             map_large_blocks()
-        entry = {**entry, "budget": _smallest(entry["budget"], pl_module.device)}
-        self._found, self._factory = entry, factory
-        self.budget, self.reason = entry["budget"], entry["reason"]
-        factory.set_budget(self.budget)
+        entry = {**entry, "micro_batch_size": _smallest(entry["micro_batch_size"], pl_module.device)}
+        self._found, self._source = entry, source
+        self.micro_batch_size, self.reason = entry["micro_batch_size"], entry["reason"]
+        source.set_micro_batch_size(self.micro_batch_size)
         if not self._from_cache and entry["tried"]:
-            self._budgets.put(self._key, entry)
-        say_once(f"budget {self.budget:,}: {self.reason}", logging.INFO if entry["fits"] else logging.WARNING)
+            self._sizes.put(self._key, entry)
+        say_once(
+            f"micro-batch size {self.micro_batch_size:,}: {self.reason}",
+            logging.INFO if entry["fits"] else logging.WARNING,
+        )
 
-    def _make_key(self, trainer: Trainer, module: LightningModule, factory: Any, known: list[Limit]) -> str:
+    def _make_key(self, trainer: Trainer, module: LightningModule, source: Any, known: list[Limit]) -> str:
         # not the memory of the machine: it is nobody's decision, and others use it too
         totals = sorted((limit.name, limit.total) for limit in known if limit.stated or limit.raises)
-        data = {"key": getattr(factory, "budget_key", None), "step": getattr(factory, "budget_step", 1)}
+        data = {
+            "key": getattr(source, "micro_batch_size_key", None),
+            "step": getattr(source, "micro_batch_size_step", 1),
+        }
         config = {name: value for name, value in asdict(self.config).items() if name != "cache"}
         setting = {**describe_setting(trainer, module), "data": data, "limits": totals, "config": config}
         if module.device.type == "cpu" and (most := spare_bytes()[1]):
             setting["spare"] = most
         return digest(setting)
 
-    def _find(self, trainer: Trainer, module: LightningModule, factory: Any, known: list[Limit]) -> dict[str, Any]:
+    def _find(self, trainer: Trainer, module: LightningModule, source: Any, known: list[Limit]) -> dict[str, Any]:
         meter = make_meter(module.device, address_space=any(limit.raises for limit in known))
         hindrance = obstacle(trainer)
         if module.device.type == "cpu" and not any(limit.stated for limit in known):
@@ -190,14 +197,14 @@ class MicroBatchFinder(Callback):
         elif hindrance is None and isinstance(meter, str):
             hindrance = meter
         if hindrance is not None or isinstance(meter, str):
-            return {"budget": self.config.enough, "reason": str(hindrance), **_NOTHING}
-        step = getattr(factory, "budget_step", 1)
-        with Probe(trainer, module, lambda units, train: factory.worst_case_batch(units * step, train), meter) as probe:
+            return {"micro_batch_size": self.config.default_size, "reason": str(hindrance), **_NOTHING}
+        step = getattr(source, "micro_batch_size_step", 1)
+        with Probe(trainer, module, lambda units, train: source.worst_case_batch(units * step, train), meter) as probe:
             if probe.prepare():
                 return self._search(probe, module.device, step)
         reason = f"not even this fits ({probe.failure}); what saves memory is activation checkpointing, a shorter "
         reason += "maximum length or a smaller model"
-        return {"budget": step, "reason": reason, **_NOTHING, "tried": [(step, None, None)], "fits": False}
+        return {"micro_batch_size": step, "reason": reason, **_NOTHING, "tried": [(step, None, None)], "fits": False}
 
     def _search(self, probe: Probe, device: torch.device, step: int) -> dict[str, Any]:
         """Where there is plenty of memory speed decides; else the host's blocks are mapped, so that answers hold."""
@@ -211,8 +218,10 @@ class MicroBatchFinder(Callback):
             if not roomy and on_host:
                 map_large_blocks()
                 release()
-            enough = config.enough // step
-            search = Search(probe.attempt, room, config.margin, config.min_gain, enough, step, probe.meter.noise)
+            default = config.default_size // step
+            search = Search(
+                probe.attempt, room, config.safety_margin, config.min_speedup, default, step, probe.meter.noise
+            )
             answer = search.run_where_roomy() if roomy else search.run()
             tried += search.tried
             if answer is not None:
@@ -222,32 +231,36 @@ class MicroBatchFinder(Callback):
 
     # ------------------------------------------------------------------ learning from what went wrong
 
-    def lower(self, budget: int) -> None:
-        """Keep a smaller budget than was found, for this run and later ones; a larger one is ignored.
+    def lower(self, size: int) -> None:
+        """Keep a smaller size than was found, for this run and later ones; a larger one is ignored.
 
         Args:
-            budget: one that is hoped to fit.
+            size: one that is hoped to fit.
         """
-        if self.budget is None or self._key is None or budget >= self.budget:
+        if self.micro_batch_size is None or self._key is None or size >= self.micro_batch_size:
             return
-        self._found = {**self._found, "budget": budget, "reason": f"lowered from {self.budget:,} after an OOM"}
-        self.budget, self.reason = budget, self._found["reason"]
-        self._budgets.put(self._key, self._found)
+        self._found = {
+            **self._found,
+            "micro_batch_size": size,
+            "reason": f"lowered from {self.micro_batch_size:,} after an OOM",
+        }
+        self.micro_batch_size, self.reason = size, self._found["reason"]
+        self._sizes.put(self._key, self._found)
 
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        """Learn where the budget in force was lowered."""
-        budget = getattr(self._factory, "budget", None)
-        if budget is not None:
-            self.lower(budget)
+        """Learn where the size in effect was lowered."""
+        size = getattr(self._source, "micro_batch_size", None)
+        if size is not None:
+            self.lower(size)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Likewise."""
         self.on_train_batch_end()
 
 
-def _find_factory(trainer: Trainer, module: LightningModule) -> Any:
+def _find_source(trainer: Trainer, module: LightningModule) -> Any:
     for thing in (getattr(trainer, "datamodule", None), module):
-        if all(callable(getattr(thing, name, None)) for name in ("worst_case_batch", "set_budget")):
+        if all(callable(getattr(thing, name, None)) for name in ("worst_case_batch", "set_micro_batch_size")):
             return thing
     return None
 
@@ -279,7 +292,7 @@ def _entry(
     peak = search.peak(max(answer.units, 1))
     figures = f"peak about {size(min(limit.used + peak, limit.total))} of {size(limit.total)} ({limit.name})"
     return {
-        "budget": max(answer.units, 1) * step,
+        "micro_batch_size": max(answer.units, 1) * step,
         "reason": f"{answer.reason}; {figures}",
         "fits": answer.units > 0,
         "mapped": mapped,
@@ -290,10 +303,10 @@ def _entry(
     }
 
 
-def _smallest(budget: int, device: torch.device) -> int:
+def _smallest(size: int, device: torch.device) -> int:
     """Of all ranks, so that they agree."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return budget
-    found = torch.tensor([budget], device=device)
+        return size
+    found = torch.tensor([size], device=device)
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
     return int(found.item())

@@ -55,7 +55,7 @@ class Answer:
 
 
 class Search:
-    """Finds the size to train with, in units of the batch factory.
+    """Finds the size to train with, in units of the batch source.
 
     Memory is taken to be a line in the size: gradients and the like, and activations. `margin` is the share of the
     activations that is left free. What a limit that may be tried allows is found by tries, as allocators fragment; what
@@ -65,8 +65,8 @@ class Search:
         attempt: tries a size, with a validation batch or without; None: out of memory.
         measure_room: how much memory there is now; a step may leave caches behind.
         margin: share of the activations' memory to leave free, 0 to below 1.
-        min_gain: stop where twice the size brings less than this share more units a second. None: memory decides.
-        enough: speed is not looked at below so many units.
+        min_speedup: stop where twice the size brings less than this share more units a second. None: memory decides.
+        default: speed is not measured below so many units.
         step: what a unit is called by: the reason speaks of `units * step`.
         noise: bytes by which a peak may be measured wrongly; where nothing must go wrong, it is added.
 
@@ -79,14 +79,14 @@ class Search:
         attempt: Callable[[int, bool], Try | None],
         measure_room: Callable[[], Room],
         margin: float,
-        min_gain: float | None,
-        enough: int,
+        min_speedup: float | None,
+        default: int,
         step: int = 1,
         noise: int = 0,
     ) -> None:
-        self.attempt, self.measure_room, self.margin, self.min_gain = attempt, measure_room, margin, min_gain
+        self.attempt, self.measure_room, self.margin, self.min_speedup = attempt, measure_room, margin, min_speedup
         self.room = measure_room()
-        self.enough, self.step, self.noise = max(enough, 1), step, noise
+        self.default, self.step, self.noise = max(default, 1), step, noise
         self.tried: list[tuple[int, int | None, float | None]] = []
         self._points: dict[int, Try] = {}
         self._fitted: set[int] = set()
@@ -97,17 +97,17 @@ class Search:
         """The largest size that pays and leaves the margin."""
         if not self._begin():
             return Answer(0, f"not even {self.step:,} fits")
-        if self.min_gain is None:
+        if self.min_speedup is None:
             return self._by_memory(self._largest(None))
-        answer = self._by_speed(self.min_gain, 1.0)
+        answer = self._by_speed(self.min_speedup, 1.0)
         assert answer is not None
         return answer
 
     def run_where_roomy(self) -> Answer | None:
         """Likewise by speed alone; None as soon as a size with its margin takes more than half of the room."""
-        if self.min_gain is None or not self._begin():
+        if self.min_speedup is None or not self._begin():
             return None
-        return self._by_speed(self.min_gain, ROOMY)
+        return self._by_speed(self.min_speedup, ROOMY)
 
     def _begin(self) -> bool:
         """Try the two smallest sizes, for a line through them; False: nothing fits."""
@@ -122,9 +122,9 @@ class Search:
 
     # ------------------------------------------------------------------ speed
 
-    def _by_speed(self, min_gain: float, share: float) -> Answer | None:
+    def _by_speed(self, min_speedup: float, share: float) -> Answer | None:
         """Double the size as long as that brings enough; None: it takes more than a share of the room."""
-        units, before = max(self.enough // 2, 1), None
+        units, before = max(self.default // 2, 1), None
         while True:
             if share < 1 and (self._failed is not None or not self._takes(units, share)):
                 return None
@@ -135,10 +135,10 @@ class Search:
             if rate is None:
                 continue  # it does not fit after all
             gain = math.inf if before is None else rate / before - 1
-            if gain < min_gain and units >= self.enough:
-                taken = max(units // 2, self.enough)
+            if gain < min_speedup and units >= self.default:
+                taken = max(units // 2, self.default)
                 return Answer(taken, f"{units * self.step:,} brought {gain:+.0%} units a second over half of it")
-            before, units = rate, self.enough if units < self.enough else 2 * units
+            before, units = rate, self.default if units < self.default else 2 * units
 
     def _rate(self, units: int) -> float | None:
         """Units a second, the better of two steps unless they are long; None: it does not fit."""

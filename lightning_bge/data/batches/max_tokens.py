@@ -28,10 +28,10 @@ class BatchingConfig:
     """How rows become batches.
 
     Args:
-        tokens: token budget of a training micro-batch (real tokens, there is no padding). It changes memory and speed,
-            not the result. auto: 8192, until a search for a better one (`MicroBatchFinder`) or running out of memory
-            says otherwise.
-        eval_tokens: token budget of a micro-batch without gradients. auto: twice that of training.
+        tokens: the most tokens of a training micro-batch (real tokens, there is no padding). It changes memory and
+            speed, not the result. auto: 8192, until a search for a better one (`MicroBatchFinder`) or running out of
+            memory says otherwise.
+        eval_tokens: the most tokens of a micro-batch without gradients. auto: twice that of training.
         balanced: draw every class with equal probability, with replacement.
         seed: of the training order; apart from the other seeds so that trials can be compared pair by pair.
         num_workers: processes that assemble batches. auto: measured once; 0 where rows are assembled faster than
@@ -69,12 +69,12 @@ class BatchingConfig:
             )
 
 
-def cut(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+def cut(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Cut sequences into runs of similar length.
 
     Args:
         lengths: tokens of each sequence, int [N].
-        budget: the most tokens of a run; a longer sequence makes a run of its own.
+        max_tokens: the most tokens of a run; a longer sequence makes a run of its own.
 
     Returns:
         Positions into `lengths`, int64; the longest come first, equal ones in the given order.
@@ -84,7 +84,7 @@ def cut(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     runs, start = [], 0
     while start < len(order):
         used = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, used + budget, side="right")))
+        stop = max(start + 1, int(np.searchsorted(ends, used + max_tokens, side="right")))
         runs.append(order[start:stop])
         start = stop
     return runs
@@ -170,15 +170,17 @@ class EncodedDataset(Dataset[Batch]):
         tokens: token ids of all rows of the file.
         labels: encoded labels of all rows, or None.
         groups: int64 [N], a group number for each row, or None.
-        budget: the most tokens of a micro-batch.
+        max_tokens: the most tokens of a micro-batch.
 
     Attributes:
         rank: of several ranks the one whose share an item is.
         ranks: how many there are; an item of the only one holds all rows.
     """
 
-    def __init__(self, tokens: TokenArrays, labels: np.ndarray | None, groups: np.ndarray | None, budget: int) -> None:
-        self.tokens, self.labels, self.groups, self.budget = tokens, labels, groups, budget
+    def __init__(
+        self, tokens: TokenArrays, labels: np.ndarray | None, groups: np.ndarray | None, max_tokens: int
+    ) -> None:
+        self.tokens, self.labels, self.groups, self.max_tokens = tokens, labels, groups, max_tokens
         self.rank, self.ranks = 0, 1
 
     def __len__(self) -> int:
@@ -190,7 +192,7 @@ class EncodedDataset(Dataset[Batch]):
         if self.ranks > 1:
             dealt = [chosen[share] for share in shares(self.tokens.lengths[chosen], self.ranks)]
             chosen, sizes = dealt[self.rank], tuple(int(self.tokens.lengths[share].sum()) for share in dealt)
-        runs = cut(self.tokens.lengths[chosen], self.budget)
+        runs = cut(self.tokens.lengths[chosen], self.max_tokens)
         return Batch(tuple(self._micro(chosen[run]) for run in runs), sizes)
 
     def worst_case(self, sequences: int, length: int) -> Batch:
@@ -273,7 +275,7 @@ def _choose(
         return _data_loader(dataset, examples * repeats, config, workers)
 
     rows = sampler.batch_size if isinstance(sampler, EffectiveBatchSampler) else None
-    key = (type(dataset).__name__, len(dataset), dataset.budget, rows)
+    key = (type(dataset).__name__, len(dataset), dataset.max_tokens, rows)
     return choose_once(key, lambda: choose_workers(make_loader, batches=EXAMPLES))
 
 

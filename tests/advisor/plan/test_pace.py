@@ -78,7 +78,7 @@ def test_each_part_of_a_run_gets_its_seconds(setup: Setup, monkeypatch: pytest.M
 def test_tokens_sequences_and_micro_batches_are_those_of_the_batches(setup: Setup) -> None:
     data = setup.datamodule
     data.select_fold(1)
-    data.set_budget(24)
+    data.set_micro_batch_size(24)
     loader = data.train_dataloader()
     loader.sampler.set_epoch(0)
     batches = list(loader)

@@ -297,7 +297,7 @@ def test_workers_are_a_level() -> None:
 
 
 def test_compiling_is_tried_only_where_the_run_itself_would_try() -> None:
-    auto = CompileConfig("auto", limit_s=50.0)
+    auto = CompileConfig("auto", time_limit=50.0)
     quick = replace(COST, train=0.1)
     short = trying_s(
         replace(STUDY, trials=1),

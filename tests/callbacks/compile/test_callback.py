@@ -153,9 +153,9 @@ def fake(monkeypatch: pytest.MonkeyPatch, *results: Measured | BaseException) ->
     [
         ({"policy": "on"}, "compile.policy: expected one of auto, always, never, got on"),
         ({"mode": "fast"}, "compile.mode: expected one of default, reduce-overhead, max-autotune, got fast"),
-        ({"limit_s": 0}, "compile.limit_s: expected seconds above 0, got 0"),
-        ({"limit_s": math.inf}, "compile.limit_s"),
-        ({"limit_s": math.nan}, "compile.limit_s"),
+        ({"time_limit": 0}, "compile.time_limit: expected seconds above 0, got 0"),
+        ({"time_limit": math.inf}, "compile.time_limit"),
+        ({"time_limit": math.nan}, "compile.time_limit"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -323,7 +323,7 @@ def test_too_few_steps_are_not_worth_a_try() -> None:
 
 
 def test_a_try_takes_a_small_share_of_the_time_left() -> None:
-    config = CompileConfig(limit_s=120)
+    config = CompileConfig(time_limit=120)
     assert time_limit_s(findings(), 6_000, config) == pytest.approx(6_000 * 0.031 * 0.02)
     assert time_limit_s(findings(), 10**6, config) == 120
     assert time_limit_s(findings(), math.inf, config) == 120
@@ -449,7 +449,7 @@ def test_off_is_decided_anew_for_more_steps(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("clock")
 def test_out_of_time_is_tried_again_with_more_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = fake(monkeypatch, OutOfTime(), OutOfTime(), PAYS)
-    config = CompileConfig(backend="eager", limit_s=50)
+    config = CompileConfig(backend="eager", time_limit=50)
     reasons = []
     for steps in (112, 112, 90, 10_000, 10_000):
         callback, module = CompileLayers(config, steps_left=steps), stack(Slow)
@@ -459,7 +459,7 @@ def test_out_of_time_is_tried_again_with_more_time_only(monkeypatch: pytest.Monk
     assert limits == [pytest.approx(100 / 3), pytest.approx(50)]
     assert reasons[0] == ("compile off: one layer was not compiled within 33.3 s, 2% of the time that is left")
     assert reasons[3] == reasons[4] == "compile off: one layer was not compiled within 50 s"
-    callback = CompileLayers(CompileConfig(backend="eager", limit_s=80), steps_left=10_000)
+    callback = CompileLayers(CompileConfig(backend="eager", time_limit=80), steps_left=10_000)
     train(stack(Slow), callback)
     assert callback.in_effect
 
@@ -601,7 +601,7 @@ class Sleeper:
 def test_a_try_is_broken_off_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy_module, "LEAST_COMPILE_S", 0.0)
     sleeper = Sleeper()
-    config = CompileConfig(limit_s=0.5, backend=sleeper)  # type: ignore[arg-type]
+    config = CompileConfig(time_limit=0.5, backend=sleeper)  # type: ignore[arg-type]
     callback, plain, tried = CompileLayers(config, steps_left=10**12), stack(), stack()
     before = signal.getsignal(signal.SIGALRM)
     torch.manual_seed(5)
@@ -798,7 +798,7 @@ def test_auto_decides_on_this_machine() -> None:
     module = BGEClassifier()
     module.net = TextClassifier(small_model("bert", dropout=0.1))
     batches = [effective_batch(6, seed=k) for k in range(14)]
-    callback = CompileLayers(CompileConfig(limit_s=100), steps_left=10**6)
+    callback = CompileLayers(CompileConfig(time_limit=100), steps_left=10**6)
     quiet_trainer(callbacks=[callback]).fit(module, datamodule=Batches(SCHEMA, batches, batches[:1]))
     told = callback.describe()
     assert told["reason"].startswith("compile on: " if told["in_effect"] else "compile off: ")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lightning_bge.callbacks.micro_batch import cache as cache_module
 from lightning_bge.callbacks.micro_batch import finder as finder_module
 from lightning_bge.callbacks.micro_batch import probe as probe_module
-from lightning_bge.callbacks.micro_batch.cache import FILE, Budgets
+from lightning_bge.callbacks.micro_batch.cache import FILE, MicroBatchSizes
 from lightning_bge.callbacks.micro_batch.finder import MemoryConfig, MicroBatchFinder
 from lightning_bge.callbacks.micro_batch.probe import HostMeter
 from lightning_bge.callbacks.micro_batch.search import Answer, Room, Search, Try
@@ -65,8 +65,8 @@ class Machine:
         peak = self.bytes(units) + self.random.uniform(-self.noise, self.noise)
         return Try(units, round(peak), (self.constant + 0.1 * units) / 1000)
 
-    def search(self, margin: float = 0.1, min_gain: float | None = None, enough: int = 16) -> tuple[Answer, Search]:
-        search = Search(self, lambda: self.room, margin, min_gain, enough, step=4, noise=round(2 * self.noise))
+    def search(self, margin: float = 0.1, min_speedup: float | None = None, enough: int = 16) -> tuple[Answer, Search]:
+        search = Search(self, lambda: self.room, margin, min_speedup, enough, step=4, noise=round(2 * self.noise))
         return search.run(), search
 
 
@@ -104,7 +104,7 @@ def test_of_two_limits_the_tighter_one_counts() -> None:
 @pytest.mark.parametrize(("room", "units"), [(305, 0), (315, 1), (321, 2), (400, 10)])
 def test_little_memory(room: int, units: int) -> None:
     assert Machine(Room(room, None)).search(margin=0.0)[0].units == units
-    reason = Machine(Room(room, None)).search(margin=0.5, min_gain=0.05)[0].reason
+    reason = Machine(Room(room, None)).search(margin=0.5, min_speedup=0.05)[0].reason
     assert reason == "not even 4 fits" if units == 0 else "fitted" in reason
 
 
@@ -138,7 +138,7 @@ def gain(units: int, constant: float) -> float:
 @pytest.mark.parametrize("room", [Room(None, None), Room(10**7, None), Room(None, 10**7)])
 def test_growth_ends_where_speed_does(room: Room, constant: float) -> None:
     machine = Machine(room, constant=constant)
-    answer, _ = machine.search(min_gain=0.05)
+    answer, _ = machine.search(min_speedup=0.05)
     if answer.units > 16:
         assert gain(answer.units, constant) >= 0.05
     assert gain(2 * answer.units, constant) < 0.05 or gain(answer.units, constant) < 0.05
@@ -150,9 +150,9 @@ def test_growth_ends_where_speed_does(room: Room, constant: float) -> None:
 def test_memory_may_end_growth_before_speed_does() -> None:
     for room in (Room(1_500, None), Room(None, 1_500)):
         machine = Machine(room, constant=100.0)
-        answer, _ = machine.search(min_gain=0.05)
+        answer, _ = machine.search(min_speedup=0.05)
         assert answer.units == pytest.approx(0.9 * 120, rel=0.05)
-    tiny = Machine(Room(400, None), constant=100.0).search(min_gain=0.05)[0]
+    tiny = Machine(Room(400, None), constant=100.0).search(min_speedup=0.05)[0]
     assert tiny.units == 9  # less than enough
 
 
@@ -250,20 +250,20 @@ class Foreign(LightningModule):
 
 
 class Rows(LightningDataModule):
-    """A batch factory of rows."""
+    """A batch source of rows."""
 
     def __init__(self, step: int = 2, **attributes: Any) -> None:
         super().__init__()
-        self.budget_step, self.budget, self.set, self.made = step, 4, [], []
+        self.micro_batch_size_step, self.micro_batch_size, self.set, self.made = step, 4, [], []
         vars(self).update(attributes)
 
-    def worst_case_batch(self, budget: int, train: bool) -> Tensor:
-        self.made.append(budget)
-        return torch.ones(budget * (1 if train else 2), 6)
+    def worst_case_batch(self, size: int, train: bool) -> Tensor:
+        self.made.append(size)
+        return torch.ones(size * (1 if train else 2), 6)
 
-    def set_budget(self, budget: int) -> None:
-        self.budget = budget
-        self.set.append(budget)
+    def set_micro_batch_size(self, size: int) -> None:
+        self.micro_batch_size = size
+        self.set.append(size)
 
     def train_dataloader(self) -> Loader:
         generator = torch.Generator().manual_seed(1)
@@ -334,7 +334,7 @@ def train(module: LightningModule, data: LightningDataModule, *callbacks: Callba
     return trainer
 
 
-ALL = MemoryConfig(min_gain=None)
+ALL = MemoryConfig(min_speedup=None)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Found . module.* in eval mode"),
     pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`"),
@@ -405,12 +405,12 @@ def test_training_after_the_search_is_the_same_bit_for_bit(name: str, manual: bo
         found.append((everything(module, trainer), losses.seen, module.losses, module.counts, module.mean))
         if finders:
             assert len(data.made) > 10  # it did search
-            assert 0.9 * 970 / 1.05 - 2 < data.budget <= 0.9 * 970
-            assert finders[0].describe()["tried"][-1][0] == data.budget
+            assert 0.9 * 970 / 1.05 - 2 < data.micro_batch_size <= 0.9 * 970
+            assert finders[0].describe()["tried"][-1][0] == data.micro_batch_size
     assert_same(*found)
 
 
-@pytest.mark.parametrize("where", ["training", "validation", "factory"])
+@pytest.mark.parametrize("where", ["training", "validation", "source"])
 def test_an_error_comes_out_and_everything_is_put_back(where: str, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     states: list[Any] = []
 
@@ -436,7 +436,7 @@ def test_an_error_comes_out_and_everything_is_put_back(where: str, use: Use, mon
     owner, name = {
         "training": (module, "training_step"),
         "validation": (module, "validation_step"),
-        "factory": (data, "worst_case_batch"),
+        "source": (data, "worst_case_batch"),
     }[where]
     original = getattr(owner, name)
     monkeypatch.setattr(owner, name, broken)
@@ -553,10 +553,10 @@ def test_sizes_that_do_not_fit_are_found_by_bisection(error: Exception, use: Use
     use(data, 10**6)  # far more than fits: predictions don't help
     trainer = train(Small(), data, finder)
     most = 350  # a validation batch has twice as many rows
-    assert 0.9 * most / 1.05 - 1 <= data.budget <= 0.9 * most
+    assert 0.9 * most / 1.05 - 1 <= data.micro_batch_size <= 0.9 * most
     assert trainer.global_step == 12
-    assert data.set == [data.budget]
-    failed = [budget for budget, peak, _ in finder.describe()["tried"] if peak is None]
+    assert data.set == [data.micro_batch_size]
+    failed = [size for size, peak, _ in finder.describe()["tried"] if peak is None]
     assert failed
     assert min(failed) > most
 
@@ -577,14 +577,14 @@ def test_what_stays_held_after_an_oom_is_an_error(use: Use, monkeypatch: pytest.
         patch.setattr(finder_module, "limits", lambda *_: [Limit("RLIMIT_AS", 10**6, 0, raises=True)])
         patch.setattr(finder_module, "make_meter", lambda *_, **__: FakeMeter(data))
         patch.setattr(finder_module, "map_large_blocks", lambda: None)
-        finder = MicroBatchFinder(MemoryConfig(min_gain=None, cache=False))
+        finder = MicroBatchFinder(MemoryConfig(min_speedup=None, cache=False))
         with pytest.raises(RuntimeError, match=r"\(4000 bytes\) are still held after a trial step of"):
             train(module, data, finder)
         cache_module.forget()
         module = Foreign()
         module.largest = 50  # what it keeps as an attribute is put back, so that nothing is held
         train(module, data, finder)
-    assert data.budget <= 22
+    assert data.micro_batch_size <= 22
 
 
 def test_not_even_the_smallest_fits(use: Use, caplog: pytest.LogCaptureFixture) -> None:
@@ -596,7 +596,10 @@ def test_not_even_the_smallest_fits(use: Use, caplog: pytest.LogCaptureFixture) 
     assert data.set == [8]
     [record] = [record for record in caplog.records if record.name == cache_module.__name__]
     assert record.levelno == logging.WARNING
-    assert "budget 8: not even this fits (out of memory in the search for a batch size: 3.0 GiB asked" in record.message
+    assert (
+        "micro-batch size 8: not even this fits (out of memory in the search for a batch size: 3.0 GiB asked"
+        in record.message
+    )
     again = Rows(step=8)
     train(module, again, MicroBatchFinder(ALL))
     assert (again.set, again.made) == ([8], [])
@@ -637,12 +640,12 @@ def test_without_a_stated_limit_enough_is_taken(use: Use, caplog: pytest.LogCapt
         train(Foreign(), data, finder)
         assert (data.set, data.made) == ([8192], [])
     [record] = [record for record in caplog.records if record.name == cache_module.__name__]
-    assert record.message.startswith("budget 8,192: no limit on memory is stated")
+    assert record.message.startswith("micro-batch size 8,192: no limit on memory is stated")
     assert finder.describe()["tried"] == []
 
 
 def test_where_memory_cannot_be_measured_enough_is_taken(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, finder = Rows(), MicroBatchFinder(MemoryConfig(enough=77))
+    data, finder = Rows(), MicroBatchFinder(MemoryConfig(default_size=77))
     use(data, 10_000)
     monkeypatch.setattr(finder_module, "make_meter", lambda *_, **__: "no meter here")
     train(Foreign(), data, finder)
@@ -653,23 +656,23 @@ def test_where_memory_cannot_be_measured_enough_is_taken(use: Use, monkeypatch: 
 
 
 def test_a_number_of_the_users_is_left_alone(use: Use) -> None:
-    data, finder = Rows(budget_wanted=False), MicroBatchFinder()
+    data, finder = Rows(auto_micro_batch_size=False), MicroBatchFinder()
     use(data, 10_000)
     train(Foreign(), data, finder)
-    assert (data.set, finder.budget) == ([], None)
+    assert (data.set, finder.micro_batch_size) == ([], None)
 
 
-def test_the_module_may_be_the_factory_and_none_is_said(use: Use, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_module_may_be_the_batch_source_and_none_is_said(use: Use, caplog: pytest.LogCaptureFixture) -> None:
     rows = Rows()
 
     class Makes(Foreign):
-        budget_step = 2
+        micro_batch_size_step = 2
 
-        def worst_case_batch(self, budget: int, train: bool) -> Tensor:
-            return rows.worst_case_batch(budget, train)
+        def worst_case_batch(self, size: int, train: bool) -> Tensor:
+            return rows.worst_case_batch(size, train)
 
-        def set_budget(self, budget: int) -> None:
-            rows.set_budget(budget)
+        def set_micro_batch_size(self, size: int) -> None:
+            rows.set_micro_batch_size(size)
 
     use(rows, 10_000)
     loader = rows.train_dataloader()
@@ -678,8 +681,8 @@ def test_the_module_may_be_the_factory_and_none_is_said(use: Use, caplog: pytest
     finder = MicroBatchFinder(ALL)
     for _ in range(2):
         quiet_trainer(callbacks=[finder]).fit(Foreign(), loader, loader)
-    assert finder.reason.startswith("no budget: neither data module nor module is a batch factory")
-    assert caplog.text.count("no budget") == 1
+    assert finder.reason.startswith("no micro-batch size: neither data module nor module is a batch source")
+    assert caplog.text.count("no micro-batch size") == 1
 
 
 # ------------------------------------------------------------------ the host's blocks
@@ -690,7 +693,7 @@ def test_blocks_are_mapped_only_where_memory_decides(
     use: Use, monkeypatch: pytest.MonkeyPatch, total: int, mapped: int
 ) -> None:
     for known in range(2):
-        data, finder, calls = Rows(), MicroBatchFinder(MemoryConfig(enough=100)), []
+        data, finder, calls = Rows(), MicroBatchFinder(MemoryConfig(default_size=100)), []
         use(data, total)
         monkeypatch.setattr(finder_module, "map_large_blocks", lambda calls=calls: calls.append(1))
         module = Foreign()
@@ -699,7 +702,7 @@ def test_blocks_are_mapped_only_where_memory_decides(
         assert len(calls) == mapped
         assert finder.describe()["mapped"] == bool(mapped)
         assert bool(data.made) != bool(known)
-        assert data.budget == 100 if not mapped else 50 < data.budget <= 0.9 * 70
+        assert data.micro_batch_size == 100 if not mapped else 50 < data.micro_batch_size <= 0.9 * 70
 
 
 # ------------------------------------------------------------------ the cache
@@ -724,8 +727,8 @@ def test_the_second_run_makes_no_trial_step(use: Use, tmp_path: Path) -> None:
         described = finder.describe()
         assert described["from_cache"]
         assert json.loads(json.dumps(described)) == described or not forget
-        assert (described["limit"], described["limit_bytes"], described["margin"]) == ("RLIMIT_AS", 10_000, 0.1)
-        assert described["peak"] == HELD + ROW * first.budget
+        assert (described["limit"], described["limit_bytes"], described["safety_margin"]) == ("RLIMIT_AS", 10_000, 0.1)
+        assert described["peak"] == HELD + ROW * first.micro_batch_size
         assert "as much as the limit is predicted to allow" in described["reason"]
     path = tmp_path / "cache" / FILE
     assert path.stat().st_mode & 0o077 == 0
@@ -736,9 +739,9 @@ def test_what_a_step_takes_decides_what_is_found_again(use: Use) -> None:
     search(use)
     others: list[dict[str, Any]] = [
         {"total": 20_000},
-        {"config": MemoryConfig(min_gain=None, margin=0.2)},
+        {"config": MemoryConfig(min_speedup=None, safety_margin=0.2)},
         {"module": Foreign(OPTIMIZERS["adamw"])},
-        {"data": Rows(budget_key={"max_length": 3})},
+        {"data": Rows(micro_batch_size_key={"max_length": 3})},
         {"data": Rows(step=3)},
         {"precision": "bf16-mixed"},
         {"gradient_clip_val": None},
@@ -757,20 +760,21 @@ def test_what_a_step_takes_decides_what_is_found_again(use: Use) -> None:
 
 
 def test_without_a_cache_only_this_process_remembers(use: Use, tmp_path: Path) -> None:
-    config = MemoryConfig(min_gain=None, cache=False)
+    config = MemoryConfig(min_speedup=None, cache=False)
     assert search(use, config=config)[0].made
     assert not search(use, config=config)[0].made
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"schema_version": 1}', '{"schema_version": 1, "budgets": {"a": {"budget": -1}}}']
+    "content",
+    ["", "{", "[]", '{"schema_version": 1}', '{"schema_version": 1, "sizes": {"a": {"micro_batch_size": -1}}}'],
 )
 def test_a_damaged_file_is_put_aside(use: Use, tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
     tmp_path.joinpath(FILE).write_text(content)
     data, _ = search(use, tmp_path)
     assert data.made
-    assert (tmp_path / "budgets.damaged").read_text() == content
+    assert (tmp_path / "micro_batch_sizes.damaged").read_text() == content
     assert caplog.text.count("can't be read") == 1
     cache_module.forget()
     assert not search(use, tmp_path)[0].made
@@ -788,7 +792,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(
 def test_many_writers_lose_nothing(tmp_path: Path) -> None:
     def write(first: int) -> None:
         for number in range(first, first + 20):
-            Budgets(tmp_path).put(str(number), {"budget": number + 1, "reason": ""})
+            MicroBatchSizes(tmp_path).put(str(number), {"micro_batch_size": number + 1, "reason": ""})
 
     threads = [threading.Thread(target=write, args=(20 * number,)) for number in range(4)]
     for thread in threads:
@@ -796,20 +800,20 @@ def test_many_writers_lose_nothing(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     cache_module.forget()
-    assert [Budgets(tmp_path).get(str(number)) for number in (0, 19, 79)] == [
-        {"budget": number + 1, "reason": ""} for number in (0, 19, 79)
+    assert [MicroBatchSizes(tmp_path).get(str(number)) for number in (0, 19, 79)] == [
+        {"micro_batch_size": number + 1, "reason": ""} for number in (0, 19, 79)
     ]
-    assert len(json.loads((tmp_path / FILE).read_text())["budgets"]) == 80
+    assert len(json.loads((tmp_path / FILE).read_text())["sizes"]) == 80
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_budget_that_is_lowered_is_stored_again(use: Use, fails: bool) -> None:
+def test_a_micro_batch_size_that_is_lowered_is_stored(use: Use, fails: bool) -> None:
     class Lowers(Callback):
         """As a callback or a module's own ladder does it after an OOM."""
 
         def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if trainer.global_step == 3:
-                trainer.datamodule.set_budget(123)  # type: ignore[attr-defined]
+                trainer.datamodule.set_micro_batch_size(123)  # type: ignore[attr-defined]
                 if fails:
                     raise torch.OutOfMemoryError("out of memory")
 
@@ -819,18 +823,18 @@ def test_a_budget_that_is_lowered_is_stored_again(use: Use, fails: bool) -> None
         train(Foreign(), data, Lowers(), finder)
     except torch.OutOfMemoryError:
         assert fails
-    assert finder.budget == 123
+    assert finder.micro_batch_size == 123
     assert finder.reason.startswith("lowered from 8")
     finder.lower(200)  # no lower one
-    assert finder.budget == 123
+    assert finder.micro_batch_size == 123
     cache_module.forget()
     data, finder = search(use)
     assert (data.set, data.made) == ([123], [])
     # another process lowers it further
-    entries = json.loads((finder._budgets.folder / FILE).read_text())["budgets"]  # type: ignore[operator]
+    entries = json.loads((finder._sizes.folder / FILE).read_text())["sizes"]  # type: ignore[operator]
     [(key, entry)] = entries.items()
     known = dict(cache_module._known)
-    Budgets(finder._budgets.folder).put(key, {**entry, "budget": 50})
+    MicroBatchSizes(finder._sizes.folder).put(key, {**entry, "micro_batch_size": 50})
     cache_module._known.update(known)
     assert search(use)[0].set == [50]
 
@@ -862,7 +866,7 @@ def on_two_ranks(folder: str) -> tuple[Any, ...]:
         patch.setattr(finder_module, "map_large_blocks", lambda: None)
         warnings.filterwarnings("ignore")
         train(module, data, finder, devices=2, strategy="ddp")
-    assert isinstance(finder.budget, int)
+    assert isinstance(finder.micro_batch_size, int)
     return data.set, len(data.made), [parameter.tolist() for parameter in module.parameters()]
 
 
@@ -882,10 +886,10 @@ def test_ranks_search_on_their_own_and_agree(tmp_path: Path) -> None:
     [
         ({"limit_gb": 0}, "memory.limit_gb: expected a number above 0, or null, got 0"),
         ({"limit_gb": math.nan}, "memory.limit_gb"),
-        ({"margin": 1.0}, r"memory.margin: expected 0 to below 1, got 1.0"),
-        ({"margin": -0.1}, "memory.margin"),
-        ({"min_gain": -1}, "memory.min_gain: expected 0 or more, or null, got -1"),
-        ({"enough": 0}, "memory.enough: expected 1 token or more, got 0"),
+        ({"safety_margin": 1.0}, r"memory.safety_margin: expected 0 to below 1, got 1.0"),
+        ({"safety_margin": -0.1}, "memory.safety_margin"),
+        ({"min_speedup": -1}, "memory.min_speedup: expected 0 or more, or null, got -1"),
+        ({"default_size": 0}, "memory.default_size: expected 1 token or more, got 0"),
     ],
 )
 def test_bad_settings(bad: dict[str, Any], text: str) -> None:
@@ -937,11 +941,11 @@ def test_what_others_may_yet_take_to_save_time_is_left_to_them(use: Use) -> None
     assert finder_module._room([Limit("a", 2000, 0)], on_host=True) == Room(None, 0)
     first, finder = search(use)
     assert not finder.describe()["from_cache"]  # what was found without it would be too much
-    assert HELD + ROW * first.budget <= 7000 < HELD + ROW * free.budget
+    assert HELD + ROW * first.micro_batch_size <= 7000 < HELD + ROW * free.micro_batch_size
     spare.nbytes = 4000
     again, finder = search(use)
     assert finder.describe()["from_cache"]
-    assert again.budget == first.budget
+    assert again.micro_batch_size == first.micro_batch_size
     del spare
     assert finder_module._room(known, on_host=True) == Room(None, 10_000)
 
@@ -951,7 +955,7 @@ def test_a_given_limit_is_searched_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> 
     """With real memory: at least 12,000 bytes of a row's activations, of a validation batch of two, and 40 MiB."""
     monkeypatch.setattr(finder_module, "map_large_blocks", lambda: None)
     data = Rows(step=64)
-    finder = MicroBatchFinder(MemoryConfig(limit_gb=used_gb() + 40 / 1024, min_gain=None, cache=False))
+    finder = MicroBatchFinder(MemoryConfig(limit_gb=used_gb() + 40 / 1024, min_speedup=None, cache=False))
 
     class Wide(Foreign):
         def __init__(self) -> None:
@@ -961,7 +965,7 @@ def test_a_given_limit_is_searched_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> 
 
     train(Wide(), data, finder)
     assert finder.describe()["limit"] == "memory.limit_gb"
-    assert 800 < data.budget < 3400
+    assert 800 < data.micro_batch_size < 3400
     assert finder.describe()["peak"] < 40 * 2**20
 
 
@@ -996,9 +1000,9 @@ def test_our_module_trains_the_same_after_the_search(tmp_path: Path, use: Use) -
         )  # fmt: skip
         data.setup("fit")
         made, make = [16], data.worst_case_batch
-        data.worst_case_batch = lambda budget, train, make=make, made=made: (  # type: ignore[method-assign, misc]
-            made.append(budget),
-            make(budget, train),
+        data.worst_case_batch = lambda size, train, make=make, made=made: (  # type: ignore[method-assign, misc]
+            made.append(size),
+            make(size, train),
         )[1]
         counted = Rows()
         counted.made = made
@@ -1010,8 +1014,8 @@ def test_our_module_trains_the_same_after_the_search(tmp_path: Path, use: Use) -
         found.append((everything(module, trainer), losses.seen))
         if finders:
             assert len(made) > 5
-            assert data.budget % 16 == 0
-            assert data.budget == pytest.approx(0.9 * 1970, rel=0.06)
+            assert data.micro_batch_size % 16 == 0
+            assert data.micro_batch_size == pytest.approx(0.9 * 1970, rel=0.06)
             assert module.ladder.active
             assert module.ladder.records == []
     assert_same(*found)
@@ -1060,17 +1064,17 @@ class Batches:
         return len(self.sizes)
 
 class Rows(LightningDataModule):
-    budget = 1
-    def worst_case_batch(self, budget, train):
-        return torch.randn(budget * (1 if train else 2), width)
-    def set_budget(self, budget):
-        self.budget = budget
+    micro_batch_size = 1
+    def worst_case_batch(self, size, train):
+        return torch.randn(size * (1 if train else 2), width)
+    def set_micro_batch_size(self, size):
+        self.micro_batch_size = size
     def train_dataloader(self):
-        return Batches([lambda: self.budget] * 10 + [lambda: int(1.35 * self.budget)])
+        return Batches([lambda: self.micro_batch_size] * 10 + [lambda: int(1.35 * self.micro_batch_size)])
     def val_dataloader(self):
-        return Batches([lambda: 2 * self.budget] * 2)
+        return Batches([lambda: 2 * self.micro_batch_size] * 2)
 
-finder, data = MicroBatchFinder(MemoryConfig(min_gain=None, cache=False)), Rows()
+finder, data = MicroBatchFinder(MemoryConfig(min_speedup=None, cache=False)), Rows()
 off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 trainer = Trainer(**dict.fromkeys(off, False), max_epochs=1, accelerator="cpu", num_sanity_val_steps=0,
                   callbacks=[finder], val_check_interval=5, gradient_clip_val=None if manual else 1.0)
@@ -1096,7 +1100,7 @@ def run_limited(room: int, width: int, kind: str, tmp_path: Path) -> dict[str, A
 
 def check_limited(found: dict[str, Any]) -> None:
     assert found["limit"] == "RLIMIT_AS"
-    assert found["budget"] > 1000
+    assert found["micro_batch_size"] > 1000
     assert len(found["tried"]) < 15
     assert (found["batch"], found["end"]) == (10, "oom"), found  # the first ten fit, the larger one does not
 

@@ -1,4 +1,4 @@
-"""The budget and what follows an OOM, on a GPU whose memory this process may fill in part only."""
+"""The micro-batch size and what follows an OOM, on a GPU whose memory this process may fill in part only."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ def make_batch(sequences: int, seed: int = 0) -> Batch:
 class Data(LightningDataModule):
     """Worst cases: ten that must fit and one that must not, each one made when it is wanted."""
 
-    budget_step = LENGTH
+    micro_batch_size_step = LENGTH
     schema, class_counts = SCHEMA, None
-    budget = LENGTH
+    micro_batch_size = LENGTH
 
-    def worst_case_batch(self, budget: int, train: bool) -> Batch:
-        return make_batch(-(-budget // LENGTH) * (1 if train else 2))
+    def worst_case_batch(self, size: int, train: bool) -> Batch:
+        return make_batch(-(-size // LENGTH) * (1 if train else 2))
 
-    def set_budget(self, budget: int) -> None:
-        self.budget = budget
+    def set_micro_batch_size(self, size: int) -> None:
+        self.micro_batch_size = size
 
     def train_dataloader(self) -> Any:
         data = self
@@ -68,7 +68,7 @@ class Data(LightningDataModule):
         class Source(Loader):
             def __iter__(self) -> Iterator[Batch]:
                 for factor in self.batches:
-                    yield data.worst_case_batch(round(data.budget * factor), train=True)
+                    yield data.worst_case_batch(round(data.micro_batch_size * factor), train=True)
 
         return Source([1.0] * 10 + [1.35])
 
@@ -77,7 +77,7 @@ class Data(LightningDataModule):
 
         class Source(Loader):
             def __iter__(self) -> Iterator[Batch]:
-                yield data.worst_case_batch(data.budget, train=False)
+                yield data.worst_case_batch(data.micro_batch_size, train=False)
 
         return Source([0])
 
@@ -94,7 +94,7 @@ def on_gpu(precision: str, *callbacks: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_answer_holds_and_a_larger_one_does_not(tmp_path: Path, limit: None, precision: str) -> None:
     module, data = make_module(save_model(tmp_path, max_position_embeddings=LENGTH, **SHAPE)), Data()
-    finder = MicroBatchFinder(MemoryConfig(min_gain=None, cache=False))
+    finder = MicroBatchFinder(MemoryConfig(min_speedup=None, cache=False))
     module.ladder.active = False  # errors come out
     trainer = on_gpu(precision, finder, val_check_interval=5)
     with pytest.raises(RuntimeError) as caught:
@@ -104,7 +104,7 @@ def test_the_answer_holds_and_a_larger_one_does_not(tmp_path: Path, limit: None,
     assert trainer.fit_loop.epoch_loop.batch_idx == 10
     found = finder.describe()
     assert found["limit"] == "torch.cuda.set_per_process_memory_fraction"
-    assert data.budget == found["budget"] > 8 * LENGTH
+    assert data.micro_batch_size == found["micro_batch_size"] > 8 * LENGTH
 
 
 def train(folder: str, sequences: int) -> tuple[dict[str, Tensor], list[Any]]:

@@ -29,19 +29,19 @@ TEXTS = random_texts(40, seed=3)
 def dataset(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> EncodedDataset:
     tokens = tokenize_cached(TEXTS, tokenizer, 16, tmp_path_factory.mktemp("cache"))
     labels = np.arange(40, dtype=np.float32)
-    return EncodedDataset(tokens, labels, np.arange(40) // 4, budget=60)
+    return EncodedDataset(tokens, labels, np.arange(40) // 4, max_tokens=60)
 
 
 @given(arrays(np.int32, st.integers(0, 60), elements=st.integers(1, 50)), st.integers(1, 120))
-def test_cut(lengths: np.ndarray, budget: int) -> None:
-    runs = cut(lengths, budget)
+def test_cut(lengths: np.ndarray, max_tokens: int) -> None:
+    runs = cut(lengths, max_tokens)
     order = np.concatenate([np.empty(0, np.int64), *runs])
     # Sorted, stable, each once: exactly what a plain sort gives.
     assert order.tolist() == sorted(range(len(lengths)), key=lambda row: -lengths[row])
     for number, run in enumerate(runs):
-        assert len(run) == 1 or lengths[run].sum() <= budget
+        assert len(run) == 1 or lengths[run].sum() <= max_tokens
         if number + 1 < len(runs):  # greedy: the next one did not fit
-            assert lengths[run].sum() + lengths[runs[number + 1][0]] > budget
+            assert lengths[run].sum() + lengths[runs[number + 1][0]] > max_tokens
 
 
 @settings(deadline=None, max_examples=50)

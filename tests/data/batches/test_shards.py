@@ -67,7 +67,7 @@ def test_ties_go_to_the_first() -> None:
 @pytest.fixture(scope="module")
 def dataset(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> EncodedDataset:
     tokens = tokenize_cached(random_texts(40, seed=3), tokenizer, 16, tmp_path_factory.mktemp("cache"))
-    return EncodedDataset(tokens, np.arange(40, dtype=np.float32), None, budget=60)
+    return EncodedDataset(tokens, np.arange(40, dtype=np.float32), None, max_tokens=60)
 
 
 def rows_of(batch: Batch) -> list[int]:
