@@ -74,46 +74,6 @@ class BGETrainer(Trainer):
             **kwargs,
         )
 
-    def hpo(self, model: Any, datamodule: Any = None) -> None:
-        """Search for the best settings, prune bad trials, refit and export the best model.
-
-        Args:
-            model: unused; `BGECLI.hpo` runs the search.
-            datamodule: likewise.
-        """
-        raise NotImplementedError("the search is run by `lightning-bge hpo`")
-
-    def plan(self, model: Any, datamodule: Any = None) -> None:
-        """Say how many hours the search would take, what each optimisation brings, and what else could be done.
-
-        Args:
-            model: unused; `BGECLI.plan` plans.
-            datamodule: likewise.
-        """
-        raise NotImplementedError("the plan is made by `lightning-bge plan`")
-
-    def audit(self, model: Any, datamodule: Any = None) -> None:
-        """Train a few real steps: what is really in effect, what it brings, and what is still to be gained.
-
-        Args:
-            model: unused; `BGECLI.audit` audits.
-            datamodule: likewise.
-        """
-        raise NotImplementedError("the audit is made by `lightning-bge audit`")
-
-    def predict(  # type: ignore[override]
-        self, model: Any = None, dataloaders: Any = None, datamodule: Any = None, output: str = "predictions.csv"
-    ) -> Any:
-        """Write a score and a label for each row of a file.
-
-        Args:
-            model: the module.
-            dataloaders: batches to predict.
-            datamodule: the data module.
-            output: the CSV file to write.
-        """
-        return super().predict(model, dataloaders, datamodule, return_predictions=False)
-
 
 def fit_callbacks(
     run_dir: Path, monitor: MonitorConfig, compile_config: CompileConfig, memory: MicroBatchFinder

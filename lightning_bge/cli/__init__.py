@@ -1,1 +1,1 @@
-"""The command line: `lightning-bge`."""
+"""The command line: `lightning-bge`, one module for each command."""

@@ -1,143 +1,100 @@
-"""`lightning-bge`: turns YAML and flags into objects and calls the rooms."""
+"""`lightning-bge`: finds the command and runs it. Nothing is imported before it is needed."""
 
 from __future__ import annotations
 
+import difflib
+import errno
+import importlib
 import logging
-import os
 import sys
-import warnings
-from argparse import ArgumentParser
-from collections.abc import Callable
-from pathlib import Path
+from typing import NoReturn
 
-from lightning.pytorch.utilities import rank_zero_only
-
-from lightning_bge.advisor.report.report import write_report
-from lightning_bge.advisor.report.status import describe_status, watch_status
-from lightning_bge.cli.lightning_cli import BGECLI, explain
-from lightning_bge.data.sample import write_sample
-from lightning_bge.data.tables.readers import TableConfig, read_table
-from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.objective import INTERRUPTED
-from lightning_bge.hpo.study import MemoryKeptError, quiet_optuna
-from lightning_bge.models.tiny_bert import build_tiny_bert
-from lightning_bge.runtime.distributed import AnotherRankFailed
-from lightning_bge.runtime.memory import spare_address_space
-from lightning_bge.runtime.run_folder import create_run_dir
+from lightning_bge.cli.missing_files import check_files
+from lightning_bge.errors import INTERRUPTED, UserError
 
 log = logging.getLogger("lightning_bge")
 
-
-DESCRIPTION = """Fine-tune and tune BGE text encoders: fast by default.
-
-Other commands, each with a --help of its own:
-`lightning-bge sample FOLDER` writes generated text pairs and a small model to try everything with; it needs no network.
-`lightning-bge report RUN` writes RUN/report.html: what a search or a training run found, in one file to keep or send.
-`lightning-bge status RUN` says how it stands, also while it runs; `--watch 5` says so every five seconds.
-"""
+# Each has a module of its name in this package, with a function `run(args)`.
+COMMANDS = {
+    "fit": "train one model; an interrupted run continues from its last checkpoint",
+    "hpo": "search for the best hyperparameters, prune bad trials, refit and export the best model",
+    "plan": "estimate how many hours a search takes, before it is started",
+    "audit": "train a few steps: which optimizations are in effect, and what could still be gained",
+    "predict": "write a score and a label for each row of a file",
+    "validate": "compute the metrics of a model on the validation rows",
+    "test": "compute the metrics of a model on the test file",
+    "status": "show the progress of a run, its best value and the time left",
+    "report": "write RUN/report.html: results, plots and how to repeat the run",
+    "sample": "write generated text pairs and a small model to try everything without a network",
+}
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the program; a user's mistake ends with one message and status 2, Ctrl-C with 130."""
-    given = sys.argv[1:] if args is None else args
-    _quieten()
-    spare_address_space()
+    """Run a command.
+
+    Exit status: 0 on success, 2 after an error that the user can fix (one message on stderr), 130 after Ctrl-C.
+
+    Args:
+        args: the command and its arguments; None: those of the process.
+    """
+    name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    if name in ("-h", "--help"):
+        print(describe_commands())
+        return
+    if name == "--version":
+        from lightning_bge import __version__
+
+        print(f"lightning-bge {__version__}")
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        fix = f"Did you mean {near[0]}?" if near else "`lightning-bge --help` lists the commands."
+        _exit(f"expected a command, got {name}. {fix}", 2)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    log.setLevel(logging.INFO)
     try:
-        if given and given[0] in OTHERS:
-            OTHERS[given[0]](given[1:])
-        else:
-            BGECLI(args=args, parser_kwargs={"prog": "lightning-bge", "description": DESCRIPTION})
-    except MemoryKeptError as error:
-        if args is not None:
-            _leave(str(error), 2)
-        print(f"lightning-bge: {error}. Doing so", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    except AnotherRankFailed as other:
-        raise SystemExit(other.status) from None
+        check_files(rest)
+        importlib.import_module(f"lightning_bge.cli.{name}").run(rest)
     except Exception as error:
         explanation = explain(error)
         if explanation is None:
             raise
-        _leave(explanation, 2)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # 1 is what Lightning's `fit` makes of Ctrl-C
-        if isinstance(stop, SystemExit) and stop.code not in (1, INTERRUPTED):
-            raise
-        if rank_zero_only.rank:  # type: ignore[attr-defined]
-            raise SystemExit(INTERRUPTED) from None
-        _leave("interrupted. What is finished is kept: the same command goes on from there", INTERRUPTED)
+        _exit(explanation, 2)
+    except KeyboardInterrupt:
+        _exit("interrupted", INTERRUPTED)
 
 
-def _leave(text: str, status: int) -> None:
+def describe_commands() -> str:
+    """The text of `lightning-bge --help`."""
+    lines = [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lightning-bge COMMAND [options]",
+            "",
+            "Fine-tune and tune BGE text encoders with PyTorch Lightning and Optuna: fast by default.",
+            "",
+            *lines,
+            "",
+            "`lightning-bge COMMAND --help` lists the options of a command, `lightning-bge --version` the version.",
+            "fit, hpo, plan, audit, predict, validate and test read YAML files (-c FILE), which options override.",
+        ]
+    )
+
+
+def explain(error: Exception) -> str | None:
+    """What the user can do about an error; None for a defect of the program, whose traceback is needed."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk ({error}). Finished work is kept: free some space and run this command again"
+    # imports torch, which a command that can run out of memory has imported already
+    from lightning_bge.models.oom_retry import REMEDIES
+    from lightning_bge.runtime.memory import find_oom
+
+    failed = find_oom(error)
+    return None if failed is None else f"{failed}. Finished work is kept. To fix it, {REMEDIES}"
+
+
+def _exit(text: str, status: int) -> NoReturn:
     print(f"lightning-bge: {text}", file=sys.stderr)
     raise SystemExit(status)
-
-
-def _quieten() -> None:
-    """Our own messages on stderr, and of the libraries' only those that a user of this program can act on."""
-    rank = rank_zero_only.rank  # type: ignore[attr-defined]
-    logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: " * (rank > 0) + "%(message)s", force=True)
-    log.setLevel(logging.WARNING if rank else logging.INFO)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    quiet_optuna()
-    for pattern in (
-        ".*does not have many workers.*",  # rows are tokenised and in memory: 0 workers are the fastest
-        ".*Checkpoint directory .* exists and is not empty.*",  # a run folder that is gone on with
-        ".*number of training batches.*smaller than the logging interval.*",
-        ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6.6 under torch 2.13
-    ):
-        warnings.filterwarnings("ignore", pattern)
-
-
-def make_sample(args: list[str]) -> None:
-    """`lightning-bge sample FOLDER`: `train.csv`, `test.csv` and `model/`."""
-    parser = ArgumentParser(
-        prog="lightning-bge sample", description="Write generated text pairs and a small BERT with its own tokenizer."
-    )
-    parser.add_argument("folder", help="Where to; train.csv, test.csv and model/ are written there.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the texts and the model's weights.")
-    chosen = parser.parse_args(args)
-    folder = create_run_dir(chosen.folder)
-    write_sample(folder, seed=chosen.seed)
-    rows = read_table(folder / "train.csv", ("text", "criterion"), None, None, TableConfig())
-    build_tiny_bert(folder / "model", [text for row in rows.texts for text in row], seed=chosen.seed)
-    print(f"{folder}: train.csv, test.csv, model/")
-
-
-def make_report(args: list[str]) -> None:
-    """`lightning-bge report RUN`: `RUN/report.html`."""
-    parser = ArgumentParser(
-        prog="lightning-bge report",
-        description="Write RUN/report.html: the figures, plots and settings of a search or a training run, finished or "
-        "not, in one file that needs no network. It shows no texts, and no passwords.",
-    )
-    parser.add_argument("run", type=Path, help="The run's folder.")
-    print(write_report(parser.parse_args(args).run.expanduser()))
-
-
-def show_status(args: list[str]) -> None:
-    """`lightning-bge status RUN`: how it stands, on the terminal."""
-    parser = ArgumentParser(
-        prog="lightning-bge status",
-        description="Say how a search or a training run stands: what is done, what is best, when it will end.",
-    )
-    parser.add_argument("run", type=Path, help="The run's folder.")
-    parser.add_argument("--watch", type=float, metavar="N", help="Say so every N seconds, until the run has ended.")
-    chosen = parser.parse_args(args)
-    run = chosen.run.expanduser()
-    if chosen.watch is None:
-        print(describe_status(run))
-    elif chosen.watch > 0:
-        watch_status(run, chosen.watch)
-    else:
-        raise ConfigError(f"--watch: expected more than 0 seconds, got {chosen.watch:g}")
-
-
-# commands without model, data and trainer
-OTHERS: dict[str, Callable[[list[str]], None]] = {
-    "sample": make_sample,
-    "report": make_report,
-    "status": show_status,
-}

@@ -16,7 +16,6 @@ from .forecast.preview import describe_pruner as describe_pruner
 from .forecast.preview import forecast as forecast
 from .forecast.replay import Recording as Recording
 from .forecast.replay import record_study as record_study
-from .objective import INTERRUPTED as INTERRUPTED
 from .objective import Objective as Objective
 from .objective import Setup as Setup
 from .objective import early_stopping as early_stopping

@@ -21,6 +21,7 @@ from lightning_bge.callbacks.compile.callback import CompileLayers
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.oom import OOMHandler, drop_locals
 from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.errors import INTERRUPTED
 from lightning_bge.hpo.config import BEST
 from lightning_bge.hpo.pruning.asha import CONTINUES, AshaPruner
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
@@ -37,7 +38,6 @@ from lightning_bge.runtime.memory import find_oom, give_way, live_bytes, release
 SEED = "seed_everything"
 SLACK = 2**20  # bytes that an out-of-memory trial may leave behind: the libraries' small caches
 log = logging.getLogger("lightning_bge")
-INTERRUPTED = 130  # a shell's exit status for Ctrl-C
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,39 @@
+"""`lightning-bge audit`: which optimizations are in effect, and what could still be gained."""
+
+from __future__ import annotations
+
+import sys
+
+from lightning_bge.advisor.audit.audit import AuditConfig
+from lightning_bge.advisor.audit.bge_run import OwnRun, audit_own
+from lightning_bge.advisor.audit.console import describe_audit
+from lightning_bge.advisor.audit.page import write_audit_page
+from lightning_bge.cli.lightning_cli import BGECLI, running
+from lightning_bge.cli.search_options import add_hpo_and, check_one_device, most_epochs, own_options, writable
+from lightning_bge.hpo.space.search_space import Space, parse_space
+from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.study import quiet_optuna
+from lightning_bge.runtime.run_folder import create_run_dir, write_json
+
+DESCRIPTION = """Train a few real steps, and report for each optimization what was requested, what is in effect, what it
+brings, and what to do next."""
+
+
+def run(args: list[str]) -> None:
+    """Print the audit, and write `audit.json` and `audit.html` into the run folder."""
+    quiet_optuna()
+    cli = BGECLI("audit", args, description=DESCRIPTION, add_arguments=add_hpo_and(AuditConfig))
+    options, hpo = own_options(cli, AuditConfig), cli.config_init.hpo
+    json = writable(options.json)
+    check_one_device(cli, "An audit observes one device")
+    with running(cli.trainer):
+        cli.datamodule.setup("fit")
+        space = parse_space(hpo.space) if hpo.space else Space({}, {})  # a configuration for `fit` has none
+        steps = Steps(cli.datamodule.num_folds, most_epochs(cli.config, space), hpo.reports_per_epoch)
+        run_dir = create_run_dir(cli.run_dir)
+        found = audit_own(OwnRun(cli.build, hpo, steps, cli.config_init.compile), options)
+    for path in filter(None, (run_dir / "audit.json", json)):
+        write_json(path, found.as_dict())
+    page = write_audit_page(run_dir / "audit.html", cli.config.model.name_or_path, found)
+    print(describe_audit(found, color=sys.stdout.isatty()))
+    print(page)

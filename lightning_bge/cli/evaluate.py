@@ -1,0 +1,19 @@
+"""What `validate` and `test` share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning_bge.cli.lightning_cli import BGECLI, running
+
+
+def evaluate(command: str, args: list[str], description: str) -> None:
+    """Run the trainer's method of that name, which prints the metrics."""
+    cli = BGECLI(command, args, description=description)
+    with running(cli.trainer):
+        getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule)
+
+
+def without_prefix(metrics: Mapping[str, float]) -> dict[str, float]:
+    """`val_f1` -> `f1`."""
+    return {name.split("_", 1)[1]: float(value) for name, value in metrics.items()}

@@ -1,0 +1,109 @@
+"""`lightning-bge fit`: train one model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_bge.advisor.report.report import write_report
+from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
+from lightning_bge.cli.evaluate import without_prefix
+from lightning_bge.cli.lightning_cli import BGECLI, running
+from lightning_bge.cli.run_record import check_same_run, record_run
+from lightning_bge.models.metrics import best_threshold, scores
+from lightning_bge.models.prediction_file import write_predictions
+from lightning_bge.runtime.run_folder import create_run_dir, read_json, write_json
+from lightning_bge.trainer import fit_callbacks, newest_checkpoint
+
+DESCRIPTION = """Train one model, choose its decision threshold, export it, and score the test file once.
+An interrupted run continues from its last checkpoint when the same command is run again."""
+
+
+class FitCLI(BGECLI):
+    """`fit` alone writes logs and checkpoints."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer with a CSV logger, checkpoints, early stopping and the callbacks that make training fast."""
+        init = self.config_init
+        config = {**init.trainer, **kwargs, "default_root_dir": str(self.run_dir)}
+        if config["enable_model_summary"] is None:  # it knows neither packed FLOPs nor bf16
+            config["enable_model_summary"] = False
+        if config["logger"] is None:
+            # a new version for each start: a CSVLogger deletes what is in its folder
+            config["logger"] = CSVLogger(self.run_dir, name="logs")
+        finder = MicroBatchFinder(init.memory, init.data.cache_dir)
+        callbacks = fit_callbacks(self.run_dir, init.monitor, init.compile, finder)
+        return self.trainer_class(**{**config, "callbacks": [*(config["callbacks"] or []), *callbacks]})
+
+
+def run(args: list[str]) -> None:
+    """Train, or continue a run that was interrupted; a finished one is only reported."""
+    cli = FitCLI("fit", args, description=DESCRIPTION)
+    with running(cli.trainer):
+        _fit(cli)
+
+
+def _fit(cli: FitCLI) -> None:
+    trainer, model, datamodule = cli.trainer, cli.model, cli.datamodule
+    run_dir = create_run_dir(cli.run_dir)
+    first = trainer.is_global_zero  # only this rank reads the configuration, writes and prints
+    if first:
+        datamodule.setup("fit")
+        check_same_run(cli, run_dir, datamodule)
+    summary = read_json(run_dir / "summary.json")
+    if summary is None:
+        checkpoint = newest_checkpoint(run_dir)
+        if first:
+            if checkpoint is not None:
+                print(f"resuming from {checkpoint}", flush=True)
+            record_run(cli, run_dir, datamodule)
+        trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+        summary = _finish(cli, run_dir)
+    elif first:
+        print(f"{run_dir} is finished; name another --run_dir to train again")
+    if first:
+        print(yaml.safe_dump(summary, sort_keys=False).rstrip())
+        print(f"{write_report(run_dir)}: the report, for a browser; it needs no network")
+
+
+def _finish(cli: FitCLI, run_dir: Path) -> dict[str, Any]:
+    """Load the best epoch, choose the threshold, export, score the test file once; rank 0 alone writes."""
+    trainer, model, datamodule = cli.trainer, cli.model, cli.datamodule
+    monitor = cli.config_init.monitor
+    epoch = _load_best(cli)
+    [found] = trainer.validate(model, datamodule=datamodule, verbose=False)
+    schema, predictions = model.schema, model.predictions
+    summary: dict[str, Any] = {"metric": monitor.metric, "epoch": epoch, "validation": without_prefix(found)}
+    if schema.task in ("binary", "multilabel"):
+        score = scores(schema.task, predictions.logits).numpy()
+        threshold = best_threshold(score, predictions.labels.numpy(), str(monitor.metric))
+        model.schema = replace(schema, threshold=threshold)
+        summary["threshold"] = threshold
+        summary["threshold_note"] = "chosen on the validation rows; the validation figures are at 0.5"
+    if trainer.is_global_zero:
+        write_predictions(run_dir / "validation.csv", model.schema, predictions)
+        summary["model_dir"] = str(model.export(run_dir / "model", datamodule.new_tokenizer()))
+    if datamodule.test_file is not None:
+        [found] = trainer.test(model, datamodule=datamodule, verbose=False)
+        summary["test"] = without_prefix(found)
+    if trainer.is_global_zero:
+        if datamodule.test_file is not None:
+            write_predictions(run_dir / "test.csv", model.schema, model.predictions)
+        write_json(run_dir / "summary.json", summary)
+    return summary
+
+
+def _load_best(cli: FitCLI) -> int:
+    """Put the weights of the epoch that counts into the model; returns its number, counted from 1."""
+    best = cli.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    if cli.config_init.monitor.objective != "best" or not best:
+        return cli.trainer.current_epoch
+    content = torch.load(best, weights_only=True, map_location="cpu")
+    cli.model.load_state_dict(content["state_dict"])
+    return content["epoch"] + 1

@@ -1,0 +1,60 @@
+"""Files named on the command line or in a YAML file that do not exist, found before anything slow is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_bge.errors import ConfigError, DataError
+
+DATA_FILES = ("train_file", "val_file", "test_file", "predict_file")
+
+
+def check_files(args: list[str]) -> None:
+    """Raise an error that names the first missing file.
+
+    Args:
+        args: a command's arguments: `-c FILE`, `--data.train_file FILE`, `--name=value` ...; later ones win, as in the
+            parser that reads them afterwards.
+
+    Raises:
+        ConfigError: a YAML file does not exist, or is no YAML.
+        DataError: a data file does not exist.
+    """
+    files: dict[str, str | None] = {}
+    for name, value in _options(args):
+        if name in ("-c", "--config"):
+            files |= _data_files(Path(value).expanduser())
+        elif name.removeprefix("--data.") in DATA_FILES:
+            files[name.removeprefix("--data.")] = None if value == "null" else value
+    if any(arg in ("-h", "--help") or arg.startswith("--print_config") for arg in args):
+        return
+    for name, file in files.items():
+        if file is not None and not Path(file).expanduser().exists():
+            raise DataError(f"data.{name}: {file} does not exist")
+
+
+def _options(args: list[str]) -> list[tuple[str, str]]:
+    """Name and value of each option that has one."""
+    found = []
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        name, equals, value = arg.partition("=")
+        if name.startswith("-"):
+            found.append((name, value if equals else following))
+    return found
+
+
+def _data_files(path: Path) -> dict[str, str | None]:
+    """The data files that a YAML file names."""
+    if not path.is_file():
+        raise ConfigError(f"--config: {path} does not exist")
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: {path} is no YAML file: {error}") from error
+    data = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(data, dict):
+        return {}
+    return {name: data[name] for name in DATA_FILES if isinstance(data.get(name), str | None) and name in data}

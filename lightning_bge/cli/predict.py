@@ -1,0 +1,30 @@
+"""`lightning-bge predict`: a score and a label for each row of a file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_bge.cli.lightning_cli import BGECLI, running
+from lightning_bge.errors import ConfigError
+from lightning_bge.models.prediction_file import write_predictions
+
+
+def run(args: list[str]) -> None:
+    """Write the predictions of an exported model as CSV."""
+    description = "Write a score and a label for each row of data.predict_file as a CSV file."
+    cli = BGECLI("predict", args, description=description, add_arguments=_add_arguments)
+    if cli.datamodule.predict_file is None:
+        raise ConfigError("data.predict_file: predict needs a file, got null")
+    with running(cli.trainer):
+        cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
+        if cli.trainer.is_global_zero:
+            predictions = cli.model.predictions
+            write_predictions(Path(cli.config_init.output), cli.model.schema, replace(predictions, labels=None))
+            print(f"{len(predictions.rows)} rows: {cli.config_init.output}")
+
+
+def _add_arguments(parser: LightningArgumentParser) -> None:
+    parser.add_argument("--output", type=str, default="predictions.csv", help="The CSV file to write.")

@@ -1,0 +1,19 @@
+"""`lightning-bge report RUN`: writes `RUN/report.html`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+from lightning_bge.advisor.report.report import write_report
+
+
+def run(args: list[str]) -> None:
+    """Write the report and print its path."""
+    parser = ArgumentParser(
+        prog="lightning-bge report",
+        description="Write RUN/report.html: the results, plots and configuration of a search or a training run, finished or "
+        "not, in one file that needs no network. It contains no texts of the data, and no passwords.",
+    )
+    parser.add_argument("run", type=Path, help="The run's folder.")
+    print(write_report(parser.parse_args(args).run.expanduser()))

@@ -1,0 +1,27 @@
+"""`lightning-bge status RUN`: the progress of a run, in the terminal."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+from lightning_bge.advisor.report.status import describe_status, watch_status
+from lightning_bge.errors import ConfigError
+
+
+def run(args: list[str]) -> None:
+    """Print it once, or every N seconds."""
+    parser = ArgumentParser(
+        prog="lightning-bge status",
+        description="Show the progress of a search or a training run: finished trials, the best value, the time left.",
+    )
+    parser.add_argument("run", type=Path, help="The run's folder.")
+    parser.add_argument("--watch", type=float, metavar="N", help="Print it every N seconds until the run has ended.")
+    chosen = parser.parse_args(args)
+    folder = chosen.run.expanduser()
+    if chosen.watch is None:
+        print(describe_status(folder))
+    elif chosen.watch > 0:
+        watch_status(folder, chosen.watch)
+    else:
+        raise ConfigError(f"--watch: expected more than 0 seconds, got {chosen.watch:g}")

@@ -1,0 +1,10 @@
+"""`lightning-bge test`: the metrics on the test file."""
+
+from __future__ import annotations
+
+from lightning_bge.cli.evaluate import evaluate
+
+
+def run(args: list[str]) -> None:
+    """Print the metrics of a model on the test file."""
+    evaluate("test", args, "Compute the metrics of a model (an exported folder) on data.test_file.")
