@@ -1,4 +1,4 @@
-"""The doors between the rooms, and the names that each room gives out."""
+"""The allowed imports between the packages, and the public names of each package."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_import_goes_through_a_door() -> None:
+def test_every_import_is_allowed() -> None:
     done = lint_imports(ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -32,14 +32,14 @@ def test_every_import_goes_through_a_door() -> None:
 @pytest.mark.parametrize(
     ("module", "line", "contract"),
     [
-        ("models/losses.py", "import lightning_bge.data.tokens.cache", "data and models never meet"),
+        ("models/losses.py", "import lightning_bge.data.tokens.cache", "never import each other"),
         ("data/tables/labels.py", "from lightning_bge.models import losses", "never import each other"),
-        ("types.py", "import lightning_bge.callbacks.throughput.monitor", "rooms import downwards only"),
+        ("types.py", "import lightning_bge.callbacks.throughput.monitor", "packages import downwards only"),
         ("callbacks/train_mode.py", "import optuna", "only hpo imports Optuna"),
         ("models/optimizer.py", "from lightning_bge import __version__", "nothing inside imports the package root"),
     ],
 )
-def test_a_wrong_door_is_found(tmp_path: Path, module: str, line: str, contract: str) -> None:
+def test_a_forbidden_import_is_found(tmp_path: Path, module: str, line: str, contract: str) -> None:
     shutil.copytree(ROOT / "lightning_bge", tmp_path / "lightning_bge", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     path = tmp_path / "lightning_bge" / module
@@ -59,6 +59,6 @@ def test_every_public_name_exists(name: str) -> None:
     assert not [each for each in public if not hasattr(module, each)]
 
 
-@pytest.mark.parametrize("room", ["data", "models", "callbacks", "hpo"])
-def test_every_room_says_what_is_public(room: str) -> None:
-    assert importlib.import_module(f"lightning_bge.{room}").__all__
+@pytest.mark.parametrize("package", ["data", "models", "callbacks", "hpo"])
+def test_every_package_lists_its_public_names(package: str) -> None:
+    assert importlib.import_module(f"lightning_bge.{package}").__all__

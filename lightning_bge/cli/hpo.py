@@ -42,8 +42,8 @@ def run(args: list[str]) -> None:
 def _hpo(cli: BGECLI) -> None:
     check_one_device(
         cli,
-        "To use more, start this command once for each device, with its own CUDA_VISIBLE_DEVICES and the same --run_dir: "
-        "these processes share the study",
+        "To use more, start this command once for each device, with its own CUDA_VISIBLE_DEVICES and the same "
+        "--run_dir: these processes share the study",
     )
     hpo, monitor, config, datamodule = cli.config_init.hpo, cli.config_init.monitor, cli.config, cli.datamodule
     space = parse_space(hpo.space)

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.micro_batch.finder import MemoryConfig, MicroBatchFinder
-from lightning_bge.cli.main import explain
+from lightning_bge.cli.explain import explain
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import INTERRUPTED, ConfigError
 from lightning_bge.hpo.objective import Setup

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import importlib
+import importlib.metadata
 import logging
 import sys
 from typing import NoReturn
 
+from lightning_bge.cli.explain import explain
 from lightning_bge.cli.missing_files import check_files
-from lightning_bge.errors import INTERRUPTED, UserError
+from lightning_bge.errors import INTERRUPTED
 
 log = logging.getLogger("lightning_bge")
 
@@ -42,9 +43,7 @@ def main(args: list[str] | None = None) -> None:
         print(describe_commands())
         return
     if name == "--version":
-        from lightning_bge import __version__
-
-        print(f"lightning-bge {__version__}")
+        print(f"lightning-bge {importlib.metadata.version('lightning-bge')}")
         return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -79,20 +78,6 @@ def describe_commands() -> str:
             "fit, hpo, plan, audit, predict, validate and test read YAML files (-c FILE), which options override.",
         ]
     )
-
-
-def explain(error: Exception) -> str | None:
-    """What the user can do about an error; None for a defect of the program, whose traceback is needed."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left on the disk ({error}). Finished work is kept: free some space and run this command again"
-    # imports torch, which a command that can run out of memory has imported already
-    from lightning_bge.models.oom_retry import REMEDIES
-    from lightning_bge.runtime.memory import find_oom
-
-    failed = find_oom(error)
-    return None if failed is None else f"{failed}. Finished work is kept. To fix it, {REMEDIES}"
 
 
 def _exit(text: str, status: int) -> NoReturn:

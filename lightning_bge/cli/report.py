@@ -12,8 +12,8 @@ def run(args: list[str]) -> None:
     """Write the report and print its path."""
     parser = ArgumentParser(
         prog="lightning-bge report",
-        description="Write RUN/report.html: the results, plots and configuration of a search or a training run, finished or "
-        "not, in one file that needs no network. It contains no texts of the data, and no passwords.",
+        description="Write RUN/report.html: the results, plots and configuration of a search or a training run, "
+        "finished or not, in one file that needs no network. It contains no texts of the data, and no passwords.",
     )
     parser.add_argument("run", type=Path, help="The run's folder.")
     print(write_report(parser.parse_args(args).run.expanduser()))

@@ -22,11 +22,12 @@ import yaml
 from optuna.trial import TrialState
 from safetensors.torch import load_file
 
-from lightning_bge.cli import lightning_cli as commands
+from lightning_bge.cli import hpo as hpo_command
 from lightning_bge.data.sample import write_sample
 from lightning_bge.hpo.seed_replicates import run_repeats
 from lightning_bge.hpo.storage import open_storage
 from lightning_bge.models.tiny_bert import build_tiny_bert
+from lightning_bge.trainer import BGETrainer
 from tests.helpers.paths import CONFIGS
 
 Run = Callable[..., tuple[int, str, str]]
@@ -173,25 +174,25 @@ def test_a_full_disk_has_a_clear_message(run: Run, search: list[str], monkeypatc
     monkeypatch.setattr("lightning_bge.hpo.results.write_text", full)
     status, _, err = run(*search, "--hpo.trials", "1", "--hpo.pruner.name", "none")
     assert status == 2
-    assert "no room on the disk" in err
+    assert "no space left on the disk" in err
     monkeypatch.undo()
 
 
 def test_ctrl_c_leaves_no_trial_running_and_its_point_is_tried_again(
     run: Run, search: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    fit = commands.BGETrainer.fit
+    fit = BGETrainer.fit
 
-    def interrupted(self: commands.BGETrainer, *args: object, **kwargs: object) -> None:
+    def interrupted(self: BGETrainer, *args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands.BGETrainer, "fit", interrupted)
+    monkeypatch.setattr(BGETrainer, "fit", interrupted)
     status, _, err = run(*search)
     assert status == 130
-    assert "the same command goes on" in err
+    assert "the same command continues" in err
     [first, queued] = trials(tmp_path / "study")
     assert (first.state, queued.state) == (TrialState.FAIL, TrialState.WAITING)
-    monkeypatch.setattr(commands.BGETrainer, "fit", fit)
+    monkeypatch.setattr(BGETrainer, "fit", fit)
     status, _, err = run(*search)
     assert status == 0, err
     retried = trials(tmp_path / "study")[1]
@@ -210,21 +211,21 @@ def test_the_best_trials_are_run_again_with_other_seeds_and_ctrl_c_loses_none(
 ) -> None:
     study = tmp_path / "study"
     search = [*search, "--hpo.pruner.name", "none", "--hpo.repeats", "2"]
-    fit, calls = commands.BGETrainer.fit, []
+    fit, calls = BGETrainer.fit, []
 
-    def interrupted(self: commands.BGETrainer, *args: Any, **kwargs: Any) -> None:
+    def interrupted(self: BGETrainer, *args: Any, **kwargs: Any) -> None:
         calls.append(1)
         if len(calls) == 12:  # two folds each of three trials, of two repeats, and of this one
             raise KeyboardInterrupt
         fit(self, *args, **kwargs)
 
-    monkeypatch.setattr(commands.BGETrainer, "fit", interrupted)
+    monkeypatch.setattr(BGETrainer, "fit", interrupted)
     status, out, err = run(*search)
     assert status == 130
     assert "at the end the best trials, up to 5, are run again; other seeds for each: 2" in out
     assert [t.state.name for t in repeats(study)] == ["COMPLETE"] * 2 + ["FAIL"] + ["WAITING"] * 4
     before = [(t.number, t.value, t.datetime_complete) for t in repeats(study)[:2]]
-    monkeypatch.setattr(commands.BGETrainer, "fit", fit)
+    monkeypatch.setattr(BGETrainer, "fit", fit)
     status, out, err = run(*search)
     assert status == 0, err
     assert len(trials(study)) == 3
@@ -265,7 +266,7 @@ def test_the_winner_of_the_repeats_is_what_the_study_ends_with(
         assert worst != found.before
         return replace(found, winner=worst)
 
-    monkeypatch.setattr(commands, "run_repeats", changed)
+    monkeypatch.setattr(hpo_command, "run_repeats", changed)
     status, out, err = run(*search, "--hpo.pruner.name", "none", "--hpo.repeats", "1")
     assert status == 0, err
     summary = json.loads((study / "summary.json").read_text())
@@ -318,7 +319,7 @@ def test_a_search_with_a_cost_ends_with_the_front(run: Run, search: list[str], t
 def start(args: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "lightning_bge.cli.main", *args],
+        [sys.executable, "-m", "lightning_bge.cli", *args],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -381,7 +382,7 @@ def test_a_killed_fit_goes_on_and_ends_with_the_same_weights(options: list[str],
     assert not (tmp_path / "killed" / "summary.json").exists()
     status, out, err = run(*args, "--run_dir", str(tmp_path / "killed"))
     assert status == 0, err
-    assert "going on from" in out
+    assert "resuming from" in out
     whole, killed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     # a finished run is not trained again; one of other settings is refused

@@ -202,5 +202,5 @@ def test_a_search_takes_one_device(files: dict[str, str], tmp_path: Path) -> Non
     arguments = options(files, tmp_path / "study", "--trainer.devices", "2")
     status, _, err = call(["hpo", *arguments[1:], "--hpo.space", '{"data.batch_size": {"choices": [4, 8]}}'])
     assert status == 2
-    assert "a search trains on one device: set it to 1" in err
+    assert "trainer.devices: expected 1 for lightning-bge hpo, got 2" in err
     assert not (tmp_path / "study").exists()

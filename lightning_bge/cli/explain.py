@@ -1,0 +1,21 @@
+"""From an exception to the message that the user sees."""
+
+from __future__ import annotations
+
+import errno
+
+from lightning_bge.errors import UserError
+
+
+def explain(error: Exception) -> str | None:
+    """What the user can do about an error; None for a defect of the program, whose traceback is needed."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk ({error}). Finished work is kept: free some space and run this command again"
+    # torch is imported only here: a command that can run out of memory has imported it already
+    from lightning_bge.models.oom_retry import REMEDIES
+    from lightning_bge.runtime.memory import find_oom
+
+    failed = find_oom(error)
+    return None if failed is None else f"{failed}. Finished work is kept. To fix it, {REMEDIES}"

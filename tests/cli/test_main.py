@@ -1,0 +1,68 @@
+"""Finding the command, before anything slow is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lightning_bge.cli.main import COMMANDS, describe_commands
+from tests.helpers.paths import ROOT
+
+SLOW = ("torch", "lightning", "transformers", "optuna", "sklearn", "plotly", "pyarrow")
+
+
+def program(*args: str) -> tuple[int, str, str, list[str]]:
+    """Exit status, output, errors and the slow packages that were imported, of the program in a process of its own."""
+    code = (
+        "import atexit, sys; from lightning_bge.cli.main import main; atexit.register(lambda: print([name for name in "
+    )
+    code += f"{SLOW} if name in sys.modules])); main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    *out, slow = done.stdout.splitlines()
+    return done.returncode, "\n".join(out), done.stderr, eval(slow)
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        (["--help"], 0, "usage: lightning-bge COMMAND"),
+        ([], 0, "usage: lightning-bge COMMAND"),
+        (["--version"], 0, "lightning-bge 0."),
+        (["hop"], 2, "Did you mean hpo?"),
+        (["frobnicate"], 2, "`lightning-bge --help` lists the commands"),
+        (["hpo", "-c", "nowhere.yaml"], 2, "nowhere.yaml does not exist"),
+        (["fit", "--data.train_file", "nowhere.csv"], 2, "data.train_file: nowhere.csv does not exist"),
+        (["predict", "--data.predict_file=nowhere.csv"], 2, "data.predict_file: nowhere.csv does not exist"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_help_unknown_commands_and_missing_files_import_nothing_slow(
+    args: list[str], status: int, message: str
+) -> None:
+    found, out, err, slow = program(*args)
+    assert found == status
+    assert message in out + err
+    assert "Traceback" not in err
+    assert slow == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_line_in_the_help_and_a_help_of_its_own(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import importlib
+
+    assert f"\n  {command} " in describe_commands()
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"lightning_bge.cli.{command}").run(["--help"])
+    assert stop.value.code == 0
+    assert f"lightning-bge {command}" in capsys.readouterr().out

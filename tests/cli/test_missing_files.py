@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_bge.cli.missing_files import check_files
+from lightning_bge.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data: {{train_file: {tmp_path}/gone.csv, test_file: null}}\n")
+    return path
+
+
+def test_a_data_file_in_a_yaml_file_is_checked(config: Path) -> None:
+    with pytest.raises(DataError, match=r"data.train_file: .*gone.csv does not exist"):
+        check_files(["-c", str(config)])
+
+
+@pytest.mark.parametrize("flag", ["-c", "--config"])
+def test_later_options_win_as_in_the_parser(config: Path, tmp_path: Path, flag: str) -> None:
+    there = tmp_path / "there.csv"
+    there.touch()
+    check_files([flag, str(config), "--data.train_file", str(there)])
+    check_files([f"{flag}={config}", f"--data.train_file={there}"])
+    check_files([flag, str(config), "--data.train_file", "null"])
+    with pytest.raises(DataError, match=r"gone\.csv"):
+        check_files(["--data.train_file", str(there), flag, str(config)])
+
+
+def test_help_and_print_config_need_no_data(config: Path) -> None:
+    check_files(["-c", str(config), "--print_config"])
+    check_files(["-c", str(config), "--help"])
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("data: [1, 2\n")
+    with pytest.raises(ConfigError, match=r"broken.yaml is no YAML file"):
+        check_files(["-c", str(path)])
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"broken.yaml is no YAML file"):
+        check_files(["-c", str(path)])
+
+
+@pytest.mark.parametrize("content", ["", "- 1\n", "data: 3\n", "data: {train_file: [a, b]}\n"])
+def test_what_the_parser_must_judge_is_left_to_it(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(content)
+    check_files(["-c", str(path), "--model.dropout", "-1"])
