@@ -25,7 +25,7 @@ from lightning_bge.runtime.distributed import choose_strategy
 # The trainer's settings that Lightning refuses under manual optimisation, and ours.
 INSTEAD = {
     "gradient_clip_val": (None, "model.optimizer.max_grad_norm"),
-    "accumulate_grad_batches": (1, "data.batching.tokens"),
+    "accumulate_grad_batches": (1, "data.batching.max_tokens"),
 }
 
 Precision = Literal["auto", "bf16-mixed", "32-true"]

@@ -102,12 +102,12 @@ class Batch:
     """One effective batch: what one optimizer step sees, cut into micro-batches that fit into memory.
 
     Attributes:
-        micro: the micro-batches; of several ranks each has its share of the effective batch, which may be empty.
-        shares: tokens of each rank's share.
+        micro: the micro-batches; with several ranks those of this rank's shard, which may be empty.
+        shard_tokens: tokens of each rank's shard; empty where there is one rank.
     """
 
     micro: tuple[MicroBatch, ...]
-    shares: tuple[int, ...] = ()
+    shard_tokens: tuple[int, ...] = ()
 
     def split(self, tokens: int | None) -> Batch:
         """The same batch in micro-batches of at most `tokens` tokens; None: as it is."""

@@ -110,7 +110,7 @@ CLAIMS = {
         "largest micro-batch that fits",
         "20-50 %",
         ("micro-batches of 256 tokens", "of up to 8,192"),
-        partial(step, batching={"tokens": 256}),
+        partial(step, batching={"max_tokens": 256}),
         step,
     ),
     "persistent": Claim(

@@ -94,7 +94,9 @@ def loader_of(bench: Bench, case: Case, tokens: int, one_shape: bool = False) ->
     """The product's training loader over generated rows."""
     rows = bench.rows(case)
     dataset = EncodedDataset(rows, labels_of(len(rows)), None, tokens)
-    config = BatchingConfig(tokens=tokens, num_workers=0)  # what auto finds, but rows in memory have no file to share
+    config = BatchingConfig(
+        max_tokens=tokens, num_workers=0
+    )  # what auto finds, but rows in memory have no file to share
     sampler = SameRows if one_shape else EffectiveBatchSampler
     return BatchLoader(dataset, sampler(np.arange(len(rows)), case.batch, config.seed), config)
 

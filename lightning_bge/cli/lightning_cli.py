@@ -74,7 +74,7 @@ class BGECLI(LightningCLI):
         parser.add_argument("--monitor", type=MonitorConfig, default=MonitorConfig(), help="The metric of a run.")
         text = "When the encoder's layers are compiled."
         parser.add_argument("--compile", type=CompileConfig, default=CompileConfig(), help=text)
-        text = "How the size of a micro-batch is found, where data.batching.tokens is auto."
+        text = "How the size of a micro-batch is found, where data.batching.max_tokens is auto."
         parser.add_argument("--memory", type=MemoryConfig, default=MemoryConfig(), help=text)
         if self.add_arguments is not None:
             self.add_arguments(parser)

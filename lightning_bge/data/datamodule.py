@@ -112,7 +112,7 @@ class TextDataModule(LightningDataModule):
         self.train_groups: np.ndarray | None = None
         self.group_names: tuple[str, ...] = ()
         self._fold: int | None = split.fold
-        self._micro_batch_size = TOKENS if batching.tokens == "auto" else batching.tokens
+        self._micro_batch_size = TOKENS if batching.max_tokens == "auto" else batching.max_tokens
         self._datasets: dict[str, EncodedDataset] = {}
 
     def _check_settings(self) -> None:
@@ -267,7 +267,7 @@ class TextDataModule(LightningDataModule):
     @property
     def eval_micro_batch_size(self) -> int:
         """The most tokens of a micro-batch without gradients, now in effect."""
-        fixed = self.batching.eval_tokens
+        fixed = self.batching.eval_max_tokens
         return EVAL_FACTOR * self._micro_batch_size if fixed == "auto" else fixed
 
     @property
@@ -278,24 +278,24 @@ class TextDataModule(LightningDataModule):
 
     @property
     def auto_micro_batch_size(self) -> bool:
-        """Whether a micro-batch size is to be searched: `data.batching.tokens` is auto."""
-        return self.batching.tokens == "auto"
+        """Whether a micro-batch size is to be searched: `data.batching.max_tokens` is auto."""
+        return self.batching.max_tokens == "auto"
 
     @property
     def micro_batch_size_key(self) -> dict[str, Any]:
         """What of the data the memory of a step depends on, besides the micro-batch size; after `setup`."""
         assert self.schema is not None
-        fixed = self.batching.eval_tokens
-        return {"max_length": self.schema.max_length, "labels": self.schema.num_outputs, "eval_tokens": fixed}
+        fixed = self.batching.eval_max_tokens
+        return {"max_length": self.schema.max_length, "labels": self.schema.num_outputs, "eval_max_tokens": fixed}
 
     def worst_case_batch(self, micro_batch_size: int, train: bool) -> Batch:
         """One micro-batch of as many sequences of `max_length` tokens as the size allows, at least one.
 
         Args:
             micro_batch_size: of a training micro-batch, in tokens.
-            train: else a micro-batch without gradients, which is larger: see `data.batching.eval_tokens`.
+            train: else a micro-batch without gradients, which is larger: see `data.batching.eval_max_tokens`.
         """
-        fixed = self.batching.eval_tokens
+        fixed = self.batching.eval_max_tokens
         if not train:
             micro_batch_size = EVAL_FACTOR * micro_batch_size if fixed == "auto" else fixed
         step = self.micro_batch_size_step

@@ -188,7 +188,7 @@ class BGEClassifier(LightningModule):
         with without_sync(self.trainer.strategy.model):
             total = self.ladder.run(partial(self._add_gradients, normalizer), batch, self.net, training=True)
         if self._ranks > 1:
-            sum_gradients(self.net.parameters(), idle=0 in batch.shares)
+            sum_gradients(self.net.parameters(), idle=0 in batch.shard_tokens)
             total = sum_over_ranks(total, self.device)
         self._update(optimizer)
         optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ LINKS = (
 FREE = (
     *("run_dir", "hpo", "config", "compile", "memory", "trainer.logger"),
     *("data.test_file", "data.predict_file", "data.cache_dir"),
-    *("data.batching.tokens", "data.batching.eval_tokens"),
+    *("data.batching.max_tokens", "data.batching.eval_max_tokens"),
     *("data.batching.num_workers", "data.batching.pin_memory", "data.batching.persistent_workers"),
 )
 

@@ -349,20 +349,20 @@ def test_batches_of_tensors_with_a_count(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @dataclass
-class Share:
+class Shard:
     """A rank's share of a batch, as `Throughput` takes it."""
 
     values: Tensor
     size: int
     tokens: int
-    shares: tuple[int, ...] = ()
+    shard_tokens: tuple[int, ...] = ()
 
 
-def own_shares(rank: int) -> list[Share]:
+def own_shards(rank: int) -> list[Shard]:
     """Rank 0 has 3 sequences and then 1, rank 1 has 1 and then none."""
     sizes, tokens = ((3, 1), (12, 5)) if rank == 0 else ((1, 0), (5, 0))
-    shares = ((12, 5), (5, 0))
-    return [Share(torch.ones(1, 6), *numbers) for numbers in zip(sizes, tokens, shares, strict=True)]
+    shards = ((12, 5), (5, 0))
+    return [Shard(torch.ones(1, 6), *numbers) for numbers in zip(sizes, tokens, shards, strict=True)]
 
 
 def on_two_ranks(balanced: bool) -> dict[str, float]:
@@ -381,9 +381,9 @@ def on_two_ranks(balanced: bool) -> dict[str, float]:
             now[0] += 1
 
     trainer = quiet_trainer(callbacks=[Throughput(), Later()], devices=2, strategy="ddp", limit_val_batches=0)
-    batches = own_shares(trainer.global_rank)
+    batches = own_shards(trainer.global_rank)
     if not balanced:
-        batches = [replace(batch, shares=()) for batch in batches]
+        batches = [replace(batch, shard_tokens=()) for batch in batches]
     trainer.fit(Paced(), Loader(batches), Loader(batches))
     assert dist.get_world_size() == 2
     return {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -36,8 +36,8 @@ def options(files: dict[str, str], run_dir: Path, *more: str) -> list[str]:
         *("fit", "--run_dir", str(run_dir), "--model.name_or_path", files["model"], "--model.task", "multiclass"),
         *("--data.train_file", files["train"], "--data.val_file", files["val"], "--data.test_file", files["val"]),
         *("--data.cache_dir", files["cache"], "--data.max_length", "64", "--data.batch_size", str(BATCH)),
-        *("--data.batching.tokens", "64"),
-        *("--data.batching.eval_tokens", "40", "--data.batching.num_workers", "0", "--model.dropout", "0"),
+        *("--data.batching.max_tokens", "64"),
+        *("--data.batching.eval_max_tokens", "40", "--data.batching.num_workers", "0", "--model.dropout", "0"),
         *("--model.loss.class_weights", "balanced", "--trainer.max_epochs", "2", "--trainer.precision", "32-true"),
         *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", *more),
     ]
@@ -127,7 +127,7 @@ def test_a_finished_run_says_so_once_and_starts_nothing(fitted: Path, files: dic
 
 def predict_and_validate(model: str, files: dict[str, str], output: str) -> list[tuple[int, str, str]]:
     common = [*("--model.name_or_path", model, "--data.cache_dir", files["cache"], "--trainer.accelerator", "cpu")]
-    common += [*("--data.batching.eval_tokens", "40", "--trainer.precision", "32-true")]
+    common += [*("--data.batching.eval_max_tokens", "40", "--trainer.precision", "32-true")]
     common += [*("--trainer.devices", "2")]
     predicted = call(["predict", *common, "--data.predict_file", files["val"], "--output", output])
     return [predicted, call(["test", *common, "--data.test_file", files["val"]])]

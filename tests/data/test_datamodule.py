@@ -190,24 +190,20 @@ def test_micro_batch_sizes_are_auto_or_fixed(make: Make) -> None:
     assert (auto.micro_batch_size, auto.eval_micro_batch_size, auto.auto_micro_batch_size) == (8192, 16384, True)
     old = auto.val_dataloader()
     auto.set_micro_batch_size(40)  # found, or after an OOM
-    assert (auto.micro_batch_size, auto.eval_micro_batch_size, auto.auto_micro_batch_size, auto.batching.tokens) == (
-        40,
-        80,
-        True,
-        "auto",
-    )
+    assert (auto.micro_batch_size, auto.eval_micro_batch_size, auto.auto_micro_batch_size) == (40, 80, True)
+    assert auto.batching.max_tokens == "auto"
     for loader in (old, auto.val_dataloader()):  # the sampler of the old one has cut already
         totals = [sum(micro.lengths) for batch in loader for micro in batch.micro]
         assert len(totals) > 1
         assert max(totals) <= 80
         assert max(totals) > 40
-    fixed = make(batching=BatchingConfig(tokens=100, eval_tokens=30))
+    fixed = make(batching=BatchingConfig(max_tokens=100, eval_max_tokens=30))
     fixed.set_micro_batch_size(50)
     fixed.setup("fit")
     assert (fixed.micro_batch_size, fixed.eval_micro_batch_size, fixed.auto_micro_batch_size) == (50, 30, False)
     assert all(sum(micro.lengths) <= 30 for batch in fixed.val_dataloader() for micro in batch.micro)
     for bad in ("much", 0, 1.5, True):
-        for name in ("tokens", "eval_tokens"):
+        for name in ("max_tokens", "eval_max_tokens"):
             with pytest.raises(ConfigError, match=rf"data\.batching\.{name} must be auto, or 1 or more tokens"):
                 BatchingConfig(**{name: bad})
 
@@ -217,7 +213,7 @@ def test_worst_case_batches(make: Make) -> None:
     data.setup("fit")
     assert (data.micro_batch_size_step, data.micro_batch_size_key) == (
         16,
-        {"max_length": 16, "labels": 1, "eval_tokens": "auto"},
+        {"max_length": 16, "labels": 1, "eval_max_tokens": "auto"},
     )
     real = next(iter(data.train_dataloader())).micro[0]
     for train, sequences in ((True, 6), (False, 12)):
@@ -236,7 +232,7 @@ def test_worst_case_batches(make: Make) -> None:
     again = data.worst_case_batch(100, True).micro[0]
     assert again.input_ids.tolist() == data.worst_case_batch(100, True).micro[0].input_ids.tolist()
     assert len(data.worst_case_batch(1, True).micro[0].lengths) == 1  # at least one sequence
-    fixed = make(max_length=16, batching=BatchingConfig(eval_tokens=48))
+    fixed = make(max_length=16, batching=BatchingConfig(eval_max_tokens=48))
     fixed.setup("fit")
     assert len(fixed.worst_case_batch(100, False).micro[0].lengths) == 3
 
@@ -345,9 +341,9 @@ def test_command_line(tokenizer_dir: str) -> None:
     default = parser.parse_args([])
     assert default.data.text_columns == ("text_a", "text_b")
     assert default.data.split.val_fraction == 0.2
-    text = ["--data.text_columns", "[q,d]", "--data.table.labels", "[n,y]", "--data.batching.tokens", "100"]
+    text = ["--data.text_columns", "[q,d]", "--data.table.labels", "[n,y]", "--data.batching.max_tokens", "100"]
     data = parser.instantiate(parser.parse_args(text)).data
-    assert (data.text_columns, data.table.labels, data.batching.tokens) == (("q", "d"), ("n", "y"), 100)
+    assert (data.text_columns, data.table.labels, data.batching.max_tokens) == (("q", "d"), ("n", "y"), 100)
     help_text = parser.format_help()
     for option in (
         "the most tokens of a training micro-batch",

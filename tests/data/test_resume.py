@@ -104,7 +104,7 @@ def test_resumed_run_sees_the_rest(
         "split": SplitConfig(folds=3),
         "batch_size": 11,
         "cache_dir": str(tmp_path / "cache"),
-        "batching": BatchingConfig(tokens=50, balanced=balanced),
+        "batching": BatchingConfig(max_tokens=50, balanced=balanced),
     }
     random: dict[str, torch.Tensor] = {}
     whole = run(data, validate, SaveEachStep(tmp_path, random))

@@ -190,7 +190,7 @@ def test_switches_switch(folder: Path, tmp_path: Path) -> None:
     gradients = spied(bench, fill_zeros=True).gradients
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
     assert not spied(bench, attention="padded").module.net.packed
-    assert len(spied(bench, batching={"tokens": 8}).batch.micro) > 1
+    assert len(spied(bench, batching={"max_tokens": 8}).batch.micro) > 1
     assert spied(bench, precision="bf16-mixed").trainer.precision == "bf16-mixed"
 
 

@@ -79,7 +79,7 @@ def test_an_effective_batch_of_64_is_64_rows_and_the_last_window_is_stepped_and_
     folder = write_files(tmp_path)
     head, *rows = (folder / "train.csv").read_text().splitlines()
     (folder / "train.csv").write_text("\n".join([head, *rows * 4]) + "\n")  # 160 rows, of which 128 to train on
-    batching = BatchingConfig(tokens=100)  # a handful of rows: 50 is no multiple of them
+    batching = BatchingConfig(max_tokens=100)  # a handful of rows: 50 is no multiple of them
     data = small_data(folder, batch_size=50, batching=batching)
     seen = Steps64()
     settings = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from lightning_bge.data.batches.max_tokens import cut
-from lightning_bge.data.batches.shards import shares
+from lightning_bge.data.batches.shards import balanced_shards
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.losses import LossConfig
 from lightning_bge.types import Batch, Schema
@@ -55,16 +55,16 @@ def one_big_batch(folder: str, dtype: torch.dtype, sequences: list[Tensor], labe
 
 
 def in_pieces(module: BGEClassifier, sequences: list[Tensor], labels: Tensor, max_tokens: int, ranks: int) -> Any:
-    """Each rank's share, cut by the limit; the ranks' gradients add up."""
+    """Each rank's shard, cut by the limit; the ranks' gradients add up."""
     assert module.loss is not None
     assert module.net is not None
     lengths = np.array([len(ids) for ids in sequences])
     seen: list[int] = []
     module.net.zero_grad(set_to_none=True)
-    for share in shares(lengths, ranks):
+    for shard in balanced_shards(lengths, ranks):
         micro = []
-        for run in cut(lengths[share], max_tokens):
-            rows = share[run].tolist()
+        for run in cut(lengths[shard], max_tokens):
+            rows = shard[run].tolist()
             seen += rows
             micro.append(micro_batch([sequences[row] for row in rows], labels[rows]))
         module._add_gradients(module.loss.normalizer(labels), Batch(tuple(micro)))
@@ -90,7 +90,7 @@ def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float
 @example(lengths=[5], max_tokens=1, ranks=3, weighted=True)  # ranks without a sequence
 @example(
     lengths=[40, 2, 2, 2, 2, 2, 2], max_tokens=4, ranks=2, weighted=True
-)  # shares of other sizes, one over the limit
+)  # shards of other sizes, one over the limit
 def test_gradients_are_those_of_one_big_batch(
     folder: str,
     modules: dict[tuple[torch.dtype, bool], BGEClassifier],

@@ -67,7 +67,7 @@ def make_data(train_file: str, folder: str, tmp_path: Path) -> Callable[[], Text
             batch_size=8,
             cache_dir=str(tmp_path / "cache"),
             split=SplitConfig(folds=3),
-            batching=BatchingConfig(tokens=64),
+            batching=BatchingConfig(max_tokens=64),
         )
 
     return make

@@ -105,7 +105,7 @@ def train(
         dropout=dropout,
         dtype=dtype,
     )
-    batching = BatchingConfig(tokens=64, eval_tokens=40, num_workers=0)
+    batching = BatchingConfig(max_tokens=64, eval_max_tokens=40, num_workers=0)
     data = TextDataModule(
         files["model"],
         "multiclass",

@@ -83,7 +83,7 @@ def settings(folder: Path, name: str) -> list[str]:
 
 def fit(folder: Path, name: str, mebibytes: int) -> tuple[dict[str, Any], str]:
     batches = ["--data.batch_size", "16", "--data.max_length", "1024", "--data.table.max_rows", "24"]
-    batches += ["--data.batching.tokens", "100000"]
+    batches += ["--data.batching.max_tokens", "100000"]
     done = run(folder, mebibytes, "fit", *settings(folder, name), *batches, "--trainer.max_epochs", "1")
     assert done.returncode == 0, done.stderr
     return load_file(folder / name / "model" / "model.safetensors"), done.stderr

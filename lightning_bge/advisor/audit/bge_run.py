@@ -89,9 +89,9 @@ class OwnRun(Subject):
             other = {"data.batching.num_workers": workers, "data.batching.persistent_workers": True}
             found.append(Variation("loader workers", other, False, f"{workers} workers against the choice", line))
         for name, tokens in sizes(case):
-            line = f"data.batching.tokens: {tokens}"
+            line = f"data.batching.max_tokens: {tokens}"
             text = f"micro-batches of at most {tokens} tokens against {data.micro_batch_size}"
-            found.append(Variation(name, {"data.batching.tokens": tokens}, False, text, line))
+            found.append(Variation(name, {"data.batching.max_tokens": tokens}, False, text, line))
         return found
 
     def rows(self, case: Case) -> list[Row]:
@@ -102,7 +102,7 @@ class OwnRun(Subject):
 
     def fixed(self, case: Case) -> dict[str, Any]:
         """The size of micro-batches, so that none is looked for again."""
-        return {"data.batching.tokens": datamodule_of(case).micro_batch_size}
+        return {"data.batching.max_tokens": datamodule_of(case).micro_batch_size}
 
     def gains(self, case: Case, config: AuditConfig) -> dict[str, Gain | str]:
         """Also what compiling would save, from one layer of a real batch."""
@@ -144,8 +144,10 @@ def dynamic_batch_size(case: Case) -> Row:
     """The size of a micro-batch, and how it was found."""
     data = datamodule_of(case)
     finders = [one for one in case.trainer.callbacks if isinstance(one, MicroBatchFinder)]  # type: ignore[attr-defined]
-    why = finders[0].reason if finders and data.auto_micro_batch_size else "as data.batching.tokens says"
-    return Row("memory", "dynamic batch size", str(data.batching.tokens), f"{data.micro_batch_size} tokens", "ok", why)
+    why = finders[0].reason if finders and data.auto_micro_batch_size else "as data.batching.max_tokens says"
+    return Row(
+        "memory", "dynamic batch size", str(data.batching.max_tokens), f"{data.micro_batch_size} tokens", "ok", why
+    )
 
 
 def micro_batches(case: Case) -> list[Row]:

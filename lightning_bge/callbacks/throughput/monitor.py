@@ -37,9 +37,9 @@ class Throughput(Callback):
       that still has work queued up does not stand still meanwhile. Left out are the first batch of an epoch and of a
       stretch after validation, as the clock starts with them, and whatever a module fetches inside its
       `training_step(dataloader_iter)`. Of several ranks it is the mean.
-    - `train_balance`, where batches come with the tokens of each rank's share, `batch.shares`: their mean divided by
-      their maximum, averaged over the epoch's steps. 1 is perfect; at 0.9 a tenth of the devices' time goes by waiting
-      for the rank with the longest share, if time goes with tokens.
+    - `train_balance`, where batches come with the tokens of each rank's shard, `batch.shard_tokens`: their mean divided
+      by their maximum, averaged over the epoch's steps. 1 is perfect; at 0.9 a tenth of the devices' time goes by
+      waiting for the rank with the longest shard, if time goes with tokens.
 
     Args:
         count: sequences and real (non-padding) tokens of a batch: Python ints, or 0-d tensors on the batch's device.
@@ -72,9 +72,9 @@ class Throughput(Callback):
         """Count the batch and the wait for it, and start the clock where it stands still."""
         waited = 0.0 if self._batch_ended is None else time.perf_counter() - self._batch_ended
         self._work += replace(work_of(batch, self._encoder, self.count), waited=waited)
-        shares = getattr(batch, "shares", ())
-        if len(shares) > 1:
-            self._balances.append(sum(shares) / len(shares) / max(shares))
+        shards = getattr(batch, "shard_tokens", ())
+        if len(shards) > 1:
+            self._balances.append(sum(shards) / len(shards) / max(shards))
         if self._since is None:
             wait_for(pl_module.device)
             self._since = time.perf_counter()

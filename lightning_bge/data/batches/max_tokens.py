@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_bge.data.batches.shards import shares
+from lightning_bge.data.batches.shards import balanced_shards
 from lightning_bge.data.batches.workers import PREFETCHED, LoaderChoice, choose_once, choose_workers
 from lightning_bge.data.tokens.cache import TokenArrays
 from lightning_bge.errors import ConfigError
@@ -28,10 +28,10 @@ class BatchingConfig:
     """How rows become batches.
 
     Args:
-        tokens: the most tokens of a training micro-batch (real tokens, there is no padding). It changes memory and
+        max_tokens: the most tokens of a training micro-batch (real tokens, there is no padding). It changes memory and
             speed, not the result. auto: 8192, until a search for a better one (`MicroBatchFinder`) or running out of
             memory says otherwise.
-        eval_tokens: the most tokens of a micro-batch without gradients. auto: twice that of training.
+        eval_max_tokens: the most tokens of a micro-batch without gradients. auto: twice that of training.
         balanced: draw every class with equal probability, with replacement.
         seed: of the training order; apart from the other seeds so that trials can be compared pair by pair.
         num_workers: processes that assemble batches. auto: measured once; 0 where rows are assembled faster than
@@ -42,8 +42,8 @@ class BatchingConfig:
             process that runs threads may hang.
     """
 
-    tokens: int | Literal["auto"] = "auto"
-    eval_tokens: int | Literal["auto"] = "auto"
+    max_tokens: int | Literal["auto"] = "auto"
+    eval_max_tokens: int | Literal["auto"] = "auto"
     balanced: bool = False
     seed: int = 42
     num_workers: int | Literal["auto"] = "auto"
@@ -54,7 +54,7 @@ class BatchingConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"data.batching.seed must be at least 0, got {self.seed}")
-        for name in ("tokens", "eval_tokens"):
+        for name in ("max_tokens", "eval_max_tokens"):
             value = getattr(self, name)
             if value != "auto" and (type(value) is not int or value < 1):
                 raise ConfigError(f"data.batching.{name} must be auto, or 1 or more tokens, got {value!r}")
@@ -173,7 +173,7 @@ class EncodedDataset(Dataset[Batch]):
         max_tokens: the most tokens of a micro-batch.
 
     Attributes:
-        rank: of several ranks the one whose share an item is.
+        rank: of several ranks the one whose shard an item is.
         ranks: how many there are; an item of the only one holds all rows.
     """
 
@@ -190,8 +190,8 @@ class EncodedDataset(Dataset[Batch]):
         chosen = np.asarray(rows, dtype=np.int64)
         sizes: tuple[int, ...] = ()
         if self.ranks > 1:
-            dealt = [chosen[share] for share in shares(self.tokens.lengths[chosen], self.ranks)]
-            chosen, sizes = dealt[self.rank], tuple(int(self.tokens.lengths[share].sum()) for share in dealt)
+            dealt = [chosen[shard] for shard in balanced_shards(self.tokens.lengths[chosen], self.ranks)]
+            chosen, sizes = dealt[self.rank], tuple(int(self.tokens.lengths[shard].sum()) for shard in dealt)
         runs = cut(self.tokens.lengths[chosen], self.max_tokens)
         return Batch(tuple(self._micro(chosen[run]) for run in runs), sizes)
 

@@ -514,7 +514,7 @@ def test_no_false_alarm_in_a_foreign_project(name: str) -> None:
 OURS: dict[str, Any] = {
     "packed": ({}, {}, {}),
     "padded": ({"attention": "padded"}, {}, {}),
-    "small micro-batches, bf16": ({}, {"tokens": 48}, {"precision": "bf16-mixed"}),
+    "small micro-batches, bf16": ({}, {"max_tokens": 48}, {"precision": "bf16-mixed"}),
     "frozen layers": ({"savers": SaversConfig(frozen_layers=1)}, {}, {}),
 }
 

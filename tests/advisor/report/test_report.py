@@ -231,7 +231,7 @@ SECRETS = {
     "data": {"train_file": "https://host/a.csv?size=3&X-Amz-Signature=s3cret-7&token=s3cret-8"},
     "urls": ["postgresql+psycopg://u:s3cret-9@db/optuna"],
 }
-OPEN = {"data": {"tokenizer": "bge", "batching": {"tokens": "auto"}}, "keyword": "kept", "monitor": {"patience": 3}}
+OPEN = {"data": {"tokenizer": "bge", "batching": {"max_tokens": "auto"}}, "keyword": "kept", "monitor": {"patience": 3}}
 
 
 def test_no_secret_and_no_text_of_the_users_data_is_shown(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_what_only_looks_like_a_secret_is_shown() -> None:
     assert without_secrets(OPEN) == OPEN
     assert without_secrets({"token": None, "use_auth": True}) == {"token": None, "use_auth": True}
     assert clean("mail me@host, see https://host/a@b?tokens=3") == "mail me@host, see https://host/a@b?tokens=3"
-    command = ["lightning-bge", "fit", "--data.batching.tokens", "4096", "--model.dropout=0.1", "2026-02-30"]
+    command = ["lightning-bge", "fit", "--data.batching.max_tokens", "4096", "--model.dropout=0.1", "2026-02-30"]
     command += ["--x", "{a: 1, b: [x, y]}", "--y=[a, 'b']"]
     assert clean_command(command) == command
 

@@ -187,7 +187,14 @@ def test_loader_leaves_the_random_state_alone(dataset: EncodedDataset) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"tokens": 0}, {"eval_tokens": 0}, {"num_workers": -1}, {"seed": -1}, {"multiprocessing_context": "thread"}]
+    "bad",
+    [
+        {"max_tokens": 0},
+        {"eval_max_tokens": 0},
+        {"num_workers": -1},
+        {"seed": -1},
+        {"multiprocessing_context": "thread"},
+    ],
 )
 def test_config(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"data.batching.{next(iter(bad))}"):

@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_bge.data import encoded_file as source_module
 from lightning_bge.data.batches.max_tokens import BatchingConfig, EncodedDataset, EvalSampler
-from lightning_bge.data.batches.shards import shares
+from lightning_bge.data.batches.shards import balanced_shards
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.tokens.cache import tokenize_cached
 from lightning_bge.types import Batch
@@ -28,19 +28,19 @@ LENGTHS = arrays(np.int32, st.integers(0, 60), elements=st.integers(1, 512))
 @given(LENGTHS, st.integers(1, 9))
 @example(np.array([512] + [1] * 5, dtype=np.int32), 2)
 @example(np.zeros(0, dtype=np.int32), 3)
-def test_shares(lengths: np.ndarray, ranks: int) -> None:
-    dealt = shares(lengths, ranks)
+def test_shards(lengths: np.ndarray, ranks: int) -> None:
+    dealt = balanced_shards(lengths, ranks)
     assert len(dealt) == ranks
     assert sorted(np.concatenate(dealt).tolist()) == list(range(len(lengths)))  # disjoint, and nothing is left over
-    assert all(share.dtype == np.int64 and share.tolist() == sorted(share.tolist()) for share in dealt)
-    tokens = [int(lengths[share].sum()) for share in dealt]
+    assert all(shard.dtype == np.int64 and shard.tolist() == sorted(shard.tolist()) for shard in dealt)
+    tokens = [int(lengths[shard].sum()) for shard in dealt]
     if len(lengths):
         assert max(tokens) - min(tokens) <= lengths.max()
         # Graham's bound: no schedule whatever is shorter by more than a third
         assert max(tokens) <= (4 / 3 - 1 / (3 * ranks)) * shortest_possible(lengths, ranks) + 1e-9 or len(lengths) > 6
     if len(lengths) >= ranks:
         assert min(tokens) > 0
-    again = shares(lengths.copy(), ranks)
+    again = balanced_shards(lengths.copy(), ranks)
     assert all(np.array_equal(a, b) for a, b in zip(dealt, again, strict=True))
 
 
@@ -59,9 +59,9 @@ def shortest_possible(lengths: np.ndarray, ranks: int) -> int:
 
 
 def test_ties_go_to_the_first() -> None:
-    assert [share.tolist() for share in shares(np.array([3, 3, 3, 3, 3]), 2)] == [[0, 2, 4], [1, 3]]
-    assert [share.tolist() for share in shares(np.array([1, 5, 2, 4]), 2)] == [[0, 1], [2, 3]]
-    assert [share.tolist() for share in shares(np.array([7]), 3)] == [[0], [], []]
+    assert [shard.tolist() for shard in balanced_shards(np.array([3, 3, 3, 3, 3]), 2)] == [[0, 2, 4], [1, 3]]
+    assert [shard.tolist() for shard in balanced_shards(np.array([1, 5, 2, 4]), 2)] == [[0, 1], [2, 3]]
+    assert [shard.tolist() for shard in balanced_shards(np.array([7]), 3)] == [[0], [], []]
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +76,19 @@ def rows_of(batch: Batch) -> list[int]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 7, 40])
-def test_items_are_shares(dataset: EncodedDataset, size: int, ranks: int) -> None:
+def test_items_are_shards(dataset: EncodedDataset, size: int, ranks: int) -> None:
     rows = np.random.default_rng(size).permutation(40)[:size].tolist()
     dataset.rank, dataset.ranks = 0, 1
     whole = dataset[rows]
-    assert whole.shares == ()
+    assert whole.shard_tokens == ()
     found = []
     for rank in range(ranks):
         dataset.rank, dataset.ranks = rank, ranks
         batch = dataset[rows]
         found += rows_of(batch)
         if ranks > 1:
-            assert sum(batch.shares) == whole.tokens
-            assert batch.shares[rank] == batch.tokens
+            assert sum(batch.shard_tokens) == whole.tokens
+            assert batch.shard_tokens[rank] == batch.tokens
         assert all(sum(micro.lengths) <= 60 or len(micro.lengths) == 1 for micro in batch.micro)
     assert sorted(found) == sorted(rows)
     if ranks == 1:
@@ -126,7 +126,7 @@ def trainer(rank: int, ranks: int) -> Any:
 
 @pytest.fixture
 def data(tokenizer_dir: str, pairs_file: Path, tmp_path: Path) -> TextDataModule:
-    batching = BatchingConfig(tokens=60, eval_tokens=60, num_workers=0)
+    batching = BatchingConfig(max_tokens=60, eval_max_tokens=60, num_workers=0)
     settings = {"cache_dir": str(tmp_path / "cache"), "batch_size": 7, "batching": batching}
     return TextDataModule(tokenizer_dir, train_file=str(pairs_file), **settings)
 
@@ -143,7 +143,7 @@ def test_the_data_module_deals_to_the_trainers_ranks(data: TextDataModule) -> No
     for step, batch in enumerate(alone[0]):
         parts = [own[0][step] for own in dealt]
         assert sorted(row for part in parts for row in rows_of(part)) == sorted(rows_of(batch))
-        assert {part.shares for part in parts} == {tuple(part.tokens for part in parts)}
+        assert {part.shard_tokens for part in parts} == {tuple(part.tokens for part in parts)}
     evaluated = [row for own in dealt for batch in own[1] for row in rows_of(batch)]
     assert sorted(evaluated) == sorted(row for batch in alone[1] for row in rows_of(batch))
     data.trainer = trainer(0, 1)  # a later run on one device
