@@ -65,11 +65,12 @@ chromium:
 	    if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; \
 	    else sudo apt-get update -qq && sudo apt-get install -y -qq --no-install-recommends chromium; fi >/dev/null; }
 
-lint: $(VENV)/.test  ## ruff, mypy, import-linter
+lint: $(VENV)/.test  ## ruff, mypy, import-linter, private names of other libraries
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tests/tools/private_names.py
 
 format: $(VENV)/.test  ## let ruff mend what it can
 	$(BIN)/ruff check --fix

@@ -15,7 +15,7 @@ from lightning_bge.errors import INTERRUPTED
 
 log = logging.getLogger("lightning_bge")
 
-# Each has a module of its name in this package, with a function `run(args)`.
+# Each has a module of its name in the package `commands`, with a function `run(args)`.
 COMMANDS = {
     "fit": "train one model; an interrupted run continues from its last checkpoint",
     "hpo": "search for the best hyperparameters, prune bad trials, refit and export the best model",
@@ -53,7 +53,7 @@ def main(args: list[str] | None = None) -> None:
     log.setLevel(logging.INFO)
     try:
         check_files(rest)
-        importlib.import_module(f"lightning_bge.cli.{name}").run(rest)
+        importlib.import_module(f"lightning_bge.cli.commands.{name}").run(rest)
     except Exception as error:
         explanation = explain(error)
         if explanation is None:

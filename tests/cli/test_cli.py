@@ -22,7 +22,7 @@ import yaml
 from optuna.trial import TrialState
 from safetensors.torch import load_file
 
-from lightning_bge.cli import hpo as hpo_command
+from lightning_bge.cli.commands import hpo as hpo_command
 from lightning_bge.data.sample import write_sample
 from lightning_bge.hpo.seed_replicates import run_repeats
 from lightning_bge.hpo.storage import open_storage

@@ -63,6 +63,6 @@ def test_every_command_has_a_line_in_the_help_and_a_help_of_its_own(
 
     assert f"\n  {command} " in describe_commands()
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module(f"lightning_bge.cli.{command}").run(["--help"])
+        importlib.import_module(f"lightning_bge.cli.commands.{command}").run(["--help"])
     assert stop.value.code == 0
     assert f"lightning-bge {command}" in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""The commands: each module is named after one, and has a function `run(args)`."""
