@@ -3,7 +3,10 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+# the exact versions that are installed; `make CONSTRAINTS=` takes the newest ones instead
+CONSTRAINTS ?= constraints.txt
+PIN := $(addprefix -c ,$(CONSTRAINTS))
+TORCH := torch$(addprefix ==,$(shell sed -n 's/^torch==//p' $(CONSTRAINTS) /dev/null))
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 SAMPLE := runs/sample
 TESTS := $(BIN)/python -m pytest
@@ -17,27 +20,30 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 
-# With an NVIDIA driver the registry's build of torch, which is the CUDA one on Linux; else the CPU build, which is
-# gigabytes smaller: from the places that pip knows if they have it, else from PyTorch's own index.
-$(VENV)/.torch: constraints.txt | $(BIN)/python
-	@if [ "$$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia/version ]; then \
-	    echo "no NVIDIA driver: installing the CPU build of torch $(TORCH)"; \
-	    $(PIP) "torch==$(TORCH)+cpu" -c constraints.txt 2>/dev/null || \
-	    $(PIP) "torch==$(TORCH)+cpu" -c constraints.txt --extra-index-url $(CPU_INDEX); \
+# With an NVIDIA driver the registry's build of torch, which is the CUDA one on Linux. Else the CPU build, which is
+# gigabytes smaller: from the places that pip knows, else from PyTorch's own index; where neither has one for this
+# Python, the registry's build.
+CPU_BUILD := $(if $(findstring ==,$(TORCH)),"$(TORCH)+cpu" --extra-index-url,torch --index-url) $(CPU_INDEX)
+$(VENV)/.torch: $(CONSTRAINTS) | $(BIN)/python
+	@if [ "$$(uname -s)" != Linux ] || [ -e /proc/driver/nvidia/version ]; then \
+	    echo "installing $(TORCH) from the package registry"; \
+	    $(PIP) "$(TORCH)" $(PIN); \
 	else \
-	    echo "installing torch $(TORCH) from the package registry"; \
-	    $(PIP) "torch==$(TORCH)" -c constraints.txt; \
+	    echo "no NVIDIA driver: installing the CPU build of $(TORCH)"; \
+	    $(PIP) "$(TORCH)+cpu" $(PIN) 2>/dev/null || $(PIP) $(CPU_BUILD) $(PIN) --retries 1 --timeout 15 2>/dev/null || { \
+	        echo "no CPU build of $(TORCH) for this Python is to be had: installing the package registry's build (some GB)"; \
+	        $(PIP) "$(TORCH)" $(PIN); }; \
 	fi
 	@touch $@
 
 $(VENV)/.run: $(VENV)/.torch pyproject.toml
 	@echo "installing lightning-bge into $(VENV)"
-	@$(PIP) --editable . -c constraints.txt
+	@$(PIP) --editable . $(PIN)
 	@$(BIN)/python -c 'import torch; print("torch", torch.__version__, "- CUDA", torch.version.cuda or "none: CPU build")'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	@$(PIP) --editable '.[test]' -c constraints.txt
+	@$(PIP) --editable '.[test]' $(PIN)
 	@touch $@
 
 install: $(VENV)/.run  ## make the virtual environment and install into it
@@ -72,12 +78,12 @@ lint: $(VENV)/.test  ## ruff, mypy, import-linter, private names of other librar
 	$(BIN)/lint-imports
 	$(BIN)/python tests/tools/private_names.py
 
-format: $(VENV)/.test  ## let ruff mend what it can
+format: $(VENV)/.test  ## let ruff fix what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 bench: $(VENV)/.test  ## training and search speed against the peers, in turns: hours, with nothing else on the machine
-	$(PIP) -r examples/benchmarks/requirements.txt -c constraints.txt
+	$(PIP) -r examples/benchmarks/requirements.txt $(PIN)
 	$(BIN)/python examples/benchmarks/train_speed.py --peers all
 	$(BIN)/python examples/benchmarks/hpo_race.py
 
