@@ -62,7 +62,7 @@ def settings(given: argparse.Namespace, folds: int, rows: float, seed: int, prun
         "data.table.max_rows": round(rows * given.rows),
         "data.split.folds": folds,
         "trainer.max_epochs": EPOCHS,
-        "hpo.trials": given.trials,
+        "hpo.n_trials": given.trials,
         "hpo.space": SPACE,
         "hpo.seed": seed,
         "hpo.pruner.name": pruner,

@@ -109,11 +109,11 @@ def search(name: str, chosen: argparse.Namespace, **more: Any) -> optuna.Study:
     settings = {
         "run_dir": run_dir,
         "data.split.folds": FOLDS,
-        "hpo.trials": chosen.trials,
+        "hpo.n_trials": chosen.trials,
         "hpo.space": SPACE,
         "hpo.sampler": "random",
         "hpo.pruner.name": "none",
-        "hpo.report_every": 1 / PER_EPOCH,
+        "hpo.val_check_interval": 1 / PER_EPOCH,
         "hpo.refit": "false",
         **files,
         **SEARCHES[name],

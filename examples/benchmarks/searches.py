@@ -151,7 +151,7 @@ def search_ours(race: Race) -> optuna.Study:
             "callbacks": [{"class_path": "searches.LightningSteps"}],
         },
         "hpo": {
-            "trials": len(race.trials),
+            "n_trials": len(race.trials),
             "space": {OUR_NAMES[name]: {"low": low, "high": high, "log": log} for name, low, high, log in SPACE},
             "refit": False,
             **({} if race.pruned else {"pruner": {"name": "none"}}),

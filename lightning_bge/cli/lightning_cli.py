@@ -21,7 +21,7 @@ from lightning_bge.callbacks.micro_batch.finder import MemoryConfig, MicroBatchF
 from lightning_bge.cli.explain import explain
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import INTERRUPTED, ConfigError
-from lightning_bge.hpo.objective import Setup
+from lightning_bge.hpo.objective import TrialSetup
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics import MonitorConfig, check_metric
 from lightning_bge.runtime.distributed import AnotherRankFailed, end_ranks
@@ -105,14 +105,14 @@ class BGECLI(LightningCLI):
         """All options as plain data that the same command reads again."""
         return plain_config(self.parser, self.config)
 
-    def build(self, overrides: dict[str, Any]) -> Setup:
+    def build(self, overrides: dict[str, Any]) -> TrialSetup:
         """Fresh objects for a trial: the options, with hyperparameters that passed `check`; the data are set up."""
         config = with_overrides(self.config, overrides)
         init = self.parser.instantiate_classes(config)
         init.data.setup("fit")
         memory = MicroBatchFinder(init.memory, config.data.cache_dir)
         trainer = partial(quiet_trainer, dict(init.trainer), memory)
-        return Setup(init.model, init.data, trainer, partial(_fit_options, self.parser, config))
+        return TrialSetup(init.model, init.data, trainer, partial(_fit_options, self.parser, config))
 
     def check(self, overrides: dict[str, Any], where: str = "hpo.space") -> None:
         """Raise `ConfigError` where options do not accept such values."""

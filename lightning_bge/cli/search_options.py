@@ -73,7 +73,7 @@ def most_epochs(config: Namespace, space: Space) -> int:
 def encoder_cache(cli: BGECLI, hpo: StudyConfig) -> EncoderCache:
     """What a search loads its encoders with."""
     granted = cli.config_init.memory.limit_gb
-    return EncoderCache(hpo.warm_bytes, None if granted is None else round(granted * 2**30))
+    return EncoderCache(hpo.encoder_cache_bytes, None if granted is None else round(granted * 2**30))
 
 
 def writable(path: str | None) -> Path | None:

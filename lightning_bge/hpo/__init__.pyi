@@ -17,7 +17,7 @@ from .forecast.preview import forecast as forecast
 from .forecast.replay import Recording as Recording
 from .forecast.replay import record_study as record_study
 from .objective import Objective as Objective
-from .objective import Setup as Setup
+from .objective import TrialSetup as TrialSetup
 from .objective import early_stopping as early_stopping
 from .objective_probe import Watched as Watched
 from .objective_probe import watch_objective as watch_objective
@@ -33,7 +33,7 @@ from .pruning.pruners import ReachPruner as ReachPruner
 from .pruning.pruners import WarmupPruner as WarmupPruner
 from .results import describe_study as describe_study
 from .results import finish_study as finish_study
-from .seed_replicates import run_repeats as run_repeats
+from .seed_replicates import run_seed_replicates as run_seed_replicates
 from .space.parameter_sets import complete_point as complete_point
 from .space.parameter_sets import draw_points as draw_points
 from .space.parameter_sets import ends as ends

@@ -23,7 +23,7 @@ class StudyConfig:
     """The search.
 
     Attributes:
-        trials: how many trials are to be finished, completed or pruned, in all; raise it to go on with a study.
+        n_trials: how many trials are to be finished, completed or pruned, in all; raise it to go on with a study.
         space: what is searched: dotted name of a setting -> {low, high, log, step} or {choices: [...]}. With `when:
             {another.setting: value or [values]}` it is drawn only in trials where that searched setting, one with
             choices, has such a value; elsewhere it keeps its configured value. Of several entries all must hold.
@@ -32,20 +32,20 @@ class StudyConfig:
         pruner: which trials are stopped early.
         sampler: tpe (Optuna's default: multivariate, with constant liar) or random.
         seed: of the sampler.
-        hours: start no further trial after so many hours of this call; null: no limit.
-        report_every: how often a trial reports to the pruner, in epochs: 1, or a part like 0.5 or 0.25, which lets bad
-            trials end earlier and costs as many more validations.
-        repeats: with how many other seeds each of the best five trials is run again at the end, to its end, so that the
-            winner is not merely the luckiest: it has the best mean over its seeds. null: 2 where there are 200 trials
-            or more, else 0.
+        timeout: seconds after which this call starts no further trial, as Optuna's; null: no limit.
+        val_check_interval: the part of an epoch between two reports to the pruner, as the Trainer's: 1, or a part like
+            0.5 or 0.25, which lets bad trials end earlier and costs as many more validations.
+        seed_replicates: with how many other seeds each of the best five trials is trained at the end, to its last
+            epoch, so that the winner, which has the best mean over its seeds, is not merely the luckiest. null: 2 where
+            there are 200 trials or more, else 0.
         cost: what is minimised besides the score: train_seconds, of a trial's training, or predict_seconds, of
             validating 1,000 rows; null: nothing. With a cost nothing is pruned: set pruner.name to none. The summary
             lists the Pareto-optimal trials; the best trial stays the one with the best score.
         refit: train the best settings on all rows at the end, and export the model.
-        warm_gb: memory for the models that a search keeps ready, so that each is read once: the one in use, and others
-            that wait in the host's memory; the least recently used is dropped first. In units of 2**30 bytes; 0: the
-            one in use alone. null: that too, unless model.name_or_path is searched; then a quarter of the host's
-            memory, or of what the control group, RLIMIT_* or memory.limit_gb allow, as the other three are for a
+        encoder_cache_gb: memory for the models that a search keeps ready, so that each is read once: the one in use,
+            and others that wait in the host's memory; the least recently used is dropped first. In units of 2**30
+            bytes; 0: the one in use alone. null: that too, unless model.name_or_path is searched; then a quarter of the
+            host's memory, or of what the control group, RLIMIT_* or memory.limit_gb allow, as the other three are for a
             trial's gradients, optimizer and activations; and at most half of what is free, as other processes may
             search too.
 
@@ -53,32 +53,33 @@ class StudyConfig:
         ConfigError: a value is out of range, or a cost was asked for together with a pruner.
     """
 
-    trials: int = 100
+    n_trials: int = 100
     space: dict[str, dict[str, Any]] = field(default_factory=dict)
     enqueue: list[dict[str, Any]] = field(default_factory=list)
     pruner: PrunerConfig = PrunerConfig()  # noqa: RUF009 - frozen
     sampler: Literal["tpe", "random"] = "tpe"
     seed: int = 42
-    hours: float | None = None
-    report_every: float = 1.0
-    repeats: int | None = None
+    timeout: float | None = None
+    val_check_interval: float = 1.0
+    seed_replicates: int | None = None
     cost: CostName | None = None
     refit: bool = True
-    warm_gb: float | None = None
+    encoder_cache_gb: float | None = None
 
     def __post_init__(self) -> None:
-        if self.trials < 1:
-            raise ConfigError(f"hpo.trials: expected 1 or more, got {self.trials}")
-        if self.hours is not None and self.hours <= 0:
-            raise ConfigError(f"hpo.hours: expected more than 0 or null, got {self.hours}")
-        if not 0 < self.report_every <= 1 or abs(1 / self.report_every - self.reports_per_epoch) > 1e-3:
+        if self.n_trials < 1:
+            raise ConfigError(f"hpo.n_trials: expected 1 or more, got {self.n_trials}")
+        if self.timeout is not None and self.timeout <= 0:
+            raise ConfigError(f"hpo.timeout: expected more than 0 seconds or null, got {self.timeout}")
+        if not 0 < self.val_check_interval <= 1 or abs(1 / self.val_check_interval - self.reports_per_epoch) > 1e-3:
             raise ConfigError(
-                f"hpo.report_every: expected 1, or one part of an epoch like 0.5 or 0.25, got {self.report_every}"
+                "hpo.val_check_interval: expected 1, or one part of an epoch like 0.5 or 0.25, "
+                f"got {self.val_check_interval}"
             )
-        if self.warm_gb is not None and not 0 <= self.warm_gb < math.inf:
-            raise ConfigError(f"hpo.warm_gb: expected 0 or more, or null, got {self.warm_gb}")
-        if self.repeats is not None and self.repeats < 0:
-            raise ConfigError(f"hpo.repeats: expected 0 or more, or null, got {self.repeats}")
+        if self.encoder_cache_gb is not None and not 0 <= self.encoder_cache_gb < math.inf:
+            raise ConfigError(f"hpo.encoder_cache_gb: expected 0 or more, or null, got {self.encoder_cache_gb}")
+        if self.seed_replicates is not None and self.seed_replicates < 0:
+            raise ConfigError(f"hpo.seed_replicates: expected 0 or more, or null, got {self.seed_replicates}")
         if self.cost is not None and self.pruner.name != "none":
             raise ConfigError(
                 "hpo.cost: no trial can be pruned where a cost is minimised besides the score, but hpo.pruner.name is "
@@ -86,18 +87,18 @@ class StudyConfig:
             )
 
     @property
-    def further_seeds(self) -> int:
+    def n_seed_replicates(self) -> int:
         """Number of seeds with which each of the best trials is run again."""
-        return 2 * (self.trials >= LONG) if self.repeats is None else self.repeats
+        return 2 * (self.n_trials >= LONG) if self.seed_replicates is None else self.seed_replicates
 
     @property
-    def warm_bytes(self) -> int | None:
+    def encoder_cache_bytes(self) -> int | None:
         """The limit of `EncoderCache`: None is its share of the memory."""
-        if self.warm_gb is not None:
-            return round(self.warm_gb * 2**30)
+        if self.encoder_cache_gb is not None:
+            return round(self.encoder_cache_gb * 2**30)
         return None if "model.name_or_path" in self.space else 0
 
     @property
     def reports_per_epoch(self) -> int:
         """Reports in each epoch."""
-        return round(1 / self.report_every)
+        return round(1 / self.val_check_interval)

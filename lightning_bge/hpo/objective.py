@@ -41,7 +41,7 @@ log = logging.getLogger("lightning_bge")
 
 
 @dataclass(frozen=True)
-class Setup:
+class TrialSetup:
     """Fresh objects for one set of settings.
 
     Attributes:
@@ -57,7 +57,7 @@ class Setup:
     config: Callable[[], dict[str, Any]]
 
 
-Build = Callable[[dict[str, Any]], Setup]  # takes settings by their dotted names, and `seed_everything`
+Build = Callable[[dict[str, Any]], TrialSetup]  # takes settings by their dotted names, and `seed_everything`
 
 
 class LetGo(Callback):
@@ -86,7 +86,7 @@ class Objective:
         folds: number of folds; 1 is a single split.
         epochs: the most epochs that any trial trains a fold for.
         oof_dir: where the out-of-fold predictions of the best trials are kept; None keeps none.
-        trials: how many are to be finished in all.
+        n_trials: how many are to be finished in all.
         compile: when the encoder's layers are compiled.
         per_epoch: reports in each epoch.
         encoder: loads once for all trials of this process.
@@ -100,7 +100,7 @@ class Objective:
     folds: int
     epochs: int
     oof_dir: Path | None
-    trials: int = 1
+    n_trials: int = 1
     compile: CompileConfig = CompileConfig()  # noqa: RUF009 - frozen
     per_epoch: int = 1
     encoder: EncoderCache = field(default_factory=EncoderCache)
@@ -177,7 +177,7 @@ class Objective:
         assert self.paused_dir is not None
         paused = Paused.load(self.paused_dir / str(number))
         if paused is None:
-            # there was no room for it, or it could not be resumed any more, and then hpo.trials was raised
+            # there was no room for it, or it could not be resumed any more, and then hpo.n_trials was raised
             log.warning(
                 "trial %d: the checkpoint of trial %d is gone; it is trained from its start", trial.number, number
             )
@@ -201,7 +201,7 @@ class Objective:
             study = trial.study
             assert self.paused_dir is not None
             assert isinstance(study.pruner, AshaPruner)
-            if study.pruner.can_be_resumed(study, study.get_trials(deepcopy=False)[trial.number], self.trials):
+            if study.pruner.can_be_resumed(study, study.get_trials(deepcopy=False)[trial.number], self.n_trials):
                 pause(self.paused_dir / str(trial.number), trainer, done, curve, reports, counts)
 
         reports = FoldPruningCallback(
@@ -240,7 +240,7 @@ class Objective:
         reports = sum(len(trial.intermediate_values) for trial in ended)
         share = reports / (len(ended) * self.folds * self.epochs * self.per_epoch) if reports else 1.0
         workers = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
-        later = max(self.trials - len(ended) - 1, 0) * self.folds * share / max(workers, 1)
+        later = max(self.n_trials - len(ended) - 1, 0) * self.folds * share / max(workers, 1)
         return round(steps * (self.folds - fold + later))
 
 

@@ -43,18 +43,18 @@ class Progress:
     """Prints a line after each trial: what became of it, trials done and pruned, the best so far, the time left.
 
     Args:
-        trials: how many are to be finished.
+        n_trials: how many are to be finished.
         metric: its name.
         n_reports: reports of a trial that runs to its end.
         config: of the search; None: nothing is pruned, and nothing follows.
     """
 
-    def __init__(self, trials: int, metric: str, n_reports: int, config: StudyConfig | None = None) -> None:
-        self.trials, self.metric, self.n_reports = trials, metric, n_reports
+    def __init__(self, n_trials: int, metric: str, n_reports: int, config: StudyConfig | None = None) -> None:
+        self.n_trials, self.metric, self.n_reports = n_trials, metric, n_reports
         self.cost = None if config is None else config.cost
         self.pruner = PrunerConfig("none") if config is None else config.pruner
         self.sampler: Literal["tpe", "random"] = "tpe" if config is None else config.sampler
-        self.refit, self.seeds = (False, 0) if config is None else (config.refit, config.further_seeds)
+        self.refit, self.seeds = (False, 0) if config is None else (config.refit, config.n_seed_replicates)
         self.start = time.monotonic()
         self.eta: Eta | None = None
         self.estimated, self.took = -math.inf, 0.0  # when, and in how many seconds
@@ -64,7 +64,7 @@ class Progress:
         done, pruned = self._done(study), len(ended_early(study))
         how = "paused" if isinstance(study.pruner, AshaPruner) else "pruned"
         print(
-            f"[{done:>{len(str(self.trials))}}/{self.trials}] {self._name(trial)} {self._end(trial)} | "
+            f"[{done:>{len(str(self.n_trials))}}/{self.n_trials}] {self._name(trial)} {self._end(trial)} | "
             f"{pruned} {how} | {self._best(study, trial)} | {_clock(time.monotonic() - self.start)} passed"
             + self._left(study),
             flush=True,
@@ -90,7 +90,7 @@ class Progress:
         return estimate_end(
             trials,
             self.pruner,
-            self.trials,
+            self.n_trials,
             steps,
             1 + len(being_run(trials)),
             datetime.now(),

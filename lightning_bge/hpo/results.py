@@ -16,10 +16,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.config import FINISHED
-from lightning_bge.hpo.objective import Build, Setup, drop_predictions, load_predictions, predictions_file
+from lightning_bge.hpo.objective import Build, TrialSetup, drop_predictions, load_predictions, predictions_file
 from lightning_bge.hpo.progress import count, ended_early, finished
 from lightning_bge.hpo.ranking import cost_of, front, ranked, score_of
-from lightning_bge.hpo.seed_replicates import Repeats, describe_repeats
+from lightning_bge.hpo.seed_replicates import SeedReplicates, describe_seed_replicates
 from lightning_bge.models.metrics import (
     LOWER_IS_BETTER,
     MonitorConfig,
@@ -63,12 +63,12 @@ def finish_study(
     run_dir: Path,
     epochs: int,
     refit: bool,
-    repeats: Repeats | None = None,
+    replicates: SeedReplicates | None = None,
 ) -> dict[str, Any]:
     """Write `best.yaml`, `trials.csv`, `oof.csv`, the exported model and `summary.json`; return the summary.
 
-    The best trial is the winner of the repeats, where there are any, else the one with the best score. A study that was
-    finished before with the same trials is not refitted, and its test file is not scored again.
+    The best trial is the winner of the seed replicates, where there are any, else the one with the best score. A
+    study that was finished before with the same trials is not refitted, and its test file is not scored again.
 
     Raises:
         StudyError: no trial ran to its end.
@@ -76,11 +76,11 @@ def finish_study(
     if count(study, TrialState.COMPLETE) == 0:
         raise StudyError(
             f"{run_dir}: none of {len(study.trials)} trials ran to its end, so there is no best one. "
-            "Run the command again, with more hours or trials, or prune less (hpo.pruner)"
+            "Run the command again, with a longer hpo.timeout or more hpo.n_trials, or prune less (hpo.pruner)"
         )
     best = ranked(study)[0]
-    if repeats is not None:
-        best = study.get_trials(deepcopy=False)[repeats.winner]
+    if replicates is not None:
+        best = study.get_trials(deepcopy=False)[replicates.winner]
     write_text(run_dir / "trials.csv", trials_table(study))
     setup = build(best.params)
     test_file = setup.datamodule.test_file
@@ -94,7 +94,7 @@ def finish_study(
         "refit": refit,
         "test_file": test_file,
     }
-    key["repeats"] = None if repeats is None else repeats.as_dict()
+    key["seed_replicates"] = None if replicates is None else replicates.as_dict()
     if known is not None:
         known = {"n_runs": known.get("n_trials"), **known}  # older versions count runs as trials
         if all(known.get(name) == value for name, value in key.items()):
@@ -188,7 +188,7 @@ def _blank(value: Any) -> Any:
     return "" if value is None else value
 
 
-def _best_yaml(setup: Setup, best: FrozenTrial, run_dir: Path) -> str:
+def _best_yaml(setup: TrialSetup, best: FrozenTrial, run_dir: Path) -> str:
     config = {**setup.config(), "run_dir": str(run_dir / "fit")}
     head = (
         f"# The best settings of the study {run_dir.name}: trial {best.number}. Use: lightning-bge fit -c THIS_FILE\n"
@@ -296,8 +296,8 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
     ]
     if summary.get("n_out_of_memory"):  # a summary of an older version does not have it
         lines.insert(2, f"{summary['n_out_of_memory']} of the pruned trials did not fit into memory (trials.csv: oom_)")
-    if summary.get("repeats"):
-        lines += describe_repeats(summary["repeats"], summary["metric"])
+    if summary.get("seed_replicates"):
+        lines += describe_seed_replicates(summary["seed_replicates"], summary["metric"])
     if "front" in summary:
         lines.append(f"best {summary['metric']} for its {summary['cost']}:")
         lines += [f"  trial {one['number']}: {one['score']:.4f}, {one['cost']:.4g} s" for one in summary["front"]]

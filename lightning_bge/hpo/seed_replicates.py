@@ -1,8 +1,9 @@
 """The best trials once more, with other seeds: so that the winner is not merely the luckiest.
 
-They are a study of their own beside the search, in the same journal, whose trials carry what they repeat: `of` (the
-trial's number) and `seed`. What is to be done follows from the two studies alone, so that any process may go on with it
-at any time: a repeat that nobody has queued is queued, and of two of the same the younger gives way.
+They are a study of their own beside the search, in the same journal, whose trials carry what they replicate:
+`replicate_of` (the trial's number) and `seed`. What is to be done follows from the two studies alone, so that any
+process may go on with it at any time: a seed replicate that nobody has queued is queued, and of two of the same the
+younger gives way.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from lightning_bge.hpo.ranking import best_points, maximizes, ranked, score_of
 from lightning_bge.hpo.storage import sweep
 from lightning_bge.hpo.study import is_finished, stop_if_memory_is_kept
 
-ATTEMPTS = 3  # of one repeat, whose process died or which failed; then it counts as one without a value
+ATTEMPTS = 3  # of one seed replicate, whose process died or which failed; then it counts as one without a value
 log = logging.getLogger("lightning_bge")
 
 Task = tuple[int, int]  # the trial's number, and the seed
 
 
 @dataclass(frozen=True)
-class Again:
+class ReplicatedTrial:
     """One of the best trials, and how it did with all seeds.
 
     Attributes:
@@ -58,21 +59,22 @@ class Again:
 
 
 @dataclass(frozen=True)
-class Repeats:
+class SeedReplicates:
     """How the best trials did with other seeds, and which one is the winner.
 
     Attributes:
         seeds: the further ones.
         trials: the best of the search, in its order.
         before: the search's best trial.
-        winner: the trial with the best mean over its seeds. A trial with a repeat that ended without a value (NaN, out
-            of memory, or its process died each time) is none. `before`, where nothing else can be said or `missing`.
-        missing: repeats that have not ended.
+        winner: the trial with the best mean over its seeds. A trial with a seed replicate that ended without a value
+            (NaN, out of memory, or its process died each time) is none. `before`, where nothing else can be said or
+            `missing`.
+        missing: seed replicates that have not ended.
         elsewhere: those of them that other processes are running now.
     """
 
     seeds: tuple[int, ...]
-    trials: tuple[Again, ...]
+    trials: tuple[ReplicatedTrial, ...]
     before: int
     winner: int
     missing: int
@@ -92,7 +94,7 @@ class Repeats:
         }
 
 
-def run_repeats(
+def run_seed_replicates(
     study: optuna.Study,
     objective: Objective,
     config: StudyConfig,
@@ -100,21 +102,21 @@ def run_repeats(
     n_reports: int,
     seed: int,
     since: float,
-) -> Repeats | None:
+) -> SeedReplicates | None:
     """Run the best trials again, or what is missing of that; several processes may do so at once on one folder.
 
-    Each is run with the seeds `seed + 1`, `seed + 2`, ... on the same folds, to its end. A repeat whose process died is
-    run again. Trials whose out-of-fold predictions are not there are left out, as they could not be the winner: those
-    of a study that an older version ran.
+    Each is run with the seeds `seed + 1`, `seed + 2`, ... on the same folds, to its end. A seed replicate whose
+    process died is run again. Trials whose out-of-fold predictions are not there are left out, as they could not be the
+    winner: those of a study that an older version ran.
 
     Args:
         study: the search.
         objective: the search's.
-        config: of the search: trials, repeats, hours.
+        config: of the search: n_trials, seed_replicates, timeout.
         metric: its name.
         n_reports: reports of a trial that runs to its end.
         seed: the search's `seed_everything`.
-        since: `time.monotonic()` at the start of this call, for `config.hours`.
+        since: `time.monotonic()` at the start of this call, for `config.timeout`.
 
     Returns:
         None where none are asked for, the search has not all its trials yet, or there is none to be run again.
@@ -122,7 +124,7 @@ def run_repeats(
     Raises:
         MemoryKeptError: as in `run_study`.
     """
-    seeds = tuple(range(seed + 1, seed + 1 + config.further_seeds))
+    seeds = tuple(range(seed + 1, seed + 1 + config.n_seed_replicates))
     if not seeds or not is_finished(study, config) or not ranked(study):
         return None
     plan = _Plan(study, _open(study), objective, seeds)
@@ -133,7 +135,7 @@ def run_repeats(
         return None
     progress = _Progress(plan, metric, n_reports)
     once = plan.objective()
-    until = math.inf if config.hours is None else since + config.hours * 3600
+    until = math.inf if config.timeout is None else since + config.timeout
     while plan.queue() and time.monotonic() < until:
         plan.again.optimize(once, n_trials=1, callbacks=[progress, stop_if_memory_is_kept])
     return plan.result()
@@ -142,7 +144,7 @@ def run_repeats(
 def _open(study: optuna.Study) -> optuna.Study:
     return optuna.create_study(
         storage=study._storage,
-        study_name=f"{study.study_name}-repeats",
+        study_name=f"{study.study_name}-seed-replicates",
         direction=study.directions[0],
         sampler=optuna.samplers.RandomSampler(),  # never asked: all parameters are given
         pruner=optuna.pruners.NopPruner(),
@@ -165,24 +167,24 @@ class _Plan:
         return [trial for trial in best if predictions_file(oof_dir, trial.number).is_file()]
 
     def tasks(self) -> list[Task]:
-        """All repeats, seed by seed: the model is read anew for each seed."""
+        """All seed replicates, seed by seed: the model is read anew for each seed."""
         best = self.best()
         return [(trial.number, seed) for seed in self.seeds for trial in best]
 
     def queue(self) -> bool:
         """Queue what is missing and nobody has; return whether anything waits to be run."""
-        # A repeat is given up by the number of its failures, not by that of its retries, which Ctrl-C counts among.
+        # A seed replicate is given up by the number of its failures, not by that of its retries, which include Ctrl-C.
         sweep(self.again, max_retries=sys.maxsize)
         attempts = self.attempts()
         params = {trial.number: trial.params for trial in self.best()}
         for of, seed in self.tasks():
             tried = attempts.get((of, seed), [])
             if not any(_holds(trial) for trial in tried) and not _given_up(tried):
-                self.again.enqueue_trial(params[of], user_attrs={"of": of, "seed": seed})
+                self.again.enqueue_trial(params[of], user_attrs={"replicate_of": of, "seed": seed})
         return count(self.again, TrialState.WAITING) > 0
 
     def attempts(self) -> dict[Task, list[FrozenTrial]]:
-        """All trials that were made of each repeat, the oldest first."""
+        """All trials that were made of each seed replicate, the oldest first."""
         found: dict[Task, list[FrozenTrial]] = {}
         for trial in self.again.get_trials(deepcopy=False):
             if (task := _task(trial)) is not None:
@@ -190,33 +192,35 @@ class _Plan:
         return found
 
     def objective(self) -> Any:
-        """What a trial of the repeats does: train, unless there is nothing to do."""
-        inner = replace(self.trained, oof_dir=None, cost=None, trials=len(self.tasks()))
+        """What a trial of the seed replicates does: train, unless there is nothing to do."""
+        inner = replace(self.trained, oof_dir=None, cost=None, n_trials=len(self.tasks()))
 
         def once(trial: optuna.Trial) -> Any:
-            if not self.superfluous(trial):
+            if not self.redundant(trial):
                 return inner(trial)
-            trial.set_user_attr("superfluous", True)
+            trial.set_user_attr("redundant", True)
             return math.nan  # Optuna ends it as FAIL
 
         return once
 
-    def superfluous(self, trial: optuna.Trial) -> bool:
-        """Whether another process was faster, or the trial that this one repeats is no longer among the best."""
+    def redundant(self, trial: optuna.Trial) -> bool:
+        """Whether another process was faster, or the trial that this one replicates is no longer among the best."""
         task = _task(trial)
         if task is None or task not in self.tasks():  # None: the queue was empty, and Optuna has made a new trial
             return True
         tried = self.attempts()[task]
         return _given_up(tried) or any(_holds(other) for other in tried if other.number < trial.number)
 
-    def result(self) -> Repeats:
+    def result(self) -> SeedReplicates:
         """What is known by now."""
         attempts = self.attempts()
         tasks = self.tasks()
         missing = [task for task in tasks if not _ended(attempts.get(task, []))]
         running = [task for task in missing if any(t.state == TrialState.RUNNING for t in attempts.get(task, []))]
         trials = tuple(
-            Again(trial.number, (score_of(trial), *(_value(attempts.get((trial.number, k), [])) for k in self.seeds)))
+            ReplicatedTrial(
+                trial.number, (score_of(trial), *(_value(attempts.get((trial.number, k), [])) for k in self.seeds))
+            )
             for trial in self.best()
         )
         before = ranked(self.study)[0].number
@@ -224,26 +228,26 @@ class _Plan:
         # of equal ones the search's better one
         means = {again.trial: sign * again.mean for again in trials if again.mean is not None}
         winner = before if missing or not means else max(means, key=lambda number: means[number])
-        return Repeats(self.seeds, trials, before, winner, len(missing), len(running))
+        return SeedReplicates(self.seeds, trials, before, winner, len(missing), len(running))
 
     def ended(self) -> int:
-        """Number of repeats that are done with."""
+        """Number of seed replicates that are done with."""
         attempts = self.attempts()
         return sum(_ended(attempts.get(task, [])) for task in self.tasks())
 
 
 def _task(trial: FrozenTrial | optuna.Trial) -> Task | None:
     attributes = trial.user_attrs
-    return (attributes["of"], attributes["seed"]) if "of" in attributes else None
+    return (attributes["replicate_of"], attributes["seed"]) if "replicate_of" in attributes else None
 
 
 def _holds(trial: FrozenTrial) -> bool:
-    """Whether it has done its repeat, is doing it, or will do it."""
+    """Whether it has done its seed replicate, is doing it, or will do it."""
     return trial.state != TrialState.FAIL
 
 
 def _given_up(tried: Sequence[FrozenTrial]) -> bool:
-    failed = [trial for trial in tried if trial.state == TrialState.FAIL and "superfluous" not in trial.user_attrs]
+    failed = [trial for trial in tried if trial.state == TrialState.FAIL and "redundant" not in trial.user_attrs]
     return sum(not str(trial.user_attrs.get("swept", "")).startswith("interrupted") for trial in failed) >= ATTEMPTS
 
 
@@ -262,22 +266,24 @@ class _Progress(Progress):
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Optuna calls this after each trial."""
-        if "superfluous" not in trial.user_attrs:
+        if "redundant" not in trial.user_attrs:
             super().__call__(study, trial)
 
     def _done(self, study: optuna.Study) -> int:
         return self.plan.ended()
 
     def _name(self, trial: FrozenTrial) -> str:
-        return f"trial {trial.user_attrs['of']} again, seed {trial.user_attrs['seed']},"
+        return f"trial {trial.user_attrs['replicate_of']} again, seed {trial.user_attrs['seed']},"
 
     def _best(self, study: optuna.Study, trial: FrozenTrial) -> str:
-        old = next(one for one in self.plan.study.get_trials(deepcopy=False) if one.number == trial.user_attrs["of"])
+        old = next(
+            one for one in self.plan.study.get_trials(deepcopy=False) if one.number == trial.user_attrs["replicate_of"]
+        )
         return f"{score_of(old):.4f} with the search's seed"
 
 
-def describe_repeats(found: dict[str, Any], metric: str) -> list[str]:
-    """Lines for a user, of what `Repeats.as_dict` gave the summary."""
+def describe_seed_replicates(found: dict[str, Any], metric: str) -> list[str]:
+    """Lines for a user, of what `SeedReplicates.as_dict` gave the summary."""
     seeds = len(found["seeds"])
     lines = [
         f"the best {len(found['trials'])} again with {seeds} other seed{'s'[: seeds > 1]} each; "

@@ -64,7 +64,7 @@ def open_study(
         directions=[direction] if config.cost is None else [direction, "minimize"],
         # the seed moves on with the trials that are there, else a resumed study would draw its first points again
         sampler=seeded(seed=config.seed + (_n_trials(storage, run_dir.name) if resumed else 0)),
-        pruner=build_pruner(config.pruner, config.trials, steps),
+        pruner=build_pruner(config.pruner, config.n_trials, steps),
         load_if_exists=True,
     )
     space = space_to_json(parsed)
@@ -116,8 +116,8 @@ def quiet_optuna() -> None:
 def is_finished(study: optuna.Study, config: StudyConfig) -> bool:
     """Whether no trial is missing, or is to be resumed; others may still be running some beyond."""
     if isinstance(study.pruner, AshaPruner):
-        return nothing_left(study, study.pruner, config.trials)
-    return finished(study) >= config.trials
+        return nothing_left(study, study.pruner, config.n_trials)
+    return finished(study) >= config.n_trials
 
 
 def others_go_on(study: optuna.Study) -> bool:
@@ -153,19 +153,19 @@ def run_study(
     """
     if is_finished(study, config):
         return
-    progress = Progress(config.trials, metric, n_reports, config)
+    progress = Progress(config.n_trials, metric, n_reports, config)
     promoter = _promoter(study, config, paused_dir)
     callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = [
-        *(progress, promoter or _stop_after(config.trials), stop_if_memory_is_kept)
+        *(progress, promoter or _stop_after(config.n_trials), stop_if_memory_is_kept)
     ]
-    until = math.inf if config.hours is None else time.monotonic() + config.hours * 3600
+    until = math.inf if config.timeout is None else time.monotonic() + config.timeout
     gc.collect()
     gc.freeze()  # what the libraries have made so far is not searched again after each trial
     try:
         while not is_finished(study, config) and time.monotonic() < until:
             if promoter is not None:
                 promoter(study)
-            left = None if config.hours is None else max(0.0, until - time.monotonic())
+            left = None if config.timeout is None else max(0.0, until - time.monotonic())
             study.optimize(objective, timeout=left, callbacks=callbacks)
             sweep(study)  # another process may have died and left something to do
         while promoter is not None and promoter.finish_one(study):
@@ -180,7 +180,7 @@ def _promoter(study: optuna.Study, config: StudyConfig, paused_dir: Path | None)
     if isinstance(study.pruner, AshaPruner):
         assert paused_dir is not None
         room = config.pruner.paused_gb
-        return Promoter(study.pruner, config.trials, paused_dir, None if room is None else room * 2**30)
+        return Promoter(study.pruner, config.n_trials, paused_dir, None if room is None else room * 2**30)
     if paused_dir is not None and paused_dir.is_dir():
         log.warning(
             "%s: trials that another pruner paused; deleted, as %s resumes none", paused_dir, config.pruner.name

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from lightning_bge.cli.commands import hpo as hpo_command
 from lightning_bge.data.sample import write_sample
-from lightning_bge.hpo.seed_replicates import run_repeats
+from lightning_bge.hpo.seed_replicates import run_seed_replicates
 from lightning_bge.hpo.storage import open_storage
 from lightning_bge.models.tiny_bert import build_tiny_bert
 from lightning_bge.trainer import BGETrainer
@@ -56,7 +56,7 @@ def options(sample: Path, tmp_path: Path) -> list[str]:
 @pytest.fixture
 def search(options: list[str]) -> list[str]:
     space = '{"model.optimizer.lr": {"low": 1.0e-4, "high": 1.0e-2, "log": true}}'
-    return ["hpo", *options, "--data.split.folds", "2", "--hpo.trials", "3", "--hpo.space", space]
+    return ["hpo", *options, "--data.split.folds", "2", "--hpo.n_trials", "3", "--hpo.space", space]
 
 
 def trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
@@ -107,13 +107,13 @@ def test_a_search_ends_with_a_model_that_the_peers_load_and_that_predicts_the_sa
 def test_the_same_command_again_runs_only_what_is_missing(run: Run, search: list[str], tmp_path: Path) -> None:
     study = tmp_path / "study"
     search = [*search, "--hpo.pruner.name", "hyperband"]  # `promote` may resume one of the first
-    assert run(*search, "--hpo.trials", "2")[0] == 0
+    assert run(*search, "--hpo.n_trials", "2")[0] == 0
     before = [(t.number, t.params, t.datetime_complete) for t in trials(study)]
-    status, out, _ = run(*search, "--hpo.trials", "2")
+    status, out, _ = run(*search, "--hpo.n_trials", "2")
     assert status == 0
     assert "trial 0" not in out.split("best")[0]  # no trial's line, and no second refit
     assert [(t.number, t.params, t.datetime_complete) for t in trials(study)] == before
-    status, out, _ = run(*search, "--hpo.trials", "4")
+    status, out, _ = run(*search, "--hpo.n_trials", "4")
     assert status == 0
     after = [(t.number, t.params, t.datetime_complete) for t in trials(study)]
     assert after[:2] == before
@@ -122,7 +122,7 @@ def test_the_same_command_again_runs_only_what_is_missing(run: Run, search: list
 
 
 def test_a_study_of_another_space_or_other_data_is_refused(run: Run, search: list[str], tmp_path: Path) -> None:
-    assert run(*search, "--hpo.trials", "1", "--hpo.pruner.name", "none", "--hpo.refit", "false")[0] == 0
+    assert run(*search, "--hpo.n_trials", "1", "--hpo.pruner.name", "none", "--hpo.refit", "false")[0] == 0
     other = '{"model.optimizer.lr": {"low": 1.0e-4, "high": 2.0e-2, "log": true}}'
     status, _, err = run(*search, "--hpo.space", other)
     assert status == 2
@@ -147,7 +147,7 @@ MISTAKES = {
     "never prunes": (("--hpo.pruner.min_resource", "50"), "could never prune"),
     "clipping": (("--trainer.gradient_clip_val", "1.0"), "set model.optimizer.max_grad_norm"),
     "cost": (("--hpo.cost", "train_seconds"), "Set hpo.pruner.name to none, or hpo.cost to null"),
-    "repeats": (("--hpo.repeats", "-1"), "hpo.repeats: expected 0 or more"),
+    "seed_replicates": (("--hpo.seed_replicates", "-1"), "hpo.seed_replicates: expected 0 or more"),
     "folds": (("--data.split.folds", "0"), "data.split.folds"),
     "option": (("--hpo.trails", "3"), "--hpo.trails"),
 }
@@ -172,7 +172,7 @@ def test_a_full_disk_has_a_clear_message(run: Run, search: list[str], monkeypatc
             file.write("x")
 
     monkeypatch.setattr("lightning_bge.hpo.results.write_text", full)
-    status, _, err = run(*search, "--hpo.trials", "1", "--hpo.pruner.name", "none")
+    status, _, err = run(*search, "--hpo.n_trials", "1", "--hpo.pruner.name", "none")
     assert status == 2
     assert "no space left on the disk" in err
     monkeypatch.undo()
@@ -201,16 +201,16 @@ def test_ctrl_c_leaves_no_trial_running_and_its_point_is_tried_again(
     assert (summary["n_failed"], summary["n_interrupted"]) == (0, 1)
 
 
-def repeats(folder: Path) -> list[optuna.trial.FrozenTrial]:
+def seed_replicates(folder: Path) -> list[optuna.trial.FrozenTrial]:
     storage = open_storage(folder / "journal.log")
-    return optuna.load_study(study_name=f"{folder.name}-repeats", storage=storage).trials
+    return optuna.load_study(study_name=f"{folder.name}-seed-replicates", storage=storage).trials
 
 
 def test_the_best_trials_are_run_again_with_other_seeds_and_ctrl_c_loses_none(
     run: Run, search: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     study = tmp_path / "study"
-    search = [*search, "--hpo.pruner.name", "none", "--hpo.repeats", "2"]
+    search = [*search, "--hpo.pruner.name", "none", "--hpo.seed_replicates", "2"]
     fit, calls = BGETrainer.fit, []
 
     def interrupted(self: BGETrainer, *args: Any, **kwargs: Any) -> None:
@@ -222,27 +222,30 @@ def test_the_best_trials_are_run_again_with_other_seeds_and_ctrl_c_loses_none(
     monkeypatch.setattr(BGETrainer, "fit", interrupted)
     status, out, err = run(*search)
     assert status == 130
-    assert "at the end the best trials, up to 5, are run again; other seeds for each: 2" in out
-    assert [t.state.name for t in repeats(study)] == ["COMPLETE"] * 2 + ["FAIL"] + ["WAITING"] * 4
-    before = [(t.number, t.value, t.datetime_complete) for t in repeats(study)[:2]]
+    assert "seed replicates at the end: 2 of each of the best trials, up to 5" in out
+    assert [t.state.name for t in seed_replicates(study)] == ["COMPLETE"] * 2 + ["FAIL"] + ["WAITING"] * 4
+    before = [(t.number, t.value, t.datetime_complete) for t in seed_replicates(study)[:2]]
     monkeypatch.setattr(BGETrainer, "fit", fit)
     status, out, err = run(*search)
     assert status == 0, err
     assert len(trials(study)) == 3
-    after = repeats(study)
+    after = seed_replicates(study)
     assert [(t.number, t.value, t.datetime_complete) for t in after[:2]] == before
-    done = [(t.user_attrs["of"], t.user_attrs["seed"]) for t in after if t.state == TrialState.COMPLETE]
+    done = [(t.user_attrs["replicate_of"], t.user_attrs["seed"]) for t in after if t.state == TrialState.COMPLETE]
     assert sorted(done) == [(of, seed) for of in range(3) for seed in (43, 44)]
     summary = json.loads((study / "summary.json").read_text())
-    found = {again["trial"]: again for again in summary["repeats"]["trials"]}
+    found = {again["trial"]: again for again in summary["seed_replicates"]["trials"]}
     for trial in trials(study):
-        values = [trial.value, *(t.value for t in after if t.user_attrs["of"] == trial.number and t.value is not None)]
+        values = [
+            trial.value,
+            *(t.value for t in after if t.user_attrs["replicate_of"] == trial.number and t.value is not None),
+        ]
         assert sorted(found[trial.number]["values"]) == sorted(values)
         assert len(set(values)) > 1  # other seeds, another training
         assert found[trial.number]["mean"] == pytest.approx(statistics.fmean(values))
         assert found[trial.number]["spread"] == pytest.approx(statistics.stdev(values))
     winner = max(found.values(), key=lambda again: again["mean"])["trial"]
-    assert summary["repeats"]["winner"] == summary["best_trial"] == winner
+    assert summary["seed_replicates"]["winner"] == summary["best_trial"] == winner
     assert summary["best_params"] == trials(study)[winner].params
     assert yaml.safe_load((study / "best.yaml").read_text())["seed_everything"] == 42
     assert {path.stem for path in (study / "oof").iterdir()} == {"0", "1", "2"}
@@ -250,14 +253,14 @@ def test_the_best_trials_are_run_again_with_other_seeds_and_ctrl_c_loses_none(
     # once more: nothing is run, nothing refitted
     written = (study / "summary.json").stat().st_mtime_ns
     assert run(*search)[0] == 0
-    assert repeats(study) == after
+    assert seed_replicates(study) == after
     assert (study / "summary.json").stat().st_mtime_ns == written
 
 
-def test_the_winner_of_the_repeats_is_what_the_study_ends_with(
+def test_the_winner_of_the_seed_replicates_is_what_the_study_ends_with(
     run: Run, search: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    study, chosen = tmp_path / "study", run_repeats
+    study, chosen = tmp_path / "study", run_seed_replicates
 
     def changed(search: optuna.Study, *args: Any) -> Any:
         found = chosen(search, *args)
@@ -266,12 +269,12 @@ def test_the_winner_of_the_repeats_is_what_the_study_ends_with(
         assert worst != found.before
         return replace(found, winner=worst)
 
-    monkeypatch.setattr(hpo_command, "run_repeats", changed)
-    status, out, err = run(*search, "--hpo.pruner.name", "none", "--hpo.repeats", "1")
+    monkeypatch.setattr(hpo_command, "run_seed_replicates", changed)
+    status, out, err = run(*search, "--hpo.pruner.name", "none", "--hpo.seed_replicates", "1")
     assert status == 0, err
     summary = json.loads((study / "summary.json").read_text())
-    winner = trials(study)[summary["repeats"]["winner"]]
-    assert f"the winner changed: trial {winner.number}, not trial {summary['repeats']['winner_before']}" in out
+    winner = trials(study)[summary["seed_replicates"]["winner"]]
+    assert f"the winner changed: trial {winner.number}, not trial {summary['seed_replicates']['winner_before']}" in out
     assert (summary["best_trial"], summary["best_params"]) == (winner.number, winner.params)
     assert summary["best_value"] == winner.value
     assert summary["fold_scores"] == winner.user_attrs["fold_scores"]
@@ -288,7 +291,9 @@ def test_the_winner_of_the_repeats_is_what_the_study_ends_with(
 
 def test_a_search_with_a_cost_ends_with_the_front(run: Run, search: list[str], tmp_path: Path) -> None:
     study = tmp_path / "study"
-    status, out, err = run(*search, "--hpo.cost", "predict_seconds", "--hpo.pruner.name", "none", "--hpo.repeats", "1")
+    status, out, err = run(
+        *search, "--hpo.cost", "predict_seconds", "--hpo.pruner.name", "none", "--hpo.seed_replicates", "1"
+    )
     assert status == 0, err
     assert "predict_seconds" in out.splitlines()[3]
     assert "front of" in out
@@ -306,7 +311,7 @@ def test_a_search_with_a_cost_ends_with_the_front(run: Run, search: list[str], t
             t.values[0] >= one["score"] and t.values[1] <= one["cost"] and t.values != done[one["number"]].values
             for t in done
         )
-    assert summary["repeats"]["winner_before"] == summary["front"][0]["number"]
+    assert summary["seed_replicates"]["winner_before"] == summary["front"][0]["number"]
     assert summary["front"][0]["score"] == max(trial.values[0] for trial in done)
     assert Path(summary["model_dir"]).is_dir()
     with (study / "trials.csv").open(newline="") as file:
@@ -342,7 +347,7 @@ def test_a_killed_study_loses_no_finished_trial_and_leaves_none_running(
     search: list[str], tmp_path: Path, kill: signal.Signals
 ) -> None:
     study = tmp_path / "study"
-    search = [*search, "--hpo.trials", "5", "--trainer.max_epochs", "20", "--hpo.pruner.name", "none"]
+    search = [*search, "--hpo.n_trials", "5", "--trainer.max_epochs", "20", "--hpo.pruner.name", "none"]
     process = start(search)
     journal = study / "journal.log"
     wait_for(lambda: journal.exists() and journal.read_text().count('"state":1') >= 1 and running(study), process)

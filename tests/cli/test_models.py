@@ -56,7 +56,7 @@ def options(sample: Path, tmp_path: Path) -> dict[str, Any]:
         "model": {"name_or_path": str(sample / "one")},
         "data": data,
         "trainer": {"precision": "32-true", "max_epochs": 1},
-        "hpo": {"trials": 1, "sampler": "random", "refit": False, "pruner": {"name": "none"}},
+        "hpo": {"n_trials": 1, "sampler": "random", "refit": False, "pruner": {"name": "none"}},
     }
 
 
@@ -126,7 +126,7 @@ def test_a_search_over_models_and_lengths_reads_each_model_once(
         lengths.add((self.tokenizer, self.max_length, self.schema.max_length))
 
     with patch.object(TextDataModule, "setup", seen):
-        status, out, err = search(options, trials=6, space=space, enqueue=known, refit=True)
+        status, out, err = search(options, n_trials=6, space=space, enqueue=known, refit=True)
     assert status == 0, err
     assert "at most 3 epochs each" in out
     assert lengths == {(name, length, length) for name in (one, other) for length in (32, 64)}
@@ -157,18 +157,18 @@ def test_a_search_over_models_and_lengths_reads_each_model_once(
 
     # it goes on, and tries no point again
     loads.clear()
-    status, _, err = search(options, trials=7, space=space, enqueue=known, refit=False)
+    status, _, err = search(options, n_trials=7, space=space, enqueue=known, refit=False)
     assert status == 0, err
     assert len(trials(options)) == 7
     assert sum("enqueued" in trial.user_attrs for trial in trials(options)) == 4
     # what is configured counts where it is not drawn, and not where it always is
     for section, name, value in (("model", "dropout", 0.2), ("trainer", "max_epochs", 2)):
         changed = {**options, section: {**options[section], name: value}}
-        status, _, err = search(changed, trials=8, space=space)
+        status, _, err = search(changed, n_trials=8, space=space)
         assert status == 2
         assert f"{section}.{name}: {options[section].get(name)} there, {value} asked" in err
     changed = {**options, "model": {"name_or_path": other}, "data": {**options["data"], "max_length": 48}}
-    status, _, err = search(changed, trials=8, space=space, warm_gb=0)
+    status, _, err = search(changed, n_trials=8, space=space, encoder_cache_gb=0)
     assert status == 0, err
 
 
@@ -187,7 +187,7 @@ def test_alternating_models_have_the_values_that_each_has_alone(
     for limit, expected in ((1.0, 2), (0.0, 4)):
         loads.clear()
         options["run_dir"] = str(tmp_path / f"study-{expected}")
-        status, _, err = search(options, trials=4, space=space, enqueue=points, warm_gb=limit)
+        status, _, err = search(options, n_trials=4, space=space, enqueue=points, encoder_cache_gb=limit)
         assert status == 0, err
         values[limit] = [(trial.params, trial.value, trial.intermediate_values) for trial in trials(options)]
         assert len(loads) == expected

@@ -44,7 +44,7 @@ def new_study(run_dir: Path, planned: int, folds: int = 5, cost: str | None = No
     """An empty study in a run folder, as `lightning-bge hpo` leaves it before the first trial."""
     run_dir.mkdir(parents=True, exist_ok=True)
     pruner = "promote" if cost is None else "none"
-    config = {"monitor": {"metric": "f1"}, "hpo": {"trials": planned, "pruner": {"name": pruner}}}
+    config = {"monitor": {"metric": "f1"}, "hpo": {"n_trials": planned, "pruner": {"name": pruner}}}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
     study = optuna.create_study(
         study_name=run_dir.name,

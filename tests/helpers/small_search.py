@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.tables.splits import SplitConfig
-from lightning_bge.hpo.objective import Objective, Setup
+from lightning_bge.hpo.objective import Objective, TrialSetup
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics import MonitorConfig
@@ -46,7 +46,7 @@ def small_data(folder: Path, **changes: Any) -> TextDataModule:
 def make(
     folder: Path, extra: tuple[Callback, ...] = (), monitor: MonitorConfig | None = None, **changes: Any
 ) -> Objective:
-    def build(params: dict[str, Any]) -> Setup:
+    def build(params: dict[str, Any]) -> TrialSetup:
         data = small_data(folder, split=SplitConfig(folds=2))
         data.setup("fit")
         model = BGEClassifier(
@@ -61,7 +61,7 @@ def make(
             "accelerator": "cpu",
             "callbacks": list(extra),
         }
-        return Setup(model, data, lambda **more: quiet_trainer(settings, **more), dict)
+        return TrialSetup(model, data, lambda **more: quiet_trainer(settings, **more), dict)
 
     settings = {"epochs": 2, "oof_dir": folder / "oof", **changes}
     return Objective(build, parse_space(SPACE), monitor or MonitorConfig(metric="loss"), 2, **settings)

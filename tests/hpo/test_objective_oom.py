@@ -16,7 +16,7 @@ from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.data.batches.max_tokens import BatchingConfig, EncodedDataset
 from lightning_bge.data.tables.splits import SplitConfig
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.objective import Objective, Setup
+from lightning_bge.hpo.objective import Objective, TrialSetup
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.study import MemoryKeptError, run_study
 from lightning_bge.models.classifier import BGEClassifier
@@ -52,18 +52,18 @@ EAGER = CompileConfig("never")
 
 
 def search(folder: Path, compiling: CompileConfig = EAGER, trials: int = 3) -> optuna.Study:
-    def build(params: dict[str, Any]) -> Setup:
+    def build(params: dict[str, Any]) -> TrialSetup:
         data = small_data(folder, split=SplitConfig(folds=2), batching=BatchingConfig(num_workers=0))
         data.setup("fit")
         model = BGEClassifier(str(folder / "model"), optimizer=OptimizerConfig(lr=params["lr"]))
         settings = {"max_epochs": 2, "precision": "32-true", "accelerator": "cpu"}
-        return Setup(model, data, lambda **more: quiet_trainer(settings, **more), dict)
+        return TrialSetup(model, data, lambda **more: quiet_trainer(settings, **more), dict)
 
     objective = Objective(
         build, parse_space(SPACE), MonitorConfig(metric="loss"), 2, 2, folder / "oof", trials, compiling
     )
     study = optuna.create_study(direction="minimize", sampler=optuna.samplers.RandomSampler(seed=1), study_name="s")
-    run_study(study, objective, StudyConfig(trials=trials, space=SPACE), "loss", 4)
+    run_study(study, objective, StudyConfig(n_trials=trials, space=SPACE), "loss", 4)
     return study
 
 

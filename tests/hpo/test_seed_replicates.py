@@ -20,7 +20,13 @@ from optuna.trial import TrialState
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.seed_replicates import Again, Repeats, _open, describe_repeats, run_repeats
+from lightning_bge.hpo.seed_replicates import (
+    ReplicatedTrial,
+    SeedReplicates,
+    _open,
+    describe_seed_replicates,
+    run_seed_replicates,
+)
 from lightning_bge.hpo.space.search_space import parse_space, suggest
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage import _start_time, _this_worker, abandon, mark_alive, open_storage, sweep
@@ -32,7 +38,7 @@ Value = Callable[[optuna.Trial, int], float]
 
 def config(trials: int = 8, **changes: Any) -> StudyConfig:
     return StudyConfig(
-        **{"trials": trials, "space": SPACE, "pruner": PrunerConfig(name="none"), "repeats": 2, **changes}
+        **{"n_trials": trials, "space": SPACE, "pruner": PrunerConfig(name="none"), "seed_replicates": 2, **changes}
     )
 
 
@@ -43,7 +49,7 @@ class Search:
     oof_dir: Path | None
     value: Value = lambda trial, seed: trial.params["lr"]
     cost: str | None = None
-    trials: int = 0
+    n_trials: int = 0
 
     def __call__(self, trial: optuna.Trial) -> float | tuple[float, float]:
         mark_alive(trial)
@@ -63,19 +69,25 @@ def search(folder: Path, settings: StudyConfig, direction: Any = "maximize") -> 
     return study
 
 
-def repeat(study: optuna.Study, folder: Path, settings: StudyConfig, value: Value, since: float = 1e9) -> Repeats:
-    found = run_repeats(study, Search(folder / "oof", value), settings, "f1", 4, 42, since)
+def replicate(
+    study: optuna.Study, folder: Path, settings: StudyConfig, value: Value, since: float = 1e9
+) -> SeedReplicates:
+    found = run_seed_replicates(study, Search(folder / "oof", value), settings, "f1", 4, 42, since)
     assert found is not None
     return found
 
 
-def repeats_of(folder: Path) -> optuna.Study:
-    return optuna.load_study(study_name=f"{folder.name}-repeats", storage=open_storage(folder / "journal.log"))
+def replicates_of(folder: Path) -> optuna.Study:
+    return optuna.load_study(study_name=f"{folder.name}-seed-replicates", storage=open_storage(folder / "journal.log"))
 
 
 def tasks(folder: Path, *states: TrialState) -> Counter[tuple[int, int]]:
-    found = repeats_of(folder).get_trials(states=states or (TrialState.COMPLETE,))
-    return Counter((trial.user_attrs["of"], trial.user_attrs["seed"]) for trial in found if "of" in trial.user_attrs)
+    found = replicates_of(folder).get_trials(states=states or (TrialState.COMPLETE,))
+    return Counter(
+        (trial.user_attrs["replicate_of"], trial.user_attrs["seed"])
+        for trial in found
+        if "replicate_of" in trial.user_attrs
+    )
 
 
 def by_score(study: optuna.Study) -> list[int]:
@@ -86,7 +98,9 @@ def by_score(study: optuna.Study) -> list[int]:
 
 def unlucky(first: int) -> Value:
     """With other seeds the search's best trial is far worse, all others are as before."""
-    return lambda trial, seed: trial.params["lr"] * (0.1 if trial.user_attrs["of"] == first else 1.0) + seed / 1e6
+    return lambda trial, seed: (
+        trial.params["lr"] * (0.1 if trial.user_attrs["replicate_of"] == first else 1.0) + seed / 1e6
+    )
 
 
 @pytest.mark.parametrize("cost", [None, "train_seconds"])
@@ -98,7 +112,7 @@ def test_the_winner_has_the_best_mean_over_all_seeds(
     best = by_score(study)
     before = [(trial.number, trial.values) for trial in study.trials]
     capsys.readouterr()
-    found = repeat(study, tmp_path, settings, unlucky(best[0]))
+    found = replicate(study, tmp_path, settings, unlucky(best[0]))
     assert found.seeds == (43, 44)
     assert [again.trial for again in found.trials] == best[:5]
     assert (found.before, found.winner) == (best[0], best[1])
@@ -117,7 +131,7 @@ def test_the_winner_has_the_best_mean_over_all_seeds(
     assert lines[-1].startswith(f"[10/10] trial {best[4]} again, seed 44, done: f1 ")
 
     # everything again: nothing is run
-    assert repeat(study, tmp_path, settings, unlucky(best[0])) == found
+    assert replicate(study, tmp_path, settings, unlucky(best[0])) == found
     assert capsys.readouterr().out == ""
     assert tasks(tmp_path).total() == 10
 
@@ -125,7 +139,7 @@ def test_the_winner_has_the_best_mean_over_all_seeds(
 def test_the_lower_mean_wins_where_that_is_better(tmp_path: Path) -> None:
     study = search(tmp_path, config(), "minimize")
     best = by_score(study)
-    found = repeat(study, tmp_path, config(), lambda trial, _: float(trial.user_attrs["of"] != best[2]))
+    found = replicate(study, tmp_path, config(), lambda trial, _: float(trial.user_attrs["replicate_of"] != best[2]))
     assert [again.trial for again in found.trials] == best[:5]
     assert found.winner == best[2]
 
@@ -133,36 +147,36 @@ def test_the_lower_mean_wins_where_that_is_better(tmp_path: Path) -> None:
 def test_more_trials_repeat_only_who_is_new_among_the_best(tmp_path: Path) -> None:
     study = search(tmp_path, config())
     first = by_score(study)[:5]
-    repeat(study, tmp_path, config(), unlucky(-1))
+    replicate(study, tmp_path, config(), unlucky(-1))
     study = search(tmp_path, config(30))
     best = by_score(study)[:5]
     new = set(best) - set(first)
     assert new
-    found = repeat(study, tmp_path, config(30), unlucky(-1))
+    found = replicate(study, tmp_path, config(30), unlucky(-1))
     assert [again.trial for again in found.trials] == best
     assert tasks(tmp_path) == dict.fromkeys([(of, seed) for of in {*first, *best} for seed in (43, 44)], 1)
     # one more seed, then fewer
-    assert [len(again.values) for again in repeat(study, tmp_path, config(30, repeats=3), unlucky(-1)).trials] == [
-        4
-    ] * 5
-    assert [len(again.values) for again in repeat(study, tmp_path, config(30, repeats=1), unlucky(-1)).trials] == [
-        2
-    ] * 5
+    assert [
+        len(again.values) for again in replicate(study, tmp_path, config(30, seed_replicates=3), unlucky(-1)).trials
+    ] == [4] * 5
+    assert [
+        len(again.values) for again in replicate(study, tmp_path, config(30, seed_replicates=1), unlucky(-1)).trials
+    ] == [2] * 5
     assert set(tasks(tmp_path).values()) == {1}
 
 
 def test_none_are_run_where_none_are_wanted_or_the_search_is_not_at_its_end(tmp_path: Path) -> None:
     study = search(tmp_path, config(3))
-    for settings in (config(3, repeats=0), config(3, repeats=None), config(4)):
-        assert run_repeats(study, Search(tmp_path / "oof"), settings, "f1", 4, 42, 0.0) is None
+    for settings in (config(3, seed_replicates=0), config(3, seed_replicates=None), config(4)):
+        assert run_seed_replicates(study, Search(tmp_path / "oof"), settings, "f1", 4, 42, 0.0) is None
     assert [summary.study_name for summary in optuna.get_all_study_summaries(study._storage)] == [tmp_path.name]
 
 
 def test_a_long_search_repeats_by_default() -> None:
-    assert [StudyConfig(trials=n).further_seeds for n in (1, 199, 200, 1000)] == [0, 0, 2, 2]
-    assert StudyConfig(trials=500, repeats=0).further_seeds == 0
-    with pytest.raises(ConfigError, match=r"hpo.repeats: expected 0 or more, or null, got -1"):
-        StudyConfig(repeats=-1)
+    assert [StudyConfig(n_trials=n).n_seed_replicates for n in (1, 199, 200, 1000)] == [0, 0, 2, 2]
+    assert StudyConfig(n_trials=500, seed_replicates=0).n_seed_replicates == 0
+    with pytest.raises(ConfigError, match=r"hpo.seed_replicates: expected 0 or more, or null, got -1"):
+        StudyConfig(seed_replicates=-1)
 
 
 def test_no_repeat_is_begun_after_the_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,15 +187,15 @@ def test_no_repeat_is_begun_after_the_hours(tmp_path: Path, monkeypatch: pytest.
 
     def slow(trial: optuna.Trial, seed: int) -> float:
         now[0] += 3600
-        return 0.0 if trial.user_attrs["of"] == best[0] else 1.0
+        return 0.0 if trial.user_attrs["replicate_of"] == best[0] else 1.0
 
-    found = repeat(study, tmp_path, config(hours=0.5), slow, since=1000.0)
+    found = replicate(study, tmp_path, config(timeout=1800), slow, since=1000.0)
     assert (found.missing, found.elsewhere) == (9, 0)
     assert found.winner == found.before == best[0]  # nothing is decided before all have their seeds
     assert found.trials[0].values[1:] == (0.0, None)
     assert found.trials[0].mean is None
-    assert "9 of them are missing" in describe_repeats(found.as_dict(), "f1")[-1]
-    assert repeat(study, tmp_path, config(), slow).winner == best[1]
+    assert "9 of them are missing" in describe_seed_replicates(found.as_dict(), "f1")[-1]
+    assert replicate(study, tmp_path, config(), slow).winner == best[1]
     assert set(tasks(tmp_path).values()) == {1}
 
 
@@ -190,23 +204,23 @@ def test_a_failing_repeat_ends_the_call_and_the_next_one_goes_on(tmp_path: Path)
     calls = []
 
     def fails(trial: optuna.Trial, seed: int) -> float:
-        calls.append(trial.user_attrs["of"])
+        calls.append(trial.user_attrs["replicate_of"])
         if len(calls) == 4:
             raise ZeroDivisionError
         return trial.params["lr"]
 
     with pytest.raises(ZeroDivisionError):
-        repeat(study, tmp_path, config(), fails)
+        replicate(study, tmp_path, config(), fails)
     assert tasks(tmp_path).total() == 3
-    assert repeat(study, tmp_path, config(), fails).missing == 0
+    assert replicate(study, tmp_path, config(), fails).missing == 0
     assert len(calls) == 11
     assert tasks(tmp_path) == dict.fromkeys([(of, seed) for of in by_score(study)[:5] for seed in (43, 44)], 1)
 
 
 def begun(study: optuna.Study, task: tuple[int, int], **worker: Any) -> optuna.Trial:
-    """A repeat that another process has just begun."""
+    """A replicate that another process has just begun."""
     again, (of, seed) = _open(study), task
-    again.enqueue_trial(study.trials[of].params, user_attrs={"of": of, "seed": seed})
+    again.enqueue_trial(study.trials[of].params, user_attrs={"replicate_of": of, "seed": seed})
     trial = again.ask()
     trial.set_user_attr("worker", {**_this_worker(), **worker})
     return trial
@@ -220,12 +234,12 @@ def test_a_repeat_whose_process_was_killed_is_run_again(tmp_path: Path) -> None:
     best = by_score(study)
     begun(study, (best[1], 44), **DEAD)
     sweep(_open(study))
-    [queued] = repeats_of(tmp_path).get_trials(states=(TrialState.WAITING,))
-    assert (queued.user_attrs["of"], queued.user_attrs["seed"]) == (best[1], 44)
-    found = repeat(study, tmp_path, config(), unlucky(best[0]))
+    [queued] = replicates_of(tmp_path).get_trials(states=(TrialState.WAITING,))
+    assert (queued.user_attrs["replicate_of"], queued.user_attrs["seed"]) == (best[1], 44)
+    found = replicate(study, tmp_path, config(), unlucky(best[0]))
     assert (found.missing, found.winner) == (0, best[1])
     assert tasks(tmp_path) == dict.fromkeys([(of, seed) for of in best[:5] for seed in (43, 44)], 1)
-    states = Counter(trial.state for trial in repeats_of(tmp_path).trials)
+    states = Counter(trial.state for trial in replicates_of(tmp_path).trials)
     assert states == {TrialState.COMPLETE: 10, TrialState.FAIL: 1}
 
 
@@ -236,7 +250,7 @@ def test_a_repeat_whose_retry_was_never_queued_is_run_again(tmp_path: Path) -> N
     # what a sweep leaves that is killed between its two steps
     trial.set_user_attr("swept", "process 1 is gone")
     _open(study).tell(trial.number, state=TrialState.FAIL)
-    assert repeat(study, tmp_path, config(), unlucky(-1)).missing == 0
+    assert replicate(study, tmp_path, config(), unlucky(-1)).missing == 0
     assert tasks(tmp_path)[best[1], 44] == 1
 
 
@@ -246,11 +260,11 @@ def test_a_repeat_that_kills_its_process_is_given_up_and_its_trial_does_not_win(
     for _ in range(3):
         begun(study, (best[0], 43), **DEAD)
         sweep(_open(study), max_retries=0)
-    found = repeat(study, tmp_path, config(), unlucky(-1))
+    found = replicate(study, tmp_path, config(), unlucky(-1))
     assert found.trials[0].values[1] is None
     assert (found.missing, found.before, found.winner) == (0, best[0], best[1])
     assert (best[0], 43) not in tasks(tmp_path)
-    assert f"trial {best[0]}: not every seed has a value" in "\n".join(describe_repeats(found.as_dict(), "f1"))
+    assert f"trial {best[0]}: not every seed has a value" in "\n".join(describe_seed_replicates(found.as_dict(), "f1"))
 
 
 def test_ctrl_c_is_no_failure_of_the_repeat(tmp_path: Path) -> None:
@@ -259,7 +273,7 @@ def test_ctrl_c_is_no_failure_of_the_repeat(tmp_path: Path) -> None:
     for _ in range(5):
         trial = begun(study, (best[0], 43))
         abandon(_open(study), trial.number, "interrupted: KeyboardInterrupt", max_retries=99)
-    assert repeat(study, tmp_path, config(), unlucky(-1)).missing == 0
+    assert replicate(study, tmp_path, config(), unlucky(-1)).missing == 0
     assert tasks(tmp_path) == dict.fromkeys([(of, seed) for of in best[:5] for seed in (43, 44)], 1)
 
 
@@ -268,11 +282,11 @@ def test_a_repeat_without_a_value_takes_its_trial_out(tmp_path: Path) -> None:
     best = by_score(study)
 
     def diverges(trial: optuna.Trial, seed: int) -> float:
-        if trial.user_attrs["of"] in best[:2] and seed == 44:
+        if trial.user_attrs["replicate_of"] in best[:2] and seed == 44:
             raise optuna.TrialPruned
         return trial.params["lr"]
 
-    found = repeat(study, tmp_path, config(), diverges)
+    found = replicate(study, tmp_path, config(), diverges)
     assert (found.missing, found.winner) == (0, best[2])
     assert tasks(tmp_path, TrialState.PRUNED) == {(best[0], 44): 1, (best[1], 44): 1}
 
@@ -282,7 +296,7 @@ def test_a_repeat_without_a_value_takes_its_trial_out(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     study = search(other, config())
-    assert repeat(study, other, config(), never).winner == by_score(study)[0]
+    assert replicate(study, other, config(), never).winner == by_score(study)[0]
 
 
 def test_what_another_process_runs_is_left_to_it(tmp_path: Path) -> None:
@@ -290,11 +304,11 @@ def test_what_another_process_runs_is_left_to_it(tmp_path: Path) -> None:
     best = by_score(study)
     parent = os.getppid()
     trial = begun(study, (best[0], 43), pid=parent, start=_start_time(parent))
-    found = repeat(study, tmp_path, config(), unlucky(best[0]))
+    found = replicate(study, tmp_path, config(), unlucky(best[0]))
     assert (found.missing, found.elsewhere, found.winner) == (1, 1, best[0])
     assert tasks(tmp_path).total() == 9
     _open(study).tell(trial.number, 0.0)
-    found = repeat(study, tmp_path, config(), unlucky(best[0]))
+    found = replicate(study, tmp_path, config(), unlucky(best[0]))
     assert (found.missing, found.elsewhere, found.winner) == (0, 0, best[1])
     assert found.trials[0].values[1] == 0.0
 
@@ -303,10 +317,10 @@ def test_of_two_equal_repeats_the_younger_gives_way(tmp_path: Path, capsys: pyte
     study = search(tmp_path, config())
     best = by_score(study)
     again = _open(study)
-    for of in (best[0], best[0], best[6]):  # one repeat twice, and one of a trial that is not among the best
-        again.enqueue_trial(study.trials[of].params, user_attrs={"of": of, "seed": 43})
+    for of in (best[0], best[0], best[6]):  # one replicate twice, and one of a trial that is not among the best
+        again.enqueue_trial(study.trials[of].params, user_attrs={"replicate_of": of, "seed": 43})
     capsys.readouterr()
-    assert repeat(study, tmp_path, config(), unlucky(-1)).missing == 0
+    assert replicate(study, tmp_path, config(), unlucky(-1)).missing == 0
     assert tasks(tmp_path) == dict.fromkeys([(of, seed) for of in best[:5] for seed in (43, 44)], 1)
     assert tasks(tmp_path, TrialState.FAIL) == {(best[0], 43): 1, (best[6], 43): 1}
     assert len(capsys.readouterr().out.splitlines()) == 10  # and says nothing of it
@@ -314,17 +328,17 @@ def test_of_two_equal_repeats_the_younger_gives_way(tmp_path: Path, capsys: pyte
 
 def test_two_workers_run_each_repeat_once(tmp_path: Path) -> None:
     study = search(tmp_path, config())
-    found: list[Repeats] = []
+    found: list[SeedReplicates] = []
     ran: list[tuple[int, int]] = []
 
     def value(trial: optuna.Trial, seed: int) -> float:
-        ran.append((trial.user_attrs["of"], seed))
+        ran.append((trial.user_attrs["replicate_of"], seed))
         time.sleep(0.02)
         return trial.params["lr"]
 
     def work() -> None:
         own = optuna.load_study(study_name=tmp_path.name, storage=open_storage(tmp_path / "journal.log"))
-        found.append(repeat(own, tmp_path, config(), value))
+        found.append(replicate(own, tmp_path, config(), value))
 
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
@@ -342,21 +356,21 @@ def test_trials_without_predictions_are_left_out(tmp_path: Path, caplog: pytest.
     study = search(tmp_path, config())
     best = by_score(study)
     (tmp_path / "oof" / f"{best[1]}.safetensors").unlink()
-    found = repeat(study, tmp_path, config(), unlucky(-1))
+    found = replicate(study, tmp_path, config(), unlucky(-1))
     assert [again.trial for again in found.trials] == [best[0], *best[2:5]]
     assert f"kept no predictions of them: trials [{best[1]}]" in caplog.text
     for path in (tmp_path / "oof").iterdir():
         path.unlink()
-    assert run_repeats(study, Search(tmp_path / "oof"), config(), "f1", 4, 42, 0.0) is None
+    assert run_seed_replicates(study, Search(tmp_path / "oof"), config(), "f1", 4, 42, 0.0) is None
 
 
 def test_the_words_say_plainly_what_changed() -> None:
-    trials = (Again(7, (0.5, 0.25)), Again(3, (0.375, 0.4375)))
-    changed = Repeats((43,), trials, before=7, winner=3, missing=0, elsewhere=0)
-    first, seven, three, last = describe_repeats(changed.as_dict(), "f1")
+    trials = (ReplicatedTrial(7, (0.5, 0.25)), ReplicatedTrial(3, (0.375, 0.4375)))
+    changed = SeedReplicates((43,), trials, before=7, winner=3, missing=0, elsewhere=0)
+    first, seven, three, last = describe_seed_replicates(changed.as_dict(), "f1")
     assert first == "the best 2 again with 1 other seed each; f1, mean +- standard deviation over all 2 seeds:"
     assert seven == "  trial 7: 0.3750 +- 0.1768 (in the search 0.5000)"
     assert three.endswith("(in the search 0.3750) <- the winner")
     assert last == "the winner changed: trial 3, not trial 7 as in the search"
-    same = Repeats((43,), trials, before=7, winner=7, missing=0, elsewhere=0)
-    assert describe_repeats(same.as_dict(), "f1")[-1] == "the search's best trial stays the winner"
+    same = SeedReplicates((43,), trials, before=7, winner=7, missing=0, elsewhere=0)
+    assert describe_seed_replicates(same.as_dict(), "f1")[-1] == "the search's best trial stays the winner"

@@ -24,7 +24,7 @@ from lightning_bge.models.metrics import Predictions
 from lightning_bge.types import Schema
 
 SPACE = {"model.optimizer.lr": {"low": 0.0, "high": 1.0}}
-CONFIG = StudyConfig(trials=6, space=SPACE, pruner=PrunerConfig(name="none"), sampler="random")
+CONFIG = StudyConfig(n_trials=6, space=SPACE, pruner=PrunerConfig(name="none"), sampler="random")
 BINARY = Schema("binary", ("no", "yes"), ("text",), 16)
 
 
@@ -37,7 +37,7 @@ def value(trial: optuna.Trial) -> float:
 
 
 def test_a_study_goes_on_where_it_was_and_does_not_draw_the_same_points_again(tmp_path: Path) -> None:
-    run_study(opened(tmp_path), value, StudyConfig(trials=3, space=SPACE), "f1", 4)
+    run_study(opened(tmp_path), value, StudyConfig(n_trials=3, space=SPACE), "f1", 4)
     study = opened(tmp_path)
     run_study(study, value, CONFIG, "f1", 4)
     assert len(study.trials) == 6
@@ -50,7 +50,7 @@ def test_other_settings_or_another_space_are_named(tmp_path: Path) -> None:
     opened(tmp_path)
     with pytest.raises(StudyError, match=r"model.name_or_path: m there, other asked"):
         open_study(tmp_path, CONFIG, "maximize", Steps(2, 2), {"model.name_or_path": "other"})
-    wider = StudyConfig(trials=6, space={"model.optimizer.lr": {"low": 0.0, "high": 2.0}}, pruner=CONFIG.pruner)
+    wider = StudyConfig(n_trials=6, space={"model.optimizer.lr": {"low": 0.0, "high": 2.0}}, pruner=CONFIG.pruner)
     with pytest.raises(StudyError, match=r"high 1\.0 -> 2\.0"):
         opened(tmp_path, wider)
 
@@ -63,7 +63,7 @@ def test_each_trial_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
             raise optuna.TrialPruned
         return value(trial)
 
-    run_study(opened(tmp_path), sometimes, StudyConfig(trials=2, space=SPACE), "f1", 4)
+    run_study(opened(tmp_path), sometimes, StudyConfig(n_trials=2, space=SPACE), "f1", 4)
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("[1/2] trial 0 done: f1 0.")
     assert "0 pruned | best 0." in first

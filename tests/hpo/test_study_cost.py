@@ -22,7 +22,7 @@ NONE = PrunerConfig(name="none")
 
 
 def opened(folder: Path, cost: Any = "train_seconds", trials: int = 12) -> tuple[optuna.Study, StudyConfig]:
-    config = StudyConfig(trials=trials, space=SPACE, pruner=NONE, cost=cost)
+    config = StudyConfig(n_trials=trials, space=SPACE, pruner=NONE, cost=cost)
     return open_study(folder, config, "maximize", Steps(2, 2), {}), config
 
 

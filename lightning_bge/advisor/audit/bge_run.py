@@ -24,7 +24,7 @@ from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.objective import Setup
+from lightning_bge.hpo.objective import TrialSetup
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder_cache import EncoderCache
@@ -56,7 +56,7 @@ class OwnRun(Subject):
         encoder: loads once for all.
     """
 
-    build: Callable[[dict[str, Any]], Setup]
+    build: Callable[[dict[str, Any]], TrialSetup]
     hpo: StudyConfig
     steps: Steps
     compile: CompileConfig

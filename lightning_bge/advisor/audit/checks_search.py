@@ -24,10 +24,10 @@ def pruner_row(hpo: StudyConfig, steps: Steps) -> Row:
     """Whether the pruner can end a trial early, and about what that saves."""
     row = Row("search", "pruning", hpo.pruner.name, "", "ok", "")
     try:
-        found = forecast(hpo.pruner, hpo.trials, steps)
+        found = forecast(hpo.pruner, hpo.n_trials, steps)
     except ConfigError as error:
         return replace(row, in_effect="never", verdict="lie", evidence=str(error), effort="one setting")
-    best = forecast(PrunerConfig(), hpo.trials, steps)
+    best = forecast(PrunerConfig(), hpo.n_trials, steps)
     if found.first is None:
         return replace(
             row,
@@ -40,7 +40,7 @@ def pruner_row(hpo: StudyConfig, steps: Steps) -> Row:
             effort="one line",
             yaml="hpo.pruner: {name: promote}",
         )
-    text = describe_pruner(hpo.pruner, hpo.trials, steps).replace("\n", "; ")
+    text = describe_pruner(hpo.pruner, hpo.n_trials, steps).replace("\n", "; ")
     row = replace(row, in_effect=f"from report {found.first} of {steps.total}", evidence=text)
     row = replace(row, gain=_simulated(1 - found.cost))
     disarmed = hpo.pruner.name == "disarmed_hyperband" or (

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.objective import LetGo, Setup
+from lightning_bge.hpo.objective import LetGo, TrialSetup
 from lightning_bge.runtime.clock import wait_for
 from lightning_bge.runtime.memory import release
 
@@ -220,7 +220,7 @@ class PaceMeter(Callback):
 
 
 def measure_pace(
-    setup: Setup, steps: int, warmup: int = 1, val_batches: int = 0, callbacks: Sequence[Callback] = ()
+    setup: TrialSetup, steps: int, warmup: int = 1, val_batches: int = 0, callbacks: Sequence[Callback] = ()
 ) -> Pace:
     """Train a fresh setup for a few optimizer steps with its own trainer, and say what each part took.
 

@@ -41,7 +41,7 @@ class PlanConfig:
     """The plan.
 
     Attributes:
-        trials: of the study; null: `hpo.trials`.
+        trials: of the study; null: `hpo.n_trials`.
         workers: processes that share the study, each on a device of its own.
         seconds: about how long to measure: real trials, cut short, on this machine. 60, as that is enough for steps of
             a second.
@@ -212,11 +212,11 @@ def make_plan(search: Search, options: PlanConfig) -> Plan:
     problems += doubts(calibration)
     priced = Priced.of(calibration, points, search.space, search.usual, len(search.hpo.enqueue))
     study = Study(
-        trials=search.hpo.trials,
+        trials=search.hpo.n_trials,
         steps=search.steps,
         pruner=pruner,
         workers=options.workers,
-        seeds=search.hpo.further_seeds,
+        seeds=search.hpo.n_seed_replicates,
         refit=search.hpo.refit,
         learns=search.hpo.sampler == "tpe",
         patience=search.monitor.patience,

@@ -74,7 +74,7 @@ class Prediction:
         full: of all trials without pruning, on one worker, besides the study's start and end.
         search: of the trials as they are pruned, all workers together.
         around: of start and end, and what is done once; by the clock on the wall.
-        repeats: by the clock on the wall.
+        seed_replicates: by the clock on the wall.
         share: `search` over `full`: low, mid, high.
         complete: trials that run to their end.
     """
@@ -85,7 +85,7 @@ class Prediction:
     full: float
     search: float
     around: float
-    repeats: float
+    seed_replicates: float
     share: tuple[float, float, float]
     complete: float
 
@@ -213,7 +213,7 @@ def predict(study: Study, priced: Priced, calibration: Calibration, runs: int = 
     curves = pools(study)
     if study.pruner.name not in ("promote", "none") and study.survival is None:
         runs = min(runs, FEW)
-    walls, shares, found, repeats = [], [], [], []
+    walls, shares, found, seed_replicates = [], [], [], []
     full = priced.full(study.steps)
     around = calibration.start + calibration.first + calibration.finish + study.compile_s
     around += calibration.refit_epoch * study.refit * refit_epochs(study.steps.epochs)
@@ -222,15 +222,15 @@ def predict(study: Study, priced: Priced, calibration: Calibration, runs: int = 
         pace = max(0.3, (1 + calibration.error * random.standard_normal()) * (1 + DRIFT * random.standard_normal()))
         found.append(run)
         again = min(BEST, run.complete(study.steps.total)) * study.seeds
-        repeats.append(full * math.ceil(again / study.workers) + calibration.read * (again > 0))
-        walls.append((run.wall + around + repeats[-1]) * pace)
+        seed_replicates.append(full * math.ceil(again / study.workers) + calibration.read * (again > 0))
+        walls.append((run.wall + around + seed_replicates[-1]) * pace)
         shares.append(run.seconds / (full * study.trials))
     low, mid, high = (float(value) for value in np.quantile(walls, [0.1, 0.5, 0.9]))
     return Prediction(
         *(low, mid, high, full * study.trials),
         search=fmean(run.seconds for run in found),
         around=around,
-        repeats=fmean(repeats),
+        seed_replicates=fmean(seed_replicates),
         share=tuple(float(value) for value in np.quantile(shares, [0.1, 0.5, 0.9])),  # type: ignore[arg-type]
         complete=fmean(run.complete(study.steps.total) for run in found),
     )

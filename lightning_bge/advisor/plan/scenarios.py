@@ -119,7 +119,7 @@ class Changes:
             check_pruner(study.pruner, count, study.steps)
         except ConfigError:
             return None
-        return self._what_if(f"{count:,} trials", f"--hpo.trials {count}", study)
+        return self._what_if(f"{count:,} trials", f"--hpo.n_trials {count}", study)
 
     def _what_if(self, change: str, setting: str, study: Study) -> WhatIf:
         found = predict(study, self.priced, self.calibration, WHAT_IF_RUNS)

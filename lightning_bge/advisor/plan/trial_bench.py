@@ -23,7 +23,7 @@ from lightning_bge.advisor.report.report import write_report
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.objective import Build, Objective, Setup
+from lightning_bge.hpo.objective import Build, Objective, TrialSetup
 from lightning_bge.hpo.pruning.asha import resume
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.results import finish_study
@@ -156,7 +156,7 @@ class Bench:
         looks: what was in effect in the last trial.
     """
 
-    setup: Setup
+    setup: TrialSetup
     looks: Looks
 
     def __init__(
@@ -174,7 +174,7 @@ class Bench:
         # one epoch before a pause, and two after it, so that one follows upon another
         self.epochs = 3 if self.pauses else 2
         pruner = PrunerConfig("promote", 1000, min_resource=1) if self.pauses else PrunerConfig("none")
-        config = StudyConfig(MANY, hpo.space, pruner=pruner, sampler="random", repeats=0)
+        config = StudyConfig(MANY, hpo.space, pruner=pruner, sampler="random", seed_replicates=0)
         settings = {"monitor.metric": "loss", "monitor.objective": objective}  # what a report reads
         self.study = open_study(self.folder, config, "minimize", Steps(1, self.epochs), settings)
         encoder.load = self.meter.timed(encoder.load)  # type: ignore[method-assign]
@@ -186,13 +186,13 @@ class Bench:
             folds=1,
             epochs=self.epochs,
             oof_dir=self.folder / "oof",
-            trials=MANY,
+            n_trials=MANY,
             compile=replace(compile, policy="never") if compile.policy == "auto" else compile,
             encoder=encoder,
             paused_dir=self.folder / "paused",
         )
 
-    def short(self, params: dict[str, Any]) -> Setup:
+    def short(self, params: dict[str, Any]) -> TrialSetup:
         """What `build` makes, with short epochs and few rows to validate; measured from here on."""
         self.meter.begin()
         setup = self.setup = self.build(params)

@@ -23,15 +23,15 @@ def judge_search(hpo: StudyConfig, steps: Steps) -> tuple[list[str], PrunerConfi
     """What is wrong with the search, and the pruner that it then really has."""
     found, pruner = [], hpo.pruner
     try:
-        check_pruner(pruner, hpo.trials, steps)
+        check_pruner(pruner, hpo.n_trials, steps)
     except ConfigError as error:
         found.append(f"{error} The figures here are those of a study without pruning; `hpo` would refuse to start.")
         pruner = PrunerConfig("none")
     if pruner.name == "disarmed_hyperband" or (pruner.name == "hyperband" and pruner.patience is not None):
         found.append("hpo.pruner.patience disarms Hyperband: whatever still improves is spared, however bad it is")
-    if hpo.hours is not None:
+    if hpo.timeout is not None:
         found.append(
-            f"hpo.hours stops each call of the study after {hpo.hours:g} h: the figures are of the whole study"
+            f"hpo.timeout stops each call of the study after {hpo.timeout:g} s: the figures are of the whole study"
         )
     return found, pruner
 

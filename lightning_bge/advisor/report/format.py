@@ -58,7 +58,7 @@ def state_of(run: RunFolder) -> str:
         return "finished"
     if run.history is not None:
         if run.history.going_on:
-            again = sum(trial.outcome == "running" for trial in run.history.repeats)
+            again = sum(trial.outcome == "running" for trial in run.history.seed_replicates)
             running = run.history.counts["running"]
             return f"running, {running} at once" if running else f"running {again} repeats of the best trials"
         if run.trials_done:

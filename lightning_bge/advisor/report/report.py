@@ -64,8 +64,12 @@ def _study(run: RunFolder) -> list[Section]:
     found.append(Section("Which settings matter", _importance(history)))
     found.append(Section("Settings and scores", _parallel(history)))
     found.append(Section("Scores by fold", _folds(history)))
-    if run.summary and run.summary.get("repeats"):
-        found.append(Section("The best again, with other seeds", _repeats(run.summary["repeats"], history.metric)))
+    if run.summary and run.summary.get("seed_replicates"):
+        found.append(
+            Section(
+                "The best again, with other seeds", _seed_replicates(run.summary["seed_replicates"], history.metric)
+            )
+        )
     found.append(Section("Throughput and padding", _pace(history)))
     return found
 
@@ -224,20 +228,18 @@ def _folds(history: History) -> str:
     return plot(fold_scores(history), "folds", text)
 
 
-def _repeats(repeats: dict[str, Any], metric: str) -> str:
+def _seed_replicates(replicates: dict[str, Any], metric: str) -> str:
     rows = []
-    for one in repeats["trials"]:
+    for one in replicates["trials"]:
         values = ", ".join("none" if value is None else f"{value:.4f}" for value in one["values"])
         mean = "not every seed has a value" if one["mean"] is None else f"{one['mean']:.4f}"
         spread = "" if one["spread"] is None else f"{one['spread']:.4f}"
-        mark = "winner" if one["trial"] == repeats["winner"] else ""
+        mark = "winner" if one["trial"] == replicates["winner"] else ""
         rows.append((f"trial {one['trial']}", mean, spread, values, mark))
-    text = (
-        f"The same settings and folds with {len(repeats['seeds'])} other seeds: the winner has the best mean {metric} "
-    )
-    text += "over its seeds, so that it is not merely the luckiest. The first value is the search's."
-    if repeats.get("missing"):
-        text += f" {repeats['missing']} runs are missing, and may change the winner."
+    text = f"The same settings and folds with {len(replicates['seeds'])} other seeds: the winner has the best mean "
+    text += f"{metric} over its seeds, so that it is not merely the luckiest. The first value is the search's."
+    if replicates.get("missing"):
+        text += f" {replicates['missing']} runs are missing, and may change the winner."
     head = ["trial", "mean", "standard deviation", "values", ""]
     return paragraph(text) + table(head, rows, (1, 2))
 

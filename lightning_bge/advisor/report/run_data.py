@@ -62,7 +62,9 @@ class RunFolder:
         """Whether its results are those of all that was planned."""
         if not self.ended or self.summary is None:
             return False
-        return self.history is None or (self.trials_done and not (self.summary.get("repeats") or {}).get("missing"))
+        return self.history is None or (
+            self.trials_done and not (self.summary.get("seed_replicates") or {}).get("missing")
+        )
 
     @property
     def ended(self) -> bool:

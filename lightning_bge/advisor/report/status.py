@@ -67,8 +67,8 @@ def _study(run: RunFolder, history: History) -> list[str]:
     lines = [f"trials     {history.begun:,}{planned} ended: {found}", f"best       {_best(history)}", _hours(history)]
     if history.going_on:
         lines.append(f"time left  {_left(run.path)}")
-    if history.repeats:
-        ended = sum(trial.outcome == "complete" for trial in history.repeats)
+    if history.seed_replicates:
+        ended = sum(trial.outcome == "complete" for trial in history.seed_replicates)
         lines.append(f"repeats    {ended} of the best trials' runs with other seeds have ended")
     running = [trial for trial in history.trials if trial.outcome == "running"]
     if running:

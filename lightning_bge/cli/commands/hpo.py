@@ -14,7 +14,7 @@ from lightning_bge.hpo.config import BEST
 from lightning_bge.hpo.forecast.preview import describe_pruner
 from lightning_bge.hpo.objective import Objective
 from lightning_bge.hpo.results import describe_study, finish_study
-from lightning_bge.hpo.seed_replicates import run_repeats
+from lightning_bge.hpo.seed_replicates import run_seed_replicates
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import MemoryKeptError, open_study, others_go_on, quiet_optuna, run_study
@@ -53,17 +53,17 @@ def _hpo(cli: BGECLI) -> None:
     folds = datamodule.num_folds
     run_dir = create_run_dir(cli.run_dir)
     split = "a single split" if folds == 1 else f"{folds} folds"
-    print(f"study {run_dir.name}: {hpo.trials} trials, {split}, at most {epochs} epochs each; ", end="")
+    print(f"study {run_dir.name}: {hpo.n_trials} trials, {split}, at most {epochs} epochs each; ", end="")
     print(f"judged by {monitor.metric} of the {monitor.objective} epoch, mean over the folds")
     steps = Steps(folds, epochs, hpo.reports_per_epoch)
-    print(describe_pruner(hpo.pruner, hpo.trials, steps))
-    if hpo.further_seeds:
-        print(f"at the end the best trials, up to {BEST}, are run again; other seeds for each: {hpo.further_seeds}")
+    print(describe_pruner(hpo.pruner, hpo.n_trials, steps))
+    if hpo.n_seed_replicates:
+        print(f"seed replicates at the end: {hpo.n_seed_replicates} of each of the best trials, up to {BEST}")
     # a setting that is searched under a condition has its configured value in all other trials
     settings = comparable(cli.plain_config(), tuple(name for name in space if name not in space.when))
     settings |= {"data_hash": datamodule.data_hash, "folds_hash": datamodule.folds_hash}
     if hpo.reports_per_epoch > 1:
-        settings["hpo.report_every"] = hpo.report_every
+        settings["hpo.val_check_interval"] = hpo.val_check_interval
     direction = metric_direction(str(monitor.metric))
     study = open_study(run_dir, hpo, direction, steps, settings)
     since = time.monotonic()
@@ -77,7 +77,7 @@ def _hpo(cli: BGECLI) -> None:
         folds=folds,
         epochs=epochs,
         oof_dir=run_dir / "oof",
-        trials=hpo.trials,
+        n_trials=hpo.n_trials,
         compile=cli.config_init.compile,
         per_epoch=hpo.reports_per_epoch,
         encoder=encoder,
@@ -88,13 +88,15 @@ def _hpo(cli: BGECLI) -> None:
     if others_go_on(study):
         print("other processes still run trials of this study: the last of them ends it")
         return
-    repeats = run_repeats(study, objective, hpo, str(monitor.metric), steps.total, config.seed_everything, since)
-    if repeats is not None and repeats.elsewhere:
-        print(f"other processes are running {repeats.elsewhere} of the repeats: the last of them ends the study")
+    seed = config.seed_everything
+    replicates = run_seed_replicates(study, objective, hpo, str(monitor.metric), steps.total, seed, since)
+    if replicates is not None and replicates.elsewhere:
+        found = f"other processes are running {replicates.elsewhere} of the seed replicates"
+        print(f"{found}: the last of them ends the study")
         return
     encoder.let_go()
     # of a trial that has drawn no number of epochs
     usual = config.trainer.max_epochs if "trainer.max_epochs" in space.when else epochs
-    summary = finish_study(study, cli.build, monitor, run_dir, usual, hpo.refit, repeats)
+    summary = finish_study(study, cli.build, monitor, run_dir, usual, hpo.refit, replicates)
     print(describe_study(run_dir, summary))
     print(f"  {write_report(run_dir).name:<14}all of it to look at, in a browser; needs no network")

@@ -35,7 +35,7 @@ def run(args: list[str]) -> None:
     json = writable(options.json)
     check_one_device(cli, "A search trains on one device; plan several workers with --workers")
     if options.trials is not None:
-        hpo = replace(hpo, trials=options.trials)
+        hpo = replace(hpo, n_trials=options.trials)
     config, space = cli.config, parse_space(hpo.space)
     with running(cli.trainer):
         check_search(cli, hpo, space)

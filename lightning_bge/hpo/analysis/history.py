@@ -39,7 +39,7 @@ Outcome = Literal[
     "running",
     "waiting",
 ]
-REPEATS = "-repeats"
+SEED_REPLICATES = "-seed-replicates"
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class History:
         pruner: name of the pruner; None: likewise.
         space: what is searched: dotted name -> distribution, as plain data (`space_to_json`).
         trials: by their numbers.
-        repeats: the best trials' runs with other seeds.
+        seed_replicates: the best trials' runs with other seeds.
         read: local time at which all this was so.
     """
 
@@ -118,7 +118,7 @@ class History:
     pruner: str | None
     space: dict[str, dict[str, Any]]
     trials: tuple[PastTrial, ...]
-    repeats: tuple[PastTrial, ...]
+    seed_replicates: tuple[PastTrial, ...]
     read: datetime
 
     @property
@@ -149,8 +149,8 @@ class History:
 
     @property
     def going_on(self) -> bool:
-        """Whether anything runs now, the repeats included."""
-        return any(trial.outcome == "running" for trial in (*self.trials, *self.repeats))
+        """Whether anything runs now, the seed replicates included."""
+        return any(trial.outcome == "running" for trial in (*self.trials, *self.seed_replicates))
 
 
 def read_history(run_dir: Path) -> History | None:
@@ -167,25 +167,25 @@ def read_history(run_dir: Path) -> History | None:
     Raises:
         StudyError: a line of the journal before the last is corrupt, or its study is not one of `lightning-bge hpo`.
     """
-    study, repeats = _load(run_dir)
+    study, seed_replicates = _load(run_dir)
     if study is None:
         return None
     trials = _past_trials(study.get_trials(deepcopy=False))
-    return _describe(run_dir, study, trials, _past_trials(repeats))
+    return _describe(run_dir, study, trials, _past_trials(seed_replicates))
 
 
 def time_left(run_dir: Path) -> Eta | None:
-    """How long the search of a run folder still takes, repeats and refit included; read as by `read_history`.
+    """How long the search of a run folder still takes, seed replicates and refit included; read as by `read_history`.
 
     Returns:
         None where nothing runs, nothing has ended yet, or config.yaml does not say what is planned.
     """
-    study, repeats = _load(run_dir)
+    study, seed_replicates = _load(run_dir)
     if study is None:
         return None
     trials = study.get_trials(deepcopy=False)
     history, asked = _describe(run_dir, study, (), ()), _config(run_dir).get("hpo") or {}
-    running = being_run([*trials, *repeats])
+    running = being_run([*trials, *seed_replicates])
     if not running or history.planned is None:
         return None
     return estimate_end(
@@ -197,19 +197,19 @@ def time_left(run_dir: Path) -> Eta | None:
         history.read,
         history.direction,
         sampler=asked.get("sampler", "tpe"),
-        seeds=StudyConfig(trials=history.planned, repeats=asked.get("repeats")).further_seeds,
-        repeated=sum(trial.state in FINISHED for trial in repeats),
+        seeds=StudyConfig(n_trials=history.planned, seed_replicates=asked.get("seed_replicates")).n_seed_replicates,
+        replicated=sum(trial.state in FINISHED for trial in seed_replicates),
         refit=bool(asked.get("refit", True)),
     )
 
 
 def _load(run_dir: Path) -> tuple[optuna.Study | None, list[FrozenTrial]]:
-    """The study of a run folder, None where there is none yet, and the trials of its repeats."""
+    """The study of a run folder, None where there is none yet, and the trials of its seed replicates."""
     if not (run_dir / JOURNAL).is_file():
         return None, []
     storage = JournalStorage(_ReadOnly(run_dir / JOURNAL))
     names = [study.study_name for study in storage.get_all_studies()]
-    searches = [name for name in names if not name.endswith(REPEATS)]
+    searches = [name for name in names if not name.endswith(SEED_REPLICATES)]
     # the study has its folder's name, unless that was renamed since
     name = run_dir.name if run_dir.name in names else next(iter(searches), None)
     if name is None:
@@ -217,10 +217,10 @@ def _load(run_dir: Path) -> tuple[optuna.Study | None, list[FrozenTrial]]:
     study = optuna.load_study(study_name=name, storage=storage)
     if "settings" not in study.user_attrs or "space" not in study.user_attrs:
         return None, []
-    if f"{name}{REPEATS}" not in names:
+    if f"{name}{SEED_REPLICATES}" not in names:
         return study, []
-    again = optuna.load_study(study_name=f"{name}{REPEATS}", storage=storage)
-    return study, [trial for trial in again.get_trials(deepcopy=False) if "superfluous" not in trial.user_attrs]
+    replicates = optuna.load_study(study_name=f"{name}{SEED_REPLICATES}", storage=storage)
+    return study, [trial for trial in replicates.get_trials(deepcopy=False) if "redundant" not in trial.user_attrs]
 
 
 def _config(run_dir: Path) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def _config(run_dir: Path) -> dict[str, Any]:
 
 
 def _describe(
-    run_dir: Path, study: optuna.Study, trials: tuple[PastTrial, ...], repeats: tuple[PastTrial, ...]
+    run_dir: Path, study: optuna.Study, trials: tuple[PastTrial, ...], seed_replicates: tuple[PastTrial, ...]
 ) -> History:
     settings, space = study.user_attrs["settings"], study.user_attrs["space"]
     asked = _config(run_dir).get("hpo") or {}
@@ -245,11 +245,11 @@ def _describe(
         objective=settings.get("monitor.objective", "best"),
         cost=settings.get("hpo.cost"),
         steps=Steps(**study.user_attrs["steps"]) if "steps" in study.user_attrs else _steps(settings, space),
-        planned=asked.get("trials"),
+        planned=asked.get("n_trials"),
         pruner=(asked.get("pruner") or {}).get("name"),
         space=space,
         trials=trials,
-        repeats=repeats,
+        seed_replicates=seed_replicates,
         read=datetime.now(),
     )
 
@@ -259,7 +259,7 @@ def _steps(settings: dict[str, Any], space: dict[str, dict[str, Any]]) -> Steps:
     searched = space.get("trainer.max_epochs", {}).get("attributes", {})
     most = [settings.get("trainer.max_epochs"), searched.get("high"), *searched.get("choices", [])]
     epochs = max((one for one in most if one is not None), default=1)
-    return Steps(settings.get("data.split.folds", 1), epochs, round(1 / settings.get("hpo.report_every", 1)))
+    return Steps(settings.get("data.split.folds", 1), epochs, round(1 / settings.get("hpo.val_check_interval", 1)))
 
 
 def _past_trials(trials: Sequence[FrozenTrial]) -> tuple[PastTrial, ...]:

@@ -58,7 +58,7 @@ def estimate_end(
     direction: Literal["maximize", "minimize"] = "maximize",
     sampler: Literal["tpe", "random"] = "tpe",
     seeds: int = 0,
-    repeated: int = 0,
+    replicated: int = 0,
     refit: bool = False,
 ) -> Eta | None:
     """Seconds until all trials of a search are finished, with the range that holds in eight searches of ten.
@@ -75,7 +75,7 @@ def estimate_end(
         direction: of the score.
         sampler: of the search; with tpe the later points are better, and with `promote` more of them go on.
         seeds: further ones, with which the best of the trials that run to their end are run again.
-        repeated: those of these runs that have ended.
+        replicated: those of these runs that have ended.
         refit: whether a model is trained on all rows at the end.
 
     Returns:
@@ -97,7 +97,7 @@ def estimate_end(
         found = [rest.run(random, workers) for _ in range(runs)]
     else:
         found = _pruned(trials, pruner, n_trials, steps, spent, now, random, runs, workers)
-    again = max(0, seeds * _best(trials, pruner, n_trials, steps) - repeated)
+    again = max(0, seeds * _best(trials, pruner, n_trials, steps) - replicated)
     after = again / workers * spent.seconds(0, steps.total) + refit * spent.refit(steps)
     low, mid, high = np.quantile(np.array(found) + after, [0.1, 0.5, 0.9])
     return Eta(float(low), float(mid), float(high))

@@ -33,7 +33,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> OwnRun:
         """Of the settings that an audit switches this search knows none: they stay as they are."""
         return build({**DEFAULT, **settings})
 
-    return OwnRun(with_settings, StudyConfig(trials=20), Steps(2, 2), CompileConfig("never"))
+    return OwnRun(with_settings, StudyConfig(n_trials=20), Steps(2, 2), CompileConfig("never"))
 
 
 def test_every_row_of_the_design_is_there_and_nothing_is_wrong(own: OwnRun) -> None:
@@ -74,7 +74,7 @@ def test_the_report_can_be_written_and_read(own: OwnRun) -> None:
 
 
 def test_a_search_without_a_pruner_has_something_to_gain(own: OwnRun) -> None:
-    hpo = StudyConfig(trials=200, pruner=PrunerConfig("none"))
+    hpo = StudyConfig(n_trials=200, pruner=PrunerConfig("none"))
     found = audit_own(OwnRun(own.build, hpo, Steps(5, 4), own.compile), AuditConfig(rounds=0))
     assert [row.name for row in found.alarms] == ["pruning"]
     assert "hpo.pruner: {name: promote}" in found.next

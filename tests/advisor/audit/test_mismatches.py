@@ -427,7 +427,7 @@ def search_alarms(objective: Any, pruner: Any, folds: int) -> dict[str, Row]:
 
 
 def test_a_pruner_that_can_never_fire_in_our_settings() -> None:
-    row = pruner_row(StudyConfig(trials=94, pruner=PrunerConfig("hyperband")), Steps(1, 1))
+    row = pruner_row(StudyConfig(n_trials=94, pruner=PrunerConfig("hyperband")), Steps(1, 1))
     assert row.verdict == "lie"
     assert "could never prune" in row.evidence
 
@@ -454,7 +454,7 @@ def test_a_sound_objective_raises_no_alarm() -> None:
 
 @pytest.mark.parametrize("name", ["promote", "hyperband", "median"])
 def test_our_pruners_raise_no_alarm(name: Any) -> None:
-    rows = search_rows(StudyConfig(trials=60, pruner=PrunerConfig(name)), Steps(3, 4))
+    rows = search_rows(StudyConfig(n_trials=60, pruner=PrunerConfig(name)), Steps(3, 4))
     assert not [row for row in rows if row.verdict in ("lie", "off")]
 
 

@@ -18,7 +18,7 @@ from lightning_bge.advisor.plan.trial_bench import Bench, Sizes, Visit
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.objective import Setup
+from lightning_bge.hpo.objective import TrialSetup
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.space.parameter_sets import draw_points
 from lightning_bge.hpo.space.search_space import parse_space
@@ -87,7 +87,7 @@ class SlowToRead(EncoderCache):
 def bench_of(tmp_path: Path, clock: Clock, pruner: str = "promote", **changes: Any) -> tuple[Bench, Any]:
     build = make(write_files(tmp_path), (Spend(clock),)).build
 
-    def slow(params: dict[str, Any]) -> Setup:
+    def slow(params: dict[str, Any]) -> TrialSetup:
         clock.now += BUILD
         setup = build(params)
         setup.datamodule.batch_size = 4  # 20 rows of each fold: five steps
@@ -146,7 +146,7 @@ class Fails(Callback):
 def failing(build: Any, rates: tuple[float, ...]) -> Any:
     """Trials with these rates of dropout run out of memory."""
 
-    def some(params: dict[str, Any]) -> Setup:
+    def some(params: dict[str, Any]) -> TrialSetup:
         setup = build(params)
         if params["dropout"] not in rates:
             return setup
@@ -174,7 +174,7 @@ def test_where_no_point_fits_there_is_no_plan(tmp_path: Path, clock: Clock) -> N
 def test_an_epoch_of_one_step_can_be_measured_too(tmp_path: Path, clock: Clock) -> None:
     bench, build = bench_of(tmp_path, clock)
 
-    def large(params: dict[str, Any]) -> Setup:
+    def large(params: dict[str, Any]) -> TrialSetup:
         setup = build(params)
         setup.datamodule.batch_size = 100
         return setup

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning_bge.advisor.plan import pace as measure
 from lightning_bge.advisor.plan.pace import Pace, Step, measure_pace
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.objective import Setup
+from lightning_bge.hpo.objective import TrialSetup
 from tests.helpers.small_search import make, write_files
 
 POINT = {"lr": 1e-3, "dropout": 0.1}
@@ -51,11 +51,11 @@ class Spend(Callback):
 
 
 @pytest.fixture
-def setup(tmp_path: Path) -> Setup:
+def setup(tmp_path: Path) -> TrialSetup:
     return make(write_files(tmp_path)).build(POINT)
 
 
-def test_each_part_of_a_run_gets_its_seconds(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_part_of_a_run_gets_its_seconds(setup: TrialSetup, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(measure, "_clock", clock)
     load = setup.model.load
@@ -75,7 +75,7 @@ def test_each_part_of_a_run_gets_its_seconds(setup: Setup, monkeypatch: pytest.M
     assert found.tokens_per_s == found.tokens / 8
 
 
-def test_tokens_sequences_and_micro_batches_are_those_of_the_batches(setup: Setup) -> None:
+def test_tokens_sequences_and_micro_batches_are_those_of_the_batches(setup: TrialSetup) -> None:
     data = setup.datamodule
     data.select_fold(1)
     data.set_micro_batch_size(24)
@@ -94,20 +94,20 @@ def test_tokens_sequences_and_micro_batches_are_those_of_the_batches(setup: Setu
     assert setup.model.net is None  # a warm encoder may have it again
 
 
-def test_without_validation_nothing_is_validated(setup: Setup) -> None:
+def test_without_validation_nothing_is_validated(setup: TrialSetup) -> None:
     setup.datamodule.select_fold(0)
     found = measure_pace(setup, steps=1)
     assert (len(found.warmup), len(found.steps), found.validation, found.validation_rest) == (1, 1, (), 0.0)
 
 
-def test_an_epoch_must_have_a_step_besides_the_warm_up(setup: Setup) -> None:
+def test_an_epoch_must_have_a_step_besides_the_warm_up(setup: TrialSetup) -> None:
     setup.datamodule.select_fold(0)
     with pytest.raises(ConfigError, match="an epoch has 3 optimizer steps, 3 of them to warm up"):
         measure_pace(setup, steps=5, warmup=3)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 1, "warmup": -1}, {"steps": 1, "val_batches": -1}])
-def test_wrong_numbers_are_refused(setup: Setup, wrong: dict[str, int]) -> None:
+def test_wrong_numbers_are_refused(setup: TrialSetup, wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="expected steps >= 1"):
         measure_pace(setup, **wrong)
 

@@ -70,7 +70,7 @@ def test_given_by_hand_the_hours_are_plain_arithmetic(search: Search) -> None:
     assert "it takes about 0:14:36 (0:14:36 to 0:14:36 in eight studies of ten)" in text
     assert "given by hand, nothing was measured" in text
     assert "2 x (fold 10.00 s + 3 x (steps 3.00 s + validation 5.00 s + 0.00 s)) + 0.00 s = 68 s" in text
-    again = make_plan(with_hpo(search, refit=True, repeats=2), HAND)
+    again = make_plan(with_hpo(search, refit=True, seed_replicates=2), HAND)
     # the best five with two seeds, and a refit of 2.4 epochs (0.8 x 3) on twice as many rows
     assert again.prediction.mid == pytest.approx(found.prediction.mid + 10 * trial + 2.4 * 6.0)
 
@@ -107,13 +107,13 @@ def test_a_plan_that_is_late_says_so_and_what_would_be_in_time(search: Search) -
     assert found.prediction.mid / HOUR == pytest.approx(0.243, rel=0.1)
     assert all(fix.high <= 0.15 for fix in found.fixes)
     assert found.fixes[0].setting == "the command 2 times"  # costs no quality
-    [trials] = [int(fix.setting.split()[1]) for fix in found.fixes if fix.setting.startswith("--hpo.trials")]
+    [trials] = [int(fix.setting.split()[1]) for fix in found.fixes if fix.setting.startswith("--hpo.n_trials")]
     assert 4 <= trials < 12
-    more = make_plan(with_hpo(search, trials=trials + 1), replace(HAND, deadline=0.15))
+    more = make_plan(with_hpo(search, n_trials=trials + 1), replace(HAND, deadline=0.15))
     assert more.late  # as many as there is time for, and no more
     text = describe_plan(found)
     assert "!! TOO LONG: there are 9.0 min, and it may take 15." in text
-    assert text.index("the command 2 times") < text.index(f"--hpo.trials {trials}")
+    assert text.index("the command 2 times") < text.index(f"--hpo.n_trials {trials}")
 
 
 def test_a_plan_in_time_and_one_that_nothing_helps(search: Search) -> None:
@@ -141,7 +141,7 @@ def test_where_no_single_change_is_enough_two_at_once_may_be(search: Search) -> 
     # one trial of 2 folds takes 68 s and one of a single split 10 + 3 x (4.8 + 2) = 30.4 s, after 60 s of the start
     found = make_plan(search, replace(HAND, deadline=(60 + 2.5 * 30.4) / HOUR, workers=MOST_WORKERS))
     [fix] = make_plan(search, replace(HAND, deadline=(60 + 1.5 * 30.4) / HOUR)).fixes
-    assert fix.setting == "--data.split.folds 1 --hpo.trials 1"
+    assert fix.setting == "--data.split.folds 1 --hpo.n_trials 1"
     assert fix.mid * HOUR == pytest.approx(90.4)
     assert found.prediction.mid == 60 + 68
 
@@ -155,10 +155,10 @@ def test_a_pruner_that_can_never_fire_is_named(search: Search) -> None:
 
 
 def test_what_makes_no_sense_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    hpo = StudyConfig(12, SPACE, pruner=PrunerConfig("hyperband", patience=2), hours=3.0)
+    hpo = StudyConfig(12, SPACE, pruner=PrunerConfig("hyperband", patience=2), timeout=10800.0)
     found, pruner = judge_search(hpo, Steps(3, 6))
     assert pruner == hpo.pruner
-    assert ["disarms Hyperband" in found[0], "stops each call of the study after 3 h" in found[1]] == [True, True]
+    assert ["disarms Hyperband" in found[0], "stops each call of the study after 10800 s" in found[1]] == [True, True]
     cost = TrialCost(0.0, 0.0, 0.0, 1.0, 1.0)
     shaky = Calibration((Draw({}, {}, cost, 1.0, 0.1, 0.3),), missing=2, took=9.0)
     texts = " ".join(doubts(shaky))

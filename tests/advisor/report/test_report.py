@@ -274,7 +274,7 @@ def test_a_search_that_was_finished_with_repeats(tmp_path: Path) -> None:
     ]
     repeats = {"seeds": [43, 44], "winner_before": 3, "winner": 6, "missing": 0, "trials": trials}
     count = len(optuna.load_study(study_name="run", storage=optuna.storages.JournalStorage(_backend(run))).trials)
-    found = {"n_runs": count, "repeats": repeats, "out_of_fold": {"f1": 0.7654}, "test": {"f1": 0.7321}}
+    found = {"n_runs": count, "seed_replicates": repeats, "out_of_fold": {"f1": 0.7654}, "test": {"f1": 0.7321}}
     write_json(run / "summary.json", {**found, "threshold": 0.4321, "majority_baseline": 0.5678})
     said = page_of(run).said
     for words in ("search: finished", "0.7654", "0.7321", "0.432", "0.5678"):

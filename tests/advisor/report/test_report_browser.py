@@ -88,7 +88,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = StudyConfig(6, SPACE, pruner=PrunerConfig("promote", 2, 1), sampler="random")
     settings = {"monitor.metric": "loss", "data.split.folds": 2, "trainer.max_epochs": 2}
     study = open_study(run, config, "minimize", Steps(2, 2), settings)
-    run_study(study, make(folder, paused_dir=run / "paused", trials=6), config, "loss", 4, run / "paused")
+    run_study(study, make(folder, paused_dir=run / "paused", n_trials=6), config, "loss", 4, run / "paused")
     write_json(run / "audit.json", AUDIT)
     return write_report(run)
 

@@ -31,8 +31,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = StudyConfig(6, SPACE, pruner=PrunerConfig("promote", 2, 1), sampler="random")
     settings = {"monitor.metric": "loss", "monitor.objective": "best", "data.split.folds": 2, "trainer.max_epochs": 2}
     study = open_study(folder / "run", config, "minimize", Steps(2, 2), settings)
-    (folder / "run" / "config.yaml").write_text("hpo: {trials: 6, pruner: {name: promote}}")
-    objective = make(folder, paused_dir=folder / "run" / "paused", trials=6)
+    (folder / "run" / "config.yaml").write_text("hpo: {n_trials: 6, pruner: {name: promote}}")
+    objective = make(folder, paused_dir=folder / "run" / "paused", n_trials=6)
     run_study(study, objective, config, "loss", 4, folder / "run" / "paused")
     return folder / "run"
 
@@ -108,7 +108,7 @@ def test_a_folder_that_was_renamed_is_read(tmp_path: Path) -> None:
 
 
 def test_a_study_of_before_does_not_say_its_steps(tmp_path: Path) -> None:
-    new_study(tmp_path / "run", 5, **{"hpo.report_every": 0.5})
+    new_study(tmp_path / "run", 5, **{"hpo.val_check_interval": 0.5})
     assert read(tmp_path / "run").steps == Steps(5, 3, 2)
 
 
@@ -151,7 +151,7 @@ def past(number: int, outcome: Any = "complete", start: float = 0.0, end: float 
 
 def history_of(*trials: PastTrial, direction: Any = "maximize", **more: Any) -> History:
     known: dict[str, Any] = {"name": "s", "direction": direction, "metric": "f1", "objective": "best", "cost": None}
-    known |= {"steps": Steps(2, 3), "planned": 9, "pruner": "promote", "space": {}, "repeats": ()}
+    known |= {"steps": Steps(2, 3), "planned": 9, "pruner": "promote", "space": {}, "seed_replicates": ()}
     return History(**{**known, "trials": trials, "read": START + timedelta(hours=24), **more})
 
 
@@ -231,13 +231,13 @@ def test_the_time_left_is_known_when_something_runs_and_something_has_ended(tmp_
 
 def test_a_repeat_that_runs_keeps_a_study_going(tmp_path: Path) -> None:
     study = new_study(tmp_path / "run", 5)
-    again = optuna.create_study(study_name="run-repeats", storage=study._storage)
+    again = optuna.create_study(study_name="run-seed-replicates", storage=study._storage)
     again.add_trial(
-        create_trial(state=TrialState.RUNNING, user_attrs={"worker": {"host": "another"}, "of": 0, "seed": 1})
+        create_trial(state=TrialState.RUNNING, user_attrs={"worker": {"host": "another"}, "replicate_of": 0, "seed": 1})
     )
-    again.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"superfluous": True}))
+    again.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"redundant": True}))
     history = read(tmp_path / "run")
-    assert [trial.outcome for trial in history.repeats] == ["running"]
+    assert [trial.outcome for trial in history.seed_replicates] == ["running"]
     assert history.going_on
     assert datetime.now() - history.read < timedelta(minutes=5)
 

@@ -178,7 +178,7 @@ def test_without_a_pruner_it_is_the_mean_times_what_is_left() -> None:
     assert several is not None
     assert several.mid == pytest.approx(30, rel=0.03)
     # of the best five ten runs with two other seeds, of which seven have ended; and the refit
-    further = estimate_end(trials, none, 20, Steps(2, 2), 1, now, seeds=2, repeated=7, refit=True)
+    further = estimate_end(trials, none, 20, Steps(2, 2), 1, now, seeds=2, replicated=7, refit=True)
     assert further is not None
     assert further.mid == pytest.approx(158, rel=0.03)
 
@@ -262,7 +262,7 @@ def test_progress_says_it_and_works_it_out_seldom(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = {"model.optimizer.lr": {"low": 0.0, "high": 1.0}}
-    config = StudyConfig(trials=9, space=space, pruner=PrunerConfig("none"), refit=False)
+    config = StudyConfig(n_trials=9, space=space, pruner=PrunerConfig("none"), refit=False)
     study = open_study(tmp_path, config, "maximize", Steps(2, 2), {})
     assert study.user_attrs["steps"] == {"folds": 2, "epochs": 2, "per_epoch": 1}
     asked = []

@@ -72,7 +72,7 @@ def run(
 ) -> tuple[FrozenTrial, Weights, optuna.Study]:
     """One trial with a pause at a step, resumed to its end."""
     weights = Weights()
-    settings = {"oof_dir": folder / "oof", "paused_dir": folder / "paused", "per_epoch": 2, "trials": 16, **changes}
+    settings = {"oof_dir": folder / "oof", "paused_dir": folder / "paused", "per_epoch": 2, "n_trials": 16, **changes}
     objective = make(folder, (weights,), **settings)
     study = optuna.create_study(direction="minimize", pruner=PauseAt(step), study_name="s")
     study.enqueue_trial(params)
@@ -221,7 +221,7 @@ def search(folder: Path, trials: int, **changes: Any) -> optuna.Study:
     """A whole search with `promote` in its run folder, or what is missing of it."""
     config = StudyConfig(trials, SPACE, pruner=PrunerConfig("promote", 2, 1), sampler="random")
     study = open_study(folder / "run", config, "minimize", Steps(2, 2), {})
-    objective = make(folder, paused_dir=folder / "run" / "paused", trials=trials, **changes)
+    objective = make(folder, paused_dir=folder / "run" / "paused", n_trials=trials, **changes)
     run_study(study, objective, config, "loss", 4, folder / "run" / "paused")
     return study
 
@@ -283,7 +283,7 @@ def test_a_checkpoint_that_is_gone_costs_its_training_and_is_said(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, _, _ = run(folder, None)
-    objective = make(folder, oof_dir=folder / "oof", paused_dir=folder / "paused", per_epoch=2, trials=16)
+    objective = make(folder, oof_dir=folder / "oof", paused_dir=folder / "paused", per_epoch=2, n_trials=16)
     study = optuna.create_study(direction="minimize", pruner=PauseAt(3), study_name="s")
     study.enqueue_trial(PARAMS)
     study.optimize(objective, n_trials=1)
@@ -343,9 +343,9 @@ def test_a_search_that_runs_out_of_time_ends_with_one_complete_trial(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("lightning_bge.hpo.study.time.monotonic", lambda: now[0])
-    config = StudyConfig(100, SPACE, pruner=PrunerConfig("promote", 4, 1), sampler="random", hours=1)
+    config = StudyConfig(100, SPACE, pruner=PrunerConfig("promote", 4, 1), sampler="random", timeout=3600)
     study = open_study(folder / "run", config, "minimize", Steps(2, 2), {})
-    trained = make(folder, paused_dir=folder / "run" / "paused", trials=100)
+    trained = make(folder, paused_dir=folder / "run" / "paused", n_trials=100)
 
     def objective(trial: optuna.Trial) -> Any:
         if trial.number == begins - 1:

@@ -113,7 +113,7 @@ def test_mistakes_name_point_and_parameter(space: Space, points: Any, says: str)
 
 
 def run(folder: Path, trials: int, points: list[dict[str, Any]], sampler: Any = "tpe") -> optuna.Study:
-    config = StudyConfig(trials=trials, space=RAW, enqueue=points, pruner=PrunerConfig(name="none"), sampler=sampler)
+    config = StudyConfig(n_trials=trials, space=RAW, enqueue=points, pruner=PrunerConfig(name="none"), sampler=sampler)
     study = open_study(folder, config, "maximize", Steps(1, 1), {})
 
     def objective(trial: optuna.Trial) -> float:
@@ -153,9 +153,9 @@ def test_wrong_points_and_spaces_leave_nothing(tmp_path: Path) -> None:
 
 
 def test_the_limit_of_waiting_models() -> None:
-    assert StudyConfig(space=RAW).warm_bytes == 0
-    assert StudyConfig(space={"model.name_or_path": {"choices": ["a", "b"]}}).warm_bytes is None
-    assert StudyConfig(space=RAW, warm_gb=1.5).warm_bytes == 3 * 2**29
+    assert StudyConfig(space=RAW).encoder_cache_bytes == 0
+    assert StudyConfig(space={"model.name_or_path": {"choices": ["a", "b"]}}).encoder_cache_bytes is None
+    assert StudyConfig(space=RAW, encoder_cache_gb=1.5).encoder_cache_bytes == 3 * 2**29
     for wrong in (-1.0, float("inf"), float("nan")):
-        with pytest.raises(ConfigError, match=r"hpo\.warm_gb"):
-            StudyConfig(warm_gb=wrong)
+        with pytest.raises(ConfigError, match=r"hpo\.encoder_cache_gb"):
+            StudyConfig(encoder_cache_gb=wrong)
