@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import pkgutil
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 
 import lightning_bge
 from tests.helpers.paths import ROOT
+from tests.tools.private_names import is_private
 
 MODULES = ["lightning_bge", *(found.name for found in pkgutil.walk_packages(lightning_bge.__path__, "lightning_bge."))]
 
@@ -62,3 +65,36 @@ def test_every_public_name_exists(name: str) -> None:
 @pytest.mark.parametrize("package", ["data", "models", "callbacks", "hpo"])
 def test_every_package_lists_its_public_names(package: str) -> None:
     assert importlib.import_module(f"lightning_bge.{package}").__all__
+
+
+def test_modules_import_names_from_where_they_are_defined() -> None:
+    """The lists of public names in `__init__` are for users: through them an import would pass by the contracts."""
+    packages = {name for name in MODULES if hasattr(importlib.import_module(name), "__path__")}
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.module}.{name.name}"
+        for path in (ROOT / "lightning_bge").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module in packages
+        for name in node.names
+        if f"{node.module}.{name.name}" not in MODULES
+    ]
+    assert found == []
+
+
+def test_no_class_overrides_a_private_method_of_another_library() -> None:
+    found = []
+    for name in MODULES:
+        if name.startswith("lightning_bge.runtime.compat"):
+            continue
+        for own in vars(importlib.import_module(name)).values():
+            if not inspect.isclass(own) or own.__module__ != name:
+                continue
+            foreign = [base for base in own.__mro__ if not base.__module__.startswith("lightning_bge")]
+            private = [each for each, value in vars(own).items() if is_private(each) and inspect.isfunction(value)]
+            found += [
+                f"{name}.{own.__name__}.{each} of {base.__module__}.{base.__name__}"
+                for each in private
+                for base in foreign
+                if each in vars(base)
+            ]
+    assert found == []
