@@ -28,7 +28,7 @@ from lightning_bge.runtime.run_folder import write_json, write_text
 # the row that has to find it, and the code that plants it
 PLANTS = {
     "data wait": """
-from lightning_bge.data.batches.max_tokens import EncodedDataset
+from lightning_bge.data.batches.micro_batches import EncodedDataset
 inner = EncodedDataset.__getitem__
 def slow(self, rows):
     time.sleep(SLEEP)

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from lightning_bge.callbacks.compile.callback import CompileLayers
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precision
-from lightning_bge.data.batches.max_tokens import BatchingConfig
+from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.tables.readers import TableConfig
 from lightning_bge.models.classifier import BGEClassifier
@@ -131,7 +131,7 @@ def fit(
         batch_size=job.batch,
         cache_dir=bench.cache,
         table=TableConfig(max_rows=job.rows, labels=job.labels),
-        batching=BatchingConfig(seed=job.seed, **{"num_workers": 0, **(batching or {})}),
+        batching=BatchingConfig(seed=job.seed, **(batching or {})),
     )
     data.setup("fit")
     data.select_fold(None)

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers import Trainer as TransformersTrainer
 
-from lightning_bge.data.batches.max_tokens import BatchingConfig
+from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.tables.readers import Table, TableConfig, read_table
 from lightning_bge.models.classifier import BGEClassifier
@@ -117,7 +117,9 @@ class Job:
 
     def read(self, path: str, rows: int | None = None) -> Table:
         """The rows of a file, as the peers get them."""
-        return read_table(path, self.text_columns, self.label_column, self.group_column, TableConfig(), rows)
+        return read_table(
+            path, self.text_columns, label_column=self.label_column, group_column=self.group_column, max_rows=rows
+        )
 
 
 def rte_job(given: Namespace, rows: int | None, batch: int, **settings: Any) -> Job:

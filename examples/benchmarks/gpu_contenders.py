@@ -21,13 +21,10 @@ from transformers import TrainerCallback
 
 from lightning_bge.callbacks.compile.callback import CompileLayers
 from lightning_bge.callbacks.compile.policy import CompileConfig, Mode
-from lightning_bge.data.batches.max_tokens import (
-    TOKENS,
-    BatchingConfig,
-    BatchLoader,
-    EffectiveBatchSampler,
-    EncodedDataset,
-)
+from lightning_bge.data.batches.config import AUTO_MAX_TOKENS, BatchingConfig
+from lightning_bge.data.batches.loader import BatchLoader
+from lightning_bge.data.batches.micro_batches import EncodedDataset
+from lightning_bge.data.batches.samplers import EffectiveBatchSampler
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import Attention
 from lightning_bge.trainer import quiet_trainer
@@ -48,7 +45,7 @@ class Ours:
     precision: str = "bf16-mixed"
     attention: Attention = "auto"
     dropout: float = 0.1
-    tokens: int = TOKENS
+    tokens: int = AUTO_MAX_TOKENS
     fused: bool = True
     tf32: bool = True
     compile: Mode | None = None
@@ -94,9 +91,7 @@ def loader_of(bench: Bench, case: Case, tokens: int, one_shape: bool = False) ->
     """The product's training loader over generated rows."""
     rows = bench.rows(case)
     dataset = EncodedDataset(rows, labels_of(len(rows)), None, tokens)
-    config = BatchingConfig(
-        max_tokens=tokens, num_workers=0
-    )  # what auto finds, but rows in memory have no file to share
+    config = BatchingConfig(max_tokens=tokens)
     sampler = SameRows if one_shape else EffectiveBatchSampler
     return BatchLoader(dataset, sampler(np.arange(len(rows)), case.batch, config.seed), config)
 

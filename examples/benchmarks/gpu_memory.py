@@ -23,7 +23,8 @@ from gpu_parts import MAX_LENGTH, Bench, Limit, labels_of, make_rows
 from lightning.pytorch import Callback, LightningDataModule
 
 from lightning_bge.callbacks.micro_batch.finder import MemoryConfig, MicroBatchFinder
-from lightning_bge.data.batches.max_tokens import EVAL_FACTOR, EncodedDataset
+from lightning_bge.data.batches.config import EVAL_FACTOR
+from lightning_bge.data.batches.micro_batches import EncodedDataset
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import quiet_transformers
 from lightning_bge.runtime.memory import process_bytes

@@ -1,34 +1,33 @@
-"""The LightningDataModule: files and settings in, loaders of effective batches out."""
+"""The LightningDataModule: files and options in, loaders of effective batches out."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
 
-from lightning_bge.data.batches.max_tokens import (
-    EVAL_FACTOR,
-    TOKENS,
-    BatchingConfig,
-    BatchLoader,
-    EffectiveBatchSampler,
-    EncodedDataset,
-    EvalSampler,
-)
-from lightning_bge.data.encoded_file import EncodedFile, Source, TokenizerKey, Training, load_file, load_training, stamp
+from lightning_bge.data.batches.config import AUTO_MAX_TOKENS, BatchingConfig
+from lightning_bge.data.batches.loader import BatchLoader
+from lightning_bge.data.batches.micro_batches import EncodedDataset
+from lightning_bge.data.batches.samplers import EffectiveBatchSampler, EvalSampler
+from lightning_bge.data.encoded_file import Source, TokenizerKey, load_file, load_training_file, stamp
 from lightning_bge.data.tables.labels import encode_labels, fit_labels
 from lightning_bge.data.tables.readers import TableConfig, read_table
 from lightning_bge.data.tables.splits import SplitConfig
 from lightning_bge.data.tokens.tokenizer import load_tokenizer
 from lightning_bge.errors import ConfigError
 from lightning_bge.runtime.cache_dir import default_cache_dir
+from lightning_bge.runtime.nested_config import as_config, as_plain
 from lightning_bge.types import TASKS, Batch, Schema, Task
 
 log = logging.getLogger(__name__)
+
+Split = Literal["train", "val", "test", "predict"]
 
 DEFAULT_TEXT_COLUMNS = ("text_a", "text_b")
 _TABLE, _SPLIT, _BATCHING = TableConfig(), SplitConfig(), BatchingConfig()
@@ -52,13 +51,14 @@ class TextDataModule(LightningDataModule):
         batch_size: rows of an effective batch, which is what one optimizer step sees.
         cache_dir: folder for token ids. Unset: the environment variable LIGHTNING_BGE_CACHE, else
             ~/.cache/lightning-bge.
-        table: how files are read.
+        table: how files are read. This and the next two may be dicts of their fields, such as `split={"folds": 3}`.
         split: how the training file is split.
         batching: how batches are made.
         trust_remote_code: run code that comes with the tokenizer.
         revision: version of a tokenizer on the hub.
 
     Attributes:
+        hparams: the arguments as plain data; `TextDataModule(**hparams)` is an equal data module.
         schema: what the model reads and predicts, after `setup`.
         folds: validation rows of each fold, empty with a `val_file`.
         folds_hash: sha256 of the folds.
@@ -66,11 +66,15 @@ class TextDataModule(LightningDataModule):
         train_labels: encoded labels of all rows of the training file.
         train_groups: int64 group numbers of these rows, or None.
         group_names: the names behind the numbers.
+
+    Raises:
+        ConfigError: an argument has a wrong value, or does not go with another.
     """
 
     schema: Schema | None
     folds: tuple[np.ndarray, ...]
 
+    # More than 10 arguments: each is an option that users type on the command line, and the frequent ones stay flat.
     def __init__(
         self,
         tokenizer: str = "",
@@ -92,42 +96,45 @@ class TextDataModule(LightningDataModule):
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        self.tokenizer, self.task = tokenizer, task
-        self.train_file, self.val_file, self.test_file, self.predict_file = (
-            train_file,
-            val_file,
-            test_file,
-            predict_file,
-        )
+        self.tokenizer, self.revision, self.trust_remote_code = tokenizer, revision, trust_remote_code
+        self.task = task
+        self.train_file, self.val_file = train_file, val_file
+        self.test_file, self.predict_file = test_file, predict_file
         self.text_columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
         self.label_column, self.group_column = label_column, group_column
         self.max_length, self.batch_size, self.cache_dir = max_length, batch_size, cache_dir
-        self.table, self.split, self.batching = table, split, batching
-        self.trust_remote_code, self.revision = trust_remote_code, revision
-        self._check_settings()
+        self.table = as_config(TableConfig, table, "table")
+        self.split = as_config(SplitConfig, split, "split")
+        self.batching = as_config(BatchingConfig, batching, "batching")
+        self._check_arguments()
+        # no logger: the model's `revision` and `task` have the same names, which Lightning takes for a conflict
+        names = inspect.signature(TextDataModule).parameters
+        self.save_hyperparameters({name: as_plain(getattr(self, name)) for name in names}, logger=False)
         self.schema = None
         self.folds = ()
         self.folds_hash = self.data_hash = ""
         self.train_labels: np.ndarray | None = None
         self.train_groups: np.ndarray | None = None
         self.group_names: tuple[str, ...] = ()
-        self._fold: int | None = split.fold
-        self._micro_batch_size = TOKENS if batching.max_tokens == "auto" else batching.max_tokens
+        self._fold: int | None = self.split.fold
+        auto = self.batching.max_tokens == "auto"
+        self._micro_batch_size: int = AUTO_MAX_TOKENS if auto else self.batching.max_tokens  # type: ignore[assignment]
         self._datasets: dict[str, EncodedDataset] = {}
 
-    def _check_settings(self) -> None:
+    def _check_arguments(self) -> None:
         if self.task not in TASKS:
-            raise ConfigError(f"data.task must be one of {', '.join(TASKS)}, got {self.task!r}")
+            raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
         for name in ("batch_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name} must be a whole number from 1 up, got {value!r}")
         if self.val_file is not None and self.split.folds > 1:
             raise ConfigError(
-                f"data.val_file and data.split.folds={self.split.folds} exclude each other: leave out val_file to "
+                f"val_file and split.folds={self.split.folds} exclude each other: leave out val_file to "
                 "validate on folds of the training file, or set folds to 1"
             )
         if self.batching.balanced and self.task not in ("binary", "multiclass"):
-            raise ConfigError(f"data.batching.balanced needs classes, the task is {self.task}: set it to false")
+            raise ConfigError(f"batching.balanced needs classes, the task is {self.task}: set it to false")
 
     def prepare_data(self) -> None:
         """Read and tokenise in one process of each machine, which Lightning picks; the others then read its cache."""
@@ -138,7 +145,7 @@ class TextDataModule(LightningDataModule):
         """Read, tokenise and split what the stage (fit, validate, test, predict; None: fit) needs; once.
 
         Raises:
-            UserError: a setting, a file or its content is wrong.
+            UserError: an argument, a file or its content is wrong.
         """
         if stage in ("fit", "validate", None):
             if self.train_file is not None or stage != "validate":
@@ -154,39 +161,37 @@ class TextDataModule(LightningDataModule):
         if "train" in self._datasets:
             return
         if self.train_file is None:
-            raise ConfigError("data.train_file is not set")
+            raise ConfigError("train_file is not set")
         source = self._source(self.train_file, self.text_columns, self.max_length, self.table.max_rows)
-        training: Training = load_training(source, self.task, self.split if self.val_file is None else None)
+        training = load_training_file(source, self.task, self.split if self.val_file is None else None)
         file = training.file
-        self.schema = Schema(self.task, training.names, self.text_columns, file.max_length)
+        self.schema = Schema(self.task, training.label_names, self.text_columns, file.max_length)
         self.folds, self.folds_hash, self.data_hash = training.folds, training.folds_hash, file.data_hash
         self.train_labels, self.train_groups, self.group_names = training.labels, file.groups, file.group_names
-        self._datasets["train"] = EncodedDataset(file.tokens, training.labels, file.groups, self.micro_batch_size)
-        if self.val_file is None:
-            self._datasets["val"] = EncodedDataset(
-                file.tokens, training.labels, file.groups, self.eval_micro_batch_size
-            )
+        limits = {"train": self.micro_batch_size, "val": self.eval_micro_batch_size}
+        for name in ("train", "val") if self.val_file is None else ("train",):
+            self._datasets[name] = EncodedDataset(file.tokens, training.labels, file.groups, limits[name])
 
-    def _setup_file(self, name: str, path: str | None) -> None:
+    def _setup_file(self, name: Split, path: str | None) -> None:
         if path is None:
-            raise ConfigError(f"data.{name}_file is not set")
+            raise ConfigError(f"{name}_file is not set")
         schema = self.schema = self._known_schema()
         source = self._source(path, schema.text_columns, schema.max_length)
         if name == "predict":
             source = replace(source, label_column=None, group_column=None)
-        file: EncodedFile = load_file(source)
+        file = load_file(source)
         labels = None
         if file.raw_labels is not None:
             separator = self.table.label_separator
             labels = encode_labels(file.raw_labels, schema.labels, schema.task, path, separator)
-        shared = set(file.group_names) & set(self.group_names)
-        if name == "val" and shared:
-            log.warning("%d groups of %s are in the training file too: scores will look too good", len(shared), path)
+        common = set(file.group_names) & set(self.group_names)
+        if name == "val" and common:
+            log.warning("%d groups of %s are in the training file too: scores will be too high", len(common), path)
         self.schema = replace(schema, max_length=file.max_length)
         self._datasets[name] = EncodedDataset(file.tokens, labels, file.groups, self.eval_micro_batch_size)
 
     def _known_schema(self) -> Schema:
-        """From `setup("fit")`, else from the exported model's folder, else from the settings and the training file."""
+        """From `setup("fit")`, else from the exported model's folder, else from the arguments and the training file."""
         if self.schema is not None:
             return self.schema
         schema = Schema.load(Path(self.tokenizer).expanduser()) if self.tokenizer else None
@@ -195,22 +200,25 @@ class TextDataModule(LightningDataModule):
             if schema.task != self.task:
                 log.info("task %s of the exported model is used, not %s", schema.task, self.task)
             return replace(schema, text_columns=chosen, max_length=min(self.max_length, schema.max_length))
-        names = self.table.labels
+        return Schema(self.task, self._known_labels(), self.text_columns, self.max_length)
+
+    def _known_labels(self) -> tuple[str, ...]:
+        """Names of the model's outputs: those given, else those of the training file, else 0 and 1 for binary."""
         if self.task == "regression":
-            names = ()
-        elif names is None and self.train_file is not None:
-            settings = (self.text_columns, self.label_column, None, self.table, self.table.max_rows)
-            raw = read_table(self.train_file, *settings).labels or []
-            names = fit_labels(raw, self.task, None, self.table.label_separator)
-        elif names is None and self.task == "binary":
-            names = ("0", "1")
+            return ()
+        if self.table.labels is not None:
+            return self.table.labels
+        if self.train_file is not None:
+            options = {"label_column": self.label_column, "config": self.table, "max_rows": self.table.max_rows}
+            raw = read_table(self.train_file, self.text_columns, **options).labels or []  # type: ignore[arg-type]
+            return fit_labels(raw, self.task, None, self.table.label_separator)
+        if self.task == "binary":
             log.info("label names are not known, 0 and 1 are used; data.table.labels sets them")
-        if names is None:
-            raise ConfigError(
-                "the names of the model's outputs are not known: set data.table.labels, or data.train_file, or use a "
-                "folder exported by this program"
-            )
-        return Schema(self.task, names, self.text_columns, self.max_length)
+            return ("0", "1")
+        raise ConfigError(
+            "the names of the model's outputs are not known: set data.table.labels, or train_file, or use a "
+            "folder exported by this program"
+        )
 
     def _source(self, path: str, text_columns: tuple[str, ...], max_length: int, max_rows: int | None = None) -> Source:
         tokenizer = TokenizerKey(self.tokenizer, self.revision, self.trust_remote_code, stamp(self.tokenizer))
@@ -251,11 +259,27 @@ class TextDataModule(LightningDataModule):
             return labels.sum(axis=0).astype(np.int64)
         return np.bincount(labels.astype(np.int64), minlength=len(self.schema.labels))
 
+    def lengths(self, split: Split) -> np.ndarray:
+        """Tokens of each row (int32 [N], special tokens counted) of a split's file, whatever the fold; after `setup`.
+
+        Without a `val_file` the rows of `val` are those of the training file: `val_rows` of them are validated on.
+        """
+        return self._dataset(split).tokens.lengths
+
     def select_fold(self, k: int | None) -> None:
         """Choose the fold to validate on (from 0); None: all rows train and nothing is validated."""
         if k is not None and not 0 <= k < self.num_folds:
             raise ConfigError(f"fold {k} does not exist, there are {self.num_folds}, counted from 0")
         self._fold = k
+
+    def limit_validation(self, rows: int) -> None:
+        """Validate on about `rows` rows of each fold, spread evenly over their lengths; the fold's other rows train.
+
+        For measurements that need not take as long as a real validation; after `setup`.
+        """
+        lengths = self.lengths("train")
+        by_length = [fold[np.argsort(lengths[fold], kind="stable")] for fold in self.folds]
+        self.folds = tuple(np.sort(fold[:: max(1, len(fold) // rows)]) for fold in by_length)
 
     # ------------------------------------------------------------------ what a batch source offers
 
@@ -267,8 +291,7 @@ class TextDataModule(LightningDataModule):
     @property
     def eval_micro_batch_size(self) -> int:
         """The most tokens of a micro-batch without gradients, now in effect."""
-        fixed = self.batching.eval_max_tokens
-        return EVAL_FACTOR * self._micro_batch_size if fixed == "auto" else fixed
+        return self.batching.eval_limit(self._micro_batch_size)
 
     @property
     def micro_batch_size_step(self) -> int:
@@ -295,21 +318,22 @@ class TextDataModule(LightningDataModule):
             micro_batch_size: of a training micro-batch, in tokens.
             train: else a micro-batch without gradients, which is larger: see `data.batching.eval_max_tokens`.
         """
-        fixed = self.batching.eval_max_tokens
-        if not train:
-            micro_batch_size = EVAL_FACTOR * micro_batch_size if fixed == "auto" else fixed
-        step = self.micro_batch_size_step
-        return self._dataset("train").worst_case(max(1, micro_batch_size // step), step)
+        tokens, length = micro_batch_size, self.micro_batch_size_step
+        tokens = tokens if train else self.batching.eval_limit(tokens)
+        return self._dataset("train").worst_case(max(1, tokens // length), length)
 
     def set_micro_batch_size(self, size: int) -> None:
         """Change the size of micro-batches, in loaders that exist too (with 0 workers at once).
 
         Args:
-            size: tokens of a training micro-batch; those without gradients follow where `eval_tokens` is auto.
+            size: tokens of a training micro-batch; those without gradients follow where `data.batching.eval_max_tokens`
+                is auto.
         """
         self._micro_batch_size = size
         for name, dataset in self._datasets.items():
-            dataset.max_tokens = size if name == "train" else self.eval_micro_batch_size
+            dataset.set_max_tokens(size if name == "train" else self.eval_micro_batch_size)
+
+    # ------------------------------------------------------------------ loaders
 
     def new_tokenizer(self) -> Any:
         """A fresh tokenizer, to be saved beside an exported model: the one in use carries truncation settings."""
@@ -318,9 +342,10 @@ class TextDataModule(LightningDataModule):
     def train_dataloader(self) -> BatchLoader:
         """Effective batches of the training rows, in a new random order each epoch."""
         dataset, rows = self._dataset("train"), self.train_rows
+        dataset.set_rank(*self._rank())
         classes = self.train_labels[rows] if self.batching.balanced and self.train_labels is not None else None
         sampler = EffectiveBatchSampler(rows, self.batch_size, self.batching.seed, classes)
-        return self._loader(dataset, sampler)
+        return BatchLoader(dataset, sampler, self.batching)
 
     def val_dataloader(self) -> BatchLoader | list[Any]:
         """Micro-batches of the validation rows; empty while all rows train."""
@@ -331,20 +356,20 @@ class TextDataModule(LightningDataModule):
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> BatchLoader:
-        """Micro-batches of the file to predict; `rows` tells where each belongs."""
+        """Micro-batches of the file to predict; their `rows` are row numbers of that file."""
         return self._eval_loader("predict")
 
-    def _eval_loader(self, name: str, rows: np.ndarray | None = None) -> BatchLoader:
+    def _eval_loader(self, name: Split, rows: np.ndarray | None = None) -> BatchLoader:
         dataset = self._dataset(name)
         rows = np.arange(len(dataset)) if rows is None else rows
-        return self._loader(dataset, EvalSampler(rows, dataset.tokens.lengths, self.eval_micro_batch_size))
+        sampler = EvalSampler(rows, dataset.tokens.lengths, self.eval_micro_batch_size, *self._rank())
+        return BatchLoader(dataset, sampler, self.batching)
 
-    def _dataset(self, name: str) -> EncodedDataset:
+    def _dataset(self, name: Split) -> EncodedDataset:
         if name not in self._datasets:
-            raise RuntimeError(f"the {name} rows are not there: call setup() for their stage first")
+            raise RuntimeError(f"the {name} rows have not been read: call setup() for their stage first")
         return self._datasets[name]
 
-    def _loader(self, dataset: EncodedDataset, sampler: EffectiveBatchSampler | EvalSampler) -> BatchLoader:
-        dealt, trainer = dataset if isinstance(sampler, EffectiveBatchSampler) else sampler, self.trainer
-        dealt.rank, dealt.ranks = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        return BatchLoader(dataset, sampler, self.batching)
+    def _rank(self) -> tuple[int, int]:
+        """This process's rank, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

@@ -1,4 +1,4 @@
-"""One file, read and tokenised; remembered by the process, so that each trial does not do it again."""
+"""One file, read and tokenised; kept by the process, so that the trials of a study read each file once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def stamp(path: str | Path) -> Stamp:
 
 @dataclass(frozen=True)
 class TokenizerKey:
-    """Which tokenizer; `stamp` makes the key of a changed folder another one."""
+    """Which tokenizer; with `stamp` a folder that has changed has another key."""
 
     name: str
     revision: str | None
@@ -41,7 +41,13 @@ class TokenizerKey:
 
 @dataclass(frozen=True)
 class Source:
-    """A file and all that decides what is made of it. `max_length` is the wish, before the tokenizer's own limit."""
+    """A file and everything that decides how it is encoded.
+
+    Attributes:
+        stamp: of the file, so that a file that has changed is read again.
+        max_rows: keep only the first rows; None: all.
+        max_length: the requested limit, before the tokenizer's own.
+    """
 
     path: str
     stamp: Stamp
@@ -65,7 +71,7 @@ class EncodedFile:
         groups: int64 [N], positions in `group_names`, or None.
         group_names: sorted.
         data_hash: sha256 (hex) of texts, labels and groups.
-        max_length: the limit in force.
+        max_length: the limit in effect.
     """
 
     tokens: TokenArrays
@@ -77,29 +83,33 @@ class EncodedFile:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingFile:
     """The training file with numbers for labels, and its folds (none with a separate validation file)."""
 
     file: EncodedFile
-    names: tuple[str, ...]
+    label_names: tuple[str, ...]
     labels: np.ndarray
     folds: tuple[np.ndarray, ...]
     folds_hash: str
 
 
 @lru_cache(maxsize=4)
-def remembered_tokenizer(key: TokenizerKey) -> Any:
-    """The tokenizer of a key."""
+def _tokenizer(key: TokenizerKey) -> Any:
     return load_tokenizer(key.name, key.revision, key.trust_remote_code)
 
 
-@lru_cache(maxsize=16)  # a search over four models and four lengths has so many
+@lru_cache(maxsize=16)  # a study over four models and four lengths has as many
 def load_file(source: Source) -> EncodedFile:
     """Read and tokenise a file."""
     table = read_table(
-        source.path, source.text_columns, source.label_column, source.group_column, source.table, source.max_rows
+        source.path,
+        source.text_columns,
+        label_column=source.label_column,
+        group_column=source.group_column,
+        config=source.table,
+        max_rows=source.max_rows,
     )
-    tokenizer = remembered_tokenizer(source.tokenizer)
+    tokenizer = _tokenizer(source.tokenizer)
     max_length = effective_max_length(tokenizer, source.max_length, len(source.text_columns) == 2)
     tokens = tokenize_cached(table.texts, tokenizer, max_length, source.cache_dir)
     digest = hashlib.sha256(hash_texts(table.texts).encode())
@@ -113,13 +123,13 @@ def load_file(source: Source) -> EncodedFile:
 
 
 @lru_cache(maxsize=16)
-def load_training(source: Source, task: Task, split: SplitConfig | None) -> Training:
+def load_training_file(source: Source, task: Task, split: SplitConfig | None) -> TrainingFile:
     """Read and tokenise a training file, find its labels and, with `split`, its folds."""
     file = load_file(source)
     raw, separator = file.raw_labels or [], source.table.label_separator
     names = fit_labels(raw, task, source.table.labels, separator)
     labels = encode_labels(raw, names, task, source.path, separator)
-    folds = make_folds(len(labels), task, labels, file.groups, split, names) if split is not None else []
+    folds = make_folds(labels, task, split, groups=file.groups, label_names=names) if split is not None else []
     for array in (labels, *folds):
-        array.setflags(write=False)  # shared by all data modules of the process
-    return Training(file, names, labels, tuple(folds), folds_hash(folds))
+        array.setflags(write=False)  # all data modules of the process have the same arrays
+    return TrainingFile(file, names, labels, tuple(folds), folds_hash(folds))

@@ -37,7 +37,7 @@ def options(files: dict[str, str], run_dir: Path, *more: str) -> list[str]:
         *("--data.train_file", files["train"], "--data.val_file", files["val"], "--data.test_file", files["val"]),
         *("--data.cache_dir", files["cache"], "--data.max_length", "64", "--data.batch_size", str(BATCH)),
         *("--data.batching.max_tokens", "64"),
-        *("--data.batching.eval_max_tokens", "40", "--data.batching.num_workers", "0", "--model.dropout", "0"),
+        *("--data.batching.eval_max_tokens", "40", "--model.dropout", "0"),
         *("--model.loss.class_weights", "balanced", "--trainer.max_epochs", "2", "--trainer.precision", "32-true"),
         *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", *more),
     ]

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from lightning_bge.data.batches.max_tokens import BatchingConfig
+from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.tables.splits import SplitConfig
 from lightning_bge.types import Batch

@@ -20,7 +20,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from lightning_bge.data.batches.max_tokens import EffectiveBatchSampler
+from lightning_bge.data.batches.samplers import EffectiveBatchSampler
 from lightning_bge.types import MicroBatch
 from tests.helpers.paths import BENCHMARKS
 

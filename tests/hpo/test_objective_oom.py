@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from torch._dynamo.exc import BackendCompilerFailed
 
 from lightning_bge.callbacks.compile.policy import CompileConfig
-from lightning_bge.data.batches.max_tokens import BatchingConfig, EncodedDataset
+from lightning_bge.data.batches.micro_batches import EncodedDataset
 from lightning_bge.data.tables.splits import SplitConfig
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.objective import Objective, TrialSetup
@@ -53,7 +53,7 @@ EAGER = CompileConfig("never")
 
 def search(folder: Path, compiling: CompileConfig = EAGER, trials: int = 3) -> optuna.Study:
     def build(params: dict[str, Any]) -> TrialSetup:
-        data = small_data(folder, split=SplitConfig(folds=2), batching=BatchingConfig(num_workers=0))
+        data = small_data(folder, split=SplitConfig(folds=2))
         data.setup("fit")
         model = BGEClassifier(str(folder / "model"), optimizer=OptimizerConfig(lr=params["lr"]))
         settings = {"max_epochs": 2, "precision": "32-true", "accelerator": "cpu"}

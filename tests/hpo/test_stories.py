@@ -17,7 +17,7 @@ from optuna.pruners import HyperbandPruner, MedianPruner
 from optuna_integration import PyTorchLightningPruningCallback
 from torch.utils.data import DataLoader
 
-from lightning_bge.data.batches.max_tokens import BatchingConfig
+from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.forecast.preview import forecast
 from lightning_bge.hpo.pruning.config import PrunerConfig, bootstrap_trials, build_pruner

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from lightning_bge.data.batches.max_tokens import cut
+from lightning_bge.data.batches.micro_batches import cut_micro_batches
 from lightning_bge.data.batches.shards import balanced_shards
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.losses import LossConfig
@@ -63,7 +63,7 @@ def in_pieces(module: BGEClassifier, sequences: list[Tensor], labels: Tensor, ma
     module.net.zero_grad(set_to_none=True)
     for shard in balanced_shards(lengths, ranks):
         micro = []
-        for run in cut(lengths[shard], max_tokens):
+        for run in cut_micro_batches(lengths[shard], max_tokens):
             rows = shard[run].tolist()
             seen += rows
             micro.append(micro_batch([sequences[row] for row in rows], labels[rows]))

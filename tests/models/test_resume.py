@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from lightning_bge.data.batches.max_tokens import BatchingConfig
+from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.tables.splits import SplitConfig
 from lightning_bge.models.classifier import BGEClassifier

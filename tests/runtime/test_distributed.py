@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from lightning_bge.data.batches.max_tokens import BatchingConfig
+from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.classifier import BGEClassifier
@@ -105,7 +105,7 @@ def train(
         dropout=dropout,
         dtype=dtype,
     )
-    batching = BatchingConfig(max_tokens=64, eval_max_tokens=40, num_workers=0)
+    batching = BatchingConfig(max_tokens=64, eval_max_tokens=40)
     data = TextDataModule(
         files["model"],
         "multiclass",

@@ -22,6 +22,7 @@ from lightning_bge.callbacks.compile.callback import CompileLayers
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.callbacks.oom import OOMHandler
+from lightning_bge.data.batches.loader import BatchLoader
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.objective import TrialSetup
@@ -81,7 +82,7 @@ class OwnRun(Subject):
         if net.packed:  # type: ignore[union-attr]
             line = "model.attention: packed"
             found.append(Variation("padding", {"model.attention": "padded"}, True, "packed against padded", line))
-        workers = 0 if case.trainer.train_dataloader.choice.num_workers else 2  # type: ignore[union-attr]
+        workers = 0 if case.trainer.train_dataloader.num_workers else 2  # type: ignore[union-attr]
         if (
             not workers or case.seen.seconds(FETCH, MOVE) > WORTH * case.seen.cycle_seconds
         ):  # else they can bring nothing
@@ -158,8 +159,9 @@ def micro_batches(case: Case) -> list[Row]:
 
 def loader_workers(case: Case) -> Row:
     """Who assembles batches, and why."""
-    choice, asked = case.trainer.train_dataloader.choice, datamodule_of(case).batching.num_workers  # type: ignore[union-attr]
-    return Row("data", "loader workers", str(asked), str(choice.num_workers), "ok", choice.reason)
+    loader, asked = case.trainer.train_dataloader, datamodule_of(case).batching.num_workers
+    assert isinstance(loader, BatchLoader)
+    return Row("data", "loader workers", str(asked), str(loader.num_workers), "ok", loader.workers_reason)
 
 
 def warm_encoder(own: OwnRun) -> Row:

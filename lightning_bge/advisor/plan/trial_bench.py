@@ -58,12 +58,12 @@ class Sizes:
     @classmethod
     def of(cls, data: TextDataModule) -> Sizes:
         """Of a data module that is set up, over all its folds."""
-        lengths = data._dataset("train").tokens.lengths
+        lengths = data.lengths("train")
         train, validation = [], []
         for fold in range(data.num_folds):
             data.select_fold(fold)
             train.append(lengths[data.train_rows].sum())
-            validation.append(data._dataset("val").tokens.lengths[data.val_rows].sum())
+            validation.append(data.lengths("val")[data.val_rows].sum())
         steps = math.ceil(len(data.train_rows) / data.batch_size)
         return cls(float(np.mean(train)), float(np.mean(validation)), float(lengths.sum()), steps)
 
@@ -199,10 +199,7 @@ class Bench:
         data = setup.datamodule
         limits = {"limit_train_batches": self.steps, "limit_test_batches": 1, "max_epochs": self.epochs}
         if data.folds:
-            lengths = data._dataset("val").tokens.lengths
-            rows = data.folds[0][np.argsort(lengths[data.folds[0]], kind="stable")]
-            stride = max(1, len(rows) // max(VALIDATED, 2 * data.batch_size))
-            data.folds = (np.sort(rows[::stride]), *data.folds[1:])
+            data.limit_validation(max(VALIDATED, 2 * data.batch_size))
         else:
             limits["limit_val_batches"] = 1
 
@@ -254,4 +251,4 @@ class Bench:
     def test_tokens(self) -> int:
         """Of the test file, after `finish`; 0: there is none, or it is not scored."""
         data = self.setup.datamodule
-        return int(data._dataset("test").tokens.lengths.sum()) if self.refit and data.test_file is not None else 0
+        return int(data.lengths("test").sum()) if self.refit and data.test_file is not None else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 
 from lightning_bge.data.sample import write_sample
-from lightning_bge.data.tables.readers import TableConfig, read_table
+from lightning_bge.data.tables.readers import read_table
 from lightning_bge.models.tiny_bert import build_tiny_bert
 from lightning_bge.runtime.run_folder import create_run_dir
 
@@ -20,6 +20,6 @@ def run(args: list[str]) -> None:
     chosen = parser.parse_args(args)
     folder = create_run_dir(chosen.folder)
     write_sample(folder, seed=chosen.seed)
-    rows = read_table(folder / "train.csv", ("text", "criterion"), None, None, TableConfig())
+    rows = read_table(folder / "train.csv", ("text", "criterion"))
     build_tiny_bert(folder / "model", [text for row in rows.texts for text in row], seed=chosen.seed)
     print(f"{folder}: train.csv, test.csv, model/")

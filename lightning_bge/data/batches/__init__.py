@@ -1,1 +1,1 @@
-"""Effective batches of token ids, cut into micro-batches."""
+"""Effective batches in random order, cut into micro-batches by a maximum of tokens, and their loaders."""

@@ -1,4 +1,4 @@
-"""Raw labels to numbers."""
+"""Labels of files to numbers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fit_labels(
         raw: one raw label a row; multi-label: a list, or a string with names between separators.
         task: what the labels mean.
         names: the names in the wanted order; None: those found, in sorted order (as numbers where all are numbers).
-            Of two labels the one that sounds like a yes comes last.
+            Of two labels the one in `POSITIVE` comes last.
         separator: stands between the labels of a multi-label string.
 
     Returns:
@@ -87,7 +87,7 @@ def encode_labels(raw: Sequence[Any], names: Sequence[str], task: Task, where: s
     if unknown:
         raise DataError(
             f"{where}: label {unknown[0][1]!r} ({first_rows([row for row, _ in unknown])}, the first data row is 1) "
-            f"is not among the known labels {_show(names)}: mend the rows, or add them to the training file"
+            f"is not among the known labels {_show(names)}: fix the rows, or add them to the training file"
         )
     if task == "multilabel":
         encoded = np.zeros((len(rows), len(names)), dtype=np.float32)

@@ -64,7 +64,7 @@ class TableConfig:
 
 @dataclass
 class Table:
-    """The columns that were asked for.
+    """The requested columns of a file.
 
     Attributes:
         texts: one or two texts for each row.
@@ -82,11 +82,11 @@ class Table:
 def read_table(
     path: str | Path,
     text_columns: Sequence[str],
-    label_column: str | None,
-    group_column: str | None,
-    config: TableConfig,
+    *,
+    label_column: str | None = None,
+    group_column: str | None = None,
+    config: TableConfig = TableConfig(),
     max_rows: int | None = None,
-    need_labels: bool = True,
 ) -> Table:
     """Read the named columns of a file.
 
@@ -96,8 +96,7 @@ def read_table(
         label_column: its name, or None to read no labels.
         group_column: its name, or None to read no groups.
         config: format and quoting.
-        max_rows: keep only the first rows.
-        need_labels: False: a file without the label column is fine and gives `labels=None`.
+        max_rows: keep only the first rows. None: all.
 
     Raises:
         DataError: the file or a column is missing, there are no rows, a row is malformed, a text or group is empty.
@@ -105,20 +104,19 @@ def read_table(
     """
     path = Path(path).expanduser()
     if len(text_columns) not in (1, 2):
-        raise ConfigError(f"data.text_columns must name one or two columns, got {list(text_columns)}")
+        raise ConfigError(f"text_columns must name one or two columns, got {list(text_columns)}")
     if not path.is_file():
         raise DataError(f"data file {path} does not exist{' (it is a folder)' if path.is_dir() else ''}")
     if path.stat().st_size == 0:
         raise DataError(f"data file {path} is empty")
-    names = [*text_columns, *([label_column] if label_column else []), *([group_column] if group_column else [])]
-    optional = {label_column} if label_column and not need_labels else set()
-    columns = _read_columns(path, list(dict.fromkeys(names)), optional - set(text_columns), config)
+    names = [*text_columns, *filter(None, (label_column, group_column))]
+    columns = _read_columns(path, list(dict.fromkeys(names)), config)
     columns = {name: values[:max_rows] for name, values in columns.items()}
     if not columns[text_columns[0]]:
         raise DataError(f"data file {path} has a header but no rows")
     texts = [_texts(columns[name], name, path) for name in text_columns]
     groups = _texts(columns[group_column], group_column, path) if group_column else None
-    labels = columns.get(label_column) if label_column else None
+    labels = columns[label_column] if label_column else None
     return Table(list(zip(*texts, strict=True)), labels, groups, path)
 
 
@@ -142,7 +140,7 @@ def _texts(values: list[Any], column: str, path: Path) -> list[str]:
     return [str(value) for value in values]
 
 
-def _read_columns(path: Path, names: list[str], optional: set[str], config: TableConfig) -> dict[str, list[Any]]:
+def _read_columns(path: Path, names: list[str], config: TableConfig) -> dict[str, list[Any]]:
     kind = config.format if config.format != "auto" else ENDINGS.get(path.suffix.lower())
     if kind is None:
         raise DataError(
@@ -151,32 +149,29 @@ def _read_columns(path: Path, names: list[str], optional: set[str], config: Tabl
         )
     try:
         if kind == "jsonl":
-            return _read_jsonl(path, names, optional)
+            return _read_jsonl(path, names)
         if kind == "parquet":
-            return _read_parquet(path, names, optional)
+            return _read_parquet(path, names)
         quoting = kind == "csv" if config.quoting is None else config.quoting
-        return _read_delimited(path, names, optional, "," if kind == "csv" else "\t", quoting)
+        return _read_delimited(path, names, "," if kind == "csv" else "\t", quoting)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         _check_utf8(path, kind)
         raise DataError(f"data file {path} cannot be read as {kind}: {error}") from error
 
 
-def _select(there: Sequence[str], names: list[str], optional: set[str], path: Path) -> list[str]:
-    missing = [name for name in names if name not in there and name not in optional]
+def _check_names(names: list[str], known: Sequence[str], path: Path) -> None:
+    missing = [name for name in names if name not in known]
     if missing:
         raise DataError(
             f"data file {path} has no column {', '.join(map(repr, missing))}; its columns are "
-            f"{', '.join(map(repr, there))}. Set data.text_columns, data.label_column or data.group_column"
+            f"{', '.join(map(repr, known))}. Set text_columns, label_column or group_column"
         )
-    twice = [name for name in names if list(there).count(name) > 1]
+    twice = [name for name in names if list(known).count(name) > 1]
     if twice:
         raise DataError(f"data file {path} has more than one column {twice[0]!r}: rename one of them")
-    return [name for name in names if name in there]
 
 
-def _read_delimited(
-    path: Path, names: list[str], optional: set[str], delimiter: str, quoting: bool
-) -> dict[str, list[Any]]:
+def _read_delimited(path: Path, names: list[str], delimiter: str, quoting: bool) -> dict[str, list[Any]]:
     invalid: list[Any] = []
 
     def on_invalid(row: Any) -> str:
@@ -195,12 +190,12 @@ def _read_delimited(
         _check_quotes(path, delimiter)
     try:
         header = pacsv.open_csv(path, read, parse).schema.names
-        selected = _select(header, names, optional, path)
+        _check_names(names, header, path)
         # In a file of one column an empty line is an empty text, which has to be reported.
         parse.ignore_empty_lines = len(header) > 1
         convert = pacsv.ConvertOptions(
-            include_columns=selected,
-            column_types={name: pa.string() for name in selected},
+            include_columns=names,
+            column_types={name: pa.string() for name in names},
             strings_can_be_null=False,
         )
         return pacsv.read_csv(path, read, parse, convert).to_pydict()
@@ -211,7 +206,7 @@ def _read_delimited(
         number = "a row" if row.number is None else f"row {row.number - 1}"
         raise DataError(
             f"{path}: {number} (the first data row is 1) has {row.actual_columns} columns, "
-            f"expected {row.expected_columns}: {row.text[:80]!r}. Mend the row, or set data.table.quoting"
+            f"expected {row.expected_columns}: {row.text[:80]!r}. Fix the row, or set data.table.quoting"
         ) from error
 
 
@@ -243,7 +238,7 @@ def _check_utf8(path: Path, kind: str) -> None:
                 raise DataError(f"{path}: line {number} is not valid UTF-8 ({error}). Save it as UTF-8") from error
 
 
-def _read_jsonl(path: Path, names: list[str], optional: set[str]) -> dict[str, list[Any]]:
+def _read_jsonl(path: Path, names: list[str]) -> dict[str, list[Any]]:
     """Python's parser, not Arrow's: it names the line of an error and takes cells of different types."""
     rows: list[dict[str, Any]] = []
     numbers: list[int] = []
@@ -261,15 +256,15 @@ def _read_jsonl(path: Path, names: list[str], optional: set[str]) -> dict[str, l
             numbers.append(number)
     if not rows:
         raise DataError(f"data file {path} has no rows")
-    selected = _select(list(dict.fromkeys(key for row in rows for key in row)), names, optional, path)
+    _check_names(names, list(dict.fromkeys(key for row in rows for key in row)), path)
     for number, row in zip(numbers, rows, strict=True):
-        absent = [name for name in selected if name not in row]
+        absent = [name for name in names if name not in row]
         if absent:
             raise DataError(f"{path}: line {number} has no {absent[0]!r}; it has {', '.join(map(repr, row))}")
-    return {name: [row[name] for row in rows] for name in selected}
+    return {name: [row[name] for row in rows] for name in names}
 
 
-def _read_parquet(path: Path, names: list[str], optional: set[str]) -> dict[str, list[Any]]:
+def _read_parquet(path: Path, names: list[str]) -> dict[str, list[Any]]:
     file = pq.ParquetFile(path)
-    selected = _select(file.schema_arrow.names, names, optional, path)
-    return file.read(columns=selected).to_pydict()
+    _check_names(names, file.schema_arrow.names, path)
+    return file.read(columns=names).to_pydict()

@@ -53,21 +53,20 @@ class SplitConfig:
 
 
 def make_folds(
-    n: int,
-    task: Task,
     labels: np.ndarray,
-    groups: np.ndarray | None,
+    task: Task,
     config: SplitConfig,
+    *,
+    groups: np.ndarray | None = None,
     label_names: Sequence[str] = (),
 ) -> list[np.ndarray]:
     """Validation rows of each fold.
 
     Args:
-        n: number of rows.
+        labels: encoded labels of N rows, [N] or [N, L].
         task: what the labels mean.
-        labels: encoded labels, [N] or [N, L].
-        groups: int64 [N]; rows of a group stay on one side. None: rows are independent.
         config: number of folds or size of the single split, and the seed.
+        groups: int64 [N]; rows of a group stay on one side. None: rows are independent.
         label_names: for error messages.
 
     Returns:
@@ -77,16 +76,17 @@ def make_folds(
         DataError: too few rows, groups or rows of a class; a fold that is empty or misses a class.
     """
     classes = labels.astype(np.int64) if task in ("binary", "multiclass") else None
+    rows = _Rows(len(labels), classes, groups, label_names)
     parts = config.folds if config.folds > 1 or groups is None else max(2, round(1 / config.val_fraction))
-    _check_counts(n, classes, groups, max(2, parts), config, label_names)
+    _check_counts(rows, max(2, parts), "data.split.folds" if config.folds > 1 else "data.split.val_fraction")
     stratified = config.stratified and classes is not None
     splitter = _splitter(parts, stratified, groups is not None, config)
     try:
-        folds = [validation for _, validation in splitter.split(np.zeros(n), classes if stratified else None, groups)]
+        split = splitter.split(np.zeros(rows.n), classes if stratified else None, groups)
+        folds = [np.sort(validation).astype(np.int64) for _, validation in split][: config.folds]
     except ValueError as error:
         raise DataError(f"the training rows cannot be split: {error}. Change data.split") from error
-    folds = [np.sort(fold).astype(np.int64) for fold in folds[: config.folds]]
-    _check_folds(folds, n, classes, groups, label_names)
+    _check_folds(rows, folds)
     return folds
 
 
@@ -112,53 +112,49 @@ def _splitter(parts: int, stratified: bool, grouped: bool, config: SplitConfig) 
     return kinds[stratified, grouped](parts, shuffle=True, random_state=config.seed)
 
 
-def _check_counts(
-    n: int,
-    classes: np.ndarray | None,
-    groups: np.ndarray | None,
-    parts: int,
-    config: SplitConfig,
-    label_names: Sequence[str],
-) -> None:
-    """What scikit-learn would answer with a warning or an obscure error."""
-    setting = "data.split.folds" if config.folds > 1 else "data.split.val_fraction"
-    unit = "rows" if groups is None else "groups"
-    there = n if groups is None else len(np.unique(groups))
-    if there < parts:
-        raise DataError(f"{there} {unit} cannot be split into {parts} parts: change {setting}, or give more {unit}")
-    for code in () if classes is None else np.unique(classes):
-        of_class = classes == code
-        count = int(of_class.sum()) if groups is None else len(np.unique(groups[of_class]))
+@dataclass(frozen=True)
+class _Rows:
+    """The rows to split: how many, their classes and groups (None: there are none), and the classes' names."""
+
+    n: int
+    classes: np.ndarray | None
+    groups: np.ndarray | None
+    label_names: Sequence[str]
+
+    def name(self, code: int) -> str:
+        return repr(self.label_names[code]) if self.label_names else str(code)
+
+
+def _check_counts(rows: _Rows, parts: int, option: str) -> None:
+    """Report what scikit-learn would answer with a warning or an obscure error."""
+    unit = "rows" if rows.groups is None else "groups"
+    available = rows.n if rows.groups is None else len(np.unique(rows.groups))
+    if available < parts:
+        raise DataError(f"{available} {unit} cannot be split into {parts} parts: change {option}, or give more {unit}")
+    for code in () if rows.classes is None else np.unique(rows.classes):
+        of_class = rows.classes == code
+        count = int(of_class.sum()) if rows.groups is None else len(np.unique(rows.groups[of_class]))
         if count < parts:
             raise DataError(
-                f"class {_name(code, label_names)} is in {count} {unit}, too few for {parts} parts that all need it: "
-                f"change {setting}, or merge or drop the class"
+                f"class {rows.name(code)} is in {count} {unit}, too few for {parts} parts that all need it: "
+                f"change {option}, or merge or drop the class"
             )
 
 
-def _check_folds(
-    folds: Sequence[np.ndarray],
-    n: int,
-    classes: np.ndarray | None,
-    groups: np.ndarray | None,
-    label_names: Sequence[str],
-) -> None:
-    if len(folds) > 1 and not np.array_equal(np.sort(np.concatenate(folds)), np.arange(n)):
+def _check_folds(rows: _Rows, folds: Sequence[np.ndarray]) -> None:
+    every = np.arange(rows.n)
+    if len(folds) > 1 and not np.array_equal(np.sort(np.concatenate(folds)), every):
         raise AssertionError("a row is missing from the folds, or is in two of them")
-    mend = "Use fewer folds, another data.split.seed, or more data"
+    remedy = "Use fewer folds, another data.split.seed, or more data"
     for number, fold in enumerate(folds):
-        training = np.setdiff1d(np.arange(n), fold)
+        training = np.setdiff1d(every, fold)
         if not len(fold) or not len(training):
-            raise DataError(f"fold {number} would have no rows on one side. {mend}")
-        if groups is not None and np.intersect1d(groups[fold], groups[training]).size:
+            raise DataError(f"fold {number} would have no rows on one side. {remedy}")
+        if rows.groups is not None and np.intersect1d(rows.groups[fold], rows.groups[training]).size:
             raise AssertionError(f"fold {number} has a group on both sides")
-        for side, rows in (("validation", fold), ("training", training)):
-            for code in () if classes is None else np.setdiff1d(classes, classes[rows]):
+        for side, chosen in (("validation", fold), ("training", training)):
+            for code in () if rows.classes is None else np.setdiff1d(rows.classes, rows.classes[chosen]):
                 raise DataError(
-                    f"fold {number} has no row of class {_name(code, label_names)} on its {side} side. {mend}, "
+                    f"fold {number} has no row of class {rows.name(code)} on its {side} side. {remedy}, "
                     "or merge or drop the class"
                 )
-
-
-def _name(code: int, label_names: Sequence[str]) -> str:
-    return repr(label_names[code]) if label_names else str(code)

@@ -57,7 +57,7 @@ class TokenArrays:
 
 
 def hash_texts(texts: Sequence[tuple[str, ...]]) -> str:
-    """Sha256 (hex) of rows of texts; each text is preceded by its length, so no two lists look the same."""
+    """Sha256 (hex) of rows of texts; each text is preceded by its length, so no two lists have the same hash."""
     digest = hashlib.sha256()
     for row in texts:
         digest.update(len(row).to_bytes(1, "little"))
@@ -71,7 +71,7 @@ def hash_texts(texts: Sequence[tuple[str, ...]]) -> str:
 def tokenize_cached(
     texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int, cache_dir: str | Path | None = None
 ) -> TokenArrays:
-    """Token ids of rows of one or two texts, from the cache where they are there.
+    """Token ids of rows of one or two texts, from the cache where it has them.
 
     Truncated as `tokenizer(a, b, truncation=True, max_length=max_length)` does it: the longer text loses tokens first.
 
@@ -82,7 +82,7 @@ def tokenize_cached(
         cache_dir: folder of the cache; None: `default_cache_dir()`.
 
     Raises:
-        DataError: the folder cannot be written or is full, or a row gives no token at all.
+        DataError: the folder cannot be written or is full, or a row has no token at all.
     """
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
     parts = (_VERSION, tokenizers.__version__, tokenizer_fingerprint(tokenizer), hash_texts(texts), str(max_length))
@@ -101,30 +101,32 @@ def open_tokens(path: Path, rows: int | None = None) -> TokenArrays:
     """Map a cache file.
 
     Raises:
-        ValueError, pyarrow.ArrowInvalid: the file is cut short, or does not hold what it says or `rows` rows.
+        ValueError, pyarrow.ArrowInvalid: the file is cut short, or has not as many rows as its header or `rows` says.
     """
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     if reader.num_record_batches != 1:
         raise ValueError(f"{reader.num_record_batches} record batches, expected 1")
     batch = reader.get_batch(0)
-    said = (reader.schema.metadata or {}).get(b"rows")
-    if said != str(batch.num_rows).encode() or rows not in (None, batch.num_rows):
-        raise ValueError(f"{batch.num_rows} rows, its header says {said!r}, expected {rows}")
+    header = (reader.schema.metadata or {}).get(b"rows")
+    if header != str(batch.num_rows).encode() or rows not in (None, batch.num_rows):
+        raise ValueError(f"{batch.num_rows} rows, its header says {header!r}, expected {rows}")
     ids = batch.column("input_ids")
     offsets = ids.offsets.to_numpy()
     types = batch.column("token_type_ids").values.to_numpy() if "token_type_ids" in batch.schema.names else None
     return TokenArrays(ids.values.to_numpy(), offsets, types, np.diff(offsets).astype(np.int32), Path(path))
 
 
-def list_cache(folder: str | Path | None = None) -> list[Path]:
-    """The files of the cache."""
-    return sorted((default_cache_dir() if folder is None else Path(folder).expanduser()).glob("*.arrow"))
-
-
 def clear_cache(folder: str | Path | None = None) -> int:
-    """Delete the files of the cache and return the bytes that this frees; who has a file open keeps it."""
+    """Delete the files of the token cache; a process that has a file open keeps its content.
+
+    Args:
+        folder: of the cache; None: `default_cache_dir()`.
+
+    Returns:
+        The bytes that this frees.
+    """
     freed = 0
-    for path in list_cache(folder):
+    for path in (default_cache_dir() if folder is None else Path(folder).expanduser()).glob("*.arrow"):
         freed += path.stat().st_size
         path.unlink(missing_ok=True)
     return freed
@@ -157,7 +159,7 @@ def _tokenize(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int)
 
 
 def _write(path: Path, batch: pa.RecordBatch) -> None:
-    """Write a whole file under another name and then rename it, so that nobody ever sees half of it."""
+    """Write a whole file under another name and then rename it, so that no process ever reads half a file."""
     temporary: str | None = None
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -173,7 +175,7 @@ def _write(path: Path, batch: pa.RecordBatch) -> None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = f"the disk is full, {batch.nbytes:,} bytes are needed" if full else str(error)
         raise DataError(
-            f"cannot write the token cache in {path.parent}: {reason}. Make room, or set data.cache_dir or the "
+            f"cannot write the token cache in {path.parent}: {reason}. Make room, or set cache_dir or the "
             f"environment variable {CACHE_ENV} to another folder"
         ) from error
     finally:
@@ -182,7 +184,7 @@ def _write(path: Path, batch: pa.RecordBatch) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Delete what killed processes left behind; a file younger than a day may be somebody's work."""
+    """Delete what killed processes left behind; a file younger than a day may still be written."""
     for leftover in folder.glob("*.tmp"):
         try:
             if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:

@@ -1,4 +1,4 @@
-"""Load a tokenizer, and tell whether two tokenizers give the same tokens."""
+"""Load a tokenizer, identify it by a hash, and find its length limit."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ def load_tokenizer(name_or_path: str, revision: str | None = None, trust_remote_
     name = str(Path(name_or_path).expanduser()) if name_or_path.startswith("~") else name_or_path
     folder = Path(name)
     if not name:
-        raise ConfigError("data.tokenizer is empty: name a tokenizer, or a model folder that holds one")
+        raise ConfigError("tokenizer is empty: name a tokenizer, or a model folder that holds one")
     if not folder.is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
         raise DataError(f"tokenizer folder {name} does not exist")
-    mend = f"Save the tokenizer there (tokenizer.save_pretrained({name!r})), or name another model"
+    remedy = f"Save the tokenizer there (tokenizer.save_pretrained({name!r})), or name another model"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and tokenizers raise many types, bare Exception among them
         if folder.is_dir():
-            raise DataError(f"folder {name} holds no usable tokenizer ({_first_line(error)}). {mend}") from error
+            raise DataError(f"folder {name} holds no usable tokenizer ({_first_line(error)}). {remedy}") from error
         raise DataError(
             f"tokenizer {name!r} cannot be loaded: {_first_line(error)} Check the spelling and the network, "
             "or give a folder that holds it"
         ) from error
-    # For a folder with a config.json alone transformers builds a tokenizer that knows nothing but special tokens.
+    # For a folder with a config.json alone transformers builds a tokenizer that has only special tokens.
     files = set(tokenizer.vocab_files_names.values())
     if folder.is_dir() and files and not any((folder / file).is_file() for file in files):
-        raise DataError(f"folder {name} holds no tokenizer (none of {', '.join(sorted(files))}). {mend}")
+        raise DataError(f"folder {name} holds no tokenizer (none of {', '.join(sorted(files))}). {remedy}")
     if not tokenizer.is_fast:
         raise DataError(
-            f"tokenizer {name!r} ({type(tokenizer).__name__}) has no fast version, which is needed here: "
+            f"tokenizer {name!r} ({type(tokenizer).__name__}) has no fast version, which is required: "
             "convert it to a tokenizer.json, or name another model"
         )
     return tokenizer
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Sha256 (hex) of all that decides which tokens a fast tokenizer makes; independent of its path and past calls."""
+    """Sha256 (hex) of what decides which tokens a fast tokenizer makes; independent of its path and past calls."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Calls with truncation or padding leave their settings behind; we pass our own with each call.
     backend.pop("truncation", None)
@@ -76,9 +76,7 @@ def effective_max_length(tokenizer: Any, max_length: int, pair: bool) -> int:
         log.info("max_length lowered from %d to %d, the limit of the tokenizer", max_length, length)
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if length < special + 1 + pair:
-        raise ConfigError(
-            f"data.max_length must be at least {special + 1 + pair} ({special} special tokens), got {length}"
-        )
+        raise ConfigError(f"max_length must be at least {special + 1 + pair} ({special} special tokens), got {length}")
     return int(length)
 
 

@@ -20,7 +20,7 @@ from lightning_bge.advisor.audit.audit import AuditConfig, audit
 from lightning_bge.advisor.audit.checks_compute import Row
 from lightning_bge.advisor.audit.checks_search import objective_rows, pruner_row, search_rows
 from lightning_bge.advisor.audit.requested import Claims
-from lightning_bge.data.batches.max_tokens import BatchingConfig
+from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.pruning.config import PrunerConfig
@@ -525,7 +525,7 @@ def test_no_false_alarm_in_our_own(name: str, tmp_path: Path) -> None:
     folder = write_files(tmp_path)
     rows = (folder / "train.csv").read_text().splitlines()
     (folder / "train.csv").write_text("\n".join([*rows, *rows[1:], *rows[1:]]) + "\n")
-    data = small_data(folder, batching=BatchingConfig(**{"num_workers": 0, **batching}))
+    data = small_data(folder, batching=BatchingConfig(**batching))
     model = BGEClassifier(str(folder / "model"), **options)
     found = audit(model, data, {**CPU, **trainer}, Claims(effective_batch=8), WATCH)
     assert not found.alarms

@@ -127,7 +127,7 @@ def test_each_part_is_taken_to_its_real_size(tmp_path: Path, clock: Clock, prune
 def test_sizes_are_means_over_the_folds(tmp_path: Path, clock: Clock) -> None:
     _, build = bench_of(tmp_path, clock)
     data = build({"lr": 1e-3, "dropout": 0.1}).datamodule
-    lengths = data._dataset("train").tokens.lengths
+    lengths = data.lengths("train")
     assert Sizes.of(data) == Sizes(lengths.sum() / 2, lengths.sum() / 2, lengths.sum(), 5)
 
 

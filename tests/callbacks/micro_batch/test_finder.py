@@ -30,7 +30,6 @@ from lightning_bge.callbacks.micro_batch.cache import FILE, MicroBatchSizes
 from lightning_bge.callbacks.micro_batch.finder import MemoryConfig, MicroBatchFinder
 from lightning_bge.callbacks.micro_batch.probe import HostMeter
 from lightning_bge.callbacks.micro_batch.search import Answer, Room, Search, Try
-from lightning_bge.data.batches.max_tokens import BatchingConfig
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.classifier import BGEClassifier
@@ -996,7 +995,6 @@ def test_our_module_trains_the_same_after_the_search(tmp_path: Path, use: Use) -
     for finders in ([], [MicroBatchFinder(ALL)]):
         data = TextDataModule(
             folder, train_file=str(tmp_path / "train.tsv"), max_length=16, batch_size=4, cache_dir=str(tmp_path / "c"),
-            batching=BatchingConfig(num_workers=0),
         )  # fmt: skip
         data.setup("fit")
         made, make = [16], data.worst_case_batch

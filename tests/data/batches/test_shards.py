@@ -15,7 +15,9 @@ from hypothesis.extra.numpy import arrays
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_bge.data import encoded_file as source_module
-from lightning_bge.data.batches.max_tokens import BatchingConfig, EncodedDataset, EvalSampler
+from lightning_bge.data.batches.config import BatchingConfig
+from lightning_bge.data.batches.micro_batches import EncodedDataset
+from lightning_bge.data.batches.samplers import EvalSampler
 from lightning_bge.data.batches.shards import balanced_shards
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.tokens.cache import tokenize_cached
@@ -78,12 +80,12 @@ def rows_of(batch: Batch) -> list[int]:
 @pytest.mark.parametrize("size", [1, 2, 7, 40])
 def test_items_are_shards(dataset: EncodedDataset, size: int, ranks: int) -> None:
     rows = np.random.default_rng(size).permutation(40)[:size].tolist()
-    dataset.rank, dataset.ranks = 0, 1
+    dataset.set_rank(0, 1)
     whole = dataset[rows]
     assert whole.shard_tokens == ()
     found = []
     for rank in range(ranks):
-        dataset.rank, dataset.ranks = rank, ranks
+        dataset.set_rank(rank, ranks)
         batch = dataset[rows]
         found += rows_of(batch)
         if ranks > 1:
@@ -100,21 +102,19 @@ def test_items_are_shards(dataset: EncodedDataset, size: int, ranks: int) -> Non
 def test_evaluation_gives_each_row_to_one_rank(lengths: np.ndarray, ranks: int, tokens: int, skip: int) -> None:
     rows = np.arange(len(lengths))
     alone = EvalSampler(rows, lengths, tokens)
-    samplers = [EvalSampler(rows, lengths, tokens) for _ in range(ranks)]
-    for rank, sampler in enumerate(samplers):
-        sampler.rank, sampler.ranks = rank, ranks
+    samplers = [EvalSampler(rows, lengths, tokens, rank, ranks) for rank in range(ranks)]
     batches = [list(sampler) for sampler in samplers]
     assert {len(own) for own in batches} == {len(sampler) for sampler in samplers} == {-(-len(alone) // ranks)}
     turns = [batch for turn in zip(*batches, strict=True) for batch in turn]
     assert turns[: len(alone)] == list(alone)
     assert turns[len(alone) :] == [[]] * (len(turns) - len(alone))
     for sampler, own in zip(samplers, batches, strict=True):
-        sampler.skip = skip
+        sampler.skip(skip)
         assert list(sampler) == own[skip:]
 
 
 def test_an_empty_batch_goes_its_way(dataset: EncodedDataset) -> None:
-    dataset.rank, dataset.ranks = 0, 1
+    dataset.set_rank(0, 1)
     batch = dataset[[]]
     assert (batch.micro, batch.size, batch.tokens, batch.labels) == ((), 0, 0, None)
     assert batch.to("cpu").split(10) == batch
@@ -126,7 +126,7 @@ def trainer(rank: int, ranks: int) -> Any:
 
 @pytest.fixture
 def data(tokenizer_dir: str, pairs_file: Path, tmp_path: Path) -> TextDataModule:
-    batching = BatchingConfig(max_tokens=60, eval_max_tokens=60, num_workers=0)
+    batching = BatchingConfig(max_tokens=60, eval_max_tokens=60)
     settings = {"cache_dir": str(tmp_path / "cache"), "batch_size": 7, "batching": batching}
     return TextDataModule(tokenizer_dir, train_file=str(pairs_file), **settings)
 
@@ -166,7 +166,7 @@ def test_one_process_of_a_machine_tokenises_for_all(data: TextDataModule, monkey
     assert data.schema is None  # without a trainer there is nothing to prepare for
     data.trainer = trainer(0, 2)
     data.prepare_data()
-    source_module.load_training.cache_clear()
+    source_module.load_training_file.cache_clear()
     source_module.load_file.cache_clear()
     monkeypatch.setattr("lightning_bge.data.tokens.cache._tokenize", None)  # another process finds all in the cache
     other = TextDataModule(

@@ -15,7 +15,7 @@ DEFAULT = TableConfig()
 
 
 def read(path: Path, config: TableConfig = DEFAULT, group: str | None = None, **options):  # type: ignore[no-untyped-def]
-    return read_table(path, ("a", "b"), "label", group, config, **options)
+    return read_table(path, ("a", "b"), label_column="label", group_column=group, config=config, **options)
 
 
 GOOD = [("x1", "y1"), ("x2", "y2")]
@@ -65,12 +65,10 @@ def test_options(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write("t.data", "a,b,label,g\nx1,y1,0,p\nx2,y2,1,q\n")
     table = read(path, TableConfig(format="csv"), "g", max_rows=1)
     assert (table.texts, table.labels, table.groups) == (GOOD[:1], ["0"], ["p"])
-    one = read_table(path, ("b",), None, None, TableConfig(format="csv"))
+    one = read_table(path, ("b",), config=TableConfig(format="csv"))
     assert (one.texts, one.labels) == ([("y1",), ("y2",)], None)
-    unlabelled = read_table(path, ("a",), "nothing", None, TableConfig(format="csv"), need_labels=False)
-    assert unlabelled.labels is None
     monkeypatch.setenv("HOME", str(path.parent))
-    assert read_table("~/t.data", ("a",), None, None, TableConfig(format="csv")).path == path
+    assert read_table("~/t.data", ("a",), config=TableConfig(format="csv")).path == path
 
 
 @pytest.mark.parametrize(
@@ -104,7 +102,7 @@ def test_faults(write: Write, name: str, content: str | bytes, message: str) -> 
 
 def test_empty_line_of_one_column_is_an_empty_text(write: Write) -> None:
     with pytest.raises(DataError, match="'a' is empty in 1 of 3 rows"):
-        read_table(write("t.csv", "a\nx\n\ny\n"), ("a",), None, None, DEFAULT)
+        read_table(write("t.csv", "a\nx\n\ny\n"), ("a",))
 
 
 def test_missing_file_and_columns(tmp_path: Path, write: Write) -> None:
@@ -113,7 +111,7 @@ def test_missing_file_and_columns(tmp_path: Path, write: Write) -> None:
     with pytest.raises(DataError, match="is a folder"):
         read(tmp_path)
     with pytest.raises(ConfigError, match="one or two"):
-        read_table(write("t.csv", "a\n1\n"), ("a", "b", "c"), None, None, DEFAULT)
+        read_table(write("t.csv", "a\n1\n"), ("a", "b", "c"))
     with pytest.raises(DataError, match="'g' is empty"):
         read(write("t.csv", "a,b,label,g\nx,y,0,\n"), group="g")
 

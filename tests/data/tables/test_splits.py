@@ -27,7 +27,7 @@ GROUPS = np.sort(RANDOM.integers(0, 25, N))
 def test_properties(task: Any, folds: int, grouped: bool, stratified: bool) -> None:
     config = SplitConfig(folds=folds, stratified=stratified)
     groups = GROUPS if grouped else None
-    result = make_folds(N, task, CLASSES[task], groups, config)
+    result = make_folds(CLASSES[task], task, config, groups=groups)
     assert len(result) == folds
     if folds > 1:
         assert np.array_equal(np.sort(np.concatenate(result)), np.arange(N))
@@ -42,9 +42,9 @@ def test_properties(task: Any, folds: int, grouped: bool, stratified: bool) -> N
         if stratified and task == "multiclass" and not grouped:
             parts = np.bincount(CLASSES[task][fold]) / len(fold)
             np.testing.assert_allclose(parts, np.bincount(CLASSES[task]) / N, atol=0.06)
-    again = make_folds(N, task, CLASSES[task], groups, config)
+    again = make_folds(CLASSES[task], task, config, groups=groups)
     assert folds_hash(result) == folds_hash(again)
-    other = make_folds(N, task, CLASSES[task], groups, SplitConfig(folds=folds, stratified=stratified, seed=7))
+    other = make_folds(CLASSES[task], task, SplitConfig(folds=folds, stratified=stratified, seed=7), groups=groups)
     assert folds_hash(result) != folds_hash(other)
 
 
@@ -52,7 +52,7 @@ def test_same_as_sklearn() -> None:
     labels = CLASSES["binary"]
     for reference, groups in ((StratifiedKFold, None), (StratifiedGroupKFold, GROUPS)):
         split = reference(4, shuffle=True, random_state=5).split(labels, labels, groups)
-        ours = make_folds(N, "binary", labels, groups, SplitConfig(folds=4, seed=5))
+        ours = make_folds(labels, "binary", SplitConfig(folds=4, seed=5), groups=groups)
         for (_, theirs), fold in zip(split, ours, strict=True):
             np.testing.assert_array_equal(fold, theirs)
 
@@ -64,17 +64,17 @@ def test_hash_sees_borders() -> None:
 def test_faults() -> None:
     labels = np.array([0, 0, 0, 0, 1, 1], dtype=np.float32)
     with pytest.raises(DataError, match=r"class 'yes' is in 2 rows, too few for 3 parts.*data\.split\.folds"):
-        make_folds(6, "binary", labels, None, SplitConfig(folds=3), ("no", "yes"))
+        make_folds(labels, "binary", SplitConfig(folds=3), label_names=("no", "yes"))
     with pytest.raises(DataError, match="2 groups cannot be split into 3 parts"):
-        make_folds(6, "binary", labels, np.array([0, 0, 0, 1, 1, 1]), SplitConfig(folds=3))
+        make_folds(labels, "binary", SplitConfig(folds=3), groups=np.array([0, 0, 0, 1, 1, 1]))
     with pytest.raises(DataError, match=r"2 groups cannot be split into 5 parts: change data\.split\.val_fraction"):
-        make_folds(6, "binary", labels, np.array([0, 0, 0, 1, 1, 1]), SplitConfig())
+        make_folds(labels, "binary", SplitConfig(), groups=np.array([0, 0, 0, 1, 1, 1]))
     with pytest.raises(DataError, match="class 1 is in 1 groups"):
-        make_folds(6, "binary", labels, np.array([0, 1, 2, 3, 4, 4]), SplitConfig(folds=2))
+        make_folds(labels, "binary", SplitConfig(folds=2), groups=np.array([0, 1, 2, 3, 4, 4]))
     with pytest.raises(DataError, match="2 rows cannot be split into 3"):
-        make_folds(2, "regression", labels[:2], None, SplitConfig(folds=3))
+        make_folds(labels[:2], "regression", SplitConfig(folds=3))
     with pytest.raises(DataError, match="cannot be split"):
-        make_folds(6, "binary", labels, None, SplitConfig(val_fraction=0.1))
+        make_folds(labels, "binary", SplitConfig(val_fraction=0.1))
 
 
 def test_class_missing_from_a_fold() -> None:
@@ -83,7 +83,7 @@ def test_class_missing_from_a_fold() -> None:
 
     def split_with_many_seeds() -> None:
         for seed in range(20):
-            make_folds(20, "binary", labels, None, SplitConfig(2, stratified=False, seed=seed), ("no", "yes"))
+            make_folds(labels, "binary", SplitConfig(2, stratified=False, seed=seed), label_names=("no", "yes"))
 
     with pytest.raises(DataError, match=r"fold \d has no row of class 'yes' on its (training|validation) side"):
         split_with_many_seeds()
@@ -97,7 +97,7 @@ def test_no_empty_or_poor_fold_with_few_groups() -> None:
         groups = np.repeat(np.arange(4), random.integers(1, 30, 4))
         labels = (random.random(len(groups)) < 0.4).astype(np.float32)
         try:
-            folds = make_folds(len(groups), "binary", labels, groups, SplitConfig(folds=3, seed=seed))
+            folds = make_folds(labels, "binary", SplitConfig(folds=3, seed=seed), groups=groups)
         except DataError:
             refused += 1
             continue

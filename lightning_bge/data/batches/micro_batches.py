@@ -1,0 +1,120 @@
+"""Cut effective batches into micro-batches of sequences laid end to end, by a maximum of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from lightning_bge.data.batches.shards import balanced_shards
+from lightning_bge.data.tokens.cache import TokenArrays
+from lightning_bge.types import Batch, MicroBatch
+
+
+def cut_micro_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Cut sequences into micro-batches of similar length.
+
+    Args:
+        lengths: tokens of each sequence, int [N].
+        max_tokens: the most tokens of a micro-batch; a longer sequence is a micro-batch of its own.
+
+    Returns:
+        For each micro-batch positions into `lengths`, int64; the longest come first, equal ones in the given order.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    ends = np.cumsum(lengths[order])
+    parts, start = [], 0
+    while start < len(order):
+        used = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, used + max_tokens, side="right")))
+        parts.append(order[start:stop])
+        start = stop
+    return parts
+
+
+class EncodedDataset(Dataset[Batch]):
+    """A file's rows as token ids and labels; an item is the `Batch` of a list of row numbers.
+
+    With several ranks an item holds this rank's shard of these rows.
+
+    Args:
+        tokens: token ids of all rows of the file.
+        labels: encoded labels of all rows, or None.
+        groups: int64 [N], a group number for each row, or None.
+        max_tokens: the most tokens of a micro-batch.
+    """
+
+    def __init__(
+        self, tokens: TokenArrays, labels: np.ndarray | None, groups: np.ndarray | None, max_tokens: int
+    ) -> None:
+        self.tokens, self.labels, self.groups, self.max_tokens = tokens, labels, groups, max_tokens
+        self.rank, self.ranks = 0, 1
+
+    def set_max_tokens(self, max_tokens: int) -> None:
+        """Change the most tokens of a micro-batch, for the items to come."""
+        self.max_tokens = max_tokens
+
+    def set_rank(self, rank: int, ranks: int) -> None:
+        """Choose whose shard an item is: that of `rank` (from 0), of `ranks` in all."""
+        self.rank, self.ranks = rank, ranks
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Sequence[int]) -> Batch:
+        chosen = np.asarray(rows, dtype=np.int64)
+        shard_tokens: tuple[int, ...] = ()
+        if self.ranks > 1:
+            shards = [chosen[shard] for shard in balanced_shards(self.tokens.lengths[chosen], self.ranks)]
+            chosen, shard_tokens = shards[self.rank], tuple(int(self.tokens.lengths[shard].sum()) for shard in shards)
+        parts = cut_micro_batches(self.tokens.lengths[chosen], self.max_tokens)
+        return Batch(tuple(self._micro_batch(chosen[part]) for part in parts), shard_tokens)
+
+    def worst_case(self, sequences: int, length: int) -> Batch:
+        """One micro-batch of sequences that all have `length` tokens, with random ids, labels, groups of the file."""
+        random = np.random.default_rng(sequences)
+        rows, tokens = random.integers(len(self), size=sequences), self.tokens
+        total = sequences * length
+        types = tokens.token_type_ids
+        made = TokenArrays(
+            input_ids=random.integers(self._highest_id + 1, size=total, dtype=np.int32),
+            offsets=np.arange(sequences + 1) * length,
+            token_type_ids=None if types is None else types[np.arange(total) % len(types)],
+            lengths=np.full(sequences, length, dtype=np.int32),
+            path=tokens.path,
+        )
+        labels = None if self.labels is None else self.labels[rows]
+        groups = None if self.groups is None else self.groups[rows]
+        return EncodedDataset(made, labels, groups, total)[range(sequences)]
+
+    @cached_property
+    def _highest_id(self) -> int:
+        return int(self.tokens.input_ids.max())
+
+    def _micro_batch(self, rows: np.ndarray) -> MicroBatch:
+        tokens = self.tokens
+        lengths = tokens.lengths[rows].astype(np.int64)
+        ends = np.cumsum(lengths)
+        total = np.arange(ends[-1])
+        # Where each token of the micro-batch is in its own sequence, and then in the file.
+        positions = total - np.repeat(ends - lengths, lengths)
+        source = positions + np.repeat(tokens.offsets[rows], lengths)
+        types = tokens.token_type_ids
+
+        def pick(values: np.ndarray | None) -> torch.Tensor | None:
+            return None if values is None else torch.from_numpy(values[rows])
+
+        return MicroBatch(
+            input_ids=torch.from_numpy(tokens.input_ids[source].astype(np.int64)),
+            positions=torch.from_numpy(positions),
+            cu_seqlens=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
+            lengths=tuple(lengths.tolist()),
+            rows=torch.from_numpy(rows),
+            token_type_ids=None if types is None else torch.from_numpy(types[source].astype(np.int64)),
+            labels=pick(self.labels),
+            groups=pick(self.groups),
+        )
