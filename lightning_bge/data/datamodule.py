@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from lightning_bge.data.batches.config import AUTO_MAX_TOKENS, BatchingConfig
 from lightning_bge.data.batches.loader import BatchLoader
 from lightning_bge.data.batches.micro_batches import EncodedDataset
-from lightning_bge.data.batches.samplers import EffectiveBatchSampler, EvalSampler
+from lightning_bge.data.batches.samplers import EffectiveBatchSampler, eval_batches
 from lightning_bge.data.encoded_file import Source, TokenizerKey, load_file, load_training_file, stamp
 from lightning_bge.data.tables.labels import encode_labels, fit_labels
 from lightning_bge.data.tables.readers import TableConfig, read_table
@@ -53,7 +53,7 @@ class TextDataModule(LightningDataModule):
             ~/.cache/lightning-bge.
         table: how files are read. This and the next two may be dicts of their fields, such as `split={"folds": 3}`.
         split: how the training file is split.
-        batching: how batches are made.
+        batching: how rows become batches.
         trust_remote_code: run code that comes with the tokenizer.
         revision: version of a tokenizer on the hub.
 
@@ -64,8 +64,7 @@ class TextDataModule(LightningDataModule):
         folds_hash: sha256 of the folds.
         data_hash: sha256 of the training file's texts, labels and groups.
         train_labels: encoded labels of all rows of the training file.
-        train_groups: int64 group numbers of these rows, or None.
-        group_names: the names behind the numbers.
+        group_names: the groups of the training file, in the order of their numbers in a micro-batch's `groups`.
 
     Raises:
         ConfigError: an argument has a wrong value, or does not go with another.
@@ -114,7 +113,6 @@ class TextDataModule(LightningDataModule):
         self.folds = ()
         self.folds_hash = self.data_hash = ""
         self.train_labels: np.ndarray | None = None
-        self.train_groups: np.ndarray | None = None
         self.group_names: tuple[str, ...] = ()
         self._fold: int | None = self.split.fold
         auto = self.batching.max_tokens == "auto"
@@ -167,7 +165,7 @@ class TextDataModule(LightningDataModule):
         file = training.file
         self.schema = Schema(self.task, training.label_names, self.text_columns, file.max_length)
         self.folds, self.folds_hash, self.data_hash = training.folds, training.folds_hash, file.data_hash
-        self.train_labels, self.train_groups, self.group_names = training.labels, file.groups, file.group_names
+        self.train_labels, self.group_names = training.labels, file.group_names
         limits = {"train": self.micro_batch_size, "val": self.eval_micro_batch_size}
         for name in ("train", "val") if self.val_file is None else ("train",):
             self._datasets[name] = EncodedDataset(file.tokens, training.labels, file.groups, limits[name])
@@ -336,7 +334,7 @@ class TextDataModule(LightningDataModule):
     # ------------------------------------------------------------------ loaders
 
     def new_tokenizer(self) -> Any:
-        """A fresh tokenizer, to be saved beside an exported model: the one in use carries truncation settings."""
+        """A fresh tokenizer, to be saved with an exported model: the one in use carries truncation settings."""
         return load_tokenizer(self.tokenizer, self.revision, self.trust_remote_code)
 
     def train_dataloader(self) -> BatchLoader:
@@ -362,8 +360,8 @@ class TextDataModule(LightningDataModule):
     def _eval_loader(self, name: Split, rows: np.ndarray | None = None) -> BatchLoader:
         dataset = self._dataset(name)
         rows = np.arange(len(dataset)) if rows is None else rows
-        sampler = EvalSampler(rows, dataset.tokens.lengths, self.eval_micro_batch_size, *self._rank())
-        return BatchLoader(dataset, sampler, self.batching)
+        batches = eval_batches(rows, dataset.tokens.lengths, self.eval_micro_batch_size, *self._rank())
+        return BatchLoader(dataset, batches, self.batching)
 
     def _dataset(self, name: Split) -> EncodedDataset:
         if name not in self._datasets:

@@ -22,7 +22,7 @@ Stamp = tuple[tuple[str, int, int], ...]
 
 
 def stamp(path: str | Path) -> Stamp:
-    """Name, time of change (ns) and size of a file or of the files of a folder; empty where there is none."""
+    """Name, time of change (ns) and size of a file or of the files of a folder; empty where it does not exist."""
     path = Path(path).expanduser()
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
     found = [(str(file.resolve()), file.stat()) for file in files if file.is_file()]
@@ -44,7 +44,7 @@ class Source:
     """A file and everything that decides how it is encoded.
 
     Attributes:
-        stamp: of the file, so that a file that has changed is read again.
+        stamp: of the file, so that a changed file is not taken for the one read before.
         max_rows: keep only the first rows; None: all.
         max_length: the requested limit, before the tokenizer's own.
     """

@@ -1,9 +1,9 @@
-"""A generated sample of text pairs, to try everything without data of one's own.
+"""A generated sample of text pairs, to try everything without own data.
 
-The posts are messages to a shop. Each is asked against some criteria, such as `late delivery`: does it meet them? A
-post meets a criterion if one of its sentences is evidence for that criterion, whatever else it says. So the post alone
-tells little and the criterion alone nothing: a model has to read both. Some posts only mention a criterion's words
-(`The delivery was quick.`), and a few labels are wrong, as people err too.
+The posts are messages to a shop. Each is paired with some criteria, such as `late delivery`: does it meet them? A post
+meets a criterion if one of its sentences is evidence for that criterion, whatever else it says. So a model has to read
+both: the post alone says little, and the criterion alone nothing. Some posts only mention a criterion's words (`The
+delivery was quick.`), and a few labels are wrong, as people err too.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ SLOTS = {
     "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
     "n": ("two", "three", "four", "five", "six", "nine", "ten"),
 }
-ASKED = 3  # criteria asked of a post
+CRITERIA_PER_POST = 3  # criteria that a post is paired with
 MET = 0.35  # share of the criteria that a post meets
-MENTIONED = 0.15  # share of the other criteria that it mentions all the same
+MENTIONED = 0.15  # share of the other criteria that it mentions
 LABEL_NOISE = 0.03  # share of the labels that are flipped
 
 
@@ -108,7 +108,7 @@ def write_sample(folder: str | Path, posts: int = 180, test_posts: int = 70, see
     60, a few have hundreds. The same seed gives the same files on every platform.
 
     Args:
-        folder: where to; it is made if need be.
+        folder: where to write; it is created if it does not exist.
         posts: number of posts in the training file. The default keeps a whole search on two cores under two minutes.
         test_posts: number of posts in the test file; they share none with the training file.
         seed: of everything that is drawn.
@@ -130,9 +130,9 @@ def write_sample(folder: str | Path, posts: int = 180, test_posts: int = 70, see
 
 def _rows(post_id: str, rng: Random) -> list[tuple[str, str, str, int]]:
     met = {criterion for criterion in CRITERIA if rng.random() < MET}
-    asked = rng.sample(list(CRITERIA), ASKED)
+    chosen = rng.sample(list(CRITERIA), CRITERIA_PER_POST)
     text = _text(met, rng)
-    return [(post_id, text, name, int((name in met) != (rng.random() < LABEL_NOISE))) for name in asked]
+    return [(post_id, text, name, int((name in met) != (rng.random() < LABEL_NOISE))) for name in chosen]
 
 
 def _text(met: set[str], rng: Random) -> str:

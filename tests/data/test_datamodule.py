@@ -35,7 +35,7 @@ def rows_of(loader: Any) -> list[int]:
     return [row for batch in loader for micro in batch.micro for row in micro.rows.tolist()]
 
 
-def test_single_split(make: Make) -> None:
+def test_a_single_split_of_the_training_file(make: Make) -> None:
     data = make()
     data.setup("fit")
     assert data.schema == Schema("binary", ("no", "yes"), ("text_a", "text_b"), 512)
@@ -54,12 +54,10 @@ def test_single_split(make: Make) -> None:
     np.testing.assert_array_equal(batch.labels, data.train_labels[rows])
 
 
-def test_folds_with_groups(make: Make) -> None:
+def test_folds_keep_groups_together(make: Make) -> None:
     data = make(group_column="group", split=SplitConfig(folds=3, fold=1))
     data.setup("fit")
-    assert data.train_groups is not None
     assert len(data.group_names) == 12
-    assert [data.group_names[code] for code in data.train_groups] == [f"g{row // 5}" for row in range(60)]
     assert rows_of(data.val_dataloader()) != []
     assert sorted(rows_of(data.val_dataloader())) == data.folds[1].tolist()
     validated = []
@@ -79,10 +77,10 @@ def test_folds_with_groups(make: Make) -> None:
     with pytest.raises(ConfigError, match="fold 3 does not exist"):
         data.select_fold(3)
     micro = next(iter(data.train_dataloader())).micro[0]
-    assert micro.groups.tolist() == data.train_groups[micro.rows].tolist()
+    assert [data.group_names[code] for code in micro.groups] == [f"g{row // 5}" for row in micro.rows.tolist()]
 
 
-def test_validation_file(make: Make, write: Write, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_validation_file_takes_the_place_of_folds(make: Make, write: Write, caplog: pytest.LogCaptureFixture) -> None:
     val = write("val.csv", "text_a,text_b,label,group\nw1,w2,yes,g1\nw3,w4,no,other\n")
     data = make(val_file=str(val), group_column="group")
     data.setup("fit")
@@ -98,7 +96,7 @@ def test_validation_file(make: Make, write: Write, caplog: pytest.LogCaptureFixt
         make(val_file=str(val), split=SplitConfig(folds=3))
 
 
-def test_hashes(make: Make, pairs_file: Path, tmp_path: Path) -> None:
+def test_hashes_follow_the_content_and_the_folds(make: Make, pairs_file: Path, tmp_path: Path) -> None:
     def hashes(**options: Any) -> tuple[str, str]:
         data = make(**options)
         data.setup("fit")
@@ -114,21 +112,21 @@ def test_hashes(make: Make, pairs_file: Path, tmp_path: Path) -> None:
     assert hashes(train_file=str(copy))[0] != first[0]
 
 
-def test_second_module_does_no_work(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_data_module_reads_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     make().setup("fit")
 
     def refuse(*args: Any) -> None:
-        raise AssertionError("read, tokenised or split again")
+        raise AssertionError("read, tokenised or split a second time")
 
     for name in ("read_table", "tokenize_cached", "hash_texts", "load_tokenizer", "make_folds", "encode_labels"):
         monkeypatch.setattr(encoded_file, name, refuse)
-    again = make(batch_size=5)
-    again.setup("fit")
-    assert len(rows_of(again.train_dataloader())) == 48
+    second = make(batch_size=5)
+    second.setup("fit")
+    assert len(rows_of(second.train_dataloader())) == 48
 
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel", "regression"])
-def test_other_tasks(make: Make, write: Write, task: Any) -> None:
+def test_labels_of_the_other_tasks(make: Make, write: Write, task: Any) -> None:
     cell = {"multiclass": lambda row: "abc"[row % 3], "multilabel": lambda row: ["a|b", "b", ""][row % 3]}
     lines = [f"w1 w{row % 40}\t{cell.get(task, lambda row: row / 7)(row)}" for row in range(30)]  # type: ignore[no-untyped-call]
     path = write("t.tsv", "text\tlabel\n" + "\n".join(lines) + "\n")
@@ -159,7 +157,7 @@ def test_max_rows_are_for_the_training_file(make: Make, pairs_file: Path) -> Non
     assert len(rows_of(data.test_dataloader())) == 60
 
 
-def test_balanced(make: Make) -> None:
+def test_balanced_batches_need_classes(make: Make) -> None:
     data = make(batching=BatchingConfig(balanced=True))
     data.setup("fit")
     assert data.train_labels is not None
@@ -172,7 +170,7 @@ def test_balanced(make: Make) -> None:
         make(task="regression", batching=BatchingConfig(balanced=True))
 
 
-def test_micro_batch_size(make: Make) -> None:
+def test_the_micro_batch_size_changes_in_existing_loaders(make: Make) -> None:
     data = make()
     data.setup("fit")
     loader = data.train_dataloader()
@@ -225,8 +223,8 @@ def test_worst_case_batches(make: Make) -> None:
             made, usual = getattr(micro, name), getattr(real, name)
             assert (made is None) == (usual is None), name
             assert made is None or (made.dtype, made.ndim) == (usual.dtype, usual.ndim), name
-    again = data.worst_case_batch(100, True).micro[0]
-    assert again.input_ids.tolist() == data.worst_case_batch(100, True).micro[0].input_ids.tolist()
+    same = data.worst_case_batch(100, True).micro[0]
+    assert same.input_ids.tolist() == data.worst_case_batch(100, True).micro[0].input_ids.tolist()
     assert len(data.worst_case_batch(1, True).micro[0].lengths) == 1  # at least one sequence
     fixed = make(max_length=16, batching=BatchingConfig(eval_max_tokens=48))
     fixed.setup("fit")
@@ -331,7 +329,7 @@ def test_new_tokenizer_is_clean(make: Make) -> None:
     assert data.new_tokenizer().backend_tokenizer.truncation is None
 
 
-def test_command_line(tokenizer_dir: str) -> None:
+def test_options_of_the_command_line(tokenizer_dir: str) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TextDataModule, "data")
     default = parser.parse_args([])

@@ -1,4 +1,4 @@
-"""A run that is interrupted after any step goes on with exactly the batches that it would have seen."""
+"""A run that is interrupted after any step resumes with exactly the batches that it would have seen."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from lightning_bge.data.sample import ASKED, CRITERIA, write_sample
+from lightning_bge.data.sample import CRITERIA, CRITERIA_PER_POST, write_sample
 
 Rows = list[dict[str, str]]
 
@@ -36,7 +36,7 @@ def train(folder: Path) -> Rows:
 def test_columns_sizes_and_labels(folder: Path, train: Rows) -> None:
     test = read(folder / "test.csv")
     assert list(train[0]) == list(test[0]) == ["post_id", "text", "criterion", "label"]
-    assert (len(train), len(test)) == (180 * ASKED, 70 * ASKED)
+    assert (len(train), len(test)) == (180 * CRITERIA_PER_POST, 70 * CRITERIA_PER_POST)
     for rows in (train, test):
         assert {row["label"] for row in rows} == {"0", "1"}
         assert 0.28 < np.mean([row["label"] == "1" for row in rows]) < 0.45
@@ -44,26 +44,26 @@ def test_columns_sizes_and_labels(folder: Path, train: Rows) -> None:
 
 
 def test_same_seed_same_bytes(folder: Path, tmp_path: Path) -> None:
-    again, other = write_sample(tmp_path / "again"), write_sample(tmp_path / "other", seed=1)
+    same, other = write_sample(tmp_path / "same"), write_sample(tmp_path / "other", seed=1)
     for name in ("train.csv", "test.csv"):
-        assert (folder / name).read_bytes() == (again / name).read_bytes()
+        assert (folder / name).read_bytes() == (same / name).read_bytes()
         assert (folder / name).read_bytes() != (other / name).read_bytes()
 
 
 def test_sizes_can_be_chosen(tmp_path: Path) -> None:
     write_sample(tmp_path, posts=4, test_posts=2)
-    assert len(read(tmp_path / "train.csv")) == 4 * ASKED
-    assert len(read(tmp_path / "test.csv")) == 2 * ASKED
+    assert len(read(tmp_path / "train.csv")) == 4 * CRITERIA_PER_POST
+    assert len(read(tmp_path / "test.csv")) == 2 * CRITERIA_PER_POST
 
 
-def test_a_post_is_asked_different_criteria_and_stands_in_one_file(folder: Path, train: Rows) -> None:
+def test_a_post_has_different_criteria_and_is_in_one_file(folder: Path, train: Rows) -> None:
     test = read(folder / "test.csv")
     assert not {row["post_id"] for row in train} & {row["post_id"] for row in test}
     by_post: dict[str, Rows] = {}
     for row in train + test:
         by_post.setdefault(row["post_id"], []).append(row)
     for rows in by_post.values():
-        assert len({row["criterion"] for row in rows}) == len(rows) == ASKED
+        assert len({row["criterion"] for row in rows}) == len(rows) == CRITERIA_PER_POST
         assert len({row["text"] for row in rows}) == 1
 
 
@@ -74,7 +74,7 @@ def test_no_placeholder_is_left(train: Rows) -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_lengths_have_a_long_tail(tmp_path: Path, seed: int) -> None:
     write_sample(tmp_path, posts=1000, test_posts=1, seed=seed)
-    lengths = np.array([len(row["text"].split()) for row in read(tmp_path / "train.csv")[::ASKED]])
+    lengths = np.array([len(row["text"].split()) for row in read(tmp_path / "train.csv")[::CRITERIA_PER_POST]])
     assert 10 <= np.median(lengths) <= 30
     assert np.mean((lengths >= 8) & (lengths <= 60)) > 0.85
     assert np.percentile(lengths, 99) > 5 * np.median(lengths)

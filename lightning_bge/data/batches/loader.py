@@ -6,17 +6,32 @@ import logging
 import multiprocessing
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.batches.micro_batches import EncodedDataset
-from lightning_bge.data.batches.samplers import EffectiveBatchSampler, EvalSampler
+from lightning_bge.data.batches.samplers import EffectiveBatchSampler
 from lightning_bge.types import Batch
 
 log = logging.getLogger(__name__)
+
+
+class _Remaining(Sampler[list[int]]):
+    """The batches of an epoch that are still to come."""
+
+    def __init__(self, batches: EffectiveBatchSampler | list[list[int]]) -> None:
+        self._batches, self._start = batches, 0
+
+    def start_at(self, number: int) -> None:
+        """Leave out this many batches at the start of each iteration."""
+        self._start = number
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return islice(self._batches, self._start, None)
 
 
 class BatchLoader:
@@ -24,15 +39,15 @@ class BatchLoader:
 
     It holds a `DataLoader` instead of being one: Lightning warns about few workers and replaces samplers where it finds
     the class itself, and both would be wrong here. Lightning calls `set_epoch` only after `iter()`, so nothing is drawn
-    before the first batch is asked for.
+    before the first batch is requested.
 
     Args:
         dataset: makes a batch of row numbers.
-        sampler: gives the row numbers of each batch.
+        sampler: the row numbers of each batch.
         config: worker processes and pinned memory.
 
     Attributes:
-        sampler: Lightning calls its `set_epoch`.
+        sampler: Lightning calls its `set_epoch`, if it has one.
         batch_sampler: None, as in a `DataLoader` whose sampler gives whole batches; Lightning reads it.
         num_workers: processes that assemble batches.
         persistent_workers: whether they are kept between epochs.
@@ -43,7 +58,7 @@ class BatchLoader:
     batch_sampler = None
 
     def __init__(
-        self, dataset: EncodedDataset, sampler: EffectiveBatchSampler | EvalSampler, config: BatchingConfig
+        self, dataset: EncodedDataset, sampler: EffectiveBatchSampler | list[list[int]], config: BatchingConfig
     ) -> None:
         self.sampler, self.num_workers = sampler, config.num_workers
         self.persistent_workers = config.persistent_workers and config.num_workers > 0
@@ -53,6 +68,7 @@ class BatchLoader:
             if config.num_workers
             else "rows are tokenised and in memory, and are assembled faster than a worker could hand them over"
         )
+        self._remaining = _Remaining(sampler)
         self._loader = self._data_loader(dataset, config.multiprocessing_context)
         self._epoch = self._served = 0
         self._resume: dict[str, Any] | None = None
@@ -67,7 +83,7 @@ class BatchLoader:
         # A state of another epoch, or of a whole one, has nothing left to skip.
         if resume is not None and resume["epoch"] == self._epoch and resume["batches"] < len(self):
             self._served = resume["batches"]
-        self.sampler.skip(self._served)
+        self._remaining.start_at(self._served)
         for batch in self._loader:
             self._served += 1
             yield batch
@@ -86,7 +102,7 @@ class BatchLoader:
         return DataLoader(
             dataset,
             batch_size=None,
-            sampler=self.sampler,
+            sampler=self._remaining,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             persistent_workers=self.persistent_workers,

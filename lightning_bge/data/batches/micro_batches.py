@@ -80,7 +80,7 @@ class EncodedDataset(Dataset[Batch]):
         rows, tokens = random.integers(len(self), size=sequences), self.tokens
         total = sequences * length
         types = tokens.token_type_ids
-        made = TokenArrays(
+        generated = TokenArrays(
             input_ids=random.integers(self._highest_id + 1, size=total, dtype=np.int32),
             offsets=np.arange(sequences + 1) * length,
             token_type_ids=None if types is None else types[np.arange(total) % len(types)],
@@ -89,7 +89,7 @@ class EncodedDataset(Dataset[Batch]):
         )
         labels = None if self.labels is None else self.labels[rows]
         groups = None if self.groups is None else self.groups[rows]
-        return EncodedDataset(made, labels, groups, total)[range(sequences)]
+        return EncodedDataset(generated, labels, groups, total)[range(sequences)]
 
     @cached_property
     def _highest_id(self) -> int:

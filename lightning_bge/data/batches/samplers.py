@@ -28,7 +28,7 @@ class EffectiveBatchSampler(Sampler[list[int]]):
 
     def __init__(self, rows: np.ndarray, batch_size: int, seed: int, classes: np.ndarray | None = None) -> None:
         self.rows, self.batch_size, self.seed = np.asarray(rows, dtype=np.int64), batch_size, seed
-        self.epoch = self._skip = 0
+        self.epoch = 0
         self.weights: np.ndarray | None = None
         if classes is not None:
             _, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
@@ -38,51 +38,35 @@ class EffectiveBatchSampler(Sampler[list[int]]):
         """Choose the epoch whose order comes next."""
         self.epoch = epoch
 
-    def skip(self, batches: int) -> None:
-        """Leave out the first batches of the next iteration, and of that one only."""
-        self._skip = batches
-
     def __iter__(self) -> Iterator[list[int]]:
-        skip, self._skip = self._skip, 0
         random = np.random.default_rng((self.seed, self.epoch))
         if self.weights is None:
             order = random.permutation(self.rows)
         else:
             order = random.choice(self.rows, size=len(self.rows), p=self.weights)
-        for start in range(skip * self.batch_size, len(order), self.batch_size):
+        for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size].tolist()
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
 
 
-class EvalSampler(Sampler[list[int]]):
+def eval_batches(
+    rows: np.ndarray, lengths: np.ndarray, max_tokens: int, rank: int = 0, ranks: int = 1
+) -> list[list[int]]:
     """Row numbers of one micro-batch after the other, longest sequences first, each row once.
 
-    Several ranks take the micro-batches in turns. All make as many, as Lightning needs it; the last may be empty.
+    Several ranks take the micro-batches in turns. All have as many, as Lightning needs it; the last may be empty.
 
     Args:
         rows: row numbers, int [N].
         lengths: tokens of every row of the file.
         max_tokens: the most tokens of a micro-batch.
-        rank: the rank that this sampler is for.
+        rank: the rank that takes them.
         ranks: number of ranks.
     """
-
-    def __init__(self, rows: np.ndarray, lengths: np.ndarray, max_tokens: int, rank: int = 0, ranks: int = 1) -> None:
-        rows = np.asarray(rows, dtype=np.int64)
-        batches = [rows[positions].tolist() for positions in cut_micro_batches(lengths[rows], max_tokens)]
-        self.batches: list[list[int]] = batches[rank::ranks]
-        self.batches += [[]] * (-(-len(batches) // ranks) - len(self.batches))
-        self._skip = 0
-
-    def skip(self, batches: int) -> None:
-        """Leave out the first batches of the next iteration, and of that one only."""
-        self._skip = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        skip, self._skip = self._skip, 0
-        return iter(self.batches[skip:])
-
-    def __len__(self) -> int:
-        return len(self.batches)
+    rows = np.asarray(rows, dtype=np.int64)
+    batches = [rows[positions].tolist() for positions in cut_micro_batches(lengths[rows], max_tokens)]
+    most = -(-len(batches) // ranks)
+    own = batches[rank::ranks]
+    return own + [[]] * (most - len(own))

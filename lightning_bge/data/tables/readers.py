@@ -35,7 +35,7 @@ class TableConfig:
     """How files are read.
 
     Args:
-        format: file format; auto goes by the ending (.csv, .tsv and .txt, .jsonl, .json and .ndjson, .parquet).
+        format: file format; auto: by the ending (.csv, .tsv and .txt, .jsonl, .json and .ndjson, .parquet).
         quoting: whether a double quote encloses a field of CSV or TSV. Unset: CSV yes, TSV no, because the TSV files
             of public data sets hold bare quotes.
         max_rows: read only the first rows of the training file, for a quick trial. Unset: all rows.
@@ -70,13 +70,11 @@ class Table:
         texts: one or two texts for each row.
         labels: a raw label (string, number or list) for each row, or None where no label column was read.
         groups: a group name for each row, or None where no group column was read.
-        path: the file.
     """
 
     texts: list[tuple[str, ...]]
     labels: list[Any] | None
     groups: list[str] | None
-    path: Path
 
 
 def read_table(
@@ -117,7 +115,7 @@ def read_table(
     texts = [_texts(columns[name], name, path) for name in text_columns]
     groups = _texts(columns[group_column], group_column, path) if group_column else None
     labels = columns[label_column] if label_column else None
-    return Table(list(zip(*texts, strict=True)), labels, groups, path)
+    return Table(list(zip(*texts, strict=True)), labels, groups)
 
 
 def first_rows(rows: Sequence[int]) -> str:

@@ -49,7 +49,7 @@ class SplitConfig:
         if not 0 < self.val_fraction <= 0.5:
             raise ConfigError(f"data.split.val_fraction must be above 0 and at most 0.5, got {self.val_fraction}")
         if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"data.split.seed must lie in 0 ... 2**32 - 1, got {self.seed}")
+            raise ConfigError(f"data.split.seed must be in 0 ... 2**32 - 1, got {self.seed}")
 
 
 def make_folds(

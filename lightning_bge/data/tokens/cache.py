@@ -91,7 +91,7 @@ def tokenize_cached(
         try:
             return open_tokens(path, rows=len(texts))
         except (pa.ArrowException, OSError, ValueError) as error:
-            log.warning("token cache %s cannot be read (%s): it is built anew", path, error)
+            log.warning("token cache %s cannot be read (%s): it is written once more", path, error)
     log.info("tokenising %d rows into %s", len(texts), path)
     _write(path, _tokenize(texts, tokenizer, max_length))
     return open_tokens(path, rows=len(texts))

@@ -52,7 +52,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None, trust_remote_
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Sha256 (hex) of what decides which tokens a fast tokenizer makes; independent of its path and past calls."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Calls with truncation or padding leave their settings behind; we pass our own with each call.
+    # Calls with truncation or padding leave their options behind; ours are passed with each call.
     backend.pop("truncation", None)
     backend.pop("padding", None)
     content = {
@@ -69,7 +69,7 @@ def effective_max_length(tokenizer: Any, max_length: int, pair: bool) -> int:
     """The length limit, lowered to what the tokenizer's model takes.
 
     Raises:
-        ConfigError: nothing of the text would be left beside the special tokens.
+        ConfigError: nothing of the text would be left besides the special tokens.
     """
     length = min(max_length, tokenizer.model_max_length)
     if length < max_length:

@@ -14,7 +14,7 @@ from lightning_bge.data.batches import loader as loader_module
 from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.batches.loader import BatchLoader
 from lightning_bge.data.batches.micro_batches import EncodedDataset
-from lightning_bge.data.batches.samplers import EffectiveBatchSampler, EvalSampler
+from lightning_bge.data.batches.samplers import EffectiveBatchSampler, eval_batches
 from lightning_bge.data.tokens.cache import tokenize_cached
 from tests.helpers.small_texts import random_texts
 
@@ -29,7 +29,7 @@ def dataset(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Encoded
 
 def test_an_evaluation_loader_gives_each_row_once_longest_first(dataset: EncodedDataset) -> None:
     rows = np.arange(3, 40)
-    loader = BatchLoader(dataset, EvalSampler(rows, dataset.tokens.lengths, 60), BatchingConfig())
+    loader = BatchLoader(dataset, eval_batches(rows, dataset.tokens.lengths, 60), BatchingConfig())
     for _ in range(2):
         batches = list(loader)
         assert len(batches) == len(loader)
@@ -133,8 +133,5 @@ def test_the_options_reach_the_data_loader(
 
 
 def test_no_rows_make_no_batch(dataset: EncodedDataset) -> None:
-    for sampler in (
-        EffectiveBatchSampler(np.arange(0), 7, 0),
-        EvalSampler(np.arange(0), dataset.tokens.lengths, 60),
-    ):
+    for sampler in (EffectiveBatchSampler(np.arange(0), 7, 0), eval_batches(np.arange(0), dataset.tokens.lengths, 60)):
         assert list(BatchLoader(dataset, sampler, BatchingConfig())) == []

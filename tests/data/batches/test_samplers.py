@@ -9,8 +9,8 @@ from lightning_bge.data.batches.samplers import EffectiveBatchSampler
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 5), st.data())
-def test_every_row_comes_once_an_epoch(n: int, batch_size: int, epoch: int, data: st.DataObject) -> None:
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 5))
+def test_every_row_comes_once_an_epoch(n: int, batch_size: int, epoch: int) -> None:
     rows = np.arange(100, 100 + 2 * n, 2)
     sampler = EffectiveBatchSampler(rows, batch_size, seed=1)
     sampler.set_epoch(epoch)
@@ -18,12 +18,9 @@ def test_every_row_comes_once_an_epoch(n: int, batch_size: int, epoch: int, data
     assert sorted(row for batch in batches for row in batch) == rows.tolist()
     assert len(batches) == len(sampler)
     assert all(len(batch) == batch_size for batch in batches[:-1])
-    again = EffectiveBatchSampler(rows, batch_size, seed=1)
-    again.set_epoch(epoch)
-    skip = data.draw(st.integers(0, len(batches)))
-    again.skip(skip)
-    assert list(again) == batches[skip:]
-    assert list(again) == batches  # a skip holds once
+    other = EffectiveBatchSampler(rows, batch_size, seed=1)
+    other.set_epoch(epoch)
+    assert list(other) == batches
 
 
 def test_order_depends_on_seed_and_epoch_only() -> None:

@@ -1,4 +1,4 @@
-"""What each rank gets of a batch, and of the rows to evaluate."""
+"""The shard of each rank: of an effective batch, and of the rows to evaluate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_bge.data import encoded_file as source_module
 from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.batches.micro_batches import EncodedDataset
-from lightning_bge.data.batches.samplers import EvalSampler
+from lightning_bge.data.batches.samplers import eval_batches
 from lightning_bge.data.batches.shards import balanced_shards
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.tokens.cache import tokenize_cached
@@ -30,20 +30,20 @@ LENGTHS = arrays(np.int32, st.integers(0, 60), elements=st.integers(1, 512))
 @given(LENGTHS, st.integers(1, 9))
 @example(np.array([512] + [1] * 5, dtype=np.int32), 2)
 @example(np.zeros(0, dtype=np.int32), 3)
-def test_shards(lengths: np.ndarray, ranks: int) -> None:
-    dealt = balanced_shards(lengths, ranks)
-    assert len(dealt) == ranks
-    assert sorted(np.concatenate(dealt).tolist()) == list(range(len(lengths)))  # disjoint, and nothing is left over
-    assert all(shard.dtype == np.int64 and shard.tolist() == sorted(shard.tolist()) for shard in dealt)
-    tokens = [int(lengths[shard].sum()) for shard in dealt]
+def test_shards_are_balanced_and_hold_each_row_once(lengths: np.ndarray, ranks: int) -> None:
+    shards = balanced_shards(lengths, ranks)
+    assert len(shards) == ranks
+    assert sorted(np.concatenate(shards).tolist()) == list(range(len(lengths)))  # disjoint, and nothing is left over
+    assert all(shard.dtype == np.int64 and shard.tolist() == sorted(shard.tolist()) for shard in shards)
+    tokens = [int(lengths[shard].sum()) for shard in shards]
     if len(lengths):
         assert max(tokens) - min(tokens) <= lengths.max()
         # Graham's bound: no schedule whatever is shorter by more than a third
         assert max(tokens) <= (4 / 3 - 1 / (3 * ranks)) * shortest_possible(lengths, ranks) + 1e-9 or len(lengths) > 6
     if len(lengths) >= ranks:
         assert min(tokens) > 0
-    again = balanced_shards(lengths.copy(), ranks)
-    assert all(np.array_equal(a, b) for a, b in zip(dealt, again, strict=True))
+    other = balanced_shards(lengths.copy(), ranks)
+    assert all(np.array_equal(a, b) for a, b in zip(shards, other, strict=True))
 
 
 def shortest_possible(lengths: np.ndarray, ranks: int) -> int:
@@ -98,22 +98,18 @@ def test_items_are_shards(dataset: EncodedDataset, size: int, ranks: int) -> Non
 
 
 @settings(deadline=None)
-@given(LENGTHS, st.integers(1, 5), st.integers(1, 600), st.integers(0, 9))
-def test_evaluation_gives_each_row_to_one_rank(lengths: np.ndarray, ranks: int, tokens: int, skip: int) -> None:
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 600))
+def test_evaluation_gives_each_row_to_one_rank(lengths: np.ndarray, ranks: int, tokens: int) -> None:
     rows = np.arange(len(lengths))
-    alone = EvalSampler(rows, lengths, tokens)
-    samplers = [EvalSampler(rows, lengths, tokens, rank, ranks) for rank in range(ranks)]
-    batches = [list(sampler) for sampler in samplers]
-    assert {len(own) for own in batches} == {len(sampler) for sampler in samplers} == {-(-len(alone) // ranks)}
-    turns = [batch for turn in zip(*batches, strict=True) for batch in turn]
-    assert turns[: len(alone)] == list(alone)
+    alone = eval_batches(rows, lengths, tokens)
+    ranked = [eval_batches(rows, lengths, tokens, rank, ranks) for rank in range(ranks)]
+    assert {len(own) for own in ranked} == {-(-len(alone) // ranks)}
+    turns = [batch for turn in zip(*ranked, strict=True) for batch in turn]
+    assert turns[: len(alone)] == alone
     assert turns[len(alone) :] == [[]] * (len(turns) - len(alone))
-    for sampler, own in zip(samplers, batches, strict=True):
-        sampler.skip(skip)
-        assert list(sampler) == own[skip:]
 
 
-def test_an_empty_batch_goes_its_way(dataset: EncodedDataset) -> None:
+def test_an_empty_batch_can_be_moved_and_split(dataset: EncodedDataset) -> None:
     dataset.set_rank(0, 1)
     batch = dataset[[]]
     assert (batch.micro, batch.size, batch.tokens, batch.labels) == ((), 0, 0, None)
@@ -127,38 +123,38 @@ def trainer(rank: int, ranks: int) -> Any:
 @pytest.fixture
 def data(tokenizer_dir: str, pairs_file: Path, tmp_path: Path) -> TextDataModule:
     batching = BatchingConfig(max_tokens=60, eval_max_tokens=60)
-    settings = {"cache_dir": str(tmp_path / "cache"), "batch_size": 7, "batching": batching}
-    return TextDataModule(tokenizer_dir, train_file=str(pairs_file), **settings)
+    options = {"cache_dir": str(tmp_path / "cache"), "batch_size": 7, "batching": batching}
+    return TextDataModule(tokenizer_dir, train_file=str(pairs_file), **options)
 
 
-def test_the_data_module_deals_to_the_trainers_ranks(data: TextDataModule) -> None:
+def test_each_rank_of_the_trainer_gets_its_shard(data: TextDataModule) -> None:
     data.setup("fit")
     alone = [list(loader) for loader in (data.train_dataloader(), data.val_dataloader())]
-    dealt = []
+    shards = []
     for rank in range(3):
         data.trainer = trainer(rank, 3)
         loaders = data.train_dataloader(), data.val_dataloader()
         assert len(loaders[0]) == len(alone[0])
-        dealt.append([list(loader) for loader in loaders])
+        shards.append([list(loader) for loader in loaders])
     for step, batch in enumerate(alone[0]):
-        parts = [own[0][step] for own in dealt]
+        parts = [own[0][step] for own in shards]
         assert sorted(row for part in parts for row in rows_of(part)) == sorted(rows_of(batch))
         assert {part.shard_tokens for part in parts} == {tuple(part.tokens for part in parts)}
-    evaluated = [row for own in dealt for batch in own[1] for row in rows_of(batch)]
+    evaluated = [row for own in shards for batch in own[1] for row in rows_of(batch)]
     assert sorted(evaluated) == sorted(row for batch in alone[1] for row in rows_of(batch))
     data.trainer = trainer(0, 1)  # a later run on one device
     assert [rows_of(batch) for batch in data.train_dataloader()] == [rows_of(batch) for batch in alone[0]]
     assert [rows_of(batch) for batch in data.val_dataloader()] == [rows_of(batch) for batch in alone[1]]
 
 
-def test_a_loader_of_a_rank_goes_on_within_an_epoch(data: TextDataModule) -> None:
+def test_a_loader_of_a_rank_resumes_within_an_epoch(data: TextDataModule) -> None:
     data.setup("fit")
     data.trainer = trainer(1, 2)
     loader = data.train_dataloader()
     whole = [rows_of(batch) for batch in loader]
-    again = data.train_dataloader()
-    again.load_state_dict({"epoch": 0, "batches": 3})
-    assert [rows_of(batch) for batch in again] == whole[3:]
+    resumed = data.train_dataloader()
+    resumed.load_state_dict({"epoch": 0, "batches": 3})
+    assert [rows_of(batch) for batch in resumed] == whole[3:]
 
 
 def test_one_process_of_a_machine_tokenises_for_all(data: TextDataModule, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from lightning_bge.errors import ConfigError, DataError
         (["0.5", 2], "regression", ()),
     ],
 )
-def test_fit(raw: list[Any], task: Any, names: tuple[str, ...]) -> None:
+def test_names_are_found_and_sorted(raw: list[Any], task: Any, names: tuple[str, ...]) -> None:
     assert fit_labels(raw, task) == names
 
 
@@ -46,19 +46,19 @@ def test_fit(raw: list[Any], task: Any, names: tuple[str, ...]) -> None:
         (["1", "1.0"], "regression", "nothing to learn"),
     ],
 )
-def test_fit_faults(raw: list[Any], task: Any, message: str) -> None:
+def test_labels_that_cannot_be_learnt_are_refused(raw: list[Any], task: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         fit_labels(raw, task)
 
 
-def test_given_names() -> None:
+def test_given_names_keep_their_order() -> None:
     assert fit_labels(["a", "b"], "binary", ["b", "a"]) == ("b", "a")
     for names in (["a", "a"], ["a", "b", "c"]):
         with pytest.raises(ConfigError, match="distinct names"):
             fit_labels(["a", "b"], "binary", names)
 
 
-def test_encode() -> None:
+def test_labels_become_numbers() -> None:
     binary = encode_labels(["yes", " no ", "yes"], ("no", "yes"), "binary", "f")
     np.testing.assert_array_equal(binary, np.array([1, 0, 1], dtype=np.float32), strict=True)
     classes = encode_labels([2, "1", 3.0], ("1", "2", "3"), "multiclass", "f")
@@ -87,6 +87,6 @@ def test_multilabel_agrees_with_sklearn() -> None:
         ([None], "regression", "has None"),
     ],
 )
-def test_encode_faults(raw: list[Any], task: Any, message: str) -> None:
+def test_labels_that_are_unknown_or_missing_are_refused(raw: list[Any], task: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         encode_labels(raw, ("a", "b"), task, "f")

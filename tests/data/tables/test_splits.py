@@ -24,7 +24,7 @@ GROUPS = np.sort(RANDOM.integers(0, 25, N))
 @pytest.mark.parametrize("folds", [1, 3])
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("stratified", [False, True])
-def test_properties(task: Any, folds: int, grouped: bool, stratified: bool) -> None:
+def test_folds_hold_each_row_once_and_keep_groups(task: Any, folds: int, grouped: bool, stratified: bool) -> None:
     config = SplitConfig(folds=folds, stratified=stratified)
     groups = GROUPS if grouped else None
     result = make_folds(CLASSES[task], task, config, groups=groups)
@@ -57,11 +57,11 @@ def test_same_as_sklearn() -> None:
             np.testing.assert_array_equal(fold, theirs)
 
 
-def test_hash_sees_borders() -> None:
+def test_the_hash_depends_on_the_borders_of_folds() -> None:
     assert folds_hash([np.array([0, 1]), np.array([2])]) != folds_hash([np.array([0]), np.array([1, 2])])
 
 
-def test_faults() -> None:
+def test_too_few_rows_groups_or_classes_are_refused() -> None:
     labels = np.array([0, 0, 0, 0, 1, 1], dtype=np.float32)
     with pytest.raises(DataError, match=r"class 'yes' is in 2 rows, too few for 3 parts.*data\.split\.folds"):
         make_folds(labels, "binary", SplitConfig(folds=3), label_names=("no", "yes"))
@@ -89,7 +89,7 @@ def test_class_missing_from_a_fold() -> None:
         split_with_many_seeds()
 
 
-def test_no_empty_or_poor_fold_with_few_groups() -> None:
+def test_no_fold_is_empty_or_lacks_a_class() -> None:
     """StratifiedGroupKFold is approximate: whatever it does, folds are whole or an error says why not."""
     refused = 0
     for seed in range(60):
@@ -108,6 +108,6 @@ def test_no_empty_or_poor_fold_with_few_groups() -> None:
 
 
 @pytest.mark.parametrize("bad", [{"folds": 0}, {"fold": 1}, {"val_fraction": 0.0}, {"val_fraction": 0.9}, {"seed": -1}])
-def test_config(bad: dict[str, Any]) -> None:
+def test_wrong_options_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"data.split.{next(iter(bad))}"):
         SplitConfig(**bad)

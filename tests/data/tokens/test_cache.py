@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 from sentence_transformers import CrossEncoder
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_bge.data.tokens import cache as cache_module
 from lightning_bge.data.tokens.cache import clear_cache, tokenize_cached
-from lightning_bge.data.tokens.tokenizer import effective_max_length, load_tokenizer, tokenizer_fingerprint
-from lightning_bge.errors import ConfigError, DataError
+from lightning_bge.errors import DataError
 from lightning_bge.runtime.cache_dir import default_cache_dir
-from tests.helpers.small_texts import WORDS, build_tokenizer, random_texts
+from tests.helpers.small_texts import build_tokenizer, random_texts
 
 # Python 3.12 warns of a fork beside threads; the children here start none and do not live long.
 forks = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -70,7 +69,7 @@ def test_same_as_cross_encoder(tokenizer: Any, tmp_path: Path) -> None:
     assert rows_of(tokenize_cached(texts, tokenizer, 10, tmp_path / "cache")) == kept
 
 
-def test_chunks(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_give_the_same_tokens(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = random_texts(50)
     whole = tokenize_cached(texts, tokenizer, 20, tmp_path / "a")
     monkeypatch.setattr(cache_module, "_CHUNK", 7)
@@ -84,7 +83,7 @@ def test_without_token_types(tmp_path: Path) -> None:
     assert tokenize_cached(random_texts(3), tokenizer, 20, tmp_path).token_type_ids is None
 
 
-def test_key(tokenizer: Any, tmp_path: Path) -> None:
+def test_the_key_depends_on_texts_tokenizer_and_length(tokenizer: Any, tmp_path: Path) -> None:
     texts = random_texts(5)
     tokenize_cached(texts, tokenizer, 20, tmp_path)
     tokenize_cached(list(texts), tokenizer, 20, tmp_path)
@@ -97,23 +96,6 @@ def test_key(tokenizer: Any, tmp_path: Path) -> None:
     assert len(files(tmp_path)) == 6
     assert clear_cache(tmp_path) > 0
     assert files(tmp_path) == []
-
-
-def test_fingerprint(tmp_path: Path) -> None:
-    tokenizer = build_tokenizer()
-    before = tokenizer_fingerprint(tokenizer)
-    for folder in ("a", "b"):
-        tokenizer.save_pretrained(tmp_path / folder)
-        assert tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path / folder)) == before
-    tokenizer(["w1 w2"], truncation=True, max_length=3, padding="max_length")
-    assert tokenizer_fingerprint(tokenizer) == before
-    others = [
-        build_tokenizer(do_lower_case=False),
-        build_tokenizer(truncation_side="left"),
-        build_tokenizer(model_input_names=["input_ids"]),
-        build_tokenizer(additional_special_tokens=["[X]"]),
-    ]
-    assert len({before, *map(tokenizer_fingerprint, others)}) == 5
 
 
 def test_modes_and_default_folder(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +117,7 @@ def test_pickle_maps_the_file(tokenizer: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "header only", "rows", "garbage"])
-def test_damaged_file_is_built_anew(
+def test_a_damaged_file_is_replaced(
     tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     texts = random_texts(200)
@@ -152,7 +134,7 @@ def test_damaged_file_is_built_anew(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
-def test_leftovers(tokenizer: Any, tmp_path: Path) -> None:
+def test_old_leftovers_are_removed(tokenizer: Any, tmp_path: Path) -> None:
     old, young = tmp_path / "a-1.tmp", tmp_path / "a-2.tmp"
     for path in (old, young):
         path.write_bytes(b"half a file")
@@ -232,7 +214,7 @@ def test_really_full_device(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.
         tokenize_cached(random_texts(3000), tokenizer, 20, tmp_path)
 
 
-def test_folder_that_cannot_be(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot write the token cache.*cache_dir"):
         tokenize_cached(random_texts(3), tokenizer, 20, tmp_path / "file")
@@ -243,46 +225,3 @@ def test_row_without_tokens(tmp_path: Path) -> None:
     tokenizer.backend_tokenizer.post_processor = None  # no special tokens
     with pytest.raises(DataError, match="no token of row 2"):
         tokenize_cached([("w1",), ("\u200b\x01",)], tokenizer, 20, tmp_path)
-
-
-def test_load(tokenizer_dir: str, tmp_path: Path) -> None:
-    assert len(load_tokenizer(tokenizer_dir)) == len(WORDS) + 6
-    with pytest.raises(DataError, match="does not exist"):
-        load_tokenizer(str(tmp_path / "none"))
-    with pytest.raises(DataError, match=r"no usable tokenizer.*save_pretrained"):
-        load_tokenizer(str(tmp_path))
-    BertConfig(vocab_size=50).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match=r"holds no tokenizer.*save_pretrained"):
-        load_tokenizer(str(tmp_path))
-    with pytest.raises(ConfigError, match="empty"):
-        load_tokenizer("")
-
-
-def test_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*args: Any, **options: Any) -> None:
-        raise OSError("We couldn't connect to 'https://huggingface.co'")
-
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
-    with pytest.raises(DataError, match=r"'some/name' cannot be loaded: OSError: We couldn't connect.*spelling"):
-        load_tokenizer("some/name")
-
-
-def test_slow_tokenizer_is_refused(tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Slow:
-        vocab_files_names: dict[str, str] = {}  # noqa: RUF012
-        is_fast = False
-
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **options: Slow())
-    with pytest.raises(DataError, match="no fast version"):
-        load_tokenizer(tokenizer_dir)
-
-
-def test_effective_max_length(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = build_tokenizer(model_max_length=32)
-    with caplog.at_level(logging.INFO):
-        assert effective_max_length(tokenizer, 512, pair=True) == 32
-    assert "lowered from 512 to 32" in caplog.text
-    assert effective_max_length(build_tokenizer(), 512, pair=True) == 512
-    with pytest.raises(ConfigError, match="at least 5"):
-        effective_max_length(tokenizer, 4, pair=True)
-    assert effective_max_length(tokenizer, 3, pair=False) == 3
