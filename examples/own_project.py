@@ -99,7 +99,7 @@ def make_trainer() -> L.Trainer:
             TrainMode(),
             TorchBackends(),
             OOMHandler(),
-            # After the recorder: what that lowers is learned. 8 GiB for this process; speed counts from 32 rows on.
+            # 8 GiB for this process; speed counts from 32 rows on.
             MicroBatchFinder(MemoryConfig(limit_gb=8, default_size=32)),
             CompileLayers(layers=lambda module: [module.encoder]),
             Throughput(count_batch),

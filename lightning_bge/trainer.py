@@ -98,6 +98,5 @@ def newest_checkpoint(run_dir: Path) -> str | None:
 def quiet_trainer(config: dict[str, Any], memory: MicroBatchFinder | None = None, **changes: Any) -> Trainer:
     """A trainer for one fold: no logger, checkpoints or progress bar, which cost more than a small model's epoch."""
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    # the finder last: it learns of an out-of-memory error from what other callbacks made of the micro-batch size
     callbacks = [*(config.get("callbacks") or []), *changes.pop("callbacks", []), *([] if memory is None else [memory])]
     return BGETrainer(**{**config, **dict.fromkeys(off, False), "callbacks": callbacks, **changes})

@@ -101,18 +101,19 @@ class Source:
 class Watch(Callback):
     """Which steps ran out of memory, training and the validation after it taken together.
 
-    The ladder lets the run go on, and forgets its limit before the next step, so that each is judged alone.
+    The module repeats such a step with less memory, and the size is reset before the next one: each is judged alone.
     """
 
     def __init__(self, runs: int) -> None:
         self.runs, self.began = runs, time.perf_counter()
-        self.search_s = 0.0
+        self.search_s, self.size = 0.0, 0
         self.failed: list[bool] = []
         self.peak: int | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The finder is done."""
         self.search_s = time.perf_counter() - self.began
+        self.size = trainer.datamodule.micro_batch_size
         if pl_module.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -121,13 +122,12 @@ class Watch(Callback):
         """Forget what the step before taught."""
         if batch_idx == self.runs and pl_module.device.type == "cuda":
             self.peak = torch.cuda.max_memory_reserved()
-        ladder = pl_module.ladder
-        ladder.limit = ladder.eval_limit = None
-        ladder.records.clear()
+        pl_module.oom_retry.reset()
+        trainer.datamodule.set_micro_batch_size(self.size)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Both parts of the step are over."""
-        self.failed.append(bool(pl_module.ladder.records))
+        self.failed.append(bool(pl_module.oom_retry.records))
 
 
 class Timer(Callback):

@@ -15,7 +15,7 @@ def explain(error: Exception) -> str | None:
         return f"no space left on the disk ({error}). Finished work is kept: free some space and run this command again"
     # torch is imported only here: a command that can run out of memory has imported it already
     from lightning_bge.models.oom_retry import REMEDIES
-    from lightning_bge.runtime.memory import find_oom
+    from lightning_bge.runtime.oom import find_oom
 
     failed = find_oom(error)
     return None if failed is None else f"{failed}. Finished work is kept. To fix it, {REMEDIES}"

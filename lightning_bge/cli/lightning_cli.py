@@ -26,7 +26,7 @@ from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics import MonitorConfig, check_metric
 from lightning_bge.runtime.distributed import AnotherRankFailed, end_ranks
 from lightning_bge.runtime.dotted_config import LINKS, plain_config, with_overrides
-from lightning_bge.runtime.memory import spare_address_space
+from lightning_bge.runtime.memory import limit_malloc_arenas
 from lightning_bge.trainer import BGETrainer, quiet_trainer
 from lightning_bge.types import Schema
 
@@ -47,7 +47,7 @@ class BGECLI(LightningCLI):
         self, command: str, args: list[str], *, description: str, add_arguments: AddArguments | None = None
     ) -> None:
         _quiet_libraries()
-        spare_address_space()
+        limit_malloc_arenas()
         self.command = command
         self.add_arguments = add_arguments
         super().__init__(

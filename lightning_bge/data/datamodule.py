@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from lightning.pytorch import LightningDataModule
 
-from lightning_bge.data.batches.config import AUTO_MAX_TOKENS, BatchingConfig
+from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.batches.loader import BatchLoader
 from lightning_bge.data.batches.micro_batches import EncodedDataset
 from lightning_bge.data.batches.samplers import EffectiveBatchSampler, eval_batches
@@ -115,8 +115,7 @@ class TextDataModule(LightningDataModule):
         self.train_labels: np.ndarray | None = None
         self.group_names: tuple[str, ...] = ()
         self._fold: int | None = self.split.fold
-        auto = self.batching.max_tokens == "auto"
-        self._micro_batch_size: int = AUTO_MAX_TOKENS if auto else self.batching.max_tokens  # type: ignore[assignment]
+        self._micro_batch_size = self.batching.initial_max_tokens
         self._datasets: dict[str, EncodedDataset] = {}
 
     def _check_arguments(self) -> None:
@@ -360,7 +359,10 @@ class TextDataModule(LightningDataModule):
     def _eval_loader(self, name: Split, rows: np.ndarray | None = None) -> BatchLoader:
         dataset = self._dataset(name)
         rows = np.arange(len(dataset)) if rows is None else rows
-        batches = eval_batches(rows, dataset.tokens.lengths, self.eval_micro_batch_size, *self._rank())
+        # By the size that was configured, not the one in effect: all ranks must deal alike, and a size that was found,
+        # or lowered on one rank, cuts what is dealt.
+        limit = self.batching.eval_limit(self.batching.initial_max_tokens)
+        batches = eval_batches(rows, dataset.tokens.lengths, limit, *self._rank())
         return BatchLoader(dataset, batches, self.batching)
 
     def _dataset(self, name: Split) -> EncodedDataset:

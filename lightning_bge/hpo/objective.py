@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_bge.callbacks.compile.callback import CompileLayers
 from lightning_bge.callbacks.compile.policy import CompileConfig
-from lightning_bge.callbacks.oom import OOMHandler, drop_locals
+from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import INTERRUPTED
 from lightning_bge.hpo.config import BEST
@@ -33,7 +33,8 @@ from lightning_bge.hpo.trial_checkpoint import EpochThatCounts, Fold, Paused, pa
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics import MonitorConfig, Predictions, metric_direction
-from lightning_bge.runtime.memory import find_oom, give_way, live_bytes, release
+from lightning_bge.runtime.memory import live_bytes, release
+from lightning_bge.runtime.oom import clean_up, find_oom
 
 SEED = "seed_everything"
 SLACK = 2**20  # bytes that an out-of-memory trial may leave behind: the libraries' small caches
@@ -129,13 +130,10 @@ class Objective:
             failed = find_oom(error)
             if failed is None:
                 raise
-            drop_locals(error)
-        # Only here: as long as the error was handled it held what the trial had computed.
-        if self.encoder.loads > loads:
-            self.encoder.let_go()
-        give_way()
-        release()
-        for name in ("where", "kind", "asked", "free", "text"):
+            if self.encoder.loads > loads:
+                self.encoder.let_go()
+            clean_up(error)
+        for name in ("where", "kind", "requested", "free", "text"):
             trial.set_user_attr(f"oom_{name}", getattr(failed, name))
         kept = self._held() - held
         if kept > SLACK:

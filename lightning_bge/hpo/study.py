@@ -25,7 +25,7 @@ from lightning_bge.hpo.space.parameter_sets import parse_points
 from lightning_bge.hpo.space.search_space import describe_difference, parse_space, space_to_json
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage import enqueue_once, open_storage, sweep
-from lightning_bge.runtime.memory import size
+from lightning_bge.runtime.memory import format_bytes
 
 log = logging.getLogger("lightning_bge")
 
@@ -206,6 +206,6 @@ def stop_if_memory_is_kept(study: optuna.Study, trial: FrozenTrial) -> None:
     kept = trial.user_attrs.get("memory_kept")
     if kept is not None:
         raise MemoryKeptError(
-            f"trial {trial.number} ran out of memory, and {size(kept)} of what it took are still held: "
+            f"trial {trial.number} ran out of memory, and {format_bytes(kept)} of what it took are still held: "
             "start the same command again, in a new process; the study goes on from there"
         )

@@ -8,11 +8,12 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -24,7 +25,7 @@ from lightning_bge.models.distributed import gather, sum_gradients, sum_over_ran
 from lightning_bge.models.encoder import Attention, TextClassifier, load_classifier, quiet_transformers
 from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.metrics import Predictions, compute_metrics
-from lightning_bge.models.oom_retry import REMEDIES, OOMRetry
+from lightning_bge.models.oom_retry import OOMRetry
 from lightning_bge.models.optimizer import (
     OptimizerConfig,
     ScheduleConfig,
@@ -33,10 +34,12 @@ from lightning_bge.models.optimizer import (
     materialize_state,
 )
 from lightning_bge.models.peft_and_freezing import SaversConfig, plain_weights
-from lightning_bge.runtime.memory import OutOfMemoryError, find_oom, give_way, release
+from lightning_bge.runtime.micro_batch import batch_source
 from lightning_bge.types import SCHEMA_FILE, TASKS, Batch, Schema, Task
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 RANK_STRIDE = 15_485_863  # ranks draw different dropout masks
 SEED_STRIDE = 1_000_003  # a prime far above any number of steps keeps the steps' seeds of neighbouring runs apart
@@ -64,9 +67,7 @@ class BGEClassifier(LightningModule):
 
     Attributes:
         load: what the encoder is loaded by; a search sets it to `EncoderCache.load`, which loads once for all trials.
-        ladder: what is done when memory runs out, and what was.
-        communicate: whether the ranks of a distributed run add up gradients and predictions. A callback that tries out
-            batches on each rank for itself switches it off meanwhile.
+        oom_retry: repeats a step that ran out of memory with less, and records such failures.
     """
 
     def __init__(
@@ -109,8 +110,8 @@ class BGEClassifier(LightningModule):
         self.net: TextClassifier | None = None
         self.loss: Loss | None = None
         self.predictions: Predictions | None = None  # of the last validation, test or prediction run
-        self.ladder = OOMRetry()
-        self.communicate = True
+        self.oom_retry = OOMRetry()
+        self._trial_steps = False
         self._parts: list[Predictions] = []
         self._losses: list[Tensor] = []
 
@@ -186,7 +187,7 @@ class BGEClassifier(LightningModule):
         if self._ranks > 1:
             normalizer = sum_over_ranks(normalizer, self.device)
         with without_sync(self.trainer.strategy.model):
-            total = self.ladder.run(partial(self._add_gradients, normalizer), batch, self.net, training=True)
+            total = self._retried(partial(self._add_gradients, normalizer), batch, training=True)
         if self._ranks > 1:
             sum_gradients(self.net.parameters(), idle=0 in batch.shard_tokens)
             total = sum_over_ranks(total, self.device)
@@ -200,7 +201,27 @@ class BGEClassifier(LightningModule):
 
     @property
     def _ranks(self) -> int:
-        return self.trainer.world_size if self.communicate else 1
+        return 1 if self._trial_steps else self.trainer.world_size
+
+    @contextmanager
+    def trial_steps(self) -> Iterator[None]:
+        """Meanwhile steps are tried out: ranks do not wait for each other, and out-of-memory errors are raised at once.
+
+        `MicroBatchFinder` uses it, as each rank searches on its own.
+        """
+        self._trial_steps = True
+        try:
+            yield
+        finally:
+            self._trial_steps = False
+
+    def _retried(self, compute: Callable[[Batch], T], batch: Batch, training: bool) -> T:
+        """`compute(batch)`, repeated with less memory where it runs out of it."""
+        assert self.net is not None
+        if self._trial_steps:
+            return compute(batch)
+        source = batch_source(self.trainer, self)
+        return self.oom_retry.run(compute, batch, self.net, source=source, training=training)
 
     def _add_gradients(self, normalizer: Tensor | float, batch: Batch) -> Tensor:
         """Forward and backward of each micro-batch -> this rank's part of the loss, 0-d."""
@@ -209,38 +230,29 @@ class BGEClassifier(LightningModule):
         _seed(self.device, self.seed * SEED_STRIDE + self.global_step + self.global_rank * RANK_STRIDE)
         total = torch.zeros((), device=self.device)
         for micro in batch.micro:
-            self.ladder.at("forward", micro)
+            self.oom_retry.at("forward", micro)
             loss = self.loss(self.net(micro), micro.labels) / normalizer
-            self.ladder.at("backward", micro)
+            self.oom_retry.at("backward", micro)
             self.manual_backward(loss)
             total += loss.detach()
         return total
 
     def _update(self, optimizer: Any) -> None:
-        """Clip and step. Where memory runs out before any weight has changed, free some and do it again."""
-        self.ladder.at("optimizer")
-        for last in (False, True):
-            try:
-                if self.optimizer_config.max_grad_norm is not None:
-                    norm = self.optimizer_config.max_grad_norm
-                    torch.nn.utils.clip_grad_norm_(self.net.parameters(), norm, foreach=True)  # type: ignore[union-attr]
-                optimizer.step()
-            except Exception as error:
-                failed = find_oom(error, "optimizer")
-                if failed is None or not self.ladder.active:
-                    raise
-            else:
-                self.ladder.at("data")
-                return
-            self.ladder.records.append(failed)
-            give_way()
-            release()
+        """Clip and step; a step that ran out of memory before any weight has changed is repeated."""
+
+        def update() -> None:
+            if (norm := self.optimizer_config.max_grad_norm) is not None:
+                torch.nn.utils.clip_grad_norm_(self.net.parameters(), norm, foreach=True)  # type: ignore[union-attr]
+            optimizer.step()
+
+        def has_changed() -> bool:
             # the fused kernel changes no version counter; its own count of steps tells
-            changed = any(float(state.get("step", 0)) > self.global_step for state in optimizer.state.values())
-            if changed or last:
-                done = "some weights are updated and others not: go on from the last checkpoint" if changed else ""
-                raise OutOfMemoryError(f"{failed}; {done}. To mend it, {REMEDIES}", failed)
-            log.warning("%s before any weight has changed: the step is repeated", failed)
+            return any(float(state.get("step", 0)) > self.global_step for state in optimizer.state.values())
+
+        if self._trial_steps:
+            update()
+        else:
+            self.oom_retry.step(update, has_changed)
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean loss: one log call an epoch, as each one costs more than a small model's step."""
@@ -272,7 +284,7 @@ class BGEClassifier(LightningModule):
         assert self.net is not None
         if batch_idx == 0:
             self._parts.clear()  # of a run that was cut off
-        parts = self.ladder.run(self._predict, batch, self.net, training=False)
+        parts = self._retried(self._predict, batch, training=False)
         self._parts += parts
         return parts
 
@@ -280,7 +292,7 @@ class BGEClassifier(LightningModule):
         assert self.net is not None
         parts = []
         for micro in batch.micro:
-            self.ladder.at("validation", micro)
+            self.oom_retry.at("validation", micro)
             parts.append(Predictions(micro.rows, self.net(micro).float(), micro.labels, micro.groups))
         return parts
 

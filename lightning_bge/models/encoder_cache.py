@@ -14,7 +14,7 @@ from lightning_bge.models.attention.bert_layers import BERT_LIKE
 from lightning_bge.models.dropout import CheapDropout
 from lightning_bge.models.encoder import TextClassifier, load_classifier
 from lightning_bge.models.peft_and_freezing import SaversConfig, switch_savers
-from lightning_bge.runtime.memory import limits, register_spare, release
+from lightning_bge.runtime.memory import limits, register_cache, release
 
 # Of the host's memory. An encoder in training takes five times its weights and its activations: the weights and their
 # first values, which are counted here, and gradients and AdamW's two moments, which are not.
@@ -45,7 +45,7 @@ class EncoderCache:
 
     Attributes:
         loads: how many times a model was read from disk.
-        most: bytes that are held at the most once an encoder is handed out, but where a single one is larger.
+        capacity: bytes that are held at the most once an encoder is handed out, but where a single one is larger.
     """
 
     def __init__(self, limit: int | None = 0, given: int | None = None) -> None:
@@ -53,11 +53,11 @@ class EncoderCache:
         self._limits = partial(limits, HOST, given)
         self._shares = limit is None
         total = min((known.total for known in self._limits()), default=0)
-        self.most = int(SHARE * total) if limit is None else limit
+        self.capacity = int(SHARE * total) if limit is None else limit
         self._held: list[_Warm] = []  # the least recently used first; the last one is in use
         self._sizes: dict[str, int] = {}  # of all that were read
-        if self.most > 0:
-            register_spare(self)
+        if self.capacity > 0:
+            register_cache(self)
 
     def load(
         self,
@@ -105,12 +105,12 @@ class EncoderCache:
             release(host=False)
 
     def _room(self) -> int:
-        if not self._shares or self.most == 0:
-            return self.most
+        if not self._shares or self.capacity == 0:
+            return self.capacity
         held = sum(one.nbytes for one in self._held if one.on_host)
-        return min(self.most, (min(limit.free for limit in self._limits()) + held) // 2)
+        return min(self.capacity, (min(limit.free for limit in self._limits()) + held) // 2)
 
-    def give_way(self) -> None:
+    def shrink(self) -> None:
         """Drop all but the one in use."""
         del self._held[:-1]
 

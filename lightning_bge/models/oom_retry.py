@@ -1,14 +1,15 @@
-"""What a step does when memory runs out: smaller micro-batches, then activation checkpointing, then an error."""
+"""What a module does when memory runs out: smaller micro-batches, then gradient checkpointing, then an error."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from lightning_bge.models.encoder import TextClassifier
 from lightning_bge.models.peft_and_freezing import recomputes, set_activation_checkpointing
-from lightning_bge.runtime.memory import OutOfMemory, OutOfMemoryError, find_oom, give_way, release
+from lightning_bge.runtime.oom import OutOfMemory, OutOfMemoryError, clean_up, find_oom
 from lightning_bge.types import Batch, MicroBatch
 
 log = logging.getLogger(__name__)
@@ -21,79 +22,140 @@ REMEDIES = (
 )
 
 
+class Sized(Protocol):
+    """Where the size of training micro-batches is known and set: see `batch_source`."""
+
+    micro_batch_size: int
+
+    def set_micro_batch_size(self, size: int) -> None:
+        """Make micro-batches of that size from now on."""
+
+
+class _Unsized:
+    """In the place of a batch source, where batches come from elsewhere."""
+
+    micro_batch_size = sys.maxsize
+
+    def set_micro_batch_size(self, size: int) -> None:
+        self.micro_batch_size = size
+
+
 class OOMRetry:
     """Repeats what ran out of memory with less of it: the same effective batch, from the same state.
 
-    First the micro-batches are halved, from the one on that did not fit. A single sequence that does not fit makes
-    training switch activation checkpointing on. Then nothing is left.
+    First the micro-batches are halved, from the one on that did not fit. The batch source learns the new size, so that
+    it makes smaller ones; those that it made before are split here. A single sequence that does not fit makes training
+    switch gradient checkpointing on. Then nothing is left, and the error says so.
 
     Attributes:
-        limit: the most tokens of a training micro-batch from now on; None: as the data module cuts them.
-        eval_limit: likewise without gradients.
-        checkpointing: whether activation checkpointing was switched on here.
-        active: False lets errors out: a callback that tries out batches wants to know what does not fit.
+        eval_size: the most tokens of a micro-batch without gradients, once one did not fit; None before.
+        gradient_checkpointing: whether gradient checkpointing was switched on here.
         records: all failures of this run, oldest first.
         where: what is being done: setup, forward, backward, optimizer, validation, or data between the steps.
     """
 
     def __init__(self) -> None:
-        self.limit: int | None = None
-        self.eval_limit: int | None = None
-        self.checkpointing = False
-        self.active = True
+        self._unsized = _Unsized()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all failures: batches are taken as they come until the next one."""
+        self.eval_size: int | None = None
+        self.gradient_checkpointing = False
         self.records: list[OutOfMemory] = []
         self.where = "setup"
         self._micro: MicroBatch | None = None
+        self._lowered = False
 
     def at(self, where: str, micro: MicroBatch | None = None) -> None:
         """Note what is being computed."""
         self.where, self._micro = where, micro
 
-    def run(self, compute: Callable[[Batch], T], batch: Batch, net: TextClassifier, training: bool) -> T:
-        """`compute(batch)`, and again with less memory as long as it runs out of it.
+    def run(
+        self, compute: Callable[[Batch], T], batch: Batch, net: TextClassifier, *, source: Sized | None, training: bool
+    ) -> T:
+        """`compute(batch)`, repeated with less memory as long as it runs out of it.
 
         Args:
-            compute: has to begin anew each time, random numbers included, and to call `at` for each micro-batch. What
-                it leaves behind when it fails may be gradients, which are dropped, and nothing else.
+            compute: has to start from the beginning each time, random numbers included, and to call `at` for each
+                micro-batch. When it fails it may leave gradients behind, which are dropped, and nothing else.
             batch: an effective batch.
             net: whose gradients these are.
+            source: what makes the batches; None: it is not known, or its size can't be set.
             training: whether gradients are computed.
 
         Raises:
-            OutOfMemoryError: nothing is left to try. Other errors than those of memory come out as they are.
+            OutOfMemoryError: nothing is left to try. Errors that are not about memory are raised unchanged.
         """
+        sized = source or self._unsized
         while True:
+            size = self.eval_size
+            if training:
+                size = sized.micro_batch_size if self._lowered else None
             try:
-                limit = self.limit if training else self.eval_limit
-                found = compute(batch.split(limit if self.active else None))
+                found = compute(batch.split(size))
                 self.at("data")
                 return found
             except Exception as error:
                 failed = find_oom(error, self.where)
-                if failed is None or failed.kind != "device" or not self.active:
+                if failed is None or failed.kind != "device":
                     raise
             # Only here: as long as the error was handled it held every tensor of the step.
             failing, self._micro = self._micro, None
             self.records.append(failed)
             if training:
                 net.zero_grad(set_to_none=True)
-            give_way()
-            release()
-            self._save_memory(failed, failing, net, training)
+            clean_up()
+            self._save_memory(failed, failing, net, sized if training else None)
 
     def _save_memory(
-        self, failed: OutOfMemory, failing: MicroBatch | None, net: TextClassifier, training: bool
+        self, failed: OutOfMemory, failing: MicroBatch | None, net: TextClassifier, sized: Sized | None
     ) -> None:
+        """Take the next measure; `sized` is None in evaluation."""
         if failing is not None and len(failing.lengths) > 1:
-            limit = max(sum(failing.lengths) // 2, failing.lengths[0])
-            if training:
-                self.limit = limit
+            size = max(sum(failing.lengths) // 2, failing.lengths[0])
+            if sized is None:
+                self.eval_size = size
             else:
-                self.eval_limit = limit
-            log.warning("%s: going on with micro-batches of at most %d tokens", failed, limit)
-        elif training and not recomputes(net) and set_activation_checkpointing(net, True):
-            self.checkpointing = True
-            log.warning("%s for one sequence: activation checkpointing is on from now on", failed)
+                self._lowered = True
+                sized.set_micro_batch_size(min(size, sized.micro_batch_size))
+            log.warning("%s: continuing with micro-batches of at most %d tokens", failed, size)
+        elif sized is not None and not recomputes(net) and set_activation_checkpointing(net, True):
+            self.gradient_checkpointing = True
+            log.warning("%s for one sequence: gradient checkpointing is on from now on", failed)
         else:
             tokens = "a micro-batch" if failing is None else f"one sequence of {sum(failing.lengths)} tokens"
-            raise OutOfMemoryError(f"{tokens} does not fit into memory: {failed}. To mend it, {REMEDIES}", failed)
+            raise OutOfMemoryError(f"{tokens} does not fit into memory: {failed}. To fix it, {REMEDIES}", failed)
+
+    def step(self, update: Callable[[], None], has_changed: Callable[[], bool]) -> None:
+        """`update()`, the optimizer's step, and once more where memory ran out before it changed a weight.
+
+        Args:
+            update: clips the gradients and steps.
+            has_changed: whether a weight has been updated.
+
+        Raises:
+            OutOfMemoryError: some weights are updated and others not, or it did not fit the second time either.
+        """
+        self.at("optimizer")
+        for last in (False, True):
+            try:
+                update()
+            except Exception as error:
+                failed = find_oom(error, "optimizer")
+                if failed is None:
+                    raise
+            else:
+                self.at("data")
+                return
+            self.records.append(failed)
+            clean_up()
+            if has_changed():
+                raise OutOfMemoryError(
+                    f"{failed}; some weights are updated and others not: continue from the last checkpoint. To fix it, "
+                    f"{REMEDIES}",
+                    failed,
+                )
+            if last:
+                raise OutOfMemoryError(f"{failed}. To fix it, {REMEDIES}", failed)
+            log.warning("%s before any weight has changed: the step is repeated", failed)

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.connectors.signal_connector import _get_sigkill_signal
-from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.runtime.compat.lightning import kill_ranks, rank_processes, sync_module_states
+from lightning_bge.runtime.compat.torch import compare_and_set
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +31,7 @@ class UnwrappedDDP(DDPStrategy):
     def configure_ddp(self) -> None:
         """Give all ranks rank 0's parameters and buffers."""
         assert self.model is not None
-        _sync_module_states(self.model)
+        sync_module_states(self.model)
 
 
 def choose_strategy(
@@ -93,12 +91,12 @@ def end_ranks(trainer: Trainer, status: int) -> None:
         AnotherRankFailed: this rank is not the first.
     """
     earlier = _status_of_earlier(status)
-    launcher = trainer.strategy.launcher
-    if isinstance(launcher, _SubprocessScriptLauncher):
-        until = time.monotonic() + (MOST_WAITING_S if earlier is not None and launcher.procs else 0)
-        while time.monotonic() < until and all(process.poll() is None for process in launcher.procs):
-            time.sleep(0.05)  # the first one may not have said why yet
-        launcher.kill(_get_sigkill_signal())
+    processes = rank_processes(trainer)
+    if processes is not None:
+        until = time.monotonic() + (MOST_WAITING_S if earlier is not None and processes else 0)
+        while time.monotonic() < until and all(process.poll() is None for process in processes):
+            time.sleep(0.05)  # the first one may not have reported its error yet
+        kill_ranks(trainer)
     if earlier is not None:
         raise AnotherRankFailed(earlier) from None
 
@@ -109,7 +107,7 @@ def _status_of_earlier(status: int) -> int | None:
         return None
     note = f"{dist.get_rank()} {status}"
     try:
-        first = _get_default_store().compare_set(_FAILED, "", note).decode()
+        first = compare_and_set(_FAILED, "", note)
     except dist.DistError:  # rank 0 keeps the notes
         log.error("stopped, as rank 0 has ended")
         return status

@@ -1,143 +1,30 @@
-"""Memory: what an out-of-memory error is, what the limits are, what is held, and how it is given back."""
+"""Memory: the limits of this process, what it holds, and how it gives memory back."""
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import gc
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
 
-from lightning_bge.errors import UserError
+from lightning_bge.runtime.compat.torch import clear_cublas_workspaces
 
 if sys.platform != "win32":
     import resource
 
-# Texts of `RuntimeError`s that mean a failed allocation. torch gives them no class of their own.
-TEXTS = (
-    "out of memory",  # "CUDA error: out of memory", "CUDA out of memory", "HIP out of memory", "MPS backend ..."
-    "cublas_status_alloc_failed",
-    "cudnn_status_alloc_failed",
-    "can't allocate memory",  # DefaultCPUAllocator on Linux and macOS
-    "not enough memory: you tried to allocate",  # DefaultCPUAllocator on Windows
-    "std::bad_alloc",
-    "cannot allocate memory",  # ENOMEM in the system's words, as safetensors passes it on
-)
-# oneDNN keeps its reason to itself: these count where little memory is left under a limit that makes allocations fail.
-ONEDNN = ("could not create a primitive", "could not execute a primitive", "could not create a memory object")
-LITTLE = 2**30
-WORKER = re.compile(r"DataLoader worker \(pid.*?\) is killed by signal: Killed")
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 M_ARENA_MAX = -8  # of mallopt(3)
-ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+) (bytes|[KMGT]iB)", re.IGNORECASE)
-FREE = re.compile(r"of which ([\d.]+) (bytes|[KMGT]iB) is free", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class OutOfMemory:
-    """What is known of a failed allocation.
-
-    Attributes:
-        where: what was being done: forward, backward, optimizer, validation, data...
-        kind: `device` (the model's memory, which smaller micro-batches mend), or `worker` (a killed data loader worker:
-            the host's memory, which they do not).
-        asked: bytes that were asked for; None where the error does not say.
-        free: bytes that were free; None where unknown.
-        text: the error's first line.
-    """
-
-    where: str
-    kind: Literal["device", "worker"]
-    asked: int | None
-    free: int | None
-    text: str
-
-    def __str__(self) -> str:
-        asked = "an unknown amount" if self.asked is None else size(self.asked)
-        free = "" if self.free is None else f", {size(self.free)} were free"
-        return f"out of memory in {self.where}: {asked} asked{free}"
-
-
-class OutOfMemoryError(UserError):
-    """Nothing that would save memory is left to try.
-
-    Attributes:
-        oom: what is known of the last failure.
-    """
-
-    def __init__(self, text: str, oom: OutOfMemory) -> None:
-        super().__init__(text)
-        self.oom = oom
-
-
-def find_oom(error: BaseException, where: str = "training") -> OutOfMemory | None:
-    """What is known of the failed allocation behind an error; None where there is none, so that it must be raised.
-
-    Looked at are the error, what it was raised from or while handling, and the `inner_exception` of a compiler's error.
-    Out of memory are `torch.OutOfMemoryError`, `MemoryError`, an `OSError` ENOMEM, and a `RuntimeError` (such as
-    `torch.AcceleratorError`) whose text says so; oneDNN's texts, which never say why, where under 1 GiB is left below
-    a limit such as RLIMIT_AS. Triton's `OutOfResources` is about registers and shared memory: not.
-
-    Args:
-        error: any exception. What was found before and put into its attribute `oom` is believed.
-        where: what was being done.
-    """
-    for link in _chain(error):
-        if isinstance(record := getattr(link, "oom", None), OutOfMemory):
-            return record
-        kind = _kind(link)
-        if kind is not None:
-            text = str(link)
-            asked, free = _amount(ASKED, text), _amount(FREE, text)
-            first = next(iter(text.strip().splitlines()), type(link).__name__)
-            return OutOfMemory(where, kind, asked, free_bytes() if free is None else free, first[:500])
-    return None
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    waiting, seen = [error], set()
-    while waiting:
-        link = waiting.pop(0)
-        if id(link) in seen:
-            continue
-        seen.add(id(link))
-        yield link
-        context = None if link.__suppress_context__ else link.__context__
-        following = (link.__cause__, context, getattr(link, "inner_exception", None))
-        waiting += [other for other in following if isinstance(other, BaseException)]
-
-
-def _kind(error: BaseException) -> Literal["device", "worker"] | None:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return "device"
-    if isinstance(error, OSError):
-        return "device" if error.errno == errno.ENOMEM else None
-    if not isinstance(error, RuntimeError) or type(error).__name__ == "OutOfResources":
-        return None
-    text = str(error)
-    if WORKER.search(text):
-        return "worker"
-    if text.strip() in ONEDNN:
-        return "device" if any(limit.raises and limit.free < LITTLE for limit in limits()) else None
-    return "device" if any(known in text.lower() for known in TEXTS) else None
-
-
-def _amount(pattern: re.Pattern[str], text: str) -> int | None:
-    found = pattern.search(text)
-    return None if found is None else int(float(found.group(1)) * UNITS[found.group(2).lower()])
-
-
-def size(count: float) -> str:
-    """Bytes as people write them: 1.5 GiB."""
+def format_bytes(count: float) -> str:
+    """A number of bytes with its unit: `1.5 GiB`."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if abs(count) < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -149,20 +36,20 @@ def size(count: float) -> str:
 
 
 def release(host: bool = True) -> None:
-    """Give back what nothing holds any more: garbage first, then the allocators' stores.
+    """Give back memory that nothing uses: garbage first, then what the allocators hold back.
 
     Args:
-        host: the C library's store too, from which the next allocations would be served faster.
+        host: what the C library holds back too, from which the next allocations would be served faster.
     """
     gc.collect()
     if torch.cuda.is_initialized():
-        torch._C._cuda_clearCublasWorkspaces()  # 8 to 32 MiB for each handle, made again when needed
+        clear_cublas_workspaces()
         torch.cuda.empty_cache()
     if host and (trim := _glibc("malloc_trim")) is not None:
         trim(0)
 
 
-def spare_address_space() -> None:
+def limit_malloc_arenas() -> None:
     """Where RLIMIT_AS is set, have all threads allocate from one arena from now on.
 
     glibc gives threads arenas of their own and reserves 64 MiB of address space for each, used or not: threads that
@@ -184,7 +71,7 @@ def _glibc(name: str) -> Any:
 
 
 def live_bytes() -> int:
-    """Bytes of all live tensors: of the CUDA allocators' books, and on the host those that Python can reach.
+    """Bytes of all live tensors: on GPUs as the allocators count them, on the host those that Python can reach.
 
     Storages are counted once. On the host this walks all of Python's objects, which takes a tenth of a second or more.
     """
@@ -200,44 +87,44 @@ def live_bytes() -> int:
     return device + sum(storages.values())
 
 
-# ---------------------------------------------------------------------- what is held to save time
+# ---------------------------------------------------------------------- caches that only save time
 
 
-class Spare(Protocol):
+class MemoryCache(Protocol):
     """Something that holds memory of the host only to save time.
 
     Attributes:
-        most: bytes that it will hold at the most.
+        capacity: the most bytes that it will hold.
     """
 
-    most: int
+    capacity: int
 
     @property
     def nbytes(self) -> int:
         """Bytes that it holds now."""
 
-    def give_way(self) -> None:
-        """Let go of what nobody uses now."""
+    def shrink(self) -> None:
+        """Drop what is not in use."""
 
 
-_spares: WeakSet[Spare] = WeakSet()
+_caches: WeakSet[MemoryCache] = WeakSet()
 
 
-def register_spare(spare: Spare) -> None:
-    """Have it asked by `give_way` for as long as it lives, and counted by `spare_bytes`."""
-    _spares.add(spare)
+def register_cache(cache: MemoryCache) -> None:
+    """Let `shrink_caches` and `cache_bytes` know of a cache for as long as it lives."""
+    _caches.add(cache)
 
 
-def give_way() -> None:
-    """Ask all that hold memory to save time to let go of it, as memory has run out."""
-    for spare in list(_spares):
-        spare.give_way()
+def shrink_caches() -> None:
+    """Have all registered caches drop what is not in use, as memory has run out."""
+    for known in list(_caches):
+        known.shrink()
 
 
-def spare_bytes() -> tuple[int, int]:
-    """Bytes of the host that may yet be taken to save time, and those that may be held so at the most."""
-    known = list(_spares)
-    return sum(max(spare.most - spare.nbytes, 0) for spare in known), sum(spare.most for spare in known)
+def cache_bytes() -> tuple[int, int]:
+    """Bytes of the host that registered caches may yet fill, and the most that they may hold in all."""
+    known = list(_caches)
+    return sum(max(one.capacity - one.nbytes, 0) for one in known), sum(one.capacity for one in known)
 
 
 # ---------------------------------------------------------------------- limits

@@ -1,19 +1,25 @@
-"""`OOMHandler` in a project that knows nothing of ours, and beside our own module's ladder."""
+"""`OOMHandler` in a project that uses nothing else of this package."""
 
 from __future__ import annotations
 
 import logging
+from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_bge.callbacks.oom import OOMHandler, drop_locals
-from lightning_bge.runtime.memory import OutOfMemory, find_oom, live_bytes
+from lightning_bge.callbacks.micro_batch import cache
+from lightning_bge.callbacks.micro_batch.finder import MemoryConfig, MicroBatchFinder
+from lightning_bge.callbacks.oom import OOMHandler
+from lightning_bge.callbacks.throughput.monitor import Throughput
+from lightning_bge.runtime.memory import live_bytes
+from lightning_bge.runtime.oom import OutOfMemory, find_oom
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
 
@@ -83,11 +89,11 @@ class Data(LightningDataModule):
         return DataLoader(RandomDataset(32, 8), batch_size=self.micro_batch_size)
 
 
-def fit(module: BoringModel, data: Data, recorder: OOMHandler) -> None:
+def fit(module: BoringModel, data: Data, *callbacks: Callback) -> None:
     trainer = Trainer(
         max_epochs=1,
         accelerator="cpu",
-        callbacks=[recorder],
+        callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -100,18 +106,18 @@ def fit(module: BoringModel, data: Data, recorder: OOMHandler) -> None:
 @pytest.mark.parametrize("place", ["forward", "backward", "optimizer", "validation", "data"])
 def test_notes_frees_lowers_and_lets_the_error_out(place: str, caplog: pytest.LogCaptureFixture) -> None:
     error = torch.OutOfMemoryError(TEXT)
-    data, recorder = Data(error if place == "data" else None), OOMHandler()
+    data, handler = Data(error if place == "data" else None), OOMHandler()
     module = Hungry(place, error)
     before = live_bytes()
     with caplog.at_level(logging.WARNING), pytest.raises(torch.OutOfMemoryError) as caught:
-        fit(module, data, recorder)
+        fit(module, data, handler)
     assert caught.value is error
-    [record] = recorder.records
+    [record] = handler.records
     assert record == OutOfMemory(place, "device", 2**30, 4 * 2**20, TEXT)
     assert find_oom(caught.value, "elsewhere") == record
     assert data.micro_batch_size == 4
     assert (
-        f"out of memory in {place}: 1.0 GiB asked, 4.0 MiB were free: the micro-batch size is 4 from now on"
+        f"out of memory in {place}: 1.0 GiB requested, 4.0 MiB were free: the micro-batch size is 4 from now on"
         in caplog.text
     )
     assert all(parameter.grad is None for parameter in module.parameters())
@@ -119,72 +125,62 @@ def test_notes_frees_lowers_and_lets_the_error_out(place: str, caplog: pytest.Lo
 
 
 def test_other_errors_are_left_alone() -> None:
-    data, recorder = Data(), OOMHandler()
+    data, handler = Data(), OOMHandler()
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        fit(Hungry("forward", RuntimeError("shape mismatch")), data, recorder)
-    assert recorder.records == []
+        fit(Hungry("forward", RuntimeError("shape mismatch")), data, handler)
+    assert handler.records == []
     assert data.micro_batch_size == 8
 
 
 def test_a_killed_worker_lowers_nothing() -> None:
-    data, recorder = Data(), OOMHandler()
+    data, handler = Data(), OOMHandler()
     error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     with pytest.raises(RuntimeError, match="killed"):
-        fit(Hungry("forward", error), data, recorder)
-    assert recorder.records[0].kind == "worker"
+        fit(Hungry("forward", error), data, handler)
+    assert handler.records[0].kind == "worker"
     assert data.micro_batch_size == 8
 
 
 def test_the_next_fit_begins_anew() -> None:
-    recorder = OOMHandler()
+    handler = OOMHandler()
     with pytest.raises(MemoryError):
-        fit(Hungry("forward", MemoryError()), Data(), recorder)
-    fit(BoringModel(), Data(), recorder)
-    assert recorder.records == []
+        fit(Hungry("forward", MemoryError()), Data(), handler)
+    fit(BoringModel(), Data(), handler)
+    assert handler.records == []
 
 
-class OOMRetry:
-    """As our module has one."""
+class SizedData(Data):
+    """A batch source for `MicroBatchFinder` too; one row more takes 10 bytes more."""
 
-    def __init__(self) -> None:
-        self.records: list[OutOfMemory] = []
-        self.limit: int | None = None
-
-
-class Repeating(BoringModel):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ladder = OOMRetry()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        if self.global_step == 1:
-            self.ladder.records.append(OutOfMemory("forward", "device", 1, 1, "text"))
-            self.ladder.limit = 3
-        return super().training_step(batch, batch_idx)
+    def worst_case_batch(self, micro_batch_size: int, train: bool) -> Tensor:
+        return torch.ones(micro_batch_size, 32)
 
 
-def test_what_a_module_has_found_for_itself_is_handed_on() -> None:
-    data, recorder = Data(), OOMHandler()
-    fit(Repeating(), data, recorder)
-    assert len(recorder.records) == 1
-    assert data.micro_batch_size == 3
+class Stops(Callback):
+    """A callback that fails on its own where the run ends by an error."""
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        pl_module.layer = None
 
 
-def test_locals_of_what_led_to_an_error_go_too() -> None:
-    def inner() -> None:
-        held = torch.ones(10**6)
-        raise MemoryError(str(held.shape))
-
-    def outer() -> None:
-        try:
-            inner()
-        except MemoryError as error:
-            held = torch.ones(10**6)
-            raise ValueError(str(held.shape)) from error
-
-    before = live_bytes()
-    with pytest.raises(ValueError, match="1000000") as caught:
-        outer()
-    assert live_bytes() - before == 8 * 10**6
-    drop_locals(caught.value)
-    assert live_bytes() == before
+@pytest.mark.parametrize("order", list(permutations(range(4))))
+def test_the_order_of_callbacks_changes_nothing(
+    order: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.forget()
+    handler, finder = OOMHandler(), MicroBatchFinder(MemoryConfig(min_speedup=None), cache_dir=tmp_path)
+    entry = {"micro_batch_size": 16, "reason": "found", "tried": [(16, 1, 1.0)], "fits": True, "mapped": False}
+    monkeypatch.setattr(finder, "_find", lambda *_: entry)
+    known = [handler, finder, Stops(), Throughput(count=lambda batch: (len(batch), len(batch)))]
+    before, data, error = live_bytes(), SizedData(), torch.OutOfMemoryError(TEXT)
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(Hungry("forward", error), data, *[known[index] for index in order])
+    assert [record.where for record in handler.records] == ["forward"]
+    assert (data.micro_batch_size, finder.micro_batch_size) == (8, 8)
+    assert finder.reason == "lowered from 16 after an OOM"
+    assert live_bytes() - before < 10**5
+    cache.forget()  # what this process knows, but not the file
+    data, finder = SizedData(), MicroBatchFinder(MemoryConfig(min_speedup=None), cache_dir=tmp_path)
+    monkeypatch.setattr(finder, "_find", lambda *_: pytest.fail("the lower size was not kept"))
+    fit(Hungry("nowhere", error), data, finder)
+    assert data.micro_batch_size == 8

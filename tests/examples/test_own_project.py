@@ -72,7 +72,7 @@ def test_an_oom_in_that_project_is_recorded_and_the_next_run_begins_with_less(ow
     with pytest.raises(torch.OutOfMemoryError):
         trainer.fit(Full(), data)
     [record] = get(trainer, OOMHandler).records
-    assert (record.where, record.asked) == ("forward", 2 * 2**30)
+    assert (record.where, record.requested) == ("forward", 2 * 2**30)
     finder = get(trainer, MicroBatchFinder)
     assert data.micro_batch_size == finder.micro_batch_size
     assert finder.reason == f"lowered from {2 * finder.micro_batch_size:,} after an OOM"

@@ -131,7 +131,7 @@ class Maker:
         drawn = (params, distributions, *reports(params, self.rng), pace)
         luck = self.rng.random()
         if luck < 0.006:
-            oom = {"oom_where": "training", "oom_kind": "cuda", "oom_asked": 2 * 2**30, "oom_free": 2**29}
+            oom = {"oom_where": "training", "oom_kind": "cuda", "oom_requested": 2 * 2**30, "oom_free": 2**29}
             return self.add(TrialState.PRUNED, drawn, 0, 0.2 * pace, oom)
         if luck < 0.010:
             return self.add(TrialState.FAIL, drawn, 0, 0.4 * pace, {})

@@ -161,7 +161,7 @@ def test_always_and_the_trial_is_pruned(folder: Path, monkeypatch: pytest.Monkey
     attributes = study.trials[fault.trial].user_attrs
     assert attributes["oom_where"] in (("forward", "validation") if place == "compile" else (place,))
     if kind in ("OutOfMemoryError", "compiler"):
-        assert (attributes["oom_asked"], attributes["oom_free"]) == (2 * 2**30, 2**30)
+        assert (attributes["oom_requested"], attributes["oom_free"]) == (2 * 2**30, 2**30)
     assert "memory_kept" not in attributes
 
 

@@ -17,7 +17,7 @@ from lightning_bge.models.encoder import TextClassifier, load_classifier
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.oom_retry import OOMRetry
 from lightning_bge.models.peft_and_freezing import SaversConfig
-from lightning_bge.runtime.memory import Limit, give_way, live_bytes, spare_bytes
+from lightning_bge.runtime.memory import Limit, cache_bytes, live_bytes, shrink_caches
 from tests.helpers.short_training import train
 from tests.helpers.small_models import cut_batch, random_sequences, small_model
 
@@ -99,14 +99,14 @@ def test_the_least_recently_used_is_dropped_first_until_the_limit_holds(folder: 
     warm = EncoderCache(used + 2 * idle)
     for name in "abc":
         warm.load(folder(name=name), 1)
-        assert warm.nbytes <= warm.most
-    assert warm.nbytes == warm.most
+        assert warm.nbytes <= warm.capacity
+    assert warm.nbytes == warm.capacity
     warm.load(folder(name="a"), 1)  # now b is the oldest
     assert warm.loads == 3
     dropped = weakref.ref(warm._held[0].net)
     warm.load(folder(name="d"), 1)
     assert dropped() is None
-    assert warm.nbytes == warm.most
+    assert warm.nbytes == warm.capacity
     for name in "acd":
         warm.load(folder(name=name), 1)
     assert warm.loads == 4
@@ -186,30 +186,30 @@ def test_a_model_that_is_not_there_leaves_the_others(folder: Folder, tmp_path: P
 # ---------------------------------------------------------------------- memory
 
 
-def test_waiting_ones_give_way_where_memory_runs_out(folder: Folder) -> None:
+def test_waiting_ones_are_dropped_where_memory_runs_out(folder: Folder) -> None:
     warm = EncoderCache(PLENTY)
     for name in "ab":
         net = warm.load(folder(name=name), 1)
     idle, used = warm._held[0].idle_size, warm._held[1].size
     batch = cut_batch(random_sequences((9, 7), seed=1), torch.zeros(2), 2)
-    ladder, held = OOMRetry(), []
+    retry, held = OOMRetry(), []
 
     def compute(cut: object) -> None:
         held.append(warm.nbytes)
-        ladder.at("forward", batch.micro[0])
+        retry.at("forward", batch.micro[0])
         if len(held) == 1:
             raise MemoryError
 
-    ladder.run(compute, batch, net, training=True)
+    retry.run(compute, batch, net, source=None, training=True)
     assert held == [idle + used, used]
     assert warm.load(folder(name="b"), 1) is net
     warm.load(folder(name="a"), 1)
     assert warm.loads == 3
 
 
-def test_they_give_way_in_the_optimizer_too(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_are_dropped_in_the_optimizer_too(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    monkeypatch.setattr("lightning_bge.models.classifier.give_way", lambda: called.append(True))
+    monkeypatch.setattr("lightning_bge.runtime.oom.shrink_caches", lambda: called.append(True))
     model = BGEClassifier(folder())
     model.net = load_classifier(folder(), 1)
     optimizer = torch.optim.AdamW(model.net.parameters())
@@ -233,11 +233,11 @@ def test_the_share_is_that_of_the_tightest_limit(monkeypatch: pytest.MonkeyPatch
         return known if given is None else [*known, Limit("given", given, 0)]
 
     monkeypatch.setattr(module, "limits", limits)
-    assert EncoderCache(None).most == 2**20
-    assert EncoderCache(None, given=2**20).most == 2**18
+    assert EncoderCache(None).capacity == 2**20
+    assert EncoderCache(None, given=2**20).capacity == 2**18
     known.clear()
-    assert EncoderCache(None).most == 0
-    assert EncoderCache(7).most == 7
+    assert EncoderCache(None).capacity == 0
+    assert EncoderCache(7).capacity == 7
 
 
 def test_of_what_is_free_at_most_half_is_taken(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,17 +257,17 @@ def test_of_what_is_free_at_most_half_is_taken(folder: Folder, monkeypatch: pyte
 
 def test_what_may_yet_be_taken_is_known_as_long_as_it_lives(folder: Folder) -> None:
     gc.collect()
-    before = spare_bytes()
+    before = cache_bytes()
     EncoderCache()
     warm = EncoderCache(PLENTY)
-    assert spare_bytes() == (before[0] + PLENTY, before[1] + PLENTY)
+    assert cache_bytes() == (before[0] + PLENTY, before[1] + PLENTY)
     warm.load(folder(), 1)
-    assert spare_bytes() == (before[0] + PLENTY - warm.nbytes, before[1] + PLENTY)
-    give_way()
+    assert cache_bytes() == (before[0] + PLENTY - warm.nbytes, before[1] + PLENTY)
+    shrink_caches()
     assert warm.nbytes > 0  # it is in use
     del warm
     gc.collect()
-    assert spare_bytes() == before
+    assert cache_bytes() == before
 
 
 @pytest.mark.gpu

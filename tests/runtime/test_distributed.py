@@ -62,7 +62,7 @@ class Cut(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.global_rank:
-            pl_module.ladder.limit = 45
+            trainer.datamodule.set_micro_batch_size(45)
 
 
 class RunOut(Callback):
@@ -130,8 +130,8 @@ def train(
         "metrics": metrics,
         "rows": module.predictions.rows.tolist(),
         "logits": module.predictions.logits,
-        "failures": [record.where for record in module.ladder.records],
-        "limit": module.ladder.limit,
+        "failures": [record.where for record in module.oom_retry.records],
+        "limit": data.micro_batch_size,
     }
 
 

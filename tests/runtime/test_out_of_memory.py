@@ -22,7 +22,7 @@ LONGEST = 4096
 LIMITED = """
 import json, resource, sys
 from lightning_bge.cli.main import main
-from lightning_bge.hpo import Objective
+from lightning_bge.hpo.objective import Objective
 from lightning_bge.runtime.memory import live_bytes, process_bytes, release
 
 mebibytes, record, *args = sys.argv[1:]
@@ -94,7 +94,7 @@ def test_fit_goes_on_with_smaller_micro_batches_to_the_same_weights(folder: Path
     expected, words = fit(folder, "free", 0)
     assert "out of memory" not in words
     found, words = fit(folder, "limited", 900)
-    assert "going on with micro-batches of at most" in words
+    assert "continuing with micro-batches of at most" in words
     for name, weight in expected.items():
         # a key's bias has no gradient but for rounding, of which AdamW makes steps as large as any
         most = 4e-3 if name.endswith("key.bias") else 1e-4
@@ -115,7 +115,7 @@ def test_a_search_prunes_what_cannot_fit_and_keeps_nothing_of_it(folder: Path) -
     for trial, huge in zip(trials, impossible, strict=True):
         assert trial["state"] == ("PRUNED" if huge else "COMPLETE")
         assert bool(trial["oom_where"]) == huge
-        assert bool(trial["oom_asked"]) == huge
+        assert bool(trial["oom_requested"]) == huge
     records = [json.loads(line) for line in (folder / "record.jsonl").read_text().splitlines()]
     assert len(records) == 8
     for earlier, later, huge in zip(records, records[1:], impossible, strict=False):

@@ -196,7 +196,8 @@ def out_of_memory(own: OwnRun, case: Case) -> Row:
     fault = Fault()
     model, trainer = own.run(own.fixed(case), [fault], {"limit_train_batches": 2, "max_epochs": 1})
     assert isinstance(model, BGEClassifier)
-    met = len(model.ladder.records)
+    met = len(model.oom_retry.records)
+    size = trainer.datamodule.micro_batch_size  # type: ignore[attr-defined]
     wanted = int(trainer.num_training_batches)  # an epoch may have one batch alone
     good = met == 1 and fault.steps == wanted
     return Row(
@@ -205,7 +206,7 @@ def out_of_memory(own: OwnRun, case: Case) -> Row:
         "smaller micro-batches, same batch",
         "yes" if good else "no",
         "ok" if good else "lie",
-        f"thrown once in a step of {fault.rows} rows: met {met} time(s), micro-batches of at most {model.ladder.limit} "
+        f"thrown once in a step of {fault.rows} rows: met {met} time(s), micro-batches of at most {size} "
         f"tokens since, {fault.steps} of {wanted} steps made",
     )
 

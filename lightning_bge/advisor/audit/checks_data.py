@@ -11,7 +11,7 @@ import torch
 from lightning_bge.advisor.audit.checks_compute import LITTLE_PADDING, Case, Gain, Row, said
 from lightning_bge.advisor.audit.observe import FETCH, MOVE, RUN, Observation
 from lightning_bge.advisor.audit.requested import transformer_of
-from lightning_bge.runtime.memory import limits, size
+from lightning_bge.runtime.memory import format_bytes, limits
 
 NOTICEABLE = 0.05  # share of a batch's time that is worth a word
 NOTICEABLE_S = 0.002  # and no less: Lightning's own loop takes half a millisecond
@@ -334,12 +334,12 @@ def peak_memory(case: Case) -> Row:
     """The most memory that was held, against the tightest limit."""
     known = limits(case.device if case.device.type == "cuda" else None)
     peak = case.seen.peak_bytes
-    row = Row("memory", "peak memory", "not said", size(peak), "ok", "")
+    row = Row("memory", "peak memory", "not said", format_bytes(peak), "ok", "")
     if not known or not peak:
         return replace(row, verdict="unknown", evidence="no limit on memory is known")
     limit = known[0]
     share = peak / limit.total
-    row = replace(row, evidence=f"{share:.0%} of {size(limit.total)} ({limit.name})")
+    row = replace(row, evidence=f"{share:.0%} of {format_bytes(limit.total)} ({limit.name})")
     if share < 0.95:
         return row
     return replace(

@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,7 +16,8 @@ from lightning_bge.callbacks.micro_batch.probe import Probe, make_meter, map_lar
 from lightning_bge.callbacks.micro_batch.search import Answer, Room, Search
 from lightning_bge.errors import ConfigError
 from lightning_bge.runtime.cache_dir import default_cache_dir
-from lightning_bge.runtime.memory import Limit, limits, release, size, spare_bytes
+from lightning_bge.runtime.memory import Limit, cache_bytes, format_bytes, limits, release
+from lightning_bge.runtime.micro_batch import SupportsMicroBatchSize, batch_source
 
 GIB = 2**30
 _NOTHING: dict[str, Any] = {
@@ -61,30 +62,6 @@ class MemoryConfig:
                 raise ConfigError(f"memory.{name}: expected {expected}, got {getattr(self, name)}")
 
 
-class SupportsMicroBatchSize(Protocol):
-    """What a data module, or a LightningModule, offers to have its batches sized.
-
-    The size counts what the batch source likes, such as real tokens of a micro-batch or rows of a batch;
-    `MemoryConfig.default_size` is counted so too. Further attributes, all optional:
-
-    - `micro_batch_size_step: int`, the smallest size, and what sizes are a multiple of. Missing: 1.
-    - `auto_micro_batch_size: bool`, False where the user has set a number: nothing is done then. Missing: True.
-    - `micro_batch_size_key: dict`, what of the data the memory of a step depends on, besides the size, as plain data.
-    - `micro_batch_size: int`, the one in effect: where it falls below the one found, after an OOM, the cache keeps it.
-    """
-
-    def worst_case_batch(self, micro_batch_size: int, train: bool) -> Any:
-        """A synthetic batch of that size, on the host, in which everything is as long as it can get.
-
-        Args:
-            micro_batch_size: a multiple of `micro_batch_size_step`.
-            train: for the training step; else what is validated with at that size, which may be larger.
-        """
-
-    def set_micro_batch_size(self, size: int) -> None:
-        """Make batches of that size from now on."""
-
-
 class MicroBatchFinder(Callback):
     """Finds the largest micro-batch that fits and pays, and hands it to the batch source, when training starts.
 
@@ -94,9 +71,9 @@ class MicroBatchFinder(Callback):
     tried; on a GPU it is then found by tries, on the host nothing beyond the margin is tried. Where the host's memory
     decides, large blocks are mapped one by one from then on (`map_large_blocks`), so that the answer holds. Nothing
     else of the run changes: weights, gradients, optimizers, schedules, random numbers, modes and what lists, dicts and
-    tensors of the module hold are put back. A module with an attribute `communicate` has it set to False meanwhile, as
-    ranks try on their own; then all take the smallest size of any. What was found is cached by all that the memory of
-    a step depends on; a second run makes no trial step.
+    tensors of the module hold are put back. Each rank searches on its own, then all take the smallest size of any: a
+    module whose steps wait for other ranks has a method `trial_steps` that returns a context, in which they do not.
+    What was found is cached by all that the memory of a step depends on; a second run makes no trial step.
 
     The batch source (see `SupportsMicroBatchSize`) is the trainer's data module, or else the LightningModule. On a CPU
     without a stated limit, and where memory can't be measured or steps can't be tried alone (as with sharded
@@ -128,7 +105,7 @@ class MicroBatchFinder(Callback):
     def _reset(self) -> None:
         self.micro_batch_size: int | None = None
         self.reason = "no training step was made"
-        self._source: Any = None
+        self._source: SupportsMicroBatchSize | None = None
         self._key: str | None = None
         self._found: dict[str, Any] = {}
         self._from_cache = False
@@ -147,8 +124,8 @@ class MicroBatchFinder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look the size up, or search it, and hand it to the batch source."""
         self._reset()
-        source = _find_source(trainer, pl_module)
-        if source is None:
+        source = batch_source(trainer, pl_module)
+        if source is None or not hasattr(source, "worst_case_batch"):
             self.reason = (
                 "no micro-batch size: neither data module nor module is a batch source (see SupportsMicroBatchSize)"
             )
@@ -176,7 +153,9 @@ class MicroBatchFinder(Callback):
             logging.INFO if entry["fits"] else logging.WARNING,
         )
 
-    def _make_key(self, trainer: Trainer, module: LightningModule, source: Any, known: list[Limit]) -> str:
+    def _make_key(
+        self, trainer: Trainer, module: LightningModule, source: SupportsMicroBatchSize, known: list[Limit]
+    ) -> str:
         # not the memory of the machine: it is nobody's decision, and others use it too
         totals = sorted((limit.name, limit.total) for limit in known if limit.stated or limit.raises)
         data = {
@@ -185,11 +164,13 @@ class MicroBatchFinder(Callback):
         }
         config = {name: value for name, value in asdict(self.config).items() if name != "cache"}
         setting = {**describe_setting(trainer, module), "data": data, "limits": totals, "config": config}
-        if module.device.type == "cpu" and (most := spare_bytes()[1]):
-            setting["spare"] = most
+        if module.device.type == "cpu" and (most := cache_bytes()[1]):
+            setting["caches"] = most
         return digest(setting)
 
-    def _find(self, trainer: Trainer, module: LightningModule, source: Any, known: list[Limit]) -> dict[str, Any]:
+    def _find(
+        self, trainer: Trainer, module: LightningModule, source: SupportsMicroBatchSize, known: list[Limit]
+    ) -> dict[str, Any]:
         meter = make_meter(module.device, address_space=any(limit.raises for limit in known))
         hindrance = obstacle(trainer)
         if module.device.type == "cpu" and not any(limit.stated for limit in known):
@@ -249,20 +230,12 @@ class MicroBatchFinder(Callback):
 
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
         """Learn where the size in effect was lowered."""
-        size = getattr(self._source, "micro_batch_size", None)
-        if size is not None:
-            self.lower(size)
+        if self._source is not None:
+            self.lower(self._source.micro_batch_size)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Likewise."""
+        """Learn where the size in effect was lowered; an `OOMHandler` calls `lower` if it lowers it later than this."""
         self.on_train_batch_end()
-
-
-def _find_source(trainer: Trainer, module: LightningModule) -> Any:
-    for thing in (getattr(trainer, "datamodule", None), module):
-        if all(callable(getattr(thing, name, None)) for name in ("worst_case_batch", "set_micro_batch_size")):
-            return thing
-    return None
 
 
 def _given(config: MemoryConfig) -> int | None:
@@ -275,7 +248,7 @@ def _room(known: list[Limit], on_host: bool) -> Room:
     Where oneDNN is the one that asks in vain, it can make no new kernel in that thread for the rest of the process.
     What others may yet take of the host's memory to save time is left to them, so that answers hold when they do.
     """
-    promised = spare_bytes()[0] if on_host else 0
+    promised = cache_bytes()[0] if on_host else 0
     hard = [limit.free for limit in known if limit.raises and not on_host]
     soft = [max(limit.free - promised, 0) for limit in known if not limit.raises or on_host]
     return Room(min(hard, default=None), min(soft, default=None))
@@ -290,7 +263,9 @@ def _entry(
     mapped: bool,
 ) -> dict[str, Any]:
     peak = search.peak(max(answer.units, 1))
-    figures = f"peak about {size(min(limit.used + peak, limit.total))} of {size(limit.total)} ({limit.name})"
+    figures = (
+        f"peak about {format_bytes(min(limit.used + peak, limit.total))} of {format_bytes(limit.total)} ({limit.name})"
+    )
     return {
         "micro_batch_size": max(answer.units, 1) * step,
         "reason": f"{answer.reason}; {figures}",

@@ -22,7 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bge.callbacks.micro_batch.search import Try
 from lightning_bge.callbacks.micro_batch.state import Kept
-from lightning_bge.runtime.memory import find_oom, live_bytes, process_bytes, release, size
+from lightning_bge.runtime.compat.lightning import on_before_batch_transfer
+from lightning_bge.runtime.memory import format_bytes, live_bytes, process_bytes, release
+from lightning_bge.runtime.oom import find_oom
 
 log = logging.getLogger(__name__)
 
@@ -226,8 +228,8 @@ class Probe:
         kept = live_bytes() - held
         if kept > 0:
             raise RuntimeError(
-                f"{size(kept)} ({kept} bytes) are still held after a trial step of {units} units ran out of memory: "
-                "something keeps tensors of the step, perhaps a global or a hook; set a batch size instead"
+                f"{format_bytes(kept)} ({kept} bytes) are still held after a trial step of {units} units ran out of "
+                "memory: something keeps tensors of the step, perhaps a global or a hook; set a batch size instead"
             )
         return None
 
@@ -289,7 +291,7 @@ class Probe:
 
     def _move(self, batch: Any) -> Any:
         batch = self.trainer.precision_plugin.convert_input(batch)
-        batch = self.module._on_before_batch_transfer(batch)
+        batch = on_before_batch_transfer(self.module, batch)
         return self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 

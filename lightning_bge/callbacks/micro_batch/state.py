@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_bge.runtime.compat.lightning import silenced
+from lightning_bge.runtime.compat.torch import forget_interrupted_step, stop_stepping
 
 
 class _Attributes:
@@ -68,7 +70,6 @@ class Kept:
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self.trainer, self.module = trainer, module
         self._random = _random_state()
-        self._trainer = trainer.callbacks, list(trainer.loggers)  # type: ignore[attr-defined]
         self._precision = copy.deepcopy(trainer.precision_plugin.state_dict())
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._schedulers = [(scheduler, copy.deepcopy(scheduler.state_dict())) for scheduler in schedulers]
@@ -76,24 +77,18 @@ class Kept:
         self._requires_grad = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
         self._buffers = _host_copies(module.buffers())
         self.weights: list[tuple[Tensor, Tensor]] | None = _host_copies(module.parameters())
-        ladder = getattr(module, "ladder", None)
-        objects = [*module.modules(), *([] if ladder is None else [ladder])]
-        self._before = _Attributes(objects)
-        trainer.callbacks = []  # type: ignore[attr-defined]
-        trainer.loggers = [DummyLogger() for _ in trainer.loggers]
-        vars(module).update(log=_nothing, log_dict=_nothing)
-        if hasattr(module, "communicate"):
-            module.communicate = False  # type: ignore[assignment]
-        if ladder is not None:
-            ladder.active = False
-        self._meanwhile = _Attributes(objects)
+        self._before = _Attributes(list(module.modules()))
+        self._contexts = ExitStack()
+        self._contexts.enter_context(silenced(trainer, module))
+        if (trial_steps := getattr(module, "trial_steps", None)) is not None:
+            self._contexts.enter_context(trial_steps())
+        self._meanwhile = _Attributes(list(module.modules()))
 
     def hold_still(self, all_of_them: bool = True) -> None:
         """Keep optimizers from stepping; else only those that have a state, which no copy was made of."""
         for optimizer, _, had_state, _ in self._optimizers:
             if all_of_them or had_state:
-                optimizer.step = _no_step  # type: ignore[method-assign]
-                optimizer._opt_called = True  # type: ignore[attr-defined]  # else a scheduler warns
+                stop_stepping(optimizer)
 
     def trainable(self) -> list[Tensor]:
         """The weights that optimizers step."""
@@ -113,7 +108,7 @@ class Kept:
         for scheduler, state in self._schedulers:
             scheduler.load_state_dict(copy.deepcopy(state))
         if (scaler := getattr(self.trainer.precision_plugin, "scaler", None)) is not None:
-            scaler._per_optimizer_states.clear()  # of a step that was cut off
+            forget_interrupted_step(scaler)
             self.trainer.precision_plugin.load_state_dict(self._precision)
 
     def weights_changed(self) -> bool:
@@ -134,28 +129,14 @@ class Kept:
         """Put everything back."""
         self.reset()
         self.restore_weights()
+        self._contexts.close()
         self._before.restore()
         _write(self._buffers)
         for optimizer, attributes, *_ in self._optimizers:
             vars(optimizer).clear()
             vars(optimizer).update(attributes)
         self.drop_state()
-        self.trainer.callbacks, self.trainer.loggers = self._trainer  # type: ignore[attr-defined]
         _set_random_state(self._random)
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """In the place of `log`."""
-
-
-@torch.enable_grad()
-def _no_step(closure: Callable[[], Any] | None = None, **_: Any) -> Any:
-    """In the place of `step`: the closure goes forward and backward."""
-    return None if closure is None else closure()
-
-
-# a scheduler warns where it does not find this mark of its own
-_no_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
 def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:

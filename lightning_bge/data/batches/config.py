@@ -55,6 +55,11 @@ class BatchingConfig:
                 f"got {self.multiprocessing_context!r}"
             )
 
+    @property
+    def initial_max_tokens(self) -> int:
+        """The most tokens of a training micro-batch before anything changes it."""
+        return AUTO_MAX_TOKENS if self.max_tokens == "auto" else self.max_tokens
+
     def eval_limit(self, max_tokens: int) -> int:
         """The most tokens of a micro-batch without gradients, where training micro-batches have up to `max_tokens`."""
         return EVAL_FACTOR * max_tokens if self.eval_max_tokens == "auto" else self.eval_max_tokens

@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,7 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import TextClassifier, load_classifier
 from lightning_bge.models.optimizer import OptimizerConfig
-from lightning_bge.runtime.memory import Limit, process_bytes, register_spare
+from lightning_bge.runtime.memory import Limit, process_bytes, register_cache
 from lightning_bge.types import MicroBatch
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.small_models import Loader, quiet_trainer, save_model
@@ -210,7 +211,13 @@ class Foreign(LightningModule):
         self.counts: dict[str, int] = {"steps": 0}
         self.mean = torch.zeros(())
         self.largest = 1940  # rows that fit: twice what of what `FakeMeter` allows for 10,000 bytes
-        self.communicate = True
+        self.trying = False
+
+    @contextmanager
+    def trial_steps(self) -> Iterator[None]:
+        self.trying = True
+        yield
+        self.trying = False
 
     def forward(self, values: Tensor) -> Tensor:
         if len(values) > self.largest:
@@ -290,11 +297,11 @@ class FakeMeter:
         return self.seconds
 
 
-class SimpleSpare:
-    def __init__(self, most: int, nbytes: int) -> None:
-        self.most, self.nbytes = most, nbytes
+class SimpleCache:
+    def __init__(self, capacity: int, nbytes: int) -> None:
+        self.capacity, self.nbytes = capacity, nbytes
 
-    def give_way(self) -> None:
+    def shrink(self) -> None:
         self.nbytes = 0
 
 
@@ -308,7 +315,7 @@ def forgetful(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setattr(probe_module, "live_bytes", lambda: 0)
     monkeypatch.setattr(probe_module, "release", lambda: None)
     monkeypatch.setattr(probe_module, "gc", SimpleNamespace(collect=lambda: 0, get_freeze_count=lambda: 1))
-    monkeypatch.setattr("lightning_bge.runtime.memory._spares", WeakSet())
+    monkeypatch.setattr("lightning_bge.runtime.memory._caches", WeakSet())
     cache_module.forget()
     yield
     cache_module.forget()
@@ -443,7 +450,7 @@ def test_an_error_comes_out_and_everything_is_put_back(where: str, use: Use, mon
         train(module, data, before, MicroBatchFinder(ALL))
     assert len(data.made) >= 8
     assert_same(*states)
-    assert module.communicate
+    assert not module.trying
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
@@ -459,7 +466,7 @@ def test_other_callbacks_and_loggers_see_nothing_of_it(use: Use) -> None:
 
     class Talks(Foreign):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            if not self.communicate:
+            if self.trying:
                 self.log("never", 1.0, on_step=True)
                 self.logger.experiment.add_scalar("never", 1)  # type: ignore[union-attr]
             return super().training_step(batch, batch_idx)
@@ -494,7 +501,7 @@ def test_the_optimizers_state_exists_in_trial_steps_and_gradients_do(use: Use) -
 
     class Watched(Foreign):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            if not self.communicate:
+            if self.trying:
                 [optimizer] = self.trainer.optimizers
                 grads = sum(parameter.grad is not None for parameter in self.parameters())
                 seen.append((len(optimizer.state), grads))
@@ -511,7 +518,7 @@ def test_the_optimizers_state_exists_in_trial_steps_and_gradients_do(use: Use) -
 def test_a_module_that_changes_its_weights_itself_is_put_back_too(use: Use) -> None:
     class Clamps(Foreign):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            if not self.communicate:
+            if self.trying:
                 self.head.weight.data.mul_(0.5)  # no version counter sees it
                 self.head.requires_grad_(False)
             return super().training_step(batch, batch_idx)
@@ -596,7 +603,7 @@ def test_not_even_the_smallest_fits(use: Use, caplog: pytest.LogCaptureFixture) 
     [record] = [record for record in caplog.records if record.name == cache_module.__name__]
     assert record.levelno == logging.WARNING
     assert (
-        "micro-batch size 8: not even this fits (out of memory in the search for a batch size: 3.0 GiB asked"
+        "micro-batch size 8: not even this fits (out of memory in the search for a batch size: 3.0 GiB requested"
         in record.message
     )
     again = Rows(step=8)
@@ -666,6 +673,7 @@ def test_the_module_may_be_the_batch_source_and_none_is_said(use: Use, caplog: p
 
     class Makes(Foreign):
         micro_batch_size_step = 2
+        micro_batch_size = 4
 
         def worst_case_batch(self, size: int, train: bool) -> Tensor:
             return rows.worst_case_batch(size, train)
@@ -808,7 +816,7 @@ def test_many_writers_lose_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_micro_batch_size_that_is_lowered_is_stored(use: Use, fails: bool) -> None:
     class Lowers(Callback):
-        """As a callback or a module's own ladder does it after an OOM."""
+        """As a callback or the module itself does it after an OOM."""
 
         def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if trainer.global_step == 3:
@@ -932,8 +940,8 @@ def test_what_may_be_tried_is_tried_on_a_gpu_only() -> None:
 
 def test_what_others_may_yet_take_to_save_time_is_left_to_them(use: Use) -> None:
     free, _ = search(use)
-    spare = SimpleSpare(most=4000, nbytes=1000)
-    register_spare(spare)
+    spare = SimpleCache(capacity=4000, nbytes=1000)
+    register_cache(spare)
     known = [Limit("a", 10_000, 0)]
     assert finder_module._room(known, on_host=True) == Room(None, 7000)
     assert finder_module._room(known, on_host=False) == Room(None, 10_000)
@@ -1014,8 +1022,7 @@ def test_our_module_trains_the_same_after_the_search(tmp_path: Path, use: Use) -
             assert len(made) > 5
             assert data.micro_batch_size % 16 == 0
             assert data.micro_batch_size == pytest.approx(0.9 * 1970, rel=0.06)
-            assert module.ladder.active
-            assert module.ladder.records == []
+            assert module.oom_retry.records == []
     assert_same(*found)
 
 
@@ -1028,7 +1035,8 @@ warnings.filterwarnings("ignore")
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder, MemoryConfig
-from lightning_bge.runtime.memory import find_oom, process_bytes
+from lightning_bge.runtime.memory import process_bytes
+from lightning_bge.runtime.oom import find_oom
 from torch import nn
 
 room, width, manual = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "manual"

@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_bge.callbacks.micro_batch.finder import MemoryConfig, MicroBatchFinder
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.optimizer import OptimizerConfig
-from lightning_bge.runtime.memory import find_oom, release
+from lightning_bge.runtime.memory import release
+from lightning_bge.runtime.oom import find_oom
 from lightning_bge.types import Batch, Schema
 from tests.helpers.small_models import Loader, cut_batch, quiet_trainer, random_sequences, save_model
 
@@ -95,9 +96,8 @@ def on_gpu(precision: str, *callbacks: Any, **options: Any) -> Any:
 def test_the_answer_holds_and_a_larger_one_does_not(tmp_path: Path, limit: None, precision: str) -> None:
     module, data = make_module(save_model(tmp_path, max_position_embeddings=LENGTH, **SHAPE)), Data()
     finder = MicroBatchFinder(MemoryConfig(min_speedup=None, cache=False))
-    module.ladder.active = False  # errors come out
     trainer = on_gpu(precision, finder, val_check_interval=5)
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(RuntimeError) as caught, module.trial_steps():  # which lets errors out
         trainer.fit(module, datamodule=data)
     record = find_oom(caught.value)
     assert record is not None, caught.value
@@ -108,15 +108,15 @@ def test_the_answer_holds_and_a_larger_one_does_not(tmp_path: Path, limit: None,
 
 
 def train(folder: str, sequences: int) -> tuple[dict[str, Tensor], list[Any]]:
-    """Three steps; the weights, on the host, and what the ladder noted."""
+    """Three steps; the weights, on the host, and what was noted."""
     module = make_module(folder)
     batches = Loader([make_batch(sequences, seed) for seed in range(3)])
     module.schema = SCHEMA
     on_gpu("32-true", limit_val_batches=0).fit(module, batches)
-    return {name: value.cpu() for name, value in module.state_dict().items()}, module.ladder.records
+    return {name: value.cpu() for name, value in module.state_dict().items()}, module.oom_retry.records
 
 
-def test_the_ladder_recovers_from_a_real_oom(tmp_path: Path) -> None:
+def test_a_step_recovers_from_a_real_oom(tmp_path: Path) -> None:
     folder = save_model(tmp_path, max_position_embeddings=LENGTH, **SHAPE)
     train(folder, 2)  # what the libraries keep for good
     gc.collect()
@@ -134,7 +134,7 @@ def test_the_ladder_recovers_from_a_real_oom(tmp_path: Path) -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert records
     assert records[0].where in ("forward", "backward")
-    assert records[0].asked is not None
+    assert records[0].requested is not None
     for name, weight in expected.items():
         assert (found[name] - weight).abs().max() <= 1e-4 * max(1.0, float(weight.abs().max())), name
     gc.collect()

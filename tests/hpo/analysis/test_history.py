@@ -118,7 +118,7 @@ def test_a_study_of_before_does_not_say_its_steps(tmp_path: Path) -> None:
         (TrialState.PRUNED, {"pruned_at": 1}, "pruned", ""),
         (TrialState.PRUNED, {"pruned_at": 1, "paused_at": 1}, "paused", ""),
         (TrialState.PRUNED, {"pruned_at": 1, "nan": "nan"}, "diverged", "nan"),
-        (TrialState.PRUNED, {"oom_where": "training", "oom_asked": 5}, "out of memory", ""),
+        (TrialState.PRUNED, {"oom_where": "training", "oom_requested": 5}, "out of memory", ""),
         (TrialState.FAIL, {}, "failed", ""),
         (TrialState.FAIL, {"swept": "process 7 is gone"}, "interrupted", "process 7 is gone"),
         (TrialState.WAITING, {}, "waiting", ""),

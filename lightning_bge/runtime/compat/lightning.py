@@ -1,0 +1,65 @@
+"""What this package needs of Lightning that has no public name: one function each, with its reason."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _get_sigkill_signal
+from torch import nn
+
+
+def on_before_batch_transfer(module: LightningModule, batch: Any) -> Any:
+    """Apply the hook of that name, of the data module or the module, whichever overrides it.
+
+    Lightning applies it where a loader yields a batch; no public function does it for a batch made elsewhere.
+    """
+    return module._on_before_batch_transfer(batch)
+
+
+@contextmanager
+def silenced(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Meanwhile the trainer has no callbacks, its loggers write nothing, and `module.log` does nothing.
+
+    A step made outside of Lightning's loops must not be seen by callbacks and loggers, and `log` raises there.
+    """
+    callbacks, loggers, before = trainer.callbacks, list(trainer.loggers), dict(vars(module))  # type: ignore[attr-defined]
+    trainer.callbacks = []  # type: ignore[attr-defined]
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    vars(module).update(log=_nothing, log_dict=_nothing)
+    try:
+        yield
+    finally:
+        trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
+        for name in ("log", "log_dict"):
+            vars(module).pop(name, None)
+            if name in before:
+                vars(module)[name] = before[name]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """In the place of `log`."""
+
+
+def sync_module_states(module: nn.Module) -> None:
+    """Give all ranks rank 0's parameters and buffers, as Lightning's DDP does where it wraps the module."""
+    _sync_module_states(module)
+
+
+def rank_processes(trainer: Trainer) -> list[subprocess.Popen[Any]] | None:
+    """The processes that this one started, one for each other rank; None where something else starts them."""
+    launcher = trainer.strategy.launcher
+    return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else None
+
+
+def kill_ranks(trainer: Trainer) -> None:
+    """End the processes of `rank_processes`, as Lightning does when it finds that one has failed."""
+    launcher = trainer.strategy.launcher
+    assert isinstance(launcher, _SubprocessScriptLauncher)
+    launcher.kill(_get_sigkill_signal())

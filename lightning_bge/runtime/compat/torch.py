@@ -1,0 +1,139 @@
+"""What this package needs of torch that has no public name: one function each, with its reason."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils import _pytree
+
+tree_leaves: Callable[[Any], list[Any]] = _pytree.tree_leaves
+"""The leaves of nested lists, tuples and dicts; torch has no public module for this."""
+tree_map: Callable[[Callable[[Any], Any], Any], Any] = _pytree.tree_map
+"""Nested lists, tuples and dicts of the same structure with each leaf replaced."""
+
+
+# ---------------------------------------------------------------------- torch.compile
+
+
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """What `module.compile()` has put in the place of the module's call; None where the module is eager.
+
+    torch has no public way to ask for it.
+    """
+    return module._compiled_call_impl
+
+
+def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """Use a compiled call that `compiled_call` has returned, or None to make the module eager.
+
+    `Module.compile` cannot be undone by a public function.
+    """
+    module._compiled_call_impl = call
+
+
+def dynamo_counts() -> tuple[int, int, int]:
+    """Functions that this process gave to torch.compile, those compiled, and graphs.
+
+    torch keeps these counters in a private module only. It is not imported for this, as that takes seconds: before
+    anything has been compiled, all three are 0.
+    """
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    if dynamo is None:
+        return 0, 0, 0
+    frames = dynamo.counters["frames"]
+    return frames["total"], frames["ok"], dynamo.counters["stats"]["unique_graphs"]
+
+
+def stop_compile_workers() -> None:
+    """End inductor's worker processes, which hold memory and may still work on what was interrupted.
+
+    Inductor starts them when it needs them. No public function ends them.
+    """
+    if (workers := sys.modules.get("torch._inductor.async_compile")) is not None:
+        workers.shutdown_compile_workers()
+
+
+def has_triton() -> bool:
+    """Whether inductor can compile for the GPU; the import of triton is slow, and no public function asks."""
+    from torch.utils import _triton
+
+    return _triton.has_triton()
+
+
+# ---------------------------------------------------------------------- optimizers
+
+
+def stop_stepping(optimizer: Optimizer) -> None:
+    """Let `optimizer.step` go through its closure, forward and backward, and change nothing.
+
+    Trial steps must leave the weights as they are. A learning-rate scheduler warns unless the optimizer carries its
+    two marks of a step. To undo it, restore the optimizer's `vars`.
+    """
+    optimizer.step = _no_step  # type: ignore[method-assign]
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+@torch.enable_grad()
+def _no_step(closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+    return None if closure is None else closure()
+
+
+_no_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def forget_interrupted_step(scaler: torch.amp.GradScaler) -> None:
+    """Clear what a gradient scaler holds of a step that was interrupted: it would refuse the next one."""
+    scaler._per_optimizer_states.clear()
+
+
+# ---------------------------------------------------------------------- memory and hardware
+
+
+def clear_cublas_workspaces() -> None:
+    """Free the 8 to 32 MiB that cuBLAS holds for each handle and allocates when it needs them."""
+    torch._C._cuda_clearCublasWorkspaces()
+
+
+HAS_ALLOCATOR_SETTINGS = hasattr(torch._C, "_accelerator_getAllocatorSettings")
+"""Whether the settings of CUDA's allocator can be read and changed after the start of the process."""
+
+
+def get_allocator_settings() -> str:
+    """The allocator's settings as in the environment variable PYTORCH_ALLOC_CONF, which is read at the start only."""
+    return torch._C._accelerator_getAllocatorSettings()
+
+
+def set_allocator_settings(settings: str) -> None:
+    """Change the allocator's settings; those left out are reset."""
+    torch._C._accelerator_setAllocatorSettings(settings)
+
+
+def cpu_bf16_units() -> list[str]:
+    """Names of the CPU's units that multiply bf16 matrices: `amx_bf16`, `avx512_bf16`.
+
+    `torch.cpu.get_capabilities` is not in every supported version; the older functions are private.
+    """
+    if hasattr(torch.cpu, "get_capabilities"):
+        able = torch.cpu.get_capabilities()
+        return [name for name in ("amx_bf16", "avx512_bf16") if able.get(name)]
+    # every CPU with AMX's tiles multiplies bf16 in them
+    probes = {"amx_bf16": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
+    return [name for name, probe in probes.items() if hasattr(torch.cpu, probe) and getattr(torch.cpu, probe)()]
+
+
+# ---------------------------------------------------------------------- torch.distributed
+
+
+def compare_and_set(key: str, expected: str, desired: str) -> str:
+    """Write a note into the default process group's store unless one is there; returns what is there then.
+
+    No public function returns the store.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store().compare_set(key, expected, desired).decode()
