@@ -219,7 +219,10 @@ class BGEClassifier(LightningModule):
         """`compute(batch)`, repeated with less memory where it runs out of it."""
         assert self.net is not None
         if self._trial_steps:
-            return compute(batch)
+            try:
+                return compute(batch)
+            finally:
+                self.oom_retry.at("data")  # no reference to the micro-batch that failed
         source = batch_source(self.trainer, self)
         return self.oom_retry.run(compute, batch, self.net, source=source, training=training)
 
