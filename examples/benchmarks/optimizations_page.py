@@ -1,4 +1,4 @@
-"""The table of `docs/claims.md`, from the records of a CPU and of a GPU; the text around it is written by hand."""
+"""The tables of `docs/optimizations.md`, from the records of a CPU and of a GPU."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from claims_hpo import PRUNERS
 from common import markdown_table
 from note import repeat
+from optimizations_pruning import PRUNERS
 
 from lightning_bge.runtime.run_folder import write_text
 
-BEGIN, END = "<!-- measured: written by examples/benchmarks/claims.py -->", "<!-- end of what was measured -->"
+BEGIN, END = "<!-- measured: written by examples/benchmarks/optimizations.py -->", "<!-- end of what was measured -->"
 NOT_YET = "not measured yet"
 Record = dict[str, Any]
-Row = tuple[str, str, str]  # optimisation, the two sides, what is claimed
+Row = tuple[str, str, str]  # optimization, labels of the two sides, expected gain
 
 
-def write_page(page: Path, claims: Mapping[str, Row], records: Mapping[str, Path]) -> None:
-    """Put the tables between the page's two marks; what stands around them is kept.
+def write_page(page: Path, optimizations: Mapping[str, Row], records: Mapping[str, Path]) -> None:
+    """Put the tables between the two marks of the page; the text around them is kept.
 
     Args:
         page: Markdown with both marks.
-        claims: the rows by their keys in the records.
+        optimizations: the rows by their keys in the records.
         records: JSON files by the machine's name; one that is not there is `not measured yet`.
     """
     text = page.read_text(encoding="utf-8")
@@ -36,27 +36,27 @@ def write_page(page: Path, claims: Mapping[str, Row], records: Mapping[str, Path
         for machine, path in records.items()
     }
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    write_text(page, f"{before}{BEGIN}\n\n{tables(claims, found)}\n\n{END}{after}")
+    write_text(page, f"{before}{BEGIN}\n\n{tables(optimizations, found)}\n\n{END}{after}")
 
 
-def tables(claims: Mapping[str, Row], records: Mapping[str, Record | None]) -> str:
-    """Steps, searches, and where they were measured."""
-    header = ["optimisation", "without / with", "claimed"]
+def tables(optimizations: Mapping[str, Row], records: Mapping[str, Record | None]) -> str:
+    """The tables of optimizer steps and of pruning, and the machines on which they were measured."""
+    header = ["optimization", "without / with", "expected"]
     for machine in records:
         header += [f"{machine}: times as fast", "seconds without / with"]
     rows = [
         (*row, *(cell for record in records.values() for cell in _step_cells(record, name)))
-        for name, row in claims.items()
+        for name, row in optimizations.items()
     ]
-    columns = ["pruning", "claimed", "search", "whole search", "to within 1 % of the best", "reached"]
+    columns = ["pruning", "expected", "study", "whole study", "until within 1 % of the best", "reached"]
     searches = next((record["searches"] for record in records.values() if record and record["searches"]), None)
     where = [_describe(machine, record) for machine, record in records.items() if record]
     return "\n\n".join([markdown_table(header, rows), markdown_table(columns, _search_rows(searches)), *where])
 
 
 def _step_cells(record: Record | None, name: str) -> tuple[str, str]:
-    if record is not None and name in record["obstacles"]:
-        return f"not measured: {record['obstacles'][name]}", ""
+    if record is not None and name in record["not_measured"]:
+        return f"not measured: {record['not_measured'][name]}", ""
     if record is None or name not in record["summary"]:
         return NOT_YET, ""
     found = record["summary"][name]
@@ -67,18 +67,18 @@ def _step_cells(record: Record | None, name: str) -> tuple[str, str]:
 
 def _search_rows(searches: dict[str, Any] | None) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for name, (claimed, _) in PRUNERS.items():
+    for name, (expected, _) in PRUNERS.items():
         if searches is None:
-            rows.append((name, claimed, "", NOT_YET, "", ""))
+            rows.append((name, expected, "", NOT_YET, "", ""))
             continue
         for search, values in searches[name].items():
             spans = (_span(values["whole"]), _span(values["to_reach"]), f"{values['reached']:.0%}")
-            rows.append((name, claimed, search, *spans))
+            rows.append((name, expected, search, *spans))
     return rows
 
 
 def _span(values: list[float]) -> str:
-    """The median, and in brackets where the middle 80 % lie."""
+    """The median, and in brackets the range of the middle 80 %."""
     ordered, left_out = sorted(values), len(values) // 10
     return f"**{median(ordered):.2f}** ({ordered[left_out]:.2f} to {ordered[-1 - left_out]:.2f})"
 
@@ -90,6 +90,6 @@ def _describe(machine: str, record: Record) -> str:
         f"{machine}: written {record['written']} at commit {record['git_commit'] or 'unknown'}; "
         f"{where['gpu'] or where['cpu']}, {where['cores']} CPU cores ({units}), {where['threads']} threads; python "
         f"{versions['python']}, torch {versions['torch']}, lightning {versions['lightning']}, transformers "
-        f"{versions['transformers']}, optuna {versions['optuna']}. {record['rounds']} rounds; precision, where it is "
-        f"not what is compared: {record['precision']}.\n\n```bash\n{repeat(record)}\n```"
+        f"{versions['transformers']}, optuna {versions['optuna']}. {record['rounds']} rounds; precision, except "
+        f"where precisions are compared: {record['precision']}.\n\n```bash\n{repeat(record)}\n```"
     )

@@ -1,4 +1,4 @@
-"""What the claims are measured with: seconds of a short training, its switches by name."""
+"""Seconds of a short training, with each optimization as a named switch."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ LOOP, FOREACH = {"fused": False, "foreach": False}, {"fused": False, "foreach": 
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What is trained, alike on both sides.
+class ShortTraining:
+    """A short training, the same on both sides of an optimization.
 
     Attributes:
         job: model, rows to draw from, pairs of an effective batch.
         cache: folder for token ids.
-        steps: within the clock.
-        warmup: steps before it.
+        steps: timed optimizer steps.
+        warmup: steps before them.
         compile_limit: the most seconds that compiling one layer may take.
     """
 
@@ -50,16 +50,16 @@ class Bench:
 
     @property
     def precision(self) -> str:
-        """What pays on this machine; the base of all claims that are not about precision."""
+        """The fastest precision of this machine, used in all rows that do not compare precisions."""
         return choose_precision(self.job.device)[0]
 
-    def of(self, batch: int, steps: int) -> Bench:
-        """So many pairs a step, so many steps after the warm-up."""
+    def of(self, batch: int, steps: int) -> ShortTraining:
+        """The same with another number of pairs per step and of timed steps."""
         return replace(self, job=replace(self.job, batch=batch), steps=steps)
 
 
 class FillsZeros(AdamW):
-    """As before `set_to_none`: gradients stay where they are, filled with zeros."""
+    """AdamW as before `set_to_none`: gradients are kept and filled with zeros."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none=False)
@@ -70,7 +70,7 @@ class Switched(BGEClassifier):
 
     Args:
         adamw: flags of its parameter groups.
-        fill_zeros: fill gradients with zeros, in place of dropping them.
+        fill_zeros: fill gradients with zeros instead of freeing them.
     """
 
     def __init__(self, adamw: AdamWFlags | None, fill_zeros: bool, **options: Any) -> None:
@@ -110,7 +110,7 @@ class Seconds(Callback):
 
 
 def fit(
-    bench: Bench,
+    training: ShortTraining,
     clock: Seconds,
     callbacks: Sequence[Callback] = (),
     precision: str | None = None,
@@ -120,8 +120,8 @@ def fit(
     fill_zeros: bool = False,
     epochs: int = 1,
 ) -> float:
-    """Train with these switches on otherwise default settings -> what the clock says, in seconds."""
-    job = bench.job
+    """Train with these switches and defaults otherwise, and return the seconds of `clock`."""
+    job = training.job
     data = TextDataModule(
         tokenizer=job.model,
         train_file=job.train_file,
@@ -129,54 +129,54 @@ def fit(
         label_column=job.label_column,
         max_length=job.max_length,
         batch_size=job.batch,
-        cache_dir=bench.cache,
+        cache_dir=training.cache,
         table=TableConfig(max_rows=job.rows, labels=job.labels),
         batching=BatchingConfig(seed=job.seed, **(batching or {})),
     )
     data.setup("fit")
     data.select_fold(None)
     module = Switched(adamw, fill_zeros, name_or_path=job.model, attention=attention, seed=job.seed)
-    settings = {"precision": precision or bench.precision, "accelerator": job.device, "limit_val_batches": 0}
-    limits = {"max_epochs": epochs, "limit_train_batches": bench.warmup + bench.steps}
+    settings = {"precision": precision or training.precision, "accelerator": job.device, "limit_val_batches": 0}
+    limits = {"max_epochs": epochs, "limit_train_batches": training.warmup + training.steps}
     trainer = quiet_trainer(settings, **limits, callbacks=[*callbacks, clock])
     trainer.fit(module, datamodule=data)
     return clock.seconds
 
 
-def step(bench: Bench, tf32: Any = "auto", cudnn_benchmark: bool | None = None, **switches: Any) -> float:
+def step(training: ShortTraining, tf32: Any = "auto", cudnn_benchmark: bool | None = None, **switches: Any) -> float:
     """Seconds of an optimizer step."""
     backends = TorchBackends(tf32=tf32, cudnn_benchmark=cudnn_benchmark)
-    return fit(bench, Seconds(bench.warmup), [backends], **switches) / bench.steps
+    return fit(training, Seconds(training.warmup), [backends], **switches) / training.steps
 
 
-def slow_step(bench: Bench, **switches: Any) -> float:
-    """Seconds of a step of so few pairs that it ends soon where bf16 is emulated."""
-    few = bench.of(2, 1) if bench.precision == "32-true" else bench
+def slow_step(training: ShortTraining, **switches: Any) -> float:
+    """Seconds of a step; without bf16 units of 2 pairs only, as emulated bf16 is slow."""
+    few = training.of(2, 1) if training.precision == "32-true" else training
     return step(few, **switches)
 
 
-def compiled_step(bench: Bench, policy: Any, mode: Any = "default") -> float:
+def compiled_step(training: ShortTraining, policy: Any, mode: Any = "default") -> float:
     """Seconds of a step with the layers compiled, or not."""
-    config = CompileConfig(policy, mode, bench.compile_limit, BACKEND)
-    return fit(bench, Seconds(bench.warmup), [CompileLayers(config)]) / bench.steps
+    config = CompileConfig(policy, mode, training.compile_limit, BACKEND)
+    return fit(training, Seconds(training.warmup), [CompileLayers(config)]) / training.steps
 
 
-def try_compiling(bench: Bench, mode: Any = "default") -> str | None:
-    """Compile a layer within the limit; later fits of this process find its graph. Why it can't be; None: it can."""
-    attempt = CompileLayers(CompileConfig("auto", mode, bench.compile_limit, BACKEND), steps_left=10**9)
-    fit(bench.of(*TRIED), Seconds(None), [attempt])
+def try_compiling(training: ShortTraining, mode: Any = "default") -> str | None:
+    """Compile a layer within the limit, whose graph later fits reuse. Returns why that failed, or None."""
+    attempt = CompileLayers(CompileConfig("auto", mode, training.compile_limit, BACKEND), steps_left=10**9)
+    fit(training.of(*TRIED), Seconds(None), [attempt])
     return attempt.describe()["reason"] if attempt.describe()["compile_s"] is None else None
 
 
-def worker_epoch(bench: Bench, persistent: bool) -> float:
-    """Seconds of an epoch whose batches one worker assembles; its start, once or each epoch, is in them."""
+def worker_epoch(training: ShortTraining, persistent: bool) -> float:
+    """Seconds of an epoch whose batches one worker assembles, with the start of the worker, once or in each epoch."""
     batching = {"num_workers": 1, "persistent_workers": persistent}
-    return fit(bench, Seconds(None), batching=batching, epochs=EPOCHS) / EPOCHS
+    return fit(training, Seconds(None), batching=batching, epochs=EPOCHS) / EPOCHS
 
 
-def plain_step(bench: Bench, attention: str) -> float:
+def plain_step(training: ShortTraining, attention: str) -> float:
     """Seconds of a step of transformers' own padded model with this attention, in a bare loop."""
-    job, device = bench.job, bench.job.device
+    job, device = training.job, training.job.device
     set_seed(job.seed)
     model = AutoModelForSequenceClassification.from_pretrained(
         job.model, num_labels=len(job.labels), attn_implementation=attention, dtype=torch.float32
@@ -188,16 +188,16 @@ def plain_step(bench: Bench, attention: str) -> float:
     )
     optimizer = AdamW(model.parameters(), lr=job.lr, fused=True)
     since = 0.0
-    for number in range(bench.warmup + bench.steps):
-        if number == bench.warmup:
+    for number in range(training.warmup + training.steps):
+        if number == training.warmup:
             wait_for_device()
             since = time.perf_counter()
         batch = collate(rows[number * job.batch : (number + 1) * job.batch]).to(device)
-        with torch.autocast(device, torch.bfloat16, enabled=bench.precision == "bf16-mixed"):
+        with torch.autocast(device, torch.bfloat16, enabled=training.precision == "bf16-mixed"):
             loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     wait_for_device()
-    return (time.perf_counter() - since) / bench.steps
+    return (time.perf_counter() - since) / training.steps

@@ -1,4 +1,4 @@
-"""The claims about searches, by replay of recorded ones: no model is trained."""
+"""The gain of pruning, replayed from recorded studies: no model is trained."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def last_of_fold(search: Recording, inner: BasePruner) -> BasePruner:
 
 
 UNPRUNED = configured(PrunerConfig("none"))
-# row, what is claimed, and how it prunes
+# row, expected gain, and how it prunes
 PRUNERS: dict[str, tuple[str, Callable[[Recording], Policy]]] = {
     "Hyperband, factor 4, an epoch a report": ("3-5x", configured(PrunerConfig("hyperband", fold_confidence=None))),
     "fold pruning: the median, asked at the folds' ends alone": (
@@ -55,7 +55,7 @@ PRUNERS: dict[str, tuple[str, Callable[[Recording], Policy]]] = {
         "2-3x",
         at_fold_ends(lambda search: FoldEndPruner(None, search.epochs * search.per_epoch, search.folds)),
     ),
-    "`promote`, the default here": ("not claimed", configured(PrunerConfig())),
+    "`promote`, the default here": ("no figure", configured(PrunerConfig())),
 }
 
 
