@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_bge.callbacks.compile.callback import find_layers
+from lightning_bge.callbacks.compile.layers import find_layers
 from lightning_bge.models.attention.cuda import by_runs, flash, nested, varlen
 from lightning_bge.models.attention.packed import Kernel, packed_attention
 from lightning_bge.models.attention.packing import Packing

@@ -10,12 +10,23 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.runtime.compat.torch import (
+    HAS_ALLOCATOR_SETTINGS,
+    cpu_bf16_units,
+    get_allocator_settings,
+    set_allocator_settings,
+)
 
 log = logging.getLogger(__name__)
 
 AMPERE = (8, 0)  # the first compute capability with bf16, TF32 and flash attention
+CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 SdpaKernel = Literal["flash", "mem_efficient", "cudnn", "math"]
 
 
@@ -50,19 +61,10 @@ def _bf16_units(device: torch.device) -> tuple[bool, str]:
         return False, "on Apple's GPUs bf16 autocast is not measured yet"
     if device.type != "cpu":
         return False, f"on {device.type} devices bf16 autocast is not measured yet"
-    units = _cpu_bf16_units()
+    units = cpu_bf16_units()
     if units:
         return True, f"this CPU multiplies bf16 matrices ({', '.join(units)})"
     return False, "this CPU has neither AVX512-BF16 nor AMX"
-
-
-def _cpu_bf16_units() -> list[str]:
-    if hasattr(torch.cpu, "get_capabilities"):
-        able = torch.cpu.get_capabilities()
-        return [name for name in ("amx_bf16", "avx512_bf16") if able.get(name)]
-    # Older versions of torch answer one question at a time. Every CPU with AMX's tiles multiplies bf16 in them.
-    probes = {"amx_bf16": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
-    return [name for name, probe in probes.items() if hasattr(torch.cpu, probe) and getattr(torch.cpu, probe)()]
 
 
 class Setting(NamedTuple):
@@ -125,8 +127,12 @@ class TorchBackends(Callback):
         precision, self._tf32_reason = _choose_fp32(self.tf32, device)
         if self.cudnn_benchmark and device.type != "cuda":
             raise ConfigError(f"TorchBackends.cudnn_benchmark: cuDNN is for CUDA, the run is on {device}: leave it out")
-        if self.expandable_segments is not None and (device.type != "cuda" or not _HAS_ALLOCATOR):
-            what = f"the run is on {device}" if _HAS_ALLOCATOR else f"torch {torch.__version__} can't be told in a run"
+        if self.expandable_segments is not None and (device.type != "cuda" or not HAS_ALLOCATOR_SETTINGS):
+            what = (
+                f"the run is on {device}"
+                if HAS_ALLOCATOR_SETTINGS
+                else f"torch {torch.__version__} can't be told in a run"
+            )
             raise ConfigError(f"TorchBackends.expandable_segments is for CUDA's allocator, {what}: leave it out")
         if self.sdpa is not None and not (usable := _usable_kernels(device)) & set(self.sdpa):
             raise ConfigError(
@@ -142,7 +148,9 @@ class TorchBackends(Callback):
         if self.sdpa is not None:
             undo.append(_change(_get_kernels, _put_kernels, list(self.sdpa)))
         if self.expandable_segments is not None:
-            undo.append(_change(_get_allocator, _put_allocator, _with_segments(self.expandable_segments)))
+            undo.append(
+                _change(get_allocator_settings, set_allocator_settings, _with_segments(self.expandable_segments))
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report what is in effect, once a run: only now is the model complete. It is logged once a process."""
@@ -151,8 +159,8 @@ class TorchBackends(Callback):
             text = self.describe()
             if trainer.strategy.root_device.type != "cuda" and not self._asked:
                 text = text.splitlines()[0]  # the others are CUDA's, or as they were
-            if text not in _said:
-                _said.add(text)
+            if text not in _logged:
+                _logged.add(text)
                 log.info("%s", text)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
@@ -185,7 +193,7 @@ class TorchBackends(Callback):
         left = "left as it was"
         if device.type != "cuda":
             benchmark_reason = "no effect: cuDNN is for CUDA"
-        elif not any(isinstance(part, torch.nn.modules.conv._ConvNd) for part in module.modules()):
+        elif not any(isinstance(part, CONVOLUTIONS) for part in module.modules()):
             benchmark_reason = "no effect: the model has no convolution"
         else:
             benchmark_reason = left if self.cudnn_benchmark is None else "asked for"
@@ -198,17 +206,16 @@ class TorchBackends(Callback):
         )
 
     def _allocator_setting(self, device: torch.device) -> list[Setting]:
-        if device.type != "cuda" or not _HAS_ALLOCATOR:
+        if device.type != "cuda" or not HAS_ALLOCATOR_SETTINGS:
             return []
-        value = SEGMENTS.search(_get_allocator())
+        value = SEGMENTS.search(get_allocator_settings())
         reason = "left as it was" if self.expandable_segments is None else "asked for"
         return [Setting("expandable segments", "off" if value is None or value[1] != "True" else "on", reason)]
 
 
-_HAS_ALLOCATOR = hasattr(torch._C, "_accelerator_getAllocatorSettings")
 SEGMENTS = re.compile(r",?expandable_segments:(\w+)")
 
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
 def _name(device: torch.device) -> str:
@@ -278,18 +285,9 @@ def _put_benchmark(value: bool) -> None:
     torch.backends.cudnn.benchmark = value
 
 
-def _get_allocator() -> str:
-    """The allocator's settings, as in the environment variable PYTORCH_ALLOC_CONF."""
-    return torch._C._accelerator_getAllocatorSettings()
-
-
-def _put_allocator(settings: str) -> None:
-    torch._C._accelerator_setAllocatorSettings(settings)
-
-
 def _with_segments(on: bool) -> str:
     """The allocator's settings with this one changed: those left out would be reset."""
-    others = SEGMENTS.sub("", _get_allocator()).strip(",")
+    others = SEGMENTS.sub("", get_allocator_settings()).strip(",")
     return ",".join(part for part in (others, f"expandable_segments:{on}") if part)
 
 

@@ -17,6 +17,7 @@ from torch.profiler import profile
 from lightning_bge.callbacks import torch_backends as precision_module
 from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precision
 from lightning_bge.errors import ConfigError
+from lightning_bge.runtime.compat.torch import get_allocator_settings, set_allocator_settings
 from tests.helpers.small_models import Loader, quiet_trainer
 
 # ------------------------------------------------------------------ choose_precision
@@ -112,7 +113,7 @@ def settings_of_this_process() -> Iterator[None]:
     before = precision_module._get_fp32(), precision_module._get_kernels(), torch.backends.cudnn.benchmark
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
-    precision_module._said.clear()
+    precision_module._logged.clear()
     yield
     precision_module._put_fp32(before[0])
     precision_module._put_kernels(before[1])
@@ -416,14 +417,14 @@ def test_tf32_is_really_used() -> None:
     ],
 )
 def test_other_settings_of_the_allocator_stay(before: str, expected: str) -> None:
-    kept = precision_module._get_allocator()
+    kept = get_allocator_settings()
     try:
-        precision_module._put_allocator(before)
+        set_allocator_settings(before)
         undo = precision_module._change(
-            precision_module._get_allocator, precision_module._put_allocator, precision_module._with_segments(on=True)
+            get_allocator_settings, set_allocator_settings, precision_module._with_segments(on=True)
         )
-        assert precision_module._get_allocator() == expected
+        assert get_allocator_settings() == expected
         undo()
-        assert precision_module._get_allocator() == before
+        assert get_allocator_settings() == before
     finally:
-        precision_module._put_allocator(kept)
+        set_allocator_settings(kept)

@@ -16,7 +16,7 @@ from sentence_transformers import CrossEncoder
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from lightning_bge.callbacks.compile.callback import find_layers
+from lightning_bge.callbacks.compile.layers import find_layers
 from lightning_bge.errors import ConfigError
 from lightning_bge.models import peft_and_freezing as savers
 from lightning_bge.models.classifier import BGEClassifier

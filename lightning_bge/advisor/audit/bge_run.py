@@ -112,8 +112,8 @@ class OwnRun(Subject):
             found |= self._compiling(case, config.compile_s)
         return found
 
-    def _compiling(self, case: Case, limit_s: float) -> dict[str, Gain | str]:
-        probe = CompileLayers(replace(self.compile, policy="auto", time_limit=limit_s), steps_left=FOREVER)
+    def _compiling(self, case: Case, time_limit: float) -> dict[str, Gain | str]:
+        probe = CompileLayers(replace(self.compile, policy="auto", time_limit=time_limit), steps_left=FOREVER)
         self.run(self.fixed(case), [probe], {"limit_train_batches": PROBED, "max_epochs": 1})
         told = probe.describe()
         if told["saved_ms"] is None or not told["step_ms"]:

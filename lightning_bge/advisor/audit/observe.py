@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lightning_bge.advisor.audit.recorder import Recorder
 from lightning_bge.advisor.audit.trace import DTYPES, Trace
-from lightning_bge.callbacks.compile.callback import dynamo_counts
 from lightning_bge.callbacks.throughput.peak import matmul_peak
 from lightning_bge.runtime.clock import UnsharedClock, wait_for
+from lightning_bge.runtime.compat.torch import dynamo_counts
 from lightning_bge.runtime.memory import process_bytes
 
 FETCH = "train_dataloader_next"  # the end of Lightning's names of what it does

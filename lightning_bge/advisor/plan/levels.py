@@ -23,7 +23,7 @@ from lightning_bge.advisor.plan.cost_model import hours as in_words
 from lightning_bge.advisor.plan.pace import measure_pace
 from lightning_bge.advisor.plan.predict import Prediction, Priced, Study
 from lightning_bge.advisor.plan.trial_bench import Looks
-from lightning_bge.callbacks.compile.policy import CompileConfig, Findings, time_limit_s, too_short
+from lightning_bge.callbacks.compile.policy import CompileConfig, Findings, probe_time_limit, too_short
 from lightning_bge.callbacks.torch_backends import TorchBackends
 from lightning_bge.hpo.objective import Build
 
@@ -174,7 +174,7 @@ def trying_s(
     steps = training_s(study, priced, share) / calibration.step_s
     if (text := too_short(known, steps)) is not None:
         return 0.0, text.removeprefix("compile off: ")
-    most = time_limit_s(known, steps, compile)
+    most = probe_time_limit(known, steps, compile)
     return most, f"tried when the study starts, for {most:.0f} s at most; what it brings is not known before"
 
 

@@ -1,4 +1,4 @@
-"""Whether compiling an encoder's layers pays: the settings, what is known, and the arithmetic."""
+"""Whether compiling an encoder's layers pays: the options, what was measured, and the arithmetic."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_bge.errors import ConfigError
 Policy = Literal["auto", "always", "never"]
 Mode = Literal["default", "reduce-overhead", "max-autotune"]
 
-MOST_GAIN = 0.5  # of a step: more than a step twice as fast is not expected of layers that matrix products dominate
-LEAST_COMPILE_S = 2.0  # one graph; 4.3 s was the least measured, on a CPU core with a warm inductor cache
-LEAST_TRY_S = 8.0  # a whole try, torch's compiler imported first: measured with a warm inductor cache
-MOST_TRYING = 0.02  # of the time that is left may be spent on trying: where it ends in "off", it must not be felt
-MARGIN = 1.5  # what compiling saves must be so many times what it costs, as both are estimates
+MAX_GAIN = 0.5  # of a step: layers that matrix products dominate do not become more than twice as fast
+MIN_COMPILE_S = 2.0  # one graph; 4.3 s was the least measured, on a CPU core with a warm inductor cache
+MIN_PROBE_S = 8.0  # a whole measurement, the import of torch's compiler included, with a warm inductor cache
+MAX_PROBE_SHARE = 0.02  # of the time that is left: a measurement that ends in "off" must cost little
+SAFETY_FACTOR = 1.5  # compiling must save this many times what it costs, as both are estimates
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,12 @@ class CompileConfig:
 
     Attributes:
         policy: auto measures on the real model whether compiling pays over the steps that are left, and says why;
-            always compiles when training starts; never leaves them as they are.
-        mode: torch.compile's. reduce-overhead records CUDA graphs, which want static shapes: pad micro-batches to few
-            token totals, as each one is compiled anew.
-        time_limit: the most seconds that auto spends on trying. 120, as one layer of MiniLM took 17 to 50 s on a CPU.
-        backend: torch.compile's.
+            always compiles when training starts; never leaves them eager.
+        mode: of torch.compile. reduce-overhead records CUDA graphs, which need static shapes: pad micro-batches to few
+            token totals, as each one is compiled separately.
+        time_limit: the most seconds that auto spends on its measurement. 120, as one layer of MiniLM took 17 to 50 s on
+            a CPU.
+        backend: of torch.compile.
     """
 
     policy: Policy = "auto"
@@ -43,7 +44,7 @@ class CompileConfig:
                 raise ConfigError(f"compile.{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)}")
         if not 0 < self.time_limit < math.inf:
             raise ConfigError(
-                f"compile.time_limit: expected seconds above 0, got {self.time_limit}: to try nothing, set policy never"
+                f"compile.time_limit: expected seconds above 0, got {self.time_limit}; policy: never measures nothing"
             )
 
 
@@ -56,10 +57,10 @@ class Findings:
         step_s: seconds of an optimizer step with eager layers; None: not timed yet.
         batches: Lightning batches in an optimizer step.
         measured: what the probe measured, or None.
-        failed: why it measured nothing.
+        failed: why the probe measured nothing.
         tried_s: the longest that the probe was given.
-        decided: why compiling was decided on; what it costs is paid then, so that it stays. None: it was not.
-        warm: loops whose graphs are there; what is compiled in them from then on is a recompilation.
+        decided: why compiling was decided on; its cost is paid then, so that it stays on. None: it was not.
+        warm: loops that have their graphs; what is compiled in them from then on is a recompilation.
     """
 
     graphs: int
@@ -78,49 +79,57 @@ class Findings:
 
 
 def too_short(found: Findings, steps: float) -> str | None:
-    """Why it can't pay to try over so many steps; None: it could."""
+    """Why a measurement can't pay over so many steps; None: it could."""
     assert found.step_s is not None
-    left, least = steps * found.step_s, LEAST_COMPILE_S * found.graphs
-    if left * MOST_GAIN < least * MARGIN:
+    left, cost = steps * found.step_s, MIN_COMPILE_S * found.graphs
+    begin = f"compile off: {format_steps(steps)} steps left x"
+    step, most = format_seconds(found.step_s), format_seconds(left * MAX_GAIN)
+    if left * MAX_GAIN < cost * SAFETY_FACTOR:
         return (
-            f"compile off: {count(steps)} steps left x at most {MOST_GAIN:.2f} of {span(found.step_s)} a step = "
-            f"{span(left * MOST_GAIN)} could be saved, compiling takes at least {span(least)}"
+            f"{begin} at most {MAX_GAIN:.2f} of {step} a step = {most} could be saved, compiling takes at least "
+            f"{format_seconds(cost)}"
         )
-    if left * MOST_TRYING < LEAST_TRY_S:
+    if left * MAX_PROBE_SHARE < MIN_PROBE_S:
         return (
-            f"compile off: {count(steps)} steps left x {span(found.step_s)} a step = {span(left)}; to try it takes at "
-            f"least {span(LEAST_TRY_S)}, more than {MOST_TRYING:.0%} of that"
+            f"{begin} {step} a step = {format_seconds(left)}; to measure it takes at least "
+            f"{format_seconds(MIN_PROBE_S)}, more than {MAX_PROBE_SHARE:.0%} of that"
         )
     return None
 
 
-def time_limit_s(found: Findings, steps: float, config: CompileConfig) -> float:
-    """How long the probe may take: as configured, and no more than a small share of the time that is left."""
+def probe_time_limit(found: Findings, steps: float, config: CompileConfig) -> float:
+    """Seconds that the probe may take: as configured, and no more than a small share of the time that is left."""
     assert found.step_s is not None
-    return min(config.time_limit, MOST_TRYING * steps * found.step_s)
+    return min(config.time_limit, MAX_PROBE_SHARE * steps * found.step_s)
 
 
-def judge(found: Findings, layers: int, steps: float) -> tuple[bool, str]:
+def decide(found: Findings, layers: int, steps: float) -> tuple[bool, str]:
     """Whether to compile so many layers for so many optimizer steps, and the arithmetic in one line."""
     assert found.measured is not None
     saved, cost = found.saved_s(layers), found.graphs * found.measured.compile_s
     if saved <= 0:
-        times = f"{span(found.measured.compiled_s)} compiled, {span(found.measured.eager_s)} eager"
+        times = f"{format_seconds(found.measured.compiled_s)} compiled, {format_seconds(found.measured.eager_s)} eager"
         return False, f"compile off: a layer's part of a batch takes {times}: nothing to save"
-    even = cost / saved
-    text = f"{span(cost)} to compile {found.graphs} graphs, {span(saved)} saved a step, breaks even after {count(even)}"
-    if steps < MARGIN * even:
-        return False, f"compile off: {text} steps, wanted within {count(steps / MARGIN)} of {count(steps)} steps left"
-    return True, f"compile on: {text} of {count(steps)} steps left: saves {span(steps * saved - cost)}"
+    even, left = cost / saved, format_steps(steps)
+    text = (
+        f"{format_seconds(cost)} to compile {found.graphs} graphs, {format_seconds(saved)} saved a step, breaks even "
+        f"after {format_steps(even)}"
+    )
+    if steps < SAFETY_FACTOR * even:
+        return (
+            False,
+            f"compile off: {text} steps, needed within {format_steps(steps / SAFETY_FACTOR)} of {left} steps left",
+        )
+    return True, f"compile on: {text} of {left} steps left: saves {format_seconds(steps * saved - cost)}"
 
 
-def count(number: float) -> str:
-    """A number of steps in words: `190,000`."""
+def format_steps(number: float) -> str:
+    """A number of steps: `190,000`, or `unlimited`."""
     return "unlimited" if math.isinf(number) else f"{number:,.0f}"
 
 
-def span(seconds: float) -> str:
-    """A time in words: `31 ms`, `15 s`, `37 min`."""
+def format_seconds(seconds: float) -> str:
+    """A time with its unit: `31 ms`, `15 s`, `37 min`."""
     if math.isinf(seconds):
         return "unlimited time"
     for unit, size, least in (("h", 3600, 7200), ("min", 60, 180), ("s", 1, 1)):

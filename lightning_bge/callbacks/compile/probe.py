@@ -16,19 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_bge.runtime.compat.torch import compiled_call, has_triton, set_compiled_call, tree_leaves, tree_map
 
 ROUNDS = 5  # eager and compiled in turns; medians
-AGAIN_S = 5.0  # the alarm rings again, as Python drops an exception that it raises in a destructor
+REPEAT_S = 5.0  # between alarms: Python drops an exception that a signal handler raises in a destructor
 
 
-class OutOfTime(BaseException):
-    """The time is over. No `Exception`, as torch.compile turns some of these into its own."""
+class TimeLimitExceeded(BaseException):
+    """The time limit is over. It is no `Exception`, as torch.compile turns some of these into its own."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds.
+    """What the probe measured, in seconds.
 
     Attributes:
         compile_s: to compile one layer, forward and backward.
@@ -42,7 +43,7 @@ class Measured:
 
 
 def missing_tool(device: torch.device, backend: str) -> str | None:
-    """What inductor lacks to compile for a device, in words; None: nothing, or it is another back end."""
+    """What inductor lacks to compile for a device; None: nothing, or it is another back end."""
     if backend != "inductor":
         return None
     if device.type == "cpu":
@@ -50,8 +51,6 @@ def missing_tool(device: torch.device, backend: str) -> str | None:
         return None if shutil.which(compiler) else f"there is no C++ compiler {compiler}: install it, or set CXX to one"
     if device.type != "cuda":
         return f"it is not measured on {device.type} yet"
-    from torch.utils._triton import has_triton  # triton is slow to import
-
     if not has_triton():
         return "there is no triton for this GPU: it comes with torch on Linux and needs compute capability 7.0"
     compilers = (os.environ.get("CC", ""), "clang", "gcc", "cc")
@@ -93,7 +92,7 @@ class Capture:
         return next((p.device for p in self.layer.parameters()), torch.device("cpu"))
 
     def replay(self) -> None:
-        """All calls, forward and backward, under the autocast that they were seen in; no `.grad` is touched."""
+        """Repeat all calls, forward and backward, under the autocast of the captured ones; no `.grad` is changed."""
         with torch.enable_grad(), torch.autocast(**self._autocast):
             for call in self.calls:
                 args, kwargs = call
@@ -113,18 +112,19 @@ def _with_grad(tree: Any) -> list[Tensor]:
 
 
 def measure(
-    capture: Capture, compile_: Callable[[nn.Module], None], limit_s: float, clock: Callable[[], float]
+    capture: Capture, compile_: Callable[[nn.Module], None], time_limit: float, clock: Callable[[], float]
 ) -> Measured:
     """Time a layer eager, compile it, time it compiled; it is eager again at the end, and nothing else has changed.
 
     Args:
         capture: the layer, and what it is called with.
         compile_: compiles a layer in place.
-        limit_s: the most seconds for all of it.
+        time_limit: the most seconds for all of it.
         clock: seconds.
 
     Raises:
-        OutOfTime: `limit_s` are over. torch then forgets all that it has compiled in this process: it may be half made.
+        TimeLimitExceeded: `time_limit` is over. torch then forgets all that it has compiled in this process, as it
+            may be incomplete.
         ValueError: the layer was not called.
     """
     if not capture.calls:
@@ -143,56 +143,50 @@ def measure(
         return clock() - began
 
     try:
-        with torch.random.fork_rng(devices), time_limit(limit_s):
+        with torch.random.fork_rng(devices), limit_time(time_limit):
             timed()  # warm-up
             eager, compiled = [timed()], []
             compile_(layer)
-            ours = layer._compiled_call_impl
+            call = compiled_call(layer)
             first = timed()
             timed()  # warm-up
             for _ in range(ROUNDS):
-                layer._compiled_call_impl = ours
+                set_compiled_call(layer, call)
                 compiled.append(timed())
-                layer._compiled_call_impl = None
+                set_compiled_call(layer, None)
                 eager.append(timed())
         finished = True
     finally:
-        layer._compiled_call_impl = None
+        set_compiled_call(layer, None)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
         if not finished:
-            torch._dynamo.reset()
+            torch.compiler.reset()
     median = statistics.median(compiled)
     return Measured(max(first - median, 0.0), statistics.median(eager), median)
 
 
-def stop_workers() -> None:
-    """End inductor's worker processes, which hold memory and may go on with what was broken off; it restarts them."""
-    if (workers := sys.modules.get("torch._inductor.async_compile")) is not None:
-        workers.shutdown_compile_workers()
-
-
-def can_bound() -> bool:
-    """Whether `time_limit` works here: in the main thread, where the system has timers."""
+def can_limit_time() -> bool:
+    """Whether `limit_time` works here: in the main thread, where the system has timers."""
     return hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
 
 
 @contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `OutOfTime` in the block when so many seconds are over; another timer that runs is put back afterwards.
+def limit_time(seconds: float) -> Iterator[None]:
+    """Raise `TimeLimitExceeded` in the block when so many seconds are over; a timer that ran before is restored.
 
-    Main thread only. A call into C is broken off when it returns.
+    In the main thread only. A call into C is interrupted when it returns.
     """
     armed = True
 
     def ring(*_: Any) -> None:
         if armed:
-            raise OutOfTime
+            raise TimeLimitExceeded
 
     handler = signal.signal(signal.SIGALRM, ring)
     began = time.monotonic()
-    remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
+    remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds, REPEAT_S)
     try:
         yield
     finally:

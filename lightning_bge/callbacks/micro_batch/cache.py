@@ -1,4 +1,4 @@
-"""Found batch sizes, kept for this process and, in a file, for others."""
+"""Micro-batch sizes that were found, kept for this process and, in a file, for others."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ import json
 import logging
 import os
 import platform
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_bge.runtime.compat.torch import compiled_call
 from lightning_bge.runtime.run_folder import create_run_dir, read_json, write_json
-
-if sys.platform != "win32":
-    import fcntl
 
 log = logging.getLogger(__name__)
 
@@ -27,20 +23,20 @@ FILE = "micro_batch_sizes.json"
 IRRELEVANT = ("params", "lr", "initial_lr", "weight_decay")  # of an optimizer's options
 
 _known: dict[str, dict[str, Any]] = {}
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
-def say_once(text: str, level: int = logging.INFO) -> None:
+def log_once(text: str, level: int = logging.INFO) -> None:
     """Log a line once a process, not once a trial."""
-    if text not in _said:
-        _said.add(text)
+    if text not in _logged:
+        _logged.add(text)
         log.log(level, text)
 
 
 def forget() -> None:
     """Forget what this process knows, but not the files."""
     _known.clear()
-    _said.clear()
+    _logged.clear()
 
 
 class MicroBatchSizes:
@@ -54,20 +50,20 @@ class MicroBatchSizes:
         self.folder = folder
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The smallest that is known, as another process may have lowered it; None: nothing is."""
+        """The entry with the smallest size, as another process may have lowered it; None where the key is not known."""
         entries = [entry for entry in (_known.get(key), self._read().get(key)) if entry is not None]
         return min(entries, key=lambda entry: entry["micro_batch_size"], default=None)
 
     def put(self, key: str, entry: dict[str, Any]) -> None:
-        """Keep an entry; what other processes wrote meanwhile stays."""
+        """Keep an entry; what other processes have written stays."""
         _known[key] = entry
         if self.folder is None:
             return
         try:
-            with _locked(create_run_dir(self.folder)):
+            with FileLock(create_run_dir(self.folder) / f"{FILE}.lock", mode=0o600):
                 write_json(self.folder / FILE, {"sizes": {**self._read(), key: entry}})
         except OSError as error:
-            say_once(
+            log_once(
                 f"micro-batch sizes can't be kept in {self.folder} ({error}): each process finds its own",
                 logging.WARNING,
             )
@@ -90,31 +86,17 @@ class MicroBatchSizes:
                 os.replace(path, aside)
             except FileNotFoundError:
                 return {}  # another process was faster
-            say_once(f"{path} can't be read ({error}): it is now {aside.name}", logging.WARNING)
+            log_once(f"{path} can't be read ({error}): it is now {aside.name}", logging.WARNING)
             return {}
         except OSError as error:
-            say_once(f"{path} can't be read ({error})", logging.WARNING)
+            log_once(f"{path} can't be read ({error})", logging.WARNING)
             return {}
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time, where the system has such locks; without, the last writer wins."""
-    if sys.platform == "win32":
-        yield
-        return
-    descriptor = os.open(folder / f"{FILE}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def describe_setting(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+def describe_step(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     """What the memory of a step depends on, as far as module and trainer show it.
 
-    Of numbers such as momentum and dropout it counts only whether they are 0.
+    Of numbers such as momentum and dropout only whether they are 0 is compared.
     """
     weights = [(tuple(p.shape), str(p.dtype), p.requires_grad) for p in module.parameters()]
     parts = [(type(part).__qualname__, _flags(part)) for part in module.modules()]
@@ -123,7 +105,7 @@ def describe_setting(trainer: Trainer, module: LightningModule) -> dict[str, Any
         "module": f"{type(module).__module__}.{type(module).__qualname__}",
         "parts": hashlib.sha256(repr((weights, parts)).encode()).hexdigest(),
         "attention": str(getattr(net, "attention", None)),
-        "compiled": sum(part._compiled_call_impl is not None for part in module.modules()),
+        "compiled": sum(compiled_call(part) is not None for part in module.modules()),
         "precision": str(trainer.precision),
         "clipping": trainer.gradient_clip_val is not None,
         "validation": trainer.enable_validation,

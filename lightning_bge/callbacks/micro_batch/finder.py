@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_bge.callbacks.micro_batch.cache import MicroBatchSizes, describe_setting, digest, say_once
+from lightning_bge.callbacks.micro_batch.cache import MicroBatchSizes, describe_step, digest, log_once
 from lightning_bge.callbacks.micro_batch.probe import Probe, make_meter, map_large_blocks, obstacle
 from lightning_bge.callbacks.micro_batch.search import Answer, Room, Search
 from lightning_bge.errors import ConfigError
@@ -129,7 +129,7 @@ class MicroBatchFinder(Callback):
             self.reason = (
                 "no micro-batch size: neither data module nor module is a batch source (see SupportsMicroBatchSize)"
             )
-            say_once(self.reason, logging.WARNING)
+            log_once(self.reason, logging.WARNING)
             return
         if not getattr(source, "auto_micro_batch_size", True):
             self.reason = "the micro-batch size is the user's"
@@ -148,7 +148,7 @@ class MicroBatchFinder(Callback):
         source.set_micro_batch_size(self.micro_batch_size)
         if not self._from_cache and entry["tried"]:
             self._sizes.put(self._key, entry)
-        say_once(
+        log_once(
             f"micro-batch size {self.micro_batch_size:,}: {self.reason}",
             logging.INFO if entry["fits"] else logging.WARNING,
         )
@@ -163,7 +163,7 @@ class MicroBatchFinder(Callback):
             "step": getattr(source, "micro_batch_size_step", 1),
         }
         config = {name: value for name, value in asdict(self.config).items() if name != "cache"}
-        setting = {**describe_setting(trainer, module), "data": data, "limits": totals, "config": config}
+        setting = {**describe_step(trainer, module), "data": data, "limits": totals, "config": config}
         if module.device.type == "cpu" and (most := cache_bytes()[1]):
             setting["caches"] = most
         return digest(setting)

@@ -1,4 +1,4 @@
-"""The pace at which this machine multiplies big matrices: what utilisation is measured against."""
+"""The rate at which this machine multiplies big matrices: what utilisation is measured against."""
 
 from __future__ import annotations
 
@@ -36,12 +36,22 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
-    """Three rounds or more of each size, doubling it as long as three rounds of the next one fit into the time left."""
+    """Three rounds or more of each size, doubling it as long as three rounds of the next one fit into the time left.
+
+    The first product is not timed: it starts cuBLAS or oneDNN, and may take a hundred times as long as the next one.
+    """
     generator = torch.Generator(device).manual_seed(0)
     calls = 1 if device.type == "cpu" else GPU_CALLS
-    size, peak, end = SMALLEST, 0.0, perf_counter() + LIMIT_S
-    while True:
+
+    def matrices(size: int) -> tuple[Tensor, Tensor]:
         a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+        return a, b
+
+    size, peak = SMALLEST, 0.0
+    _seconds(*matrices(size), 1)
+    end = perf_counter() + LIMIT_S
+    while True:
+        a, b = matrices(size)
         fastest = math.inf
         for rounds in count(1):
             fastest = min(fastest, _seconds(a, b, calls))

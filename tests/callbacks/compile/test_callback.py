@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-import torch.utils._triton
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import save_model
 from torch import Tensor, nn
@@ -23,14 +22,30 @@ from torch import Tensor, nn
 from lightning_bge.callbacks.compile import callback as compile_module
 from lightning_bge.callbacks.compile import policy as policy_module
 from lightning_bge.callbacks.compile import probe as probe_module
-from lightning_bge.callbacks.compile.callback import CompileLayers, find_layers, signature, undo_compile
-from lightning_bge.callbacks.compile.policy import CompileConfig, Findings, judge, span, time_limit_s, too_short
-from lightning_bge.callbacks.compile.probe import Capture, Measured, OutOfTime, measure, missing_tool, time_limit
+from lightning_bge.callbacks.compile.callback import CompileLayers
+from lightning_bge.callbacks.compile.layers import find_layers, make_eager, signature
+from lightning_bge.callbacks.compile.policy import (
+    CompileConfig,
+    Findings,
+    decide,
+    format_seconds,
+    probe_time_limit,
+    too_short,
+)
+from lightning_bge.callbacks.compile.probe import (
+    Capture,
+    Measured,
+    TimeLimitExceeded,
+    limit_time,
+    measure,
+    missing_tool,
+)
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.dropout import CheapDropout
 from lightning_bge.models.encoder import TextClassifier
 from lightning_bge.models.optimizer import OptimizerConfig
+from lightning_bge.runtime.compat.torch import compiled_call
 from lightning_bge.types import Batch, Schema
 from tests.helpers.small_models import Batches, Loader, cut_batch, quiet_trainer, random_sequences, small_model
 
@@ -47,9 +62,9 @@ EAGER = CompileConfig(policy="always", backend="eager")
 @pytest.fixture(autouse=True)
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a process remembers is forgotten between tests; torch, too, has a limit of graphs for a function."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     monkeypatch.setattr(compile_module, "_findings", {})
-    monkeypatch.setattr(compile_module, "_said", {})
+    monkeypatch.setattr(compile_module, "_logged", {})
 
 
 class Block(nn.Module):
@@ -123,7 +138,7 @@ def stack(kind: type[Stack] = Stack, seed: int = 3) -> Stack:
 
 
 def compiled(module: Stack) -> list[bool]:
-    return [layer._compiled_call_impl is not None for layer in module.layers]
+    return [compiled_call(layer) is not None for layer in module.layers]
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, *results: Measured | BaseException) -> list[float]:
@@ -131,17 +146,17 @@ def fake(monkeypatch: pytest.MonkeyPatch, *results: Measured | BaseException) ->
     limits: list[float] = []
     left = list(results)
 
-    def measure_(capture: Capture, compile_: Any, limit_s: float, clock: Any) -> Measured:
+    def measure_(capture: Capture, compile_: Any, time_limit: float, clock: Any) -> Measured:
         assert len(capture.calls) == 1
-        limits.append(limit_s)
+        limits.append(time_limit)
         if isinstance(result := left.pop(0), Measured):
             return result
         raise result
 
     monkeypatch.setattr(compile_module, "measure", measure_)
     # a few steps of the fake clock are worth a try, for a sixth of what is left
-    monkeypatch.setattr(policy_module, "LEAST_TRY_S", 0.0)
-    monkeypatch.setattr(policy_module, "MOST_TRYING", 1 / 6)
+    monkeypatch.setattr(policy_module, "MIN_PROBE_S", 0.0)
+    monkeypatch.setattr(policy_module, "MAX_PROBE_SHARE", 1 / 6)
     return limits
 
 
@@ -218,7 +233,7 @@ def test_what_a_compilation_needs(
     monkeypatch: pytest.MonkeyPatch, device: str, setup: dict[str, Any], message: str | None
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: name if name in setup["found"] else None)
-    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: setup["triton"])
+    monkeypatch.setattr(probe_module, "has_triton", lambda: setup["triton"])
     monkeypatch.setattr(probe_module.sys, "platform", "linux")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("CXX", raising=False)
@@ -254,7 +269,7 @@ def test_never_touches_nothing() -> None:
         "backend": "inductor",
         "in_effect": False,
         "reason": "compile off: the policy is never",
-        **dict.fromkeys(("layers", "graphs", "recompiles", "given_up"), 0),
+        **dict.fromkeys(("layers", "graphs", "recompiles", "eager_functions"), 0),
         **dict.fromkeys(("step_ms", "compile_s", "saved_ms")),
     }
 
@@ -280,7 +295,7 @@ def test_always_compiles_in_place_once_and_changes_no_key(tmp_path: Path) -> Non
     for name, kind in (("compiled", module), ("plain", plain)):
         save_model(kind, str(tmp_path / name))
     assert (tmp_path / "compiled").read_bytes() == (tmp_path / "plain").read_bytes()
-    undo_compile(module.layers)
+    make_eager(module.layers)
     assert compiled(module) == [False] * 3
 
 
@@ -316,7 +331,7 @@ def test_too_few_steps_are_not_worth_a_try() -> None:
         "compiling takes at least 4 s"
     )
     assert too_short(findings(), 390) == (
-        "compile off: 390 steps left x 31 ms a step = 12.1 s; to try it takes at least 8 s, more than 2% of that"
+        "compile off: 390 steps left x 31 ms a step = 12.1 s; to measure it takes at least 8 s, more than 2% of that"
     )
     assert too_short(findings(), 13_000) is None  # 403 s
     assert too_short(findings(), math.inf) is None
@@ -324,9 +339,9 @@ def test_too_few_steps_are_not_worth_a_try() -> None:
 
 def test_a_try_takes_a_small_share_of_the_time_left() -> None:
     config = CompileConfig(time_limit=120)
-    assert time_limit_s(findings(), 6_000, config) == pytest.approx(6_000 * 0.031 * 0.02)
-    assert time_limit_s(findings(), 10**6, config) == 120
-    assert time_limit_s(findings(), math.inf, config) == 120
+    assert probe_time_limit(findings(), 6_000, config) == pytest.approx(6_000 * 0.031 * 0.02)
+    assert probe_time_limit(findings(), 10**6, config) == 120
+    assert probe_time_limit(findings(), math.inf, config) == 120
 
 
 MEASURED = Measured(compile_s=17.0, eager_s=0.0050, compiled_s=0.0030)
@@ -345,20 +360,20 @@ MEASURED = Measured(compile_s=17.0, eager_s=0.0050, compiled_s=0.0030)
             4_249,
             False,
             "compile off: 34 s to compile 2 graphs, 12 ms saved a step, breaks even after 2,833 steps, "
-            "wanted within 2,833 of 4,249 steps left",
+            "needed within 2,833 of 4,249 steps left",
         ),
         (4_251, True, "compile on: 34 s to compile 2 graphs, 12 ms saved a step, breaks even after 2,833 of 4,251"),
         (math.inf, True, "compile on: 34 s to compile 2 graphs, 12 ms saved a step, breaks even after 2,833 of unl"),
     ],
 )
 def test_compiling_must_pay_by_a_margin(steps: float, on: bool, text: str) -> None:
-    found, reason = judge(findings(measured=MEASURED), 6, steps)
+    found, reason = decide(findings(measured=MEASURED), 6, steps)
     assert found is on
     assert reason.startswith(text)
 
 
 def test_nothing_to_save() -> None:
-    on, reason = judge(findings(measured=Measured(17.0, 0.003, 0.0031)), 6, math.inf)
+    on, reason = decide(findings(measured=Measured(17.0, 0.003, 0.0031)), 6, math.inf)
     assert not on
     assert reason == "compile off: a layer's part of a batch takes 3.1 ms compiled, 3 ms eager: nothing to save"
 
@@ -369,7 +384,15 @@ def test_batches_of_a_step_count() -> None:
 
 def test_times_are_readable() -> None:
     seconds = (0.0121, 15, 179, 200, 7100, 90_000, math.inf)
-    assert [span(s) for s in seconds] == ["12.1 ms", "15 s", "179 s", "3.33 min", "118 min", "25 h", "unlimited time"]
+    assert [format_seconds(s) for s in seconds] == [
+        "12.1 ms",
+        "15 s",
+        "179 s",
+        "3.33 min",
+        "118 min",
+        "25 h",
+        "unlimited time",
+    ]
 
 
 # ------------------------------------------------------------------ auto
@@ -396,7 +419,7 @@ def test_auto_times_steps_tries_and_compiles(monkeypatch: pytest.MonkeyPatch, ca
     told = callback.describe()
     assert told["in_effect"]
     assert (told["layers"], told["step_ms"], told["compile_s"], told["saved_ms"]) == (3, 2000, 1, pytest.approx(750))
-    assert (told["recompiles"], told["given_up"]) == (0, 0)
+    assert (told["recompiles"], told["eager_functions"]) == (0, 0)
 
 
 @pytest.mark.usefixtures("clock")
@@ -448,7 +471,7 @@ def test_off_is_decided_anew_for_more_steps(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("clock")
 def test_out_of_time_is_tried_again_with_more_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = fake(monkeypatch, OutOfTime(), OutOfTime(), PAYS)
+    limits = fake(monkeypatch, TimeLimitExceeded(), TimeLimitExceeded(), PAYS)
     config = CompileConfig(backend="eager", time_limit=50)
     reasons = []
     for steps in (112, 112, 90, 10_000, 10_000):
@@ -472,7 +495,7 @@ def test_a_failed_try_is_reported_and_not_repeated(
     for _ in range(2):
         callback, module = CompileLayers(AUTO, steps_left=1000), stack(Slow)
         train(module, callback)
-        assert callback.reason == "compile off: trying it failed: RuntimeError: no such kernel"
+        assert callback.reason == "compile off: measuring it failed: RuntimeError: no such kernel"
         assert compiled(module) == [False] * 3
     assert len(limits) == 1
     [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
@@ -510,7 +533,7 @@ def test_layers_that_are_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
         def forward(self, batch: Tensor) -> Tensor:
             return self.heads[0](batch)
 
-    monkeypatch.setattr(policy_module, "LEAST_COMPILE_S", 0.0)
+    monkeypatch.setattr(policy_module, "MIN_COMPILE_S", 0.0)
     callback = CompileLayers(AUTO, steps_left=10**9)
     train(Idle(), callback)
     assert "ValueError: Block was not called in a training step: give CompileLayers other layers" in callback.reason
@@ -525,7 +548,7 @@ def test_what_auto_cannot_do() -> None:
         thread.start()
         thread.join()
         found.append(callback.reason)
-    assert found[0].startswith("compile off: a trial compilation can be bounded in time in the main thread only")
+    assert found[0].startswith("compile off: the time of a trial compilation can be limited in the main thread only")
     assert found[1] == "compile on: the policy is always"
 
 
@@ -561,8 +584,8 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_try_changes_no_result(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
-    monkeypatch.setattr(policy_module, "LEAST_COMPILE_S", 0.0)
-    monkeypatch.setattr(compile_module, "judge", lambda *_: (False, "off"))
+    monkeypatch.setattr(policy_module, "MIN_COMPILE_S", 0.0)
+    monkeypatch.setattr(compile_module, "decide", lambda *_: (False, "off"))
     autocast: list[bool] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
@@ -599,7 +622,7 @@ class Sleeper:
 
 
 def test_a_try_is_broken_off_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy_module, "LEAST_COMPILE_S", 0.0)
+    monkeypatch.setattr(policy_module, "MIN_COMPILE_S", 0.0)
     sleeper = Sleeper()
     config = CompileConfig(time_limit=0.5, backend=sleeper)  # type: ignore[arg-type]
     callback, plain, tried = CompileLayers(config, steps_left=10**12), stack(), stack()
@@ -623,7 +646,7 @@ def test_another_timer_is_put_back() -> None:
     old = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
     try:
         signal.setitimer(signal.ITIMER_REAL, 1000, 7)
-        with pytest.raises(OutOfTime), time_limit(0.01):
+        with pytest.raises(TimeLimitExceeded), limit_time(0.01):
             threading.Event().wait(60)
         remaining, interval = signal.getitimer(signal.ITIMER_REAL)
         assert 0 < remaining <= 1000
@@ -644,7 +667,7 @@ def test_medians_of_turns() -> None:
         return graph.forward
 
     def note(*_: Any) -> None:
-        modes.append(layer._compiled_call_impl is not None)
+        modes.append(compiled_call(layer) is not None)
         now[0] += 2 if modes[-1] else 3
 
     capture = Capture(layer)
@@ -699,21 +722,21 @@ def test_recompilations_are_counted_and_told(caplog: pytest.LogCaptureFixture) -
     callback = CompileLayers(EAGER)
     train(stack(), callback, steps=12)
     assert callback.graphs > 0
-    assert (callback.recompiles, callback.given_up) == (0, 0)
+    assert (callback.recompiles, callback.eager_functions) == (0, 0)
     assert not [record for record in caplog.records if record.name.startswith("lightning_bge")]
     train(stack(), Words(4), callback, steps=12)
     assert callback.recompiles == 5  # two words, with and without a gradient of the input; one in validation
-    assert callback.given_up == 0
+    assert callback.eager_functions == 0
     [message] = [record.getMessage() for record in caplog.records if record.name.startswith("lightning_bge")]
-    assert message.startswith("compile: 5 functions were compiled anew after the warm-up, 0 were given up")
+    assert message.startswith("compile: 5 functions were recompiled after the warm-up, 0 could not be compiled")
 
 
-def test_functions_that_were_given_up_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_functions_that_could_not_be_compiled_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     callback = CompileLayers(EAGER)
     with torch._dynamo.config.patch(recompile_limit=3):
         train(stack(), Words(2), callback, steps=20)
-    assert callback.given_up == 1
-    assert any("1 were given up and run eager" in message for message in caplog.messages)
+    assert callback.eager_functions == 1
+    assert any("1 could not be compiled and run eager" in message for message in caplog.messages)
 
 
 # ------------------------------------------------------------------ one graph for all trials
@@ -775,8 +798,8 @@ def run_trials(kind: str, backend: str, trials: int) -> None:
         later = [study.run(number) for number in range(1, trials)]
         set_dropout(study.net, 0.0)
         found = loss_and_gradients(study.net)
-    assert {(c.graphs, c.recompiles, c.given_up) for c in later} == {(0, 0, 0)}
-    undo_compile(find_layers(study.net))
+    assert {(c.graphs, c.recompiles, c.eager_functions) for c in later} == {(0, 0, 0)}
+    make_eager(find_layers(study.net))
     for one, other in zip(found, loss_and_gradients(study.net), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -802,14 +825,14 @@ def test_auto_decides_on_this_machine() -> None:
     quiet_trainer(callbacks=[callback]).fit(module, datamodule=Batches(SCHEMA, batches, batches[:1]))
     told = callback.describe()
     assert told["reason"].startswith("compile on: " if told["in_effect"] else "compile off: ")
-    assert told["in_effect"] is all(layer._compiled_call_impl is not None for layer in find_layers(module))
+    assert told["in_effect"] is all(compiled_call(layer) is not None for layer in find_layers(module))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("policy", ["auto", "always"])
 def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch, policy: Any) -> None:
-    monkeypatch.setattr(policy_module, "LEAST_COMPILE_S", 0.0)
+    monkeypatch.setattr(policy_module, "MIN_COMPILE_S", 0.0)
     callback, module = CompileLayers(CompileConfig(policy=policy), steps_left=10**9), stack()
     train(module, callback, accelerator="gpu", devices=1)
     assert callback.in_effect is all(compiled(module))

@@ -1,0 +1,54 @@
+"""The private names of Lightning that this package uses are there, and do what it needs of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from lightning_bge.runtime.compat import lightning as compat
+from tests.helpers.small_models import quiet_trainer
+
+MISSING = "Lightning {} has no {} any more: change `lightning_bge.runtime.compat.lightning`"
+
+
+def test_the_hook_before_a_transfer_is_applied() -> None:
+    class Doubles(BoringModel):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return 2 * batch
+
+    module, found = Doubles(), []
+
+    class Look(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            found.append(compat.on_before_batch_transfer(pl_module, torch.ones(1)))
+
+    name = "LightningModule._on_before_batch_transfer"
+    assert hasattr(module, "_on_before_batch_transfer"), MISSING.format(lightning.__version__, name)
+    quiet_trainer(callbacks=[Look()], limit_train_batches=1, limit_val_batches=0).fit(
+        module, torch.utils.data.DataLoader(torch.ones(2, 32))
+    )
+    assert found == [2.0]
+
+
+def test_callbacks_loggers_and_log_are_silent_and_come_back(tmp_path: Any) -> None:
+    callback, module = Callback(), BoringModel()
+    logger = CSVLogger(tmp_path)
+    trainer = quiet_trainer(callbacks=[callback], logger=logger)
+    before = list(trainer.callbacks)
+    with compat.silenced(trainer, module):
+        assert trainer.callbacks == []
+        assert [type(one) for one in trainer.loggers] == [DummyLogger]
+        module.log("never", 1.0)
+    assert trainer.callbacks == before
+    assert trainer.loggers == [logger]
+    assert "log" not in vars(module)
+
+
+def test_a_trainer_of_one_process_has_no_rank_processes() -> None:
+    assert compat.rank_processes(quiet_trainer()) is None
