@@ -32,7 +32,8 @@ from note import table, write_note
 
 from lightning_bge.advisor.plan.plan import POINTS, load_calibration
 from lightning_bge.advisor.plan.predict import Priced, Study, predict, seconds_of
-from lightning_bge.hpo.analysis.history import read_history
+from lightning_bge.hpo.analysis.history import history_of
+from lightning_bge.hpo.analysis.journal import load_study
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.space.parameter_sets import draw_points
 from lightning_bge.hpo.space.search_space import parse_space
@@ -112,11 +113,11 @@ def foretold(given: argparse.Namespace, one: dict[str, Any], planned: dict[str, 
 def given_reports(run_dir: Path, planned: dict[str, Any]) -> float:
     """Seconds that the plan's measurements give for the reports that the trials have made."""
     asked = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["hpo"]
-    history, summary = read_history(run_dir), read_json(run_dir / "summary.json")
-    assert history is not None
+    loaded, summary = load_study(run_dir), read_json(run_dir / "summary.json")
+    assert loaded is not None
     assert summary is not None
     known, pruner = load_calibration(planned["calibration"]), PrunerConfig(**asked["pruner"])
-    return seconds_of(known, parse_space(asked["space"]), pruner, history, summary["refit_epochs"])
+    return seconds_of(known, parse_space(asked["space"]), pruner, history_of(*loaded, asked), summary["refit_epochs"])
 
 
 def time_left(lines: list[tuple[float, str]], ended: float) -> dict[str, float]:

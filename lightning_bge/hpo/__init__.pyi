@@ -1,9 +1,6 @@
 from .analysis.history import History as History
 from .analysis.history import PastTrial as PastTrial
-from .analysis.history import read_history as read_history
-from .analysis.history import time_left as time_left
 from .analysis.hours import Savings as Savings
-from .analysis.hours import SearchClock as SearchClock
 from .analysis.hours import best_over_hours as best_over_hours
 from .analysis.hours import hours_saved as hours_saved
 from .analysis.importance import parameter_importance as parameter_importance

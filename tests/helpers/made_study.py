@@ -1,4 +1,4 @@
-"""A run folder with a made-up search of any size, written in seconds: its journal, settings and configuration."""
+"""Writes the run folder of a made-up study of any size within seconds: its journal and its configuration."""
 
 from __future__ import annotations
 
@@ -33,15 +33,20 @@ RUNGS = (1, 4)
 
 
 class Unlocked(JournalFileBackend):
-    """Writes without a lock and without waiting for the disk."""
+    """A journal file that is written without a lock, and without waiting for the disk."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         with open(self._file_path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
 
 
+def journal_of(run_dir: Path) -> JournalStorage:
+    """The journal of a run folder, as Optuna opens it."""
+    return JournalStorage(JournalFileBackend(str(run_dir / "journal.log")))
+
+
 def new_study(run_dir: Path, planned: int, folds: int = 5, cost: str | None = None, **settings: Any) -> optuna.Study:
-    """An empty study in a run folder, as `lightning-bge hpo` leaves it before the first trial."""
+    """An empty study in a run folder, as `lightning-bge hpo` writes it before the first trial."""
     run_dir.mkdir(parents=True, exist_ok=True)
     pruner = "promote" if cost is None else "none"
     config = {"monitor": {"metric": "f1"}, "hpo": {"n_trials": planned, "pruner": {"name": pruner}}}
@@ -54,11 +59,12 @@ def new_study(run_dir: Path, planned: int, folds: int = 5, cost: str | None = No
     known = {"monitor.metric": "f1", "monitor.objective": "best", "data.split.folds": folds, "trainer.max_epochs": 3}
     study.set_user_attr("space", space_to_json(parse_space(SPACE)))
     study.set_user_attr("settings", known | settings | ({} if cost is None else {"hpo.cost": cost}))
+    study.set_user_attr("steps", {"folds": folds, "epochs": 3, "per_epoch": 1})
     return study
 
 
 def draw(rng: random.Random) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
-    """Settings of one trial, and what they were drawn from."""
+    """Hyperparameters of one trial, and their distributions."""
     space, params = parse_space(SPACE), {}
     for name in space:
         spec = SPACE[name]
@@ -74,7 +80,7 @@ def draw(rng: random.Random) -> tuple[dict[str, Any], dict[str, BaseDistribution
 
 
 def reports(params: dict[str, Any], rng: random.Random) -> tuple[list[float], list[list[float]]]:
-    """What a trial with these settings reports at 1..15, and each fold's validations by themselves."""
+    """The values that a trial reports at the steps 1..15, and the validations of each fold."""
     quality = 0.86 - 0.12 * abs(math.log10(params["model.optimizer.lr"]) + 4.2) - 0.25 * params["model.dropout"] ** 2
     quality += rng.gauss(0, 0.015) - 0.01 * (params["data.batch_size"] == 64)
     folds, means, done = [], [], []
@@ -88,17 +94,17 @@ def reports(params: dict[str, Any], rng: random.Random) -> tuple[list[float], li
 
 
 class Maker:
-    """Makes the trials of a search by halving that pauses, one after another on so many workers."""
+    """Makes the trials of a study with ASHA, one after another on so many workers."""
 
     def __init__(self, seed: int = 0, workers: int = 1, minutes: float = 1.6) -> None:
         self.rng = random.Random(seed)
         self.free = [START] * workers
-        self.seconds = 60 * minutes  # of a report
+        self.seconds = 60 * minutes  # of a step
         self.trials: list[FrozenTrial] = []
         self.seen: dict[int, list[float]] = {rung: [] for rung in RUNGS}
 
     def span(self, seconds: float) -> dict[str, datetime]:
-        """Take the worker that is free first for so long."""
+        """Occupy the worker that is free first, and return start and end."""
         self.free.sort()
         start = self.free.pop(0)
         self.free.append(start + timedelta(seconds=seconds))
@@ -125,7 +131,7 @@ class Maker:
         self.trials.append(trial)
 
     def one(self) -> None:
-        """One point: run until it pauses, resumed where it stands in the top quarter, or ended by an accident."""
+        """Add the trials of one parameter set: paused at rungs, resumed if in the top quarter, or failed by chance."""
         params, distributions = draw(self.rng)
         pace = self.seconds * self.rng.uniform(0.8, 1.3) * (1.2 if params["data.batch_size"] == 16 else 1.0)
         drawn = (params, distributions, *reports(params, self.rng), pace)
@@ -157,18 +163,18 @@ class Maker:
         return None
 
 
-def make_study(run_dir: Path, points: int, seed: int = 0, workers: int = 1, running: bool = False) -> Path:
-    """The run folder of a made-up search of so many points."""
-    study, maker = new_study(run_dir, points + 100 * running), Maker(seed, workers)
-    for _ in range(points):
+def make_study(run_dir: Path, parameter_sets: int, seed: int = 0, workers: int = 1, running: bool = False) -> Path:
+    """Write the run folder of a made-up study of so many parameter sets."""
+    study, maker = new_study(run_dir, parameter_sets + 100 * running), Maker(seed, workers)
+    for _ in range(parameter_sets):
         maker.one()
-    if running:  # it has come to now
+    if running:  # the last trial has started a few minutes ago
         late = datetime.now() - timedelta(minutes=7) - max(maker.free)
         for trial in maker.trials:
             trial.datetime_start, trial.datetime_complete = trial.datetime_start + late, trial.datetime_complete + late
         params, distributions = draw(maker.rng)
         drawn = (params, distributions, *reports(params, maker.rng), maker.seconds)
-        # of another host, so that nobody can tell that it is not there
+        # a process of another host cannot be checked from here, so it counts as alive
         worker = {"host": "another", "pid": 1, "start": "1", "boot": "b", "namespace": "n"}
         start = datetime.now() - timedelta(minutes=7)
         maker.add(TrialState.RUNNING, drawn, 4, 60, {"worker": worker}, datetime_start=start, datetime_complete=None)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_bge.advisor.audit.audit import Audit
 from lightning_bge.advisor.html.page import Raw, Section, code, meter, paragraph, table, write_page
+
+if TYPE_CHECKING:
+    from lightning_bge.advisor.audit.audit import Audit
 
 # a sign, a class of the style sheet, and words
 VERDICTS = {

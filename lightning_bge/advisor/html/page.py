@@ -1,6 +1,6 @@
-"""A page that needs nothing else: style, script, figures and their data in one file, and nothing is asked of a network.
+"""A self-contained HTML page: style, script, figures and their data in one file, which needs no network.
 
-What is shown is escaped here. Only `Section.html` and what these functions return is taken for HTML.
+All functions escape the plain text that they get. Only `Section.html`, `Raw` and their own results are HTML.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_bge.advisor.html.assets import SCRIPT, STYLE
+from lightning_bge.advisor.html.theme import DARK, css_variables
 from lightning_bge.runtime.run_folder import write_text
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Section:
 
     Attributes:
         title: plain text.
-        html: what it holds.
+        html: its content, as HTML.
     """
 
     title: str
@@ -37,7 +38,7 @@ class Section:
 
     @property
     def id(self) -> str:
-        """What links within the page call it."""
+        """The id of its element, which links within the page use."""
         return f"section-{re.sub(r'[^a-z0-9]+', '-', self.title.lower()).strip('-')}"
 
 
@@ -45,9 +46,9 @@ def write_page(path: Path, title: str, sections: Sequence[Section], lead: str = 
     """Write a page.
 
     Args:
-        path: the file, which appears whole or not at all.
+        path: the file; it is replaced in one step.
         title: plain text.
-        sections: what it holds.
+        sections: in their order.
         lead: HTML below the title.
 
     Returns:
@@ -57,14 +58,11 @@ def write_page(path: Path, title: str, sections: Sequence[Section], lead: str = 
         f'<section id="{one.id}"><h2>{html.escape(one.title)}</h2>\n{one.html}\n</section>' for one in sections
     )
     links = "".join(f'<a href="#{one.id}">{html.escape(one.title)}</a>' for one in sections)
-    scripts, colors = [SCRIPT], "{}"
+    scripts = [_asset("page.js")]
     if '<div class="plot"' in body:
         from plotly.offline import get_plotlyjs
 
-        from lightning_bge.advisor.html.theme import DARK
-
         scripts.insert(0, get_plotlyjs().replace("\r\n", "\n"))
-        colors = json.dumps(DARK)
     written = datetime.now().strftime("%Y-%m-%d %H:%M")
     text = f"""<!DOCTYPE html>
 <html lang="en">
@@ -74,7 +72,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section], lead: str = 
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title>
 <link rel="icon" href="data:,">
-<style>{STYLE}</style>
+<style>{css_variables()}{_asset("page.css")}</style>
 </head>
 <body>
 <header><h1>{html.escape(title)}</h1>
@@ -83,9 +81,9 @@ def write_page(path: Path, title: str, sections: Sequence[Section], lead: str = 
 <main>
 {body}
 </main>
-<footer>Written on {written} by lightning-bge. It holds no text of your data.
-<noscript>The figures need JavaScript; all else is here.</noscript></footer>
-<script type="application/json" id="dark-colors">{colors}</script>
+<footer>Written on {written} by lightning-bge. It contains no texts of your data.
+<noscript>The figures need JavaScript; everything else is shown without it.</noscript></footer>
+<script type="application/json" id="dark-colors">{json.dumps(DARK)}</script>
 {"".join(f"<script>{script}</script>" for script in scripts)}
 </body>
 </html>
@@ -94,18 +92,22 @@ def write_page(path: Path, title: str, sections: Sequence[Section], lead: str = 
     return path
 
 
+def _asset(name: str) -> str:
+    return (files("lightning_bge.advisor.html") / "assets" / name).read_text(encoding="utf-8")
+
+
 def _policy(scripts: Iterable[str]) -> str:
-    """Nothing may run but these scripts, and nothing may be loaded."""
+    """A content security policy that allows these scripts alone, and loads nothing."""
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    # figures style themselves
+    # plotly sets the style of its elements
     return (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
         "form-action 'none'"
     )
 
 
-# ---------------------------------------------------------------------- what sections are made of
+# ---------------------------------------------------------------------- the content of sections
 
 
 def paragraph(text: str, kind: str = "") -> str:
@@ -114,7 +116,7 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def cards(figures: Iterable[tuple[str, str]]) -> str:
-    """Headline figures: what is read first, and what it is."""
+    """The main figures of a section, each with its meaning."""
     found = (
         f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(what)}</span></div>'
         for value, what in figures
@@ -123,12 +125,12 @@ def cards(figures: Iterable[tuple[str, str]]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
-    """A table of plain text. Rows of more than three cells become blocks on a narrow screen.
+    """A table. Rows of more than three cells become blocks on a narrow screen.
 
     Args:
         head: names of the columns.
-        rows: cells; what is made by these functions stays as it is where it is `Raw`.
-        numbers: the columns that are numbers, from 0.
+        rows: cells, as plain text or `Raw`.
+        numbers: indices of the columns that hold numbers.
     """
     right = set(numbers)
     kind = [' class="number"' if i in right else "" for i in range(len(head))]
@@ -155,17 +157,17 @@ def _cell(text: str) -> str:
 
 
 def meter(share: float) -> Raw:
-    """A bar that is filled to a share of 0 to 1, with its figure."""
+    """A share from 0 to 1 as a percentage and a bar."""
     width = 100 * min(max(share, 0.0), 1.0)
     return Raw(f'<span>{share:.0%}<span class="meter"><i style="width:{width:.1f}%"></i></span></span>')
 
 
 def code(text: str, key: str, label: str = "Copy") -> str:
-    """Text to be copied, with a button.
+    """Text with a button that copies it.
 
     Args:
         text: plain text.
-        key: what it is called within the page, like no other.
+        key: the id of its element, unique in the page.
         label: of the button.
     """
     return (
@@ -175,14 +177,14 @@ def code(text: str, key: str, label: str = "Copy") -> str:
 
 
 def plot(fig: go.Figure, key: str, caption: str) -> str:
-    """A figure and what is to be seen in it.
+    """A figure with its caption.
 
     Args:
-        fig: the figure, in the light colours of `looks`.
-        key: what it is called within the page, like no other.
-        caption: plain text; it is read out in the figure's place, too.
+        fig: the figure, in the light colours of `theme`.
+        key: the id of its element, unique in the page.
+        caption: plain text; screen readers read it in place of the figure.
     """
-    # so that no text in it ends the element that it stands in
+    # escaped, so that no text in the data ends the script element
     data = fig.to_json().replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     caption = html.escape(caption)
     return (

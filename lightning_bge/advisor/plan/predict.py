@@ -311,21 +311,23 @@ def seconds_of(
         history: of the study; it is finished.
         refit_epochs: epochs of the refit; 0: there was none.
     """
-    steps, sign = history.steps, 1.0 if history.direction == "maximize" else -1.0
+    steps, sign = history.steps, 1.0 if history.goal.direction == "maximize" else -1.0
     total = calibration.start + calibration.first + calibration.finish + calibration.refit_epoch * refit_epochs
     at = rungs(pruner, steps)[0] if pruner.name == "promote" else []
-    points = len({trial.number for trial in history.trials if trial.continues is None})
+    points = len({trial.number for trial in history.trials if trial.resumes is None})
     standings = Halving(len(at), pruner.reduction_factor, points)
     for trial in history.trials:
         cost = calibration.cost(trial.params, space, steps.epochs)
-        start = 0 if trial.continues is None else history.trials[trial.continues].last_report
-        end = steps.total if trial.outcome == "complete" else trial.last_report
+        start = 0 if trial.resumes is None else history.trials[trial.resumes].last_step
+        end = steps.total if trial.outcome == "complete" else trial.last_step
         trained = {report.step for fold in trial.curve for report in fold}
         total += cost.visit + math.fsum(cost.reports(steps, [n + 1 in trained for n in range(steps.total)])[start:end])
         total += (start % steps.per_fold > 0) * (cost.resume + cost.fold)
         for rung, step in enumerate(at):
             if start < step <= end:
-                place = standings.arrive(trial.number, rung, sign * trial.reports[step])
-                written = trial.paused_at == step and place < points // pruner.reduction_factor
+                place = standings.arrive(trial.number, rung, sign * trial.values[step])
+                written = (
+                    trial.outcome in ("paused", "resumed") and step == end and place < points // pruner.reduction_factor
+                )
                 total += (written and step % steps.per_fold > 0) * cost.pause
     return total

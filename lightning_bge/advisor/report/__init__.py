@@ -1,1 +1,1 @@
-"""A run as a page, and its status as text."""
+"""The report of a run as an HTML page, and its status as text."""

@@ -1,30 +1,28 @@
-"""Figures in words, for a page and for a terminal alike."""
+"""Times, numbers and states of a run as text, for the report and for `lightning-bge status`."""
 
 from __future__ import annotations
 
-from lightning_bge.advisor.report.run_data import RunFolder
+from lightning_bge.advisor.report.run_data import RunData
 from lightning_bge.hpo.analysis.history import History
 
-ORDER = (
-    *("complete", "paused", "went on", "pruned", "diverged", "out of memory"),
-    *("failed", "interrupted", "running", "waiting"),
-)
-MEANS = {
-    "complete": "complete: ran to their end",
-    "paused": "paused: ended early, and may still be resumed",
-    "went on": "went on: paused, and resumed as another trial",
-    "pruned": "pruned: ended early for good",
-    "diverged": "diverged: the metric was not a number",
-    "out of memory": "out of memory: did not fit, whatever was tried",
+# outcomes of a trial with their meaning, in the order in which they are listed
+OUTCOME_TEXT = {
+    "complete": "complete",
+    "paused": "paused: stopped at a rung, and may be resumed later",
+    "resumed": "resumed: paused, and continued as a later trial",
+    "pruned": "pruned: stopped early for good",
+    "diverged": "diverged: the metric became NaN or infinite",
+    "out of memory": "out of memory: did not fit even in the smallest micro-batches",
     "failed": "failed: ended by an error",
-    "interrupted": "interrupted: their process was stopped or died",
+    "interrupted": "interrupted: its process was stopped or died",
     "running": "running",
-    "waiting": "waiting to be run",
+    "waiting": "waiting to run",
 }
+RESUME = "run the same command to resume it"
 
 
-def duration(hours: float) -> str:
-    """A time in the unit that suits it."""
+def format_duration(hours: float) -> str:
+    """A time in seconds, minutes or hours."""
     if hours < 1.5 / 60:
         return f"{3600 * hours:.0f} s"
     if hours < 1.5:
@@ -32,38 +30,41 @@ def duration(hours: float) -> str:
     return f"{hours:.1f} h" if hours < 100 else f"{hours:,.0f} h"
 
 
-def figure_text(value: float) -> str:
-    """A number with three figures."""
+def format_number(value: float) -> str:
+    """A number with three significant digits."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def outcome_counts(history: History) -> list[tuple[str, int]]:
-    """How many trials ended how, in words; those that are not there are left out."""
-    counts = history.counts
-    return [(MEANS[outcome], counts[outcome]) for outcome in ORDER if counts[outcome]]
+    """The outcomes that the study has, each with its number of trials."""
+    return [(outcome, history.counts[outcome]) for outcome in OUTCOME_TEXT if history.counts[outcome]]
 
 
-def what_is_searched(history: History) -> str:
-    """What a trial is, and what it is judged by."""
-    steps = history.steps
+def describe_study(history: History) -> str:
+    """What a trial of the study trains, and what it is judged by."""
+    steps, goal = history.steps, history.goal
     split = "a single split" if steps.folds == 1 else f"{steps.folds} folds"
-    text = f"{split}, at most {steps.epochs} epochs each; judged by {history.metric} of the {history.objective} epoch"
-    text += f" and by {history.cost}" if history.cost else ""
-    return text + (f"; pruner {history.pruner}" if history.pruner else "")
+    text = f"{split} of at most {steps.epochs} epochs each; score: {goal.metric} of the {goal.epoch} epoch"
+    text += f"; cost: {goal.cost}" if goal.cost else ""
+    return text + (f"; pruner: {history.pruner}" if history.pruner else "")
 
 
-def state_of(run: RunFolder) -> str:
-    """Whether it is finished, running, or cut off."""
+def describe_state(run: RunData) -> str:
+    """Whether the run is finished, running, or was interrupted."""
+    history = run.history
     if run.finished:
         return "finished"
-    if run.history is not None:
-        if run.history.going_on:
-            again = sum(trial.outcome == "running" for trial in run.history.seed_replicates)
-            running = run.history.counts["running"]
-            return f"running, {running} at once" if running else f"running {again} repeats of the best trials"
-        if run.trials_done:
-            return "its trials are done; what follows is at work, or was cut off: then the same command goes on with it"
-        return "not finished, and no trial is running: the same command goes on with it"
-    if run.is_study:
-        return "just begun"
-    return "not finished: running, or cut off; the same command goes on with it"
+    if history is None:
+        return "starting" if run.is_study else f"not finished. If it is not running, {RESUME}"
+    if history.counts["running"]:
+        return f"running ({_count(history.counts['running'], 'trial')})"
+    if history.is_running:
+        running = sum(trial.outcome == "running" for trial in history.seed_replicates)
+        return f"running ({_count(running, 'seed replicate')} of the best trials)"
+    if run.trials_finished:
+        return f"all trials are finished, but not all results are written. If it is not running, {RESUME}"
+    return f"not finished, and no trial is running: {RESUME}"
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"

@@ -1,4 +1,4 @@
-"""A run in a screenful of text: how far it is, what is best, and when it will end."""
+"""The status of a run as text: its progress, its best value, and the time left."""
 
 from __future__ import annotations
 
@@ -7,38 +7,44 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from rich.live import Live
-from rich.text import Text
+from lightning_bge.advisor.report.format import describe_state, format_duration, format_number, outcome_counts
+from lightning_bge.advisor.report.run_data import RunData, read_run
+from lightning_bge.hpo.analysis.history import History, PastTrial
+from lightning_bge.hpo.analysis.hours import StudyClock, hours_saved
+from lightning_bge.hpo.forecast.eta import Eta
 
-from lightning_bge.advisor.report.format import ORDER, duration, figure_text, state_of
-from lightning_bge.advisor.report.run_data import RunFolder, read_run
-from lightning_bge.hpo.analysis.history import History, PastTrial, time_left
-from lightning_bge.hpo.analysis.hours import SearchClock, hours_saved
-
-LAST = 5  # trials that are listed
-METRICS = 6  # figures of an epoch that are listed
+MAX_RUNNING = 10  # running trials that are listed
+MAX_ENDED = 5  # ended trials that are listed
+MAX_METRICS = 6  # values of an epoch that are listed
 
 
 def describe_status(run_dir: Path) -> str:
-    """How a search or a training run stands; nothing in its folder is changed, and workers may go on meanwhile.
+    """The status of a study or a training run. Its folder is only read, also while the run is going on.
 
     Args:
         run_dir: the run's folder.
 
     Raises:
-        ConfigError: it is no run folder.
+        ConfigError: it is not a run folder.
         StudyError: its journal is corrupt.
     """
     return _describe(read_run(run_dir))
 
 
 def watch_status(run_dir: Path, seconds: float) -> None:
-    """Show it, anew each time that so many seconds have passed, until nothing is left to wait for, or until Ctrl-C.
+    """Show the status in the terminal until the run has ended, or until Ctrl-C.
+
+    Args:
+        run_dir: the run's folder.
+        seconds: time between two updates.
 
     Raises:
-        ConfigError: it is no run folder.
+        ConfigError: it is not a run folder.
         StudyError: its journal is corrupt.
     """
+    from rich.live import Live
+    from rich.text import Text
+
     run = read_run(run_dir)
     live = Live(Text(_describe(run)), auto_refresh=False, vertical_overflow="visible")
     with suppress(KeyboardInterrupt), live:
@@ -48,114 +54,108 @@ def watch_status(run_dir: Path, seconds: float) -> None:
             live.update(Text(_describe(run)), refresh=True)
 
 
-def _describe(run: RunFolder) -> str:
-    kind = "search" if run.is_study else "training run"
-    head = f"{kind} {run.path.resolve().name}: {state_of(run)}"
+def _describe(run: RunData) -> str:
+    kind = "study" if run.is_study else "training run"
+    head = f"{kind} {run.path.resolve().name}: {describe_state(run)}"
     if not run.is_study:
-        lines = _fit(run)
+        lines = _describe_fit(run)
     elif run.history is None or not run.history.trials:
-        lines = ["no trial has begun yet"]
+        lines = ["no trial has started yet"]
     else:
-        lines = _study(run, run.history)
+        lines = _describe_study(run, run.history)
     return "\n".join([head, *lines])
 
 
-def _study(run: RunFolder, history: History) -> list[str]:
-    counts = history.counts
-    planned = "" if history.planned is None else f" of {history.planned:,}"
-    found = ", ".join(f"{counts[outcome]:,} {outcome}" for outcome in ORDER if counts[outcome])
-    lines = [f"trials     {history.begun:,}{planned} ended: {found}", f"best       {_best(history)}", _hours(history)]
-    if history.going_on:
-        lines.append(f"time left  {_left(run.path)}")
+def _describe_study(run: RunData, history: History) -> list[str]:
+    planned = "" if history.n_trials is None else f" of {history.n_trials:,}"
+    counts = [f"{number:,} {outcome}" for outcome, number in outcome_counts(history) if outcome != "resumed"]
+    resumed = f" ({history.counts['resumed']:,} resumed before)" if history.counts["resumed"] else ""
+    lines = [
+        f"trials     {history.n_finished:,}{planned} finished: {', '.join(counts)}{resumed}",
+        f"best       {_best(history)}",
+        f"time       {_hours(history)}",
+    ]
+    if history.is_running:
+        lines.append(f"time left  {_time_left(run.time_left)}")
     if history.seed_replicates:
-        ended = sum(trial.outcome == "complete" for trial in history.seed_replicates)
-        lines.append(f"repeats    {ended} of the best trials' runs with other seeds have ended")
+        complete = sum(trial.outcome == "complete" for trial in history.seed_replicates)
+        lines.append(f"seeds      {complete} runs of the best trials with other seeds are complete")
     running = [trial for trial in history.trials if trial.outcome == "running"]
     if running:
-        lines += ["", "running"]
-        lines += [f"  {_running(trial, history)}" for trial in running[:10]]
-        lines += [f"  and {len(running) - 10} more"] if len(running) > 10 else []
-    ended_last = sorted((trial for trial in history.trials if trial.end is not None), key=_ended)[-LAST:]
-    if ended_last:
-        lines += ["", "ended last"]
-        lines += [f"  {_line(trial, history)}" for trial in reversed(ended_last)]
+        lines += ["", "running trials", *(f"  {_running(trial, history)}" for trial in running[:MAX_RUNNING])]
+        lines += [f"  and {len(running) - MAX_RUNNING} more"] if len(running) > MAX_RUNNING else []
+    ended = sorted((trial.end, trial.number) for trial in history.trials if trial.end is not None)
+    if ended:
+        by_number = {trial.number: trial for trial in history.trials}
+        lines += ["", "last trials"]
+        lines += [f"  {_ended(by_number[number], history)}" for _, number in reversed(ended[-MAX_ENDED:])]
     return lines
 
 
-def _ended(trial: PastTrial) -> datetime:
-    assert trial.end is not None
-    return trial.end
-
-
 def _best(history: History) -> str:
-    best = history.best
+    best, goal = history.best, history.goal
     if best is None:
-        return "no trial has run to its end yet"
-    cost = "" if best.cost is None else f", {history.cost} {best.cost:.4g}"
-    return f"{history.metric} {best.value:.4f}{cost} (trial {best.number})"
+        return "no trial is complete yet"
+    cost = "" if best.cost is None else f", {goal.cost} {best.cost:.4g}"
+    return f"{goal.metric} {best.value:.4f}{cost} (trial {best.number})"
 
 
 def _hours(history: History) -> str:
     savings = hours_saved(history)
-    line = f"time       {duration(SearchClock(history).hours())} so far"
-    if savings.trials:
-        line += f"; pruning has saved about {duration(savings.saved)}"
-    return line
+    saved = f"; pruning has saved about {format_duration(savings.saved)}" if savings.trials else ""
+    return f"{format_duration(StudyClock(history).hours())} so far{saved}"
 
 
-def _left(run_dir: Path) -> str:
-    eta = time_left(run_dir)
+def _time_left(eta: Eta | None) -> str:
     if eta is None:
         return "not known before the first trial has ended"
+    low, mid, high = (format_duration(seconds / 3600) for seconds in (eta.low, eta.mid, eta.high))
     end = datetime.now() + timedelta(seconds=eta.mid)
-    span = f"{duration(eta.low / 3600)} to {duration(eta.high / 3600)}"
-    return f"about {duration(eta.mid / 3600)} ({span} in 8 cases of 10), until {end:%Y-%m-%d %H:%M}"
+    return f"about {mid} (80 % interval: {low} to {high}), until {end:%Y-%m-%d %H:%M}"
+
+
+def _name(trial: PastTrial) -> str:
+    return f"trial {trial.number}" + ("" if trial.resumes is None else f" (resumes trial {trial.resumes})")
 
 
 def _running(trial: PastTrial, history: History) -> str:
     assert trial.start is not None
-    steps, made = history.steps, trial.last_report
-    age = duration((history.read - trial.start).total_seconds() / 3600)
-    goes_on = "" if trial.continues is None else f" (goes on with {trial.continues})"
-    # what it is working on now is what comes after its last report
-    fold, part = divmod(min(made, steps.total - 1), steps.per_fold)
-    where = f"epoch {part // steps.per_epoch + 1} of {steps.epochs}"
-    where = f"fold {fold + 1} of {steps.folds}, {where}" if steps.folds > 1 else where
-    value = f", {history.metric} {trial.reports[made]:.4f}" if made in trial.reports else ""
-    # where a cost is minimised too nothing is reported before a trial's end
-    where = "" if history.cost is not None else f": {where}, {made} of {steps.total} reports{value}"
-    return f"trial {trial.number}{goes_on}, for {age}{where}"
+    steps, step = history.steps, trial.last_step
+    age = format_duration((history.read_at - trial.start).total_seconds() / 3600)
+    text = f"{_name(trial)}, for {age}"
+    if history.goal.cost is not None:  # such a study reports nothing before a trial's end
+        return text
+    # it now works on what follows its last step
+    fold, part = divmod(min(step, steps.total - 1), steps.per_fold)
+    in_fold = f"fold {fold + 1} of {steps.folds}, " if steps.folds > 1 else ""
+    value = f", {history.goal.metric} {trial.values[step]:.4f}" if step in trial.values else ""
+    epoch = f"epoch {part // steps.per_epoch + 1} of {steps.epochs}"
+    return f"{text}: {in_fold}{epoch}, step {step} of {steps.total}{value}"
 
 
-def _line(trial: PastTrial, history: History) -> str:
-    goes_on = "" if trial.continues is None else f" (goes on with {trial.continues})"
+def _ended(trial: PastTrial, history: History) -> str:
     if trial.value is not None:
-        what = f"complete, {history.metric} {trial.value:.4f}"
-    else:
-        what = f"{trial.outcome} at report {trial.last_report} of {history.steps.total}"
-        if trial.last_report in trial.reports:
-            what += f", {history.metric} {trial.reports[trial.last_report]:.4f}"
-        what += f" ({trial.note})" if trial.note else ""
-        what += f" (in {trial.oom['where']})" if trial.oom else ""
-    return f"trial {trial.number}{goes_on}: {what}"
+        return f"{_name(trial)}: complete, {history.goal.metric} {trial.value:.4f}"
+    step = trial.last_step
+    value = f", {history.goal.metric} {trial.values[step]:.4f}" if step in trial.values else ""
+    note = f" ({trial.note})" if trial.note else ""
+    return f"{_name(trial)}: {trial.outcome} at step {step} of {history.steps.total}{value}{note}"
 
 
 # ---------------------------------------------------------------------- a training run
 
 
-def _fit(run: RunFolder) -> list[str]:
+def _describe_fit(run: RunData) -> list[str]:
     planned = (run.config.get("trainer") or {}).get("max_epochs")
-    of = "" if planned is None else f" of {planned}"
-    lines = [f"epochs     {len(run.epochs)}{of} ended"]
+    lines = [f"epochs     {len(run.epochs)}{'' if planned is None else f' of {planned}'} finished"]
     if run.epochs:
         last = run.epochs[-1]
-        metric = f"val_{(run.config.get('monitor') or {}).get('metric')}"
-        names = [metric, "val_loss", "train_loss", "train_tokens_per_s", "train_data_wait", *sorted(last)]
-        shown = [name for name in dict.fromkeys(names) if name in last and name not in ("epoch", "step")][:METRICS]
-        lines += [f"{name:<20} {figure_text(last[name])}" for name in shown]
-    if run.summary is not None:
-        for part in ("validation", "test"):
-            value = (run.summary.get(part) or {}).get(run.summary.get("metric"))
-            if value is not None:
-                lines.append(f"{part:<10} {run.summary['metric']} {value:.4f}")
+        first = [f"val_{run.metric}", "val_loss", "train_loss", "train_tokens_per_s", "train_data_wait"]
+        names = [name for name in dict.fromkeys([*first, *sorted(last)]) if name in last]
+        names = [name for name in names if name not in ("epoch", "step")][:MAX_METRICS]
+        lines += [f"{name:<20} {format_number(last[name])}" for name in names]
+    for part in ("validation", "test"):
+        value = ((run.summary or {}).get(part) or {}).get(run.metric)
+        if value is not None:
+            lines.append(f"{part:<10} {run.metric} {value:.4f}")
     return lines

@@ -1,1 +1,1 @@
-"""A study read from its run folder: history, hours, importance."""
+"""What a finished or running study has done, read from its run folder."""

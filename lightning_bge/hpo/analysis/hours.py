@@ -1,4 +1,4 @@
-"""What a study's history says of its hours: those of the search, when it became better, and those that were saved."""
+"""The hours of a study: how long it ran, when it found its best values, and what pruning saved."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from itertools import accumulate
 from lightning_bge.hpo.analysis.history import History, PastTrial
 
 
-class SearchClock:
-    """Hours of a search at a point in time: those in which at least one trial was running, up to then.
+class StudyClock:
+    """The hours of a study in which at least one trial was running.
 
-    So pauses between calls do not count, and of trials that run side by side each hour counts once.
+    Pauses between two starts of a study are left out, and an hour in which several trials ran counts once.
 
     Args:
         history: the study.
@@ -22,7 +22,7 @@ class SearchClock:
     def __init__(self, history: History) -> None:
         self.spans: list[tuple[datetime, datetime]] = []
         for start, end in sorted(
-            (trial.start, trial.end or history.read)
+            (trial.start, trial.end or history.read_at)
             for trial in history.trials
             if trial.start is not None and (trial.end is not None or trial.outcome == "running")
         ):
@@ -30,11 +30,11 @@ class SearchClock:
                 self.spans[-1] = (self.spans[-1][0], max(end, self.spans[-1][1]))
             else:
                 self.spans.append((start, end))
-        # seconds before each of them, and in all
+        # seconds before each span, and in all spans together
         self.before = [0.0, *accumulate((end - start).total_seconds() for start, end in self.spans)]
 
     def hours(self, moment: datetime | None = None) -> float:
-        """Hours up to then; None: all."""
+        """Hours up to a moment; None: all hours."""
         if moment is None:
             return self.before[-1] / 3600
         last = bisect(self.spans, moment, key=lambda span: span[0]) - 1
@@ -45,8 +45,8 @@ class SearchClock:
 
 
 def best_over_hours(history: History) -> list[tuple[float, PastTrial]]:
-    """The trials that were the best so far when they ended, and after how many hours of the search that was."""
-    clock = SearchClock(history)
+    """The trials that were the best so far when they ended, each with the hours of the study at its end."""
+    clock = StudyClock(history)
     found: list[tuple[float, PastTrial]] = []
     for end, trial in sorted(((trial.end, trial) for trial in history.ranked if trial.end), key=lambda one: one[0]):
         if not found or history.rank(trial) < history.rank(found[-1][1]):
@@ -56,15 +56,15 @@ def best_over_hours(history: History) -> list[tuple[float, PastTrial]]:
 
 @dataclass(frozen=True)
 class Savings:
-    """What ending trials early has saved.
+    """The hours that pruning has saved.
 
     Attributes:
-        spent: hours of all trials that have ended, of several at once each counted.
-        saved: hours that the trials that were pruned, or paused and not resumed, would have taken further: for each the
-            reports that it did not make, times its own mean seconds a report so far. An estimate: folds that would
-            have stopped early by themselves are not known.
-        trials: how many were ended early, and are in it.
-        unknown: how many more are not, as their seconds are not recorded.
+        spent: hours of all ended trials; hours of trials that ran at the same time are added up.
+        saved: hours that the pruned trials, and the paused ones that were not resumed, would have taken further: the
+            steps that are missing, times the trial's own mean seconds per step. An estimate, as nobody knows which of
+            these folds would have stopped early.
+        trials: number of the trials that `saved` covers.
+        unknown: number of further pruned or paused trials whose seconds are not recorded.
     """
 
     spent: float
@@ -74,10 +74,9 @@ class Savings:
 
 
 def hours_saved(history: History) -> Savings:
-    """What ending trials early has saved so far."""
-    ended = [trial for trial in history.trials if trial.start is not None and trial.end is not None]
-    spent = sum((trial.end - trial.start).total_seconds() for trial in ended if trial.end and trial.start)
+    """Estimate the hours that pruning has saved so far."""
+    spent = sum((trial.end - trial.start).total_seconds() for trial in history.trials if trial.end and trial.start)
     early = [trial for trial in history.trials if trial.outcome in ("paused", "pruned")]
-    known = [trial for trial in early if trial.last_report and trial.curve_seconds]
-    saved = sum((history.steps.total - trial.last_report) * trial.curve_seconds / trial.last_report for trial in known)
+    known = [trial for trial in early if trial.last_step and trial.curve_seconds]
+    saved = sum((history.steps.total - trial.last_step) * trial.curve_seconds / trial.last_step for trial in known)
     return Savings(spent / 3600, saved / 3600, len(known), len(early) - len(known))

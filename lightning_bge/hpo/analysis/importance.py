@@ -1,4 +1,4 @@
-"""How much each searched setting matters for the score, from the trials that ran to their end."""
+"""The importance of each hyperparameter for the score, from the complete trials."""
 
 from __future__ import annotations
 
@@ -7,46 +7,48 @@ import random
 
 import optuna
 from optuna.distributions import BaseDistribution, json_to_distribution
-from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
 from lightning_bge.hpo.analysis.history import History
 
-FEWEST = 10  # complete trials: with fewer the shares are mostly chance
-MOST = 400  # of more a sample is taken: the forest takes seconds a thousand trials
+MIN_TRIALS = 10  # complete trials; with fewer the shares are mostly chance
+MAX_TRIALS = 400  # of more trials a sample is taken: the random forest takes seconds per thousand trials
 
 
 def parameter_importance(history: History) -> tuple[dict[str, float], str]:
-    """Each setting's share of the score's variance (fANOVA, Hutter et al. 2014), with a fixed seed.
+    """The share of the score's variance that each hyperparameter explains (fANOVA, Hutter et al. 2014).
+
+    The random forest has a fixed seed, so that the same study gives the same shares.
 
     Args:
         history: the study.
 
     Returns:
-        Dotted name -> share, the largest first, 1 in all; and a sentence on what they rest on. No shares where nothing
-        can be said; the sentence then says why.
+        Dotted name -> share, the largest first, 1 in total; and a sentence on what the shares are computed from. Where
+        they cannot be computed the dict is empty, and the sentence gives the reason.
     """
-    done = history.ranked
-    if len(done) < FEWEST:
-        return {}, f"Needs {FEWEST} trials that ran to their end; there {_are(len(done))} so far."
-    if done[0].value == done[-1].value:
-        return {}, f"All {len(done)} complete trials have the same score, so that no setting can be told to matter."
+    done = [(trial.params, trial.result.value) for trial in history.ranked if trial.result is not None]
+    if len(done) < MIN_TRIALS:
+        return {}, f"Importance needs {MIN_TRIALS} complete trials; so far there {_are(len(done))}."
+    if done[0][1] == done[-1][1]:
+        return {}, f"All {len(done)} complete trials have the same score, so no importance can be computed."
     spaces = {name: _distribution(spec) for name, spec in history.space.items()}
-    drawn = {name for name in spaces if all(name in trial.params for trial in done)}
-    sample = done if len(done) <= MOST else random.Random(0).sample(done, MOST)
-    usable = {name: spaces[name] for name in sorted(drawn) if len({trial.params[name] for trial in sample}) > 1}
+    drawn = {name for name in spaces if all(name in params for params, _ in done)}
+    sample = done if len(done) <= MAX_TRIALS else random.Random(0).sample(done, MAX_TRIALS)
+    usable = {name: spaces[name] for name in sorted(drawn) if len({params[name] for params, _ in sample}) > 1}
     if not usable:
-        return {}, "No setting was drawn from several values in all complete trials."
-    study = optuna.create_study(direction=history.direction)
+        return {}, "No hyperparameter has several values in the complete trials."
+    study = optuna.create_study(direction=history.goal.direction)
     study.add_trials(
-        optuna.trial.create_trial(
-            value=trial.value, params={name: trial.params[name] for name in usable}, distributions=usable
-        )
-        for trial in sample
+        optuna.trial.create_trial(value=value, params={name: params[name] for name in usable}, distributions=usable)
+        for params, value in sample
     )
+    # imported here: scikit-learn takes half a second, and small studies do not need it
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
     shares = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
-    note = f"From {len(sample)} trials that ran to their end, which are the better ones where others were ended early."
+    note = f"Computed from {len(sample)} complete trials, which are the better ones where others were pruned."
     if left_out := sorted(set(spaces) - drawn):
-        note += f" Left out, as not all of them drew it: {', '.join(left_out)}."
+        note += f" Left out, as some complete trials do not use them: {', '.join(left_out)}."
     return {name: float(share) for name, share in shares.items()}, note
 
 

@@ -13,7 +13,7 @@ from lightning_bge.advisor.plan import predict as module
 from lightning_bge.advisor.plan.calibrate import Calibration, Draw, choose_draws, distance, features
 from lightning_bge.advisor.plan.cost_model import TrialCost
 from lightning_bge.advisor.plan.predict import Priced, Study, pools, predict, seconds_of
-from lightning_bge.hpo.analysis.history import History, PastTrial
+from lightning_bge.hpo.analysis.history import History, PastTrial, StudyGoal
 from lightning_bge.hpo.forecast.replay import Curve, Recording, replay_promoted
 from lightning_bge.hpo.pruning.asha import rung_steps
 from lightning_bge.hpo.pruning.config import PrunerConfig
@@ -194,21 +194,21 @@ def test_a_trial_takes_what_the_draws_most_like_it_took() -> None:
 def past(number: int, outcome: Any, reports: int, **changes: Any) -> PastTrial:
     curve = tuple(Report(step, 0.5, 1.0, 1.0, 1.0, 1.0) for step in range(1, reports + 1))
     return PastTrial(
-        number, outcome, reports={step: 0.9 - number / 10 for step in range(1, reports + 1)}, curve=(curve,), **changes
+        number, outcome, values={step: 0.9 - number / 10 for step in range(1, reports + 1)}, curve=(curve,), **changes
     )
 
 
 def test_the_real_reports_give_the_seconds() -> None:
     steps = Steps(2, 2)
     trials = (
-        past(0, "went on", 1, paused_at=1),
-        past(1, "paused", 1, paused_at=1),
-        past(2, "paused", 1, paused_at=1),
-        past(3, "paused", 1, paused_at=1),
-        past(4, "complete", 4, continues=0),
+        past(0, "resumed", 1),
+        past(1, "paused", 1),
+        past(2, "paused", 1),
+        past(3, "paused", 1),
+        past(4, "complete", 4, resumes=0),
     )
     space = parse_space({"model.optimizer.lr": {"low": 0.0, "high": 1.0}})
-    history = History("s", "maximize", "f1", "best", None, steps, 4, "promote", {}, trials, (), None)  # type: ignore[arg-type]
+    history = History(StudyGoal("f1"), steps, 4, "promote", {}, trials, (), None)  # type: ignore[arg-type]
     known = calibration(start=30.0, first=5.0, finish=40.0, refit_epoch=150.0)
     found = seconds_of(known, space, PrunerConfig(), history, refit_epochs=1)
     # of four points one can go on: only the first was among the best one when it came, and wrote its checkpoint
@@ -219,6 +219,6 @@ def test_the_real_reports_give_the_seconds() -> None:
 
 def test_what_early_stopping_left_out_cost_nothing() -> None:
     trial = replace(past(0, "complete", 4), curve=(past(0, "complete", 3).curve[0],))
-    history = History("s", "maximize", "f1", "best", None, Steps(2, 2), 1, "none", {}, (trial,), (), None)  # type: ignore[arg-type]
+    history = History(StudyGoal("f1"), Steps(2, 2), 1, "none", {}, (trial,), (), None)  # type: ignore[arg-type]
     space = parse_space({"model.optimizer.lr": {"low": 0.0, "high": 1.0}})
     assert seconds_of(calibration(), space, NONE, history, 0) == 1 + 2 * 10 + 3 * 124

@@ -1,4 +1,4 @@
-"""Reports in a real browser: everything is drawn, nothing is asked of a network, and nothing is cut off."""
+"""Reports in a real browser: every figure is drawn, nothing is loaded, and no text is cut off."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a real search of six points."""
+    """The report of a real study of six parameter sets."""
     folder = write_files(tmp_path_factory.mktemp("search"))
     run = folder / "small search"
     config = StudyConfig(6, SPACE, pruner=PrunerConfig("promote", 2, 1), sampler="random")
@@ -95,7 +95,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a made-up search of 2,000 points that goes on."""
+    """The report of a made-up running study of 2,000 parameter sets."""
     return write_report(make_study(tmp_path_factory.mktemp("study") / "large", 2000, workers=2, running=True))
 
 
@@ -105,7 +105,7 @@ def report(request: pytest.FixtureRequest) -> Path:
 
 
 def load(context: BrowserContext, report: Path) -> tuple[Page, list[str]]:
-    """The page when its figures are drawn, and everything that it should not have said or asked for."""
+    """The page when its figures are drawn; and its console messages, errors and requests, which should be none."""
     page, wrong = context.new_page(), []
     page.on("console", lambda message: wrong.append(f"console {message.type}: {message.text}"))
     page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
@@ -117,7 +117,7 @@ def load(context: BrowserContext, report: Path) -> tuple[Page, list[str]]:
 
 
 def wait_for(page: Page, papers: Sequence[Sequence[Any]]) -> None:
-    """Until the figures have these colours and widths. Playwright's own way would have the page evaluate a text."""
+    """Wait until the figures have these colours and widths. The page's policy forbids Playwright's own way to wait."""
     for _ in range(100):
         if page.evaluate(PAPERS) == [list(paper) for paper in papers]:
             return
@@ -132,7 +132,7 @@ def test_every_figure_is_drawn_and_legible(browser: Browser, report: Path, form:
     page.screenshot(path=tmp_path / f"{form}.png", full_page=True)
     assert wrong == []
     drawn = page.evaluate(DRAWN)
-    assert {"timeline", "best", "curves", "hours", "ended", "parallel", "folds", "pace"} <= set(drawn)
+    assert {"timeline", "best", "curves", "hours", "ended", "parallel", "folds"} <= set(drawn)
     assert {name for name, one in drawn.items() if not (one["drawn"] and one["marks"] > 0)} == set()
     assert page.evaluate(UNREADABLE) == []
     width = FORMS[form]["viewport"]["width"]
@@ -178,7 +178,7 @@ def test_figures_follow_the_readers_colours_and_are_light_in_print(
     context.close()
 
 
-def test_settings_are_copied(browser: Browser, small: Path) -> None:
+def test_options_are_copied(browser: Browser, small: Path) -> None:
     context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
     page, wrong = load(context, small)
     button = page.locator("button[data-copies=switches]")

@@ -1,0 +1,87 @@
+"""The sections of a training run's report: results, learning curves, throughput."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from lightning_bge.advisor.html.page import Section, cards, paragraph, plot, table
+from lightning_bge.advisor.report.run_data import RunData
+
+MAX_METRICS = 4  # validation metrics that are drawn
+
+
+def fit_sections(run: RunData) -> list[Section]:
+    """The sections of a training run, as far as its files have content for them."""
+    if not run.epochs and run.summary is None:
+        text = "No epoch has finished yet, or the run uses another logger than Lightning's CSVLogger."
+        return [Section("Results", paragraph(text))]
+    return [
+        Section("Results", _results(run)),
+        Section("Learning curves", _learning_curves(run)),
+        Section("Throughput and padding", _throughput(run)),
+    ]
+
+
+def _results(run: RunData) -> str:
+    summary, metric = run.summary or {}, run.metric
+    figures = []
+    for part, text in (("validation", "validation"), ("test", "test file, evaluated once")):
+        value = (summary.get(part) or {}).get(metric)
+        if value is not None:
+            figures.append((f"{value:.4f}", f"{metric}, {text}"))
+    if not figures and run.epochs and f"val_{metric}" in run.epochs[-1]:
+        figures.append((f"{run.epochs[-1][f'val_{metric}']:.4f}", f"{metric}, validation after the last epoch so far"))
+    if summary.get("epoch") is not None:
+        figures.append((str(summary["epoch"]), "epoch of the chosen checkpoint"))
+    figures.append((str(len(run.epochs)), "epochs trained"))
+    if summary.get("threshold") is not None:
+        figures.append((f"{summary['threshold']:.3f}", "decision threshold"))
+    note = paragraph(f"Threshold: {summary['threshold_note']}.", "muted") if summary.get("threshold_note") else ""
+    return cards(figures) + note + _metrics_table(summary.get("validation") or {}, summary.get("test"))
+
+
+def _metrics_table(validation: dict[str, float], test: dict[str, float] | None) -> str:
+    if not validation:
+        return ""
+    if test is None:
+        return table(["metric", "validation"], [(name, f"{value:.4f}") for name, value in validation.items()], (1,))
+    rows = [(name, f"{value:.4f}", f"{test[name]:.4f}") for name, value in validation.items() if name in test]
+    return table(["metric", "validation", "test file"], rows, (1, 2)) if rows else ""
+
+
+def _learning_curves(run: RunData) -> str:
+    if not run.epochs:
+        return paragraph("logs/version_*/metrics.csv is missing: the run used another logger than CSVLogger.")
+    from lightning_bge.advisor.report.figures.fit import by_epoch
+
+    logged = {name for epoch in run.epochs for name in epoch}
+    metric = f"val_{run.metric}"
+    others = sorted(name for name in logged if name.startswith("val_") and name not in (metric, "val_loss"))
+    losses = [name for name in ("train_loss", "val_loss") if name in logged]
+    found = ""
+    if losses:
+        text = "The training loss is computed with dropout, the validation loss without."
+        found += plot(by_epoch(run.epochs, losses, "loss"), "losses", text)
+    if names := [name for name in (metric, *others) if name in logged][:MAX_METRICS]:
+        text = "Validation metrics after each epoch; the thick line is the metric that the run is judged by."
+        found += plot(by_epoch(run.epochs, names, "validation"), "metrics", text)
+    return found
+
+
+def _throughput(run: RunData) -> str:
+    logged = [epoch for epoch in run.epochs if "train_tokens_per_s" in epoch]
+    if not logged:
+        return paragraph("Tokens per second are not recorded: the run had no throughput callback.")
+    from lightning_bge.advisor.report.figures.fit import by_epoch
+
+    text = "Tokens per second in training, without padding."
+    for name, sentence in (
+        ("train_data_wait", "Waiting for data took at most {:.1%} of the training time of an epoch."),
+        ("train_padding", "At most {:.1%} of the computed tokens of an epoch were padding."),
+    ):
+        shares = [epoch[name] for epoch in logged if name in epoch]
+        text += f" {sentence.format(max(shares))}" if shares else f" {name} is not recorded."
+    used = [epoch["train_utilisation"] for epoch in logged if "train_utilisation" in epoch]
+    if used:
+        text += f" Matrix products reached {median(used):.0%} of the measured peak of this machine (median epoch)."
+    return plot(by_epoch(logged, ["train_tokens_per_s"], "tokens per second"), "tokens", text)

@@ -1,0 +1,222 @@
+"""The sections of a study's report: results, timeline, learning curves, hours, hyperparameters, folds and seeds."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from lightning_bge.advisor.html.page import Section, cards, paragraph, plot, table
+from lightning_bge.advisor.report.format import OUTCOME_TEXT, format_duration, format_number, outcome_counts
+from lightning_bge.advisor.report.run_data import RunData
+from lightning_bge.hpo.analysis.history import History
+from lightning_bge.hpo.analysis.hours import StudyClock, hours_saved
+from lightning_bge.hpo.analysis.importance import parameter_importance
+
+SECONDS = ("train_seconds", "val_seconds")
+NONE_COMPLETE = "No trial is complete yet."
+
+
+def study_sections(run: RunData) -> list[Section]:
+    """The sections of a study, as far as its trials have content for them."""
+    history, replicates = run.history, (run.summary or {}).get("seed_replicates")
+    if history is None or not history.trials:
+        text = "No trial has started yet. Write the report again after the first trials."
+        return [Section("Results", paragraph(text))]
+    sections = [
+        Section("Results", _results(run, history)),
+        Section("Timeline", _timeline(history)),
+        Section("Best value over time", _best_value(history)),
+        Section("Learning curves", _learning_curves(history)),
+    ]
+    if history.goal.cost is None:
+        sections.append(Section("Hours saved by pruning", _hours_saved(history)))
+    sections += [
+        Section("Importance of hyperparameters", _importance(history)),
+        Section("Hyperparameters and scores", _parallel(history)),
+        Section("Scores by fold", _fold_scores(history)),
+    ]
+    if replicates:
+        sections.append(Section("Seed replicates", _seed_replicates(replicates, history.goal.metric)))
+    return sections
+
+
+def _results(run: RunData, history: History) -> str:
+    summary, metric = run.summary or {}, history.goal.metric
+    out_of_fold, test = ((summary.get(part) or {}).get(metric) for part in ("out_of_fold", "test"))
+    figures = []
+    if history.best is not None:
+        text = f"best {metric}, mean over the folds (trial {history.best.number})"
+        figures.append((f"{history.best.value:.4f}", text))
+    for value, text in (
+        (out_of_fold, f"out-of-fold {metric}"),
+        (test, f"{metric} on the test file, evaluated once"),
+        (summary.get("majority_baseline"), f"{metric} of predicting the majority class"),
+    ):
+        if value is not None:
+            figures.append((f"{value:.4f}", text))
+    if summary.get("threshold") is not None:
+        figures.append((f"{summary['threshold']:.3f}", "decision threshold"))
+    figures += _progress(run, history)
+    text = "" if history.best is not None else paragraph(NONE_COMPLETE)
+    if summary.get("threshold_note"):
+        text += paragraph(f"Threshold: {summary['threshold_note']}.", "muted")
+    rows = [(OUTCOME_TEXT[outcome], f"{number:,}") for outcome, number in outcome_counts(history)]
+    return cards(figures) + text + table(["trials", "number"], rows, (1,)) + _pareto_front(history)
+
+
+def _progress(run: RunData, history: History) -> list[tuple[str, str]]:
+    """Figures of the trials and hours so far, and of the time left."""
+    savings = hours_saved(history)
+    planned = "" if history.n_trials is None else f" of {history.n_trials:,}"
+    figures = [
+        (f"{history.n_finished:,}{planned}", f"trials finished; {history.counts['complete']:,} are complete"),
+        (format_duration(StudyClock(history).hours()), "in which at least one trial was running"),
+    ]
+    if savings.trials and savings.saved:
+        share = savings.saved / (savings.saved + savings.spent)
+        text = f"saved by pruning, {share:.0%} of the time without pruning (estimate)"
+        figures.append((format_duration(savings.saved), text))
+    if (eta := run.time_left) is not None:
+        low, mid, high = (format_duration(seconds / 3600) for seconds in (eta.low, eta.mid, eta.high))
+        figures.append((mid, f"left; 80 % interval: {low} to {high}"))
+    return figures
+
+
+def _pareto_front(history: History) -> str:
+    if history.goal.cost is None or not history.ranked:
+        return ""
+    from lightning_bge.advisor.report.figures.scores import pareto_front
+
+    text = "Each mark is a complete trial. No other trial is better in both score and cost than one of the front."
+    return plot(pareto_front(history), "front", text)
+
+
+def _timeline(history: History) -> str:
+    from lightning_bge.advisor.report.figures.timeline import timeline
+    from lightning_bge.advisor.report.figures.traces import MAX_SINGLE
+
+    if len(history.trials) > MAX_SINGLE:
+        text = "Each trial from its start to its end, in one lane for each outcome. The shortest trials are drawn a "
+        text += "little longer, so that they are visible."
+    else:
+        text = "Each bar is a trial, from its start to its end. Colour and pattern show the outcome."
+    if history.counts["resumed"]:
+        text += " A resumed trial was paused, and continued later as a trial with another number."
+    steps = [one for trial in history.trials for fold in trial.curve for one in fold]
+    if steps:
+        train, val = (format_number(median(getattr(one, name) for one in steps)) for name in SECONDS)
+        text += f" A step takes {train} s of training and {val} s of validation (medians over all trials)."
+    return plot(timeline(history), "timeline", text)
+
+
+def _best_value(history: History) -> str:
+    if history.best is None:
+        return paragraph(NONE_COMPLETE)
+    from lightning_bge.advisor.report.figures.scores import best_value
+
+    text = "Time counts while at least one trial is running; pauses between two starts of the study are left out. Only "
+    text += "complete trials are shown, as the values of other trials are not final."
+    return plot(best_value(history), "best", text)
+
+
+def _learning_curves(history: History) -> str:
+    from lightning_bge.advisor.report.figures.curves import learning_curves
+    from lightning_bge.advisor.report.figures.traces import MAX_SINGLE
+
+    if not any(trial.values or trial.curve for trial in history.trials):
+        return paragraph("No trial has reported a value yet.")
+    if history.goal.cost is not None:
+        text = "The value of each validation, fold by fold."
+    elif history.steps.folds > 1:
+        text = "The value at each step is the mean over the folds so far, the current fold included."
+    else:
+        text = "The score so far, at each step."
+    if len(history.trials) > MAX_SINGLE:
+        text += " A hatched band covers the middle 80 % of the trials at each step that at least ten of them have "
+        text += "reached; the dotted line in it is their median."
+    elif history.counts["paused"] or history.counts["pruned"]:
+        text += " The mark at the end of a line shows how the trial was ended early."
+    return plot(learning_curves(history), "curves", text)
+
+
+def _hours_saved(history: History) -> str:
+    from lightning_bge.advisor.report.figures.curves import where_ended
+    from lightning_bge.advisor.report.figures.hours import hours_spent_and_saved
+
+    savings = hours_saved(history)
+    if not savings.trials and savings.unknown:
+        return paragraph(f"{savings.unknown} trials were ended early, but their training times are not recorded.")
+    if not savings.trials:
+        return paragraph("No trial has been ended early so far.")
+    text = (
+        f"{savings.trials:,} trials were pruned, or paused and not resumed. The hours saved are the steps that these "
+        "trials did not train, times the mean seconds per step of the same trial. This is an estimate, as it is not "
+        "known which folds would have stopped early. Hours of trials that ran at the same time are added up."
+    )
+    if savings.unknown:
+        text += f" {savings.unknown:,} more trials are left out, as their training times are not recorded."
+    ended = "Number of trials by the step at which they ended; 0 is before the first step. Resumed trials are left out."
+    saved = plot(hours_spent_and_saved(history, savings), "hours", text)
+    return saved + plot(where_ended(history), "ended", ended)
+
+
+def _importance(history: History) -> str:
+    shares, note = parameter_importance(history)
+    if not shares:
+        return paragraph(note)
+    from lightning_bge.advisor.report.figures.parameters import importance
+
+    text = f"The share of the score's variance that each hyperparameter explains (fANOVA). {note}"
+    return plot(importance(shares), "importance", text)
+
+
+def _parallel(history: History) -> str:
+    from lightning_bge.advisor.report.figures.parameters import ended_early, parallel
+
+    if not any(trial.params for trial in history.trials):
+        return paragraph("No trial has hyperparameters yet.")
+    text = "Each line is a trial: it crosses the axis of each hyperparameter at the trial's value, down to the score. "
+    text += "Trials with the same choice are spread a little around it."
+    if any("when" in spec for spec in history.space.values()):
+        text += " None: the trial does not use that hyperparameter."
+    if ended_early(history):
+        text += " The lines of trials that were ended early stop above the score, as their values are not final."
+    elif history.counts["paused"] or history.counts["pruned"]:
+        text += " Trials that were ended early are left out, as there are too many of them."
+    return plot(parallel(history), "parallel", text)
+
+
+def _fold_scores(history: History) -> str:
+    if history.steps.folds == 1:
+        return paragraph("The study uses a single split, so each trial has one score.")
+    done = [trial for trial in history.ranked if trial.fold_scores]
+    if not done:
+        return paragraph(NONE_COMPLETE)
+    from lightning_bge.advisor.report.figures.scores import MAX_FOLD_SCORES, fold_scores
+
+    shown = min(len(done), MAX_FOLD_SCORES)
+    text = f"The best {shown} trials, the best one first. " if shown > 1 else ""
+    text += "The line is the standard deviation over the folds. Trials whose means differ by less are not clearly "
+    text += "apart, although all of them use the same folds."
+    return plot(fold_scores(history), "folds", text)
+
+
+def _seed_replicates(replicates: dict[str, Any], metric: str) -> str:
+    rows = []
+    for one in replicates["trials"]:
+        values = ", ".join("none" if value is None else f"{value:.4f}" for value in one["values"])
+        mean = "not every seed has a value" if one["mean"] is None else f"{one['mean']:.4f}"
+        spread = "" if one["spread"] is None else f"{one['spread']:.4f}"
+        winner = "winner" if one["trial"] == replicates["winner"] else ""
+        rows.append((f"trial {one['trial']}", mean, spread, values, winner))
+    text = (
+        f"The best trials were trained with {len(replicates['seeds'])} other seeds on the same folds. The winner has "
+    )
+    text += (
+        f"the best mean {metric} over its seeds, which a single lucky seed does not decide. The first value is that "
+    )
+    text += "of the trial itself."
+    if replicates.get("missing"):
+        text += f" {replicates['missing']} runs are missing, and may change the winner."
+    head = ["trial", "mean", "standard deviation", "values", ""]
+    return paragraph(text) + table(head, rows, (1, 2))
