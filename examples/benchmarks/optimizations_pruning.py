@@ -12,7 +12,7 @@ from optuna.pruners import BasePruner, MedianPruner
 
 from lightning_bge.hpo.forecast.replay import Policy, Recording, policy_of, replay_pruned, share_to_reach
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.pruning.pruners import BootstrapPruner, FoldEndPruner, WarmupPruner
+from lightning_bge.hpo.pruning.pruners import FoldEndPruner, StartupTrialsPruner, WarmupPruner
 from lightning_bge.hpo.steps import Steps
 
 CURVES = Path(__file__).parents[2] / "docs" / "benchmarks" / "curves"
@@ -25,10 +25,10 @@ def configured(config: PrunerConfig) -> Callable[[Recording], Policy]:
 
 
 def at_fold_ends(make: Callable[[Recording], BasePruner]) -> Callable[[Recording], Policy]:
-    """A pruner behind the usual bootstrap: the first min(30, 10 % of the trials) finished ones run to their end."""
+    """A pruner that prunes nothing until min(30, 10 % of the trials) have run to their end."""
 
     def policy(search: Recording) -> Policy:
-        pruner = BootstrapPruner(make(search), min(30, len(search.trials) // 10))
+        pruner = StartupTrialsPruner(make(search), min(30, len(search.trials) // 10))
         return lambda recording, order, name: replay_pruned(recording, pruner, order, name)
 
     return policy
@@ -55,7 +55,7 @@ PRUNERS: dict[str, tuple[str, Callable[[Recording], Policy]]] = {
         "2-3x",
         at_fold_ends(lambda search: FoldEndPruner(None, search.epochs * search.per_epoch, search.folds)),
     ),
-    "`promote`, the default here": ("no figure", configured(PrunerConfig())),
+    "`asha`, the default here": ("no figure", configured(PrunerConfig())),
 }
 
 

@@ -24,7 +24,7 @@ from common import git_commit, hardware, markdown_table, versions
 from optuna.trial import FrozenTrial, TrialState
 from record_searches import SEARCHES, add_arguments, search
 
-from lightning_bge.hpo.pruning.asha import latest_trials, point_of
+from lightning_bge.hpo.pruning.asha import latest_trials, parameter_set_of
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Report
 from lightning_bge.runtime.run_folder import write_json, write_text
@@ -76,7 +76,7 @@ def pair(chosen: argparse.Namespace, seed: int) -> dict[str, Any]:
     pruned = search(chosen.search, chosen, run=names[0], **more, **{"hpo.pruner.name": PrunerConfig().name})
     whole = search(chosen.search, chosen, run=names[1], **more)
     sign = 1.0 if whole.direction == optuna.study.StudyDirection.MAXIMIZE else -1.0
-    first, again = whole.trials[: chosen.trials], {point_of(trial): trial for trial in pruned.trials}
+    first, again = whole.trials[: chosen.trials], {parameter_set_of(trial): trial for trial in pruned.trials}
     same = [trial.params for trial in first] == [again[point].params for point in sorted(again)]
     if chosen.sampler == "random" and not same:
         raise SystemExit("the two searches did not try the same points")

@@ -3,8 +3,8 @@
     python examples/benchmarks/pruner_replay.py                     # the curves of docs/benchmarks/curves, 200 orders
 
 No model is trained: `record_searches.py` has recorded searches whose trials all ran to their end, and each contender
-runs them again, in the same random orders as all others. Bootstrap, where a contender has one: min(30, 10 % of the
-trials).
+runs them again, in the same random orders as all others. Where a contender has start-up trials, they are
+min(30, 10 % of the trials).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ All shares are of the seconds that the search takes when every trial runs to its
 - **mean regret**: the regret's mean over the time that the search takes without pruning, 1 before any trial has ended:
   one number for speed and for the end.
 - **oracle**: knows each trial's end before it starts and runs only those that become the best so far.
-- What `promote` needs to write and to read a paused trial's checkpoint is not in its seconds."""
+- What `asha` needs to write and to read a paused trial's checkpoint is not in its seconds."""
 
 
 Contender = Callable[[Recording], Policy]
@@ -75,19 +75,15 @@ def contenders() -> dict[str, Contender]:
 def configs() -> list[PrunerConfig]:
     """The product's pruners, as in YAML."""
     return [
-        PrunerConfig("disarmed_hyperband", max_resource=5, patience=3),
+        PrunerConfig("hyperband", patience=3),
         PrunerConfig("hyperband", fold_confidence=None),
         PrunerConfig("hyperband"),
         PrunerConfig("hyperband", min_resource=3),
-        PrunerConfig("hyperband", min_resource=3, reach=2),
         *(PrunerConfig("percentile", percentile=share) for share in PERCENTILES),
-        PrunerConfig("percentile", percentile=25.0, warmup_reports=0),
+        PrunerConfig("percentile", percentile=25.0, n_warmup_steps=0),
         PrunerConfig("median", patience=1),
-        PrunerConfig("reach", reach=2, warmup_reports=0),
-        PrunerConfig("reach", reach=2, fold_confidence=None),
-        *(PrunerConfig("reach", reach=best) for best in (1, 2, 3)),
         # the first rung in reports; None: after the first epoch
-        *(PrunerConfig("promote", eta, first) for first in (None, 1, 3, 4) for eta in (2, 3, 4)),
+        *(PrunerConfig("asha", eta, first) for first in (None, 1, 3, 4) for eta in (2, 3, 4)),
     ]
 
 
@@ -99,7 +95,7 @@ def ours(config: PrunerConfig, recording: Recording) -> Policy:
 
 def describe(config: PrunerConfig) -> str:
     """The settings that are not the pruner's usual ones."""
-    usual = PrunerConfig(config.name, patience=0) if config.name == "disarmed_hyperband" else PrunerConfig(config.name)
+    usual = PrunerConfig(config.name)
     changed = [
         f"{key} {value:g}"
         for key, value in vars(config).items()
@@ -185,8 +181,8 @@ def write_notes(out: Path, record: dict[str, Any]) -> None:
         f"Written {record['written']} at commit {record['git_commit']} by `examples/benchmarks/pruner_replay.py`: "
         f"{record['orders']} random orders of the trials of each search, the same for all. "
         f"optuna {record['versions']['optuna']}.",
-        f"The product's default is `{record['default']}` with one report an epoch; it has no bootstrap, as it "
-        "ends no trial for good. The product's other pruners have min(30, 10 % of the trials): 4 of 40, 6 of 60.",
+        f"The product's default is `{record['default']}` with one report an epoch; it has no start-up trials, "
+        "as it ends no trial for good. The product's other pruners have min(30, 10 % of the trials): 4 of 40, 6 of 60.",
         DEFINITIONS,
     ]
     for name, info in record["searches"].items():
@@ -260,7 +256,7 @@ def measure(paths: list[Path], chosen: argparse.Namespace) -> dict[str, Any]:
             "best": recording.best,
             "worst": min(values) if recording.direction == "maximize" else max(values),
             "near_best": sum(abs(value - recording.best) <= WITHIN * abs(recording.best) for value in values),
-            "bootstrap": min(30, len(recording.trials) // 10),
+            "n_startup_trials": min(30, len(recording.trials) // 10),
             "about": recording.about,
         }
         others = {name: runs[name] for name in (MEDIAN, HYPERBAND, UNPRUNED)}

@@ -37,7 +37,7 @@ from transformers import Trainer as TransformersTrainer
 
 import lightning_bge.cli.main
 from lightning_bge.hpo.config import JOURNAL
-from lightning_bge.hpo.pruning.asha import point_of
+from lightning_bge.hpo.pruning.asha import parameter_set_of
 from lightning_bge.hpo.storage import open_storage
 
 NAME = "race"
@@ -300,7 +300,7 @@ def import_all(name: str, job: Job) -> None:
 
 def describe_trials(study: optuna.Study, names: dict[str, str]) -> list[dict[str, Any]]:
     """Each trial's parameters under the shared names, how it ended, and its value; of one that was resumed its end."""
-    latest = {point_of(trial): trial for trial in study.get_trials(deepcopy=False)}  # failed ones too
+    latest = {parameter_set_of(trial): trial for trial in study.get_trials(deepcopy=False)}  # failed ones too
     return [
         {
             "number": point,

@@ -23,10 +23,9 @@ from .pruning.asha import AshaPruner as AshaPruner
 from .pruning.callback import FoldPruningCallback as FoldPruningCallback
 from .pruning.config import PrunerConfig as PrunerConfig
 from .pruning.config import build_pruner as build_pruner
-from .pruning.pruners import BootstrapPruner as BootstrapPruner
 from .pruning.pruners import FoldEndPruner as FoldEndPruner
 from .pruning.pruners import FoldWilcoxonPruner as FoldWilcoxonPruner
-from .pruning.pruners import ReachPruner as ReachPruner
+from .pruning.pruners import StartupTrialsPruner as StartupTrialsPruner
 from .pruning.pruners import WarmupPruner as WarmupPruner
 from .results import describe_study as describe_study
 from .results import finish_study as finish_study

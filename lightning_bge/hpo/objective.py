@@ -23,7 +23,7 @@ from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import INTERRUPTED
 from lightning_bge.hpo.config import BEST
-from lightning_bge.hpo.pruning.asha import CONTINUES, AshaPruner
+from lightning_bge.hpo.pruning.asha import RESUMES, AshaPruner
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.ranking import CostName, best_points, cost, rank_key
 from lightning_bge.hpo.space.search_space import Space, suggest
@@ -92,7 +92,7 @@ class Objective:
         per_epoch: reports in each epoch.
         encoder: loads once for all trials of this process.
         cost: what is minimised besides; None: nothing.
-        paused_dir: where the pruner `promote` keeps paused trials, a folder each.
+        paused_dir: where the pruner `asha` keeps paused trials, a folder each.
     """
 
     build: Build
@@ -169,7 +169,7 @@ class Objective:
 
     def _paused(self, trial: optuna.Trial) -> Paused | None:
         """What the trial goes on with, its reports made for this one too; None: it is no resumed one."""
-        number = trial.user_attrs.get(CONTINUES)
+        number = trial.user_attrs.get(RESUMES)
         if number is None:
             return None
         assert self.paused_dir is not None

@@ -11,7 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.hpo.forecast.eta import Eta, being_run, estimate_end
-from lightning_bge.hpo.pruning.asha import CONTINUES, PAUSED, AshaPruner, begun, continued
+from lightning_bge.hpo.pruning.asha import PAUSED_AT, RESUMES, AshaPruner, ended_parameter_sets, resumed_numbers
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import cost_of, front, maximizes, ranked, score_of
 from lightning_bge.hpo.steps import Steps
@@ -29,13 +29,13 @@ def count(study: optuna.Study, *states: TrialState) -> int:
 
 def finished(study: optuna.Study) -> int:
     """Number of trials that have ended, completed or pruned; one that was paused and resumed counts once."""
-    return begun(study.get_trials(deepcopy=False))
+    return ended_parameter_sets(study.get_trials(deepcopy=False))
 
 
 def ended_early(study: optuna.Study) -> list[FrozenTrial]:
     """The trials that were pruned, or paused and not resumed."""
     trials = study.get_trials(deepcopy=False)
-    went_on = continued(trials)
+    went_on = resumed_numbers(trials)
     return [trial for trial in trials if trial.state == TrialState.PRUNED and trial.number not in went_on]
 
 
@@ -104,7 +104,7 @@ class Progress:
         return finished(study)
 
     def _name(self, trial: FrozenTrial) -> str:
-        resumes = trial.user_attrs.get(CONTINUES)
+        resumes = trial.user_attrs.get(RESUMES)
         return f"trial {trial.number}" + ("" if resumes is None else f" (goes on with {resumes})")
 
     def _end(self, trial: FrozenTrial) -> str:
@@ -117,8 +117,8 @@ class Progress:
             at = trial.user_attrs.get("pruned_at", trial.last_step)
             value = trial.intermediate_values.get(trial.last_step) if trial.last_step else None
             shown = "no value" if value is None else f"{self.metric} {value:.4f}"
-            how = "paused" if PAUSED in trial.user_attrs else "pruned"
-            return f"{how} at report {at} of {self.n_reports}: {shown}"
+            how = "paused" if PAUSED_AT in trial.user_attrs else "pruned"
+            return f"{how} at step {at} of {self.n_reports}: {shown}"
         return "failed"
 
     def _best(self, study: optuna.Study, trial: FrozenTrial) -> str:

@@ -167,7 +167,7 @@ def trials_table(study: optuna.Study) -> str:
     """All trials as CSV: number, state, value, cost, seconds, reports, where pruned, folds' scores, parameters."""
     names = sorted({name for trial in study.trials for name in trial.params})
     attributes = [
-        *("pruned_at", "paused_at", "continues", "oom_where", "oom_requested", "oom_free"),
+        *("pruned_at", "paused_at", "resumes", "oom_where", "oom_requested", "oom_free"),
         *("fold_scores", "fold_epochs", "retry_of", "swept"),
     ]
     text = io.StringIO()

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 # `mark_alive` follows `ask` within milliseconds; a minute leaves room for a busy disk and the clocks of several hosts
 RECORD_GRACE_SECONDS = 60.0
 # user attributes that say what a trial is to do, besides its parameters: its retry has them too
-TASK = ("replicate_of", "seed", "continues", "point", "settled_rungs")
+TASK = ("replicate_of", "seed", "resumes", "parameter_set", "settled_rungs")
 
 
 class JournalLock(BaseJournalFileLock):

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.config import JOURNAL, StudyConfig
 from lightning_bge.hpo.progress import Progress, finished
-from lightning_bge.hpo.pruning.asha import CONTINUES, AshaPruner, Promoter, nothing_left
+from lightning_bge.hpo.pruning.asha import RESUMES, AshaPruner, AshaScheduler, nothing_left
 from lightning_bge.hpo.pruning.config import build_pruner
 from lightning_bge.hpo.space.parameter_sets import parse_points
 from lightning_bge.hpo.space.search_space import describe_difference, parse_space, space_to_json
@@ -126,7 +126,7 @@ def others_go_on(study: optuna.Study) -> bool:
         return False
     sweep(study)
     trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
-    return any(trial.state == TrialState.RUNNING or CONTINUES in trial.user_attrs for trial in trials)
+    return any(trial.state == TrialState.RUNNING or RESUMES in trial.user_attrs for trial in trials)
 
 
 def run_study(
@@ -145,7 +145,7 @@ def run_study(
         config: the search.
         metric: its name.
         n_reports: reports of a trial that runs to its end.
-        paused_dir: where the pruner `promote` keeps paused trials.
+        paused_dir: where the pruner `asha` keeps paused trials.
 
     Raises:
         MemoryKeptError: a trial ran out of memory and something still holds some of what it took. The trial is told to
@@ -154,33 +154,33 @@ def run_study(
     if is_finished(study, config):
         return
     progress = Progress(config.n_trials, metric, n_reports, config)
-    promoter = _promoter(study, config, paused_dir)
+    scheduler = _scheduler(study, config, paused_dir)
     callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = [
-        *(progress, promoter or _stop_after(config.n_trials), stop_if_memory_is_kept)
+        *(progress, scheduler or _stop_after(config.n_trials), stop_if_memory_is_kept)
     ]
     until = math.inf if config.timeout is None else time.monotonic() + config.timeout
     gc.collect()
     gc.freeze()  # what the libraries have made so far is not searched again after each trial
     try:
         while not is_finished(study, config) and time.monotonic() < until:
-            if promoter is not None:
-                promoter(study)
+            if scheduler is not None:
+                scheduler(study)
             left = None if config.timeout is None else max(0.0, until - time.monotonic())
             study.optimize(objective, timeout=left, callbacks=callbacks)
             sweep(study)  # another process may have died and left something to do
-        while promoter is not None and promoter.finish_one(study):
+        while scheduler is not None and scheduler.resume_best(study):
             print("the time is over, and no trial has run to its end yet: the best paused one goes on", flush=True)
             study.optimize(objective, n_trials=1, callbacks=[progress, stop_if_memory_is_kept])
     finally:
         gc.unfreeze()
 
 
-def _promoter(study: optuna.Study, config: StudyConfig, paused_dir: Path | None) -> Promoter | None:
+def _scheduler(study: optuna.Study, config: StudyConfig, paused_dir: Path | None) -> AshaScheduler | None:
     """What resumes paused trials; None, and no paused trials are kept, where the pruner is another."""
     if isinstance(study.pruner, AshaPruner):
         assert paused_dir is not None
         room = config.pruner.paused_gb
-        return Promoter(study.pruner, config.n_trials, paused_dir, None if room is None else room * 2**30)
+        return AshaScheduler(study.pruner, config.n_trials, paused_dir, None if room is None else room * 2**30)
     if paused_dir is not None and paused_dir.is_dir():
         log.warning(
             "%s: trials that another pruner paused; deleted, as %s resumes none", paused_dir, config.pruner.name

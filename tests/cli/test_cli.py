@@ -71,7 +71,7 @@ def test_a_search_ends_with_a_model_that_the_peers_load_and_that_predicts_the_sa
     study, test_file = tmp_path / "study", str(sample / "test.csv")
     status, out, err = run(*search, "--data.test_file", test_file)
     assert status == 0, err
-    assert "can first pause at report 1 of 4" in out
+    assert "can first pause at step 1 of 4" in out
     assert "[3/3]" in out
     summary = json.loads((study / "summary.json").read_text())
     wanted = "study n_trials n_complete n_pruned n_failed metric best_value best_params wall_seconds model_dir"
@@ -81,7 +81,7 @@ def test_a_search_ends_with_a_model_that_the_peers_load_and_that_predicts_the_sa
     assert summary["n_failed"] == 0
     assert summary["test"].keys() >= {"f1", "accuracy"}
     with (study / "trials.csv").open(newline="") as file:
-        assert [row["number"] for row in csv.DictReader(file) if not row["continues"]] == ["0", "1", "2"]
+        assert [row["number"] for row in csv.DictReader(file) if not row["resumes"]] == ["0", "1", "2"]
 
     found = tmp_path / "scores.csv"
     common = ("--data.text_columns", "[text, criterion]", "--data.cache_dir", str(tmp_path / "cache"))
@@ -106,7 +106,7 @@ def test_a_search_ends_with_a_model_that_the_peers_load_and_that_predicts_the_sa
 
 def test_the_same_command_again_runs_only_what_is_missing(run: Run, search: list[str], tmp_path: Path) -> None:
     study = tmp_path / "study"
-    search = [*search, "--hpo.pruner.name", "hyperband"]  # `promote` may resume one of the first
+    search = [*search, "--hpo.pruner.name", "hyperband"]  # `asha` may resume one of the first
     assert run(*search, "--hpo.n_trials", "2")[0] == 0
     before = [(t.number, t.params, t.datetime_complete) for t in trials(study)]
     status, out, _ = run(*search, "--hpo.n_trials", "2")

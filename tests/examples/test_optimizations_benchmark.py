@@ -262,7 +262,7 @@ def test_replayed_searches_agree_with_the_table_of_pruners() -> None:
 
     found = optimizations_pruning.replay(20, 7)
     table = json.loads((ROOT / "docs" / "benchmarks" / "pruner_replay.json").read_text())["table"]
-    rows = {"Hyperband": "hyperband, not between folds", "`promote`": "promote"}
+    rows = {"Hyperband": "hyperband, not between folds", "`asha`": "asha"}
     for name, searches in found.items():
         theirs = next((row for start, row in rows.items() if name.startswith(start)), None)
         for search, values in searches.items():

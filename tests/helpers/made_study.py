@@ -48,7 +48,7 @@ def journal_of(run_dir: Path) -> JournalStorage:
 def new_study(run_dir: Path, planned: int, folds: int = 5, cost: str | None = None, **settings: Any) -> optuna.Study:
     """An empty study in a run folder, as `lightning-bge hpo` writes it before the first trial."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    pruner = "promote" if cost is None else "none"
+    pruner = "asha" if cost is None else "none"
     config = {"monitor": {"metric": "f1"}, "hpo": {"n_trials": planned, "pruner": {"name": pruner}}}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
     study = optuna.create_study(
@@ -158,8 +158,8 @@ class Maker:
             self.add(TrialState.PRUNED, drawn, rung, (rung - begun) * pace, paused)
             if drawn[2][rung - 1] < top[-1]:
                 return None
-            first = parent.get("point", len(self.trials) - 1)
-            parent, begun = {"continues": len(self.trials) - 1, "point": first}, rung
+            first = parent.get("parameter_set", len(self.trials) - 1)
+            parent, begun = {"resumes": len(self.trials) - 1, "parameter_set": first}, rung
         return None
 
 

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.forecast.preview import forecast
-from lightning_bge.hpo.pruning.config import PrunerConfig, bootstrap_trials, build_pruner
-from lightning_bge.hpo.pruning.pruners import BootstrapPruner, FoldEndPruner, ReachPruner
+from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner, startup_trials
+from lightning_bge.hpo.pruning.pruners import FoldEndPruner, StartupTrialsPruner
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.models.classifier import BGEClassifier
 from tests.helpers.curve_study import run
@@ -47,14 +47,14 @@ def test_hyperband_that_is_told_once_at_the_end_prunes_none_of_94_trials() -> No
 
 
 def test_the_same_settings_are_refused_before_the_first_trial() -> None:
-    with pytest.raises(ConfigError, match=r"could never prune with 94 trials of 1 reports.*Use more epochs or folds"):
+    with pytest.raises(ConfigError, match=r"could never prune with 94 trials of 1 steps.*Use more epochs or folds"):
         forecast(PrunerConfig("hyperband"), 94, Steps(1, 1))
 
 
 def test_with_reports_over_folds_and_epochs_the_same_hyperband_prunes() -> None:
     steps = Steps(5, 2)
     curves = -np.arange(94.0)[:, None] + np.zeros((94, steps.total))
-    pruned = run(build_pruner(PrunerConfig("hyperband", bootstrap=9), 94, steps), curves)
+    pruned = run(build_pruner(PrunerConfig("hyperband", n_startup_trials=9), 94, steps), curves)
     assert sum(step is not None for step in pruned) > 75
     assert min(step for step in pruned if step) == forecast(PrunerConfig("hyperband"), 94, steps).first
 
@@ -135,13 +135,13 @@ def test_trap_max_resource_auto_differs_between_workers() -> None:
         pruner.prune(study, study.trials[-1])
     assert pruners[0]._n_brackets != pruners[1]._n_brackets
     ours = build_pruner(PrunerConfig("hyperband", fold_confidence=None), 20, Steps(3, 4))
-    assert isinstance(ours, BootstrapPruner)
+    assert isinstance(ours, StartupTrialsPruner)
     assert ours.inner._max_resource == 12
 
 
 def test_trap_the_bracket_depends_on_the_studys_name(tmp_path: Path) -> None:
     curves = -np.arange(30.0)[:, None] + np.zeros((30, 12))
-    config = PrunerConfig("hyperband", bootstrap=0)
+    config = PrunerConfig("hyperband", n_startup_trials=0)
     one, again, other = (run(build_pruner(config, 30, Steps(1, 12)), curves, name) for name in ("a", "a", "b"))
     assert one == again
     assert one != other
@@ -180,18 +180,17 @@ def test_trap_an_easy_first_fold_shields_a_bad_trial_from_the_median() -> None:
     good = [[0.9, 0.9, 0.85, 0.85, 0.84, 0.84]] * 6
     bad = [[0.95, 0.95, 0.6, 0.55, 0.5, 0.5]]  # best in the first fold, then far behind
     assert run(MedianPruner(n_startup_trials=0, n_warmup_steps=1), good + bad)[-1] is None
-    assert run(ReachPruner(best=2), good + bad)[-1] == 3
     # the differences between folds have a spread now
     spread = [[0.9, 0.9, 0.85, 0.85, 0.84, 0.83 + 0.002 * k] for k in range(6)]
     assert run(FoldEndPruner(None, 2, 3), spread + bad)[-1] in (2, 4)
 
 
-def test_trap_a_fixed_bootstrap_eats_the_gain_of_a_small_study() -> None:
-    fixed = forecast(PrunerConfig("median", bootstrap=30), 40, Steps(3, 4))
+def test_trap_a_fixed_number_of_startup_trials_eats_the_gain_of_a_small_study() -> None:
+    fixed = forecast(PrunerConfig("median", n_startup_trials=30), 40, Steps(3, 4))
     scaled = forecast(PrunerConfig("median"), 40, Steps(3, 4))
     assert fixed.cost > 0.75
     assert scaled.cost < fixed.cost - 0.2
-    assert [bootstrap_trials(PrunerConfig("median"), n) for n in (40, 2000)] == [4, 30]
+    assert [startup_trials(PrunerConfig("median"), n) for n in (40, 2000)] == [4, 30]
 
 
 def test_trap_samplers_see_all_trials_whatever_the_bracket() -> None:

@@ -67,7 +67,7 @@ def test_each_trial_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("[1/2] trial 0 done: f1 0.")
     assert "0 pruned | best 0." in first
-    assert second.startswith("[2/2] trial 1 pruned at report 2 of 4: f1 0.2500 | 1 pruned")
+    assert second.startswith("[2/2] trial 1 pruned at step 2 of 4: f1 0.2500 | 1 pruned")
     assert second.endswith("about 0:00:00 left")
 
 

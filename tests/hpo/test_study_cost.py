@@ -53,7 +53,7 @@ def test_each_line_has_the_best_score_and_the_size_of_the_front(
         f"[ 1/12] trial 0 done: f1 {first[0]:.4f}, train_seconds {first[1]:.4g} | 0 pruned | "
         f"best {first[0]:.4f} (trial 0), front of 1 | "
     )
-    assert lines[1].startswith("[ 2/12] trial 1 pruned at report 3 of 4: no value | 1 pruned | best ")
+    assert lines[1].startswith("[ 2/12] trial 1 pruned at step 3 of 4: no value | 1 pruned | best ")
     assert "front of 11" in lines[-1]  # what is better costs more
     study, config = opened(tmp_path)
     run_study(study, values, config, "f1", 4)

@@ -38,17 +38,14 @@ def pruner_row(hpo: StudyConfig, steps: Steps) -> Row:
             advice="prune",
             accuracy="bad trials end early; docs/search.md has the regret measured",
             effort="one line",
-            yaml="hpo.pruner: {name: promote}",
+            yaml="hpo.pruner: {name: asha}",
         )
     text = describe_pruner(hpo.pruner, hpo.n_trials, steps).replace("\n", "; ")
-    row = replace(row, in_effect=f"from report {found.first} of {steps.total}", evidence=text)
+    row = replace(row, in_effect=f"from step {found.first} of {steps.total}", evidence=text)
     row = replace(row, gain=_simulated(1 - found.cost))
-    disarmed = hpo.pruner.name == "disarmed_hyperband" or (
-        hpo.pruner.name == "hyperband" and hpo.pruner.patience is not None
-    )
-    if disarmed:
-        advice = "patience around Hyperband disarms it: use promote, or reach for patience across trials"
-        return replace(row, verdict="off", advice=advice, effort="one line", yaml="hpo.pruner: {name: promote}")
+    if hpo.pruner.name == "hyperband" and hpo.pruner.patience is not None:
+        advice = "with patience around hyperband a trial that still improves is never pruned: use asha"
+        return replace(row, verdict="off", advice=advice, effort="one line", yaml="hpo.pruner: {name: asha}")
     return row
 
 

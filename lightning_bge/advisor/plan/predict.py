@@ -18,7 +18,7 @@ from lightning_bge.hpo.config import BEST
 from lightning_bge.hpo.forecast.eta import refit_epochs
 from lightning_bge.hpo.forecast.preview import SIMULATED, STYLES, sample_curves
 from lightning_bge.hpo.forecast.replay import Curve, Recording, policy_of
-from lightning_bge.hpo.forecast.simulator import STARTUP, Halving, Outcome, Prices, run_promoted, schedule, skill
+from lightning_bge.hpo.forecast.simulator import STARTUP, Halving, Outcome, Prices, schedule, simulate_asha, skill
 from lightning_bge.hpo.pruning.config import PrunerConfig, rungs
 from lightning_bge.hpo.space.search_space import Space
 from lightning_bge.hpo.steps import Steps
@@ -211,7 +211,7 @@ def predict(study: Study, priced: Priced, calibration: Calibration, runs: int = 
     """
     random = np.random.default_rng(seed)
     curves = pools(study)
-    if study.pruner.name not in ("promote", "none") and study.survival is None:
+    if study.pruner.name not in ("asha", "none") and study.survival is None:
         runs = min(runs, FEW)
     walls, shares, found, seed_replicates = [], [], [], []
     full = priced.full(study.steps)
@@ -255,7 +255,7 @@ class _Run:
         chosen = np.concatenate([np.arange(first), others]) if first < count else np.arange(first)
         place = self._places(count)
         trained = self.pool.trained[place]
-        at: Sequence[int] = rungs(study.pruner, steps)[0] if study.pruner.name == "promote" else ()
+        at: Sequence[int] = rungs(study.pruner, steps)[0] if study.pruner.name == "asha" else ()
         prices = self.priced.prices(steps, at, chosen, trained)
         if study.survival is not None:
             return self._all(prices, np.full(study.trials, steps.total), study.survival)
@@ -264,8 +264,8 @@ class _Run:
         values = self.pool.values[place]
         # curves drawn twice would be equals
         values = values + self.random.normal(0, 1e-3 * (float(values.std()) + 1e-9), (count, 1))
-        if study.pruner.name == "promote":
-            return run_promoted(at, study.pruner.reduction_factor, study.trials, values, prices, study.workers)
+        if study.pruner.name == "asha":
+            return simulate_asha(at, study.pruner.reduction_factor, study.trials, values, prices, study.workers)
         return self._all(prices, self._judged(values))
 
     def _places(self, count: int) -> np.ndarray:
@@ -313,7 +313,7 @@ def seconds_of(
     """
     steps, sign = history.steps, 1.0 if history.goal.direction == "maximize" else -1.0
     total = calibration.start + calibration.first + calibration.finish + calibration.refit_epoch * refit_epochs
-    at = rungs(pruner, steps)[0] if pruner.name == "promote" else []
+    at = rungs(pruner, steps)[0] if pruner.name == "asha" else []
     points = len({trial.number for trial in history.trials if trial.resumes is None})
     standings = Halving(len(at), pruner.reduction_factor, points)
     for trial in history.trials:

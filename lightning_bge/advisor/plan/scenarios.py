@@ -55,7 +55,7 @@ class Changes:
 
     def usual(self) -> list[WhatIf]:
         """Those that are shown in any plan."""
-        found = [self.pruner("none")] if self.study.pruner.name != "none" else [self.pruner("promote")]
+        found = [self.pruner("none")] if self.study.pruner.name != "none" else [self.pruner("asha")]
         if self.study.steps.folds > 1:
             found.append(self.single_split())
         found.append(self.workers(2 * self.study.workers))
@@ -66,8 +66,8 @@ class Changes:
     def meeting(self, deadline: float) -> list[WhatIf]:
         """Changes with which even the upper end of the range is in time; what costs the least quality first."""
         found: list[WhatIf | None] = [self._smallest(self.workers, self.study.workers + 1, MOST_WORKERS, deadline)]
-        if self.study.pruner.name != "promote":
-            found.append(self.pruner("promote"))
+        if self.study.pruner.name != "asha":
+            found.append(self.pruner("asha"))
         found.append(self._largest(self.trials, 1, self.study.trials - 1, deadline))
         if self.study.steps.folds > 1:
             found.append(self.single_split())
@@ -80,7 +80,7 @@ class Changes:
                 meet = [replace(both, change=change, setting=setting)]
         return meet
 
-    def pruner(self, name: Literal["promote", "none"]) -> WhatIf | None:
+    def pruner(self, name: Literal["asha", "none"]) -> WhatIf | None:
         """Another pruner; None: it could not prune, or not beside a cost."""
         config = PrunerConfig(name)
         if self.cost and name != "none":
@@ -89,7 +89,7 @@ class Changes:
             check_pruner(config, self.study.trials, self.study.steps)
         except ConfigError:
             return None
-        text = "without pruning" if name == "none" else "with the pruner promote"
+        text = "without pruning" if name == "none" else "with the pruner asha"
         return self._what_if(text, _switch(self.study.pruner, name), replace(self.study, pruner=config, survival=None))
 
     def single_split(self) -> WhatIf:

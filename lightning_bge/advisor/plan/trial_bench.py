@@ -170,10 +170,10 @@ class Bench:
     ) -> None:
         self.build, self.encoder, self.folder, self.refit = build, encoder, folder / "bench", hpo.refit
         self.steps, self.meter = 2, PaceMeter(0)
-        self.pauses = hpo.pruner.name == "promote"
+        self.pauses = hpo.pruner.name == "asha"
         # one epoch before a pause, and two after it, so that one follows upon another
         self.epochs = 3 if self.pauses else 2
-        pruner = PrunerConfig("promote", 1000, min_resource=1) if self.pauses else PrunerConfig("none")
+        pruner = PrunerConfig("asha", 1000, min_resource=1) if self.pauses else PrunerConfig("none")
         config = StudyConfig(MANY, hpo.space, pruner=pruner, sampler="random", seed_replicates=0)
         settings = {"monitor.metric": "loss", "monitor.objective": objective}  # what a report reads
         self.study = open_study(self.folder, config, "minimize", Steps(1, self.epochs), settings)

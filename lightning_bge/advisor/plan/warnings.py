@@ -27,8 +27,10 @@ def judge_search(hpo: StudyConfig, steps: Steps) -> tuple[list[str], PrunerConfi
     except ConfigError as error:
         found.append(f"{error} The figures here are those of a study without pruning; `hpo` would refuse to start.")
         pruner = PrunerConfig("none")
-    if pruner.name == "disarmed_hyperband" or (pruner.name == "hyperband" and pruner.patience is not None):
-        found.append("hpo.pruner.patience disarms Hyperband: whatever still improves is spared, however bad it is")
+    if pruner.name == "hyperband" and pruner.patience is not None:
+        found.append(
+            "hpo.pruner.patience around hyperband: a trial that still improves is never pruned, however bad it is"
+        )
     if hpo.timeout is not None:
         found.append(
             f"hpo.timeout stops each call of the study after {hpo.timeout:g} s: the figures are of the whole study"
@@ -94,7 +96,7 @@ def assumed(study: Study, by_hand: bool) -> list[str]:
     elif study.pruner.name != "none":
         where = "simulated ones of four kinds" if study.curves is None else f"those recorded of {study.curves.name}"
         found.append(f"learning curves are like {where}")
-    if study.learns and study.pruner.name == "promote" and study.survival is None:
+    if study.learns and study.pruner.name == "asha" and study.survival is None:
         found.append("a point of TPE is better than 50 to 76% of those before it")
     found.append("settings are drawn evenly over the space; a sampler may come to like slow ones, or fast ones")
     if study.workers > 1:

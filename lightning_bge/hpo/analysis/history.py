@@ -12,7 +12,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.pruning.asha import CONTINUES, PAUSED, continued
+from lightning_bge.hpo.pruning.asha import PAUSED_AT, RESUMES, resumed_numbers
 from lightning_bge.hpo.ranking import cost_of, score_of
 from lightning_bge.hpo.steps import Report, Steps
 from lightning_bge.hpo.storage import death_of
@@ -206,7 +206,7 @@ def _goal(study: optuna.Study) -> StudyGoal:
 
 
 def _past_trials(trials: Sequence[FrozenTrial]) -> tuple[PastTrial, ...]:
-    resumed = continued(trials)
+    resumed = resumed_numbers(trials)
     return tuple(_past_trial(trial, trial.number in resumed) for trial in trials)
 
 
@@ -225,7 +225,7 @@ def _past_trial(trial: FrozenTrial, resumed: bool) -> PastTrial:
         params=dict(trial.params),
         values=dict(sorted(trial.intermediate_values.items())),
         curve=tuple(tuple(Report(*report) for report in fold) for fold in known.get("curve", ())),
-        resumes=known.get(CONTINUES),
+        resumes=known.get(RESUMES),
         note=note,
     )
 
@@ -246,6 +246,6 @@ def _outcome(trial: FrozenTrial, resumed: bool) -> tuple[Outcome, str]:
         return "out of memory", f"in {known['oom_where']}"
     if "nan" in known:
         return "diverged", str(known["nan"])
-    if PAUSED in known:
+    if PAUSED_AT in known:
         return "resumed" if resumed else "paused", ""
     return "pruned", ""

@@ -1,7 +1,7 @@
 """When a running search will be done: from what its trials have really taken, and what is still to come.
 
 What a trial takes is known from those that have ended. How many reports there will be is not: a pruner decides that on
-the way. So the rest of the search is run forward many times (`hpo.simulate`) from where it stands: with `promote` from
+the way. So the rest of the search is run forward many times (`hpo.simulate`) from where it stands: with `asha` from
 the real standings, where a new trial stands anywhere among those before it; with other pruners by what they do on
 simulated curves, scaled to what they have done so far.
 """
@@ -25,8 +25,15 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_bge.hpo.config import BEST
 from lightning_bge.hpo.forecast.preview import simulated_reports
 from lightning_bge.hpo.forecast.simulator import STARTUP, Halving, Prices, Promoted, Running, schedule, skill
-from lightning_bge.hpo.pruning.asha import CONTINUES, any_complete, begun, busy_points, latest_trials, point_of
-from lightning_bge.hpo.pruning.config import PrunerConfig, bootstrap_trials, rungs
+from lightning_bge.hpo.pruning.asha import (
+    RESUMES,
+    any_complete,
+    ended_parameter_sets,
+    latest_trials,
+    not_resumable,
+    parameter_set_of,
+)
+from lightning_bge.hpo.pruning.config import PrunerConfig, rungs, startup_trials
 from lightning_bge.hpo.steps import Report, Steps
 from lightning_bge.hpo.storage import death_of
 
@@ -73,7 +80,7 @@ def estimate_end(
         workers: processes that are at it now.
         now: local time without a time zone, as Optuna's times are.
         direction: of the score.
-        sampler: of the search; with tpe the later points are better, and with `promote` more of them go on.
+        sampler: of the search; with tpe the later points are better, and with `asha` more of them go on.
         seeds: further ones, with which the best of the trials that run to their end are run again.
         replicated: those of these runs that have ended.
         refit: whether a model is trained on all rows at the end.
@@ -88,10 +95,10 @@ def estimate_end(
     if not visits:
         return None
     spent = _Spent({number: visit for number, visit in visits.items() if number not in once} or visits, _gap(ran))
-    left = n_trials - begun(trials)
+    left = n_trials - ended_parameter_sets(trials)
     runs = max(20, min(RUNS, MOST_TRIALS // max(1, left)))
     random = np.random.default_rng(len(trials))
-    if pruner.name == "promote":
+    if pruner.name == "asha":
         sign = 1.0 if direction == "maximize" else -1.0
         rest = _Promoted(trials, pruner, n_trials, steps, sign, spent, now, sampler == "tpe")
         found = [rest.run(random, workers) for _ in range(runs)]
@@ -125,10 +132,10 @@ def _failed(trial: FrozenTrial) -> FrozenTrial:
 
 
 def _best(trials: Sequence[FrozenTrial], pruner: PrunerConfig, n_trials: int, steps: Steps) -> int:
-    """How many trials will be run again: of those that run to their end the best, and with `promote` there are few."""
+    """How many trials will be run again: of those that run to their end the best, and with `asha` there are few."""
     complete = sum(trial.state == TrialState.COMPLETE for trial in trials)
-    if begun(trials) < n_trials:
-        [at] = rungs(pruner, steps) if pruner.name == "promote" else [()]
+    if ended_parameter_sets(trials) < n_trials:
+        [at] = rungs(pruner, steps) if pruner.name == "asha" else [()]
         complete = max(1, complete, round(n_trials / pruner.reduction_factor ** len(at)))
     return min(BEST, complete)
 
@@ -221,7 +228,7 @@ def _visit(trial: FrozenTrial, trials: Sequence[FrozenTrial], steps: Steps) -> _
     """None: it has not ended, or made no report."""
     if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or trial.duration is None:
         return None
-    paused = trial.user_attrs.get(CONTINUES)
+    paused = trial.user_attrs.get(RESUMES)
     start = 0 if paused is None else len(trials[paused].intermediate_values)
     # where there is a cost as well, Optuna takes no reports
     reports = (steps.total if trial.state == TrialState.COMPLETE else len(trial.intermediate_values)) - start
@@ -263,7 +270,7 @@ def _elapsed(trial: FrozenTrial, now: datetime) -> float:
 
 
 class _Promoted:
-    """The rest of a search with `promote`: its standings now, to be run forward many times."""
+    """The rest of a search with `asha`: its standings now, to be run forward many times."""
 
     def __init__(
         self,
@@ -278,7 +285,11 @@ class _Promoted:
     ) -> None:
         [at] = rungs(pruner, steps)
         self.learns = learns
-        self.spent, self.ended, self.left = spent, begun(trials), max(0, n_trials - begun(trials))
+        self.spent, self.ended, self.left = (
+            spent,
+            ended_parameter_sets(trials),
+            max(0, n_trials - ended_parameter_sets(trials)),
+        )
         self.stages = [spent.seconds(start, end) for start, end in pairwise([0, *at, steps.total])]
         self.halving = Halving(len(at), pruner.reduction_factor, n_trials)
         self.halving.complete = any_complete(trials)
@@ -288,9 +299,9 @@ class _Promoted:
         known = {
             point: one
             for point, one in latest_trials(trials).items()
-            if one.state != TrialState.WAITING or CONTINUES in one.user_attrs
+            if one.state != TrialState.WAITING or RESUMES in one.user_attrs
         }
-        busy = busy_points(trials) - {point for point, one in known.items() if one.state == TrialState.WAITING}
+        busy = not_resumable(trials) - {point for point, one in known.items() if one.state == TrialState.WAITING}
         self.known = len(known)
         self.own: dict[int, float] = {}  # how much slower than others the known points are
         self.reached: dict[int, float] = {}  # the known points' values at the last rung that they reached
@@ -310,7 +321,7 @@ class _Promoted:
             if one.number in spent.ratios:
                 self.own[number] = spent.ratios[one.number]
             if one.state == TrialState.RUNNING:
-                first = CONTINUES not in one.user_attrs
+                first = RESUMES not in one.user_attrs
                 self.running.append(Running(_elapsed(one, now), number, len(there), first))
 
     def run(self, random: np.random.Generator, workers: int) -> float:
@@ -372,7 +383,7 @@ def _values(trials: Sequence[FrozenTrial], at: Sequence[int], sign: float) -> di
         if trial.state != TrialState.FAIL:
             reported = trial.intermediate_values
             there = {rung: sign * reported[step] for rung, step in enumerate(at) if step in reported}
-            found.setdefault(point_of(trial), {}).update(there)
+            found.setdefault(parameter_set_of(trial), {}).update(there)
     return found
 
 
@@ -401,7 +412,7 @@ def _pruned(
     simulated = simulated_reports(pruner, n_trials, steps)
     ended = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-    free, done = bootstrap_trials(pruner, n_trials), min(len(ended), n_trials)
+    free, done = startup_trials(pruner, n_trials), min(len(ended), n_trials)
     made = sum(len(trial.intermediate_values) for trial in ended[free:])
     found = []
     for _ in range(runs):

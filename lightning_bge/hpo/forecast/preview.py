@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 
 from lightning_bge.hpo.forecast.replay import Curve, Recording, policy_of
-from lightning_bge.hpo.pruning.config import PrunerConfig, bootstrap_trials, check_pruner, optuna_bootstrap, rungs
+from lightning_bge.hpo.pruning.config import PrunerConfig, check_pruner, rungs, startup_trials
 from lightning_bge.hpo.steps import Steps
 
 STYLES = {"usual": (1.0, 1.0), "fast": (0.4, 1.0), "slow": (2.5, 1.0), "noisy": (1.0, 5.0)}  # slower, noise
@@ -55,7 +55,7 @@ def forecast(config: PrunerConfig, n_trials: int, steps: Steps, seed: int = 0) -
     kept: float = sum(made == steps.total for made in run.reports)
     cost = run.seconds / recording.full_seconds
     if n_trials > count:  # the warm-up is of so many trials, however many follow
-        free = min(bootstrap_trials(config, n_trials), count)
+        free = min(startup_trials(config, n_trials), count)
         rest = (cost * count - free) / (count - free) if count > free else 1.0
         cost = (free + rest * (n_trials - free)) / n_trials
         kept = free + (kept - free) / max(count - free, 1) * (n_trials - free)
@@ -111,35 +111,29 @@ def sample_curves(n_trials: int, steps: Steps, seed: int = 0, style: str = "usua
 
 
 def describe_pruner(config: PrunerConfig, n_trials: int, steps: Steps) -> str:
-    """Say in a few lines what will be pruned when, before the study starts.
+    """Describe in a few lines, before the study starts, what will be pruned and when.
 
     Raises:
-        ConfigError: As in `forecast`.
+        ConfigError: the pruner could never prune.
     """
     found = forecast(config, n_trials, steps)
     if found.first is None:
         return "no pruning: every trial runs to its end"
-    can, stopped = ("pause", "stay paused") if config.name == "promote" else ("prune", "be pruned")
-    several = config.name == "hyperband" and config.patience is None
-    brackets = f"brackets judge at reports {found.brackets}; " if several else ""
-    if config.name == "promote":
-        brackets = f"rungs at reports {found.brackets[0]}; "
-    lines = [f"{config.name}: {brackets}can first {can} at report {found.first} of {steps.total}"]
-    count = bootstrap_trials(config, n_trials)
-    if config.name == "disarmed_hyperband":
+    asha = config.name == "asha"
+    where = f"rungs at steps {found.brackets[0]}; " if asha else ""
+    if config.name == "hyperband" and config.patience is None:
+        where = f"brackets prune at steps {found.brackets}; "
+    lines = [f"{config.name}: {where}can first {'pause' if asha else 'prune'} at step {found.first} of {steps.total}"]
+    if config.name == "hyperband" and config.patience is not None:
         lines.append(
-            f"what it really does: a trial that still improves is never pruned, however bad it is, and the first "
-            f"{optuna_bootstrap(config)} to be judged at a rung are pruned"
+            "warning: with hpo.pruner.patience around hyperband a trial that still improves is never pruned, however "
+            "bad it is, and values of late steps are compared with those of early ones. Use hyperband without "
+            "patience, or patience with median or percentile"
         )
-    elif config.name == "hyperband" and config.patience is not None:
-        lines.append(
-            "patience disarms hyperband: a trial that still improves is never pruned, however bad it is, and late "
-            "values are compared with early ones; use it with median or percentile, or hpo.pruner.reach instead"
-        )
-    if count:
-        lines.append(f"the first {count} of {n_trials} trials to finish run to their end")
+    if count := startup_trials(config, n_trials):
+        lines.append(f"nothing is pruned until {count} of {n_trials} trials have run to their end")
     lines.append(
-        f"on simulated learning curves about {found.pruned:,} of {n_trials:,} trials would {stopped}, using "
-        f"{found.cost:.0%} of the full cost"
+        f"on simulated learning curves about {found.pruned:,} of {n_trials:,} trials would "
+        f"{'stay paused' if asha else 'be pruned'}, using {found.cost:.0%} of the full cost"
     )
     return "\n".join(lines)

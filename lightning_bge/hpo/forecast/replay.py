@@ -204,9 +204,9 @@ Policy = Callable[[Recording, Sequence[int], str], Replay]
 
 def policy_of(config: PrunerConfig, n_trials: int, steps: Steps) -> Policy:
     """The policy that a study with these settings follows."""
-    if config.name == "promote":
+    if config.name == "asha":
         [at] = rungs(config, steps)
-        return lambda recording, order, name: replay_promoted(recording, at, config.reduction_factor, order)
+        return lambda recording, order, name: replay_asha(recording, at, config.reduction_factor, order)
     return lambda recording, order, name: replay_pruned(recording, build_pruner(config, n_trials, steps), order, name)
 
 
@@ -241,8 +241,8 @@ def replay_pruned(recording: Recording, pruner: BasePruner, order: Sequence[int]
     return Replay(clock, tuple(found), tuple(reports), tuple(order))
 
 
-def replay_promoted(recording: Recording, steps: Sequence[int], eta: int, order: Sequence[int]) -> Replay:
-    """Run the trials again, in this order, as `promote` would: paused at rungs, resumed when they have earned it.
+def replay_asha(recording: Recording, steps: Sequence[int], eta: int, order: Sequence[int]) -> Replay:
+    """Run the trials again, in this order, as `asha` would: paused at rungs, resumed when they have earned it.
 
     Args:
         recording: what the trials report, and its seconds.

@@ -1,7 +1,7 @@
 """A search run forward in milliseconds: which trials go how far, on how many workers, and what that takes.
 
-`promote` is run by its own rules with standings that stay sorted, so that 2,000 trials take milliseconds, where
-`replay.replay_promoted` takes minutes; other pruners are asked themselves, by `replay.replay_pruned`.
+`asha` is run by its own rules with standings that stay sorted, so that 2,000 trials take milliseconds, where
+`replay.replay_asha` takes minutes; other pruners are asked themselves, by `replay.replay_pruned`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Running(NamedTuple):
 
 
 class Halving:
-    """The standings of `promote`: who stands where, who is paused, who goes on next.
+    """The standings of `asha`: who stands where, who is paused, who goes on next.
 
     The rules are those of `promote.next_resumed` and `promote.last_resumed`; what differs is that each rung stays
     sorted.
@@ -138,7 +138,7 @@ class Halving:
 
 @dataclass
 class Promoted:
-    """A search with `promote`, at any time of it.
+    """A search with `asha`, at any time of it.
 
     Attributes:
         halving: the standings.
@@ -248,10 +248,10 @@ def schedule(seconds: Sequence[float], workers: int) -> float:
     return max(free)
 
 
-def run_promoted(
+def simulate_asha(
     steps: Sequence[int], eta: int, points: int, values: np.ndarray, prices: Prices, workers: int
 ) -> Outcome:
-    """A whole search with `promote` over given curves.
+    """A whole search with `asha` over given curves.
 
     Args:
         steps: the rungs' reports, ascending.

@@ -28,10 +28,10 @@ from lightning_bge.hpo.ranking import sign_of
 Standings = Mapping[int, Mapping[int, float]]  # point -> rung -> value there, higher is better
 
 
-CONTINUES = "continues"  # user attribute of a resumed trial: the paused trial's number
-POINT = "point"  # likewise: the number of the first trial of the point
+RESUMES = "resumes"  # user attribute of a resumed trial: the paused trial's number
+PARAMETER_SET = "parameter_set"  # user attribute of a resumed trial: the number of its parameter set's first trial
 ATTEMPTS = 3  # to go on with a point whose process dies or fails each time
-PAUSED = "paused_at"  # user attribute of a paused trial: the step
+PAUSED_AT = "paused_at"  # user attribute of a paused trial: the step
 
 
 def rung_steps(n_reports: int, first: int, eta: int) -> tuple[int, ...]:
@@ -110,24 +110,24 @@ class AshaPruner(BasePruner):
         # as Optuna's halving does with its rungs: a trial is asked between rungs too, and is not judged again there
         study._storage.set_trial_system_attr(trial._trial_id, "settled_rungs", reached)
         trials = study.get_trials(deepcopy=False)
-        mine = point_of(trial)
+        mine = parameter_set_of(trial)
         there = standings(study, self.steps, trials)
         there[mine] = _values(trial, self.steps, sign_of(study))
-        return next_resumed(there, len(self.steps), self.reduction_factor, busy_points(trials) - {mine}) != mine
+        return next_resumed(there, len(self.steps), self.reduction_factor, not_resumable(trials) - {mine}) != mine
 
     def can_be_resumed(self, study: optuna.Study, trial: FrozenTrial, points: int) -> bool:
         """Whether a trial that pauses now may ever go on, of so many points in all: else no checkpoint is written."""
-        trials, mine = study.get_trials(deepcopy=False), point_of(trial)
+        trials, mine = study.get_trials(deepcopy=False), parameter_set_of(trial)
         there = standings(study, self.steps, trials)
         there[mine] = _values(trial, self.steps, sign_of(study))
         if mine not in hopeless(there, len(self.steps), self.reduction_factor, points):
             return True
-        return last_resumed(there, busy_points(trials) - {mine}, any_complete(trials)) == mine
+        return last_resumed(there, not_resumable(trials) - {mine}, any_complete(trials)) == mine
 
 
-def point_of(trial: FrozenTrial) -> int:
+def parameter_set_of(trial: FrozenTrial) -> int:
     """The number of the first trial of the point that a trial stands for."""
-    return int(trial.user_attrs.get(POINT, trial.number))
+    return int(trial.user_attrs.get(PARAMETER_SET, trial.number))
 
 
 def standings(study: optuna.Study, steps: Sequence[int], trials: Sequence[FrozenTrial]) -> dict[int, dict[int, float]]:
@@ -135,7 +135,7 @@ def standings(study: optuna.Study, steps: Sequence[int], trials: Sequence[Frozen
     found: dict[int, dict[int, float]] = {}
     for trial in trials:
         if trial.state != TrialState.FAIL and (values := _values(trial, steps, sign_of(study))):
-            found.setdefault(point_of(trial), {}).update(values)
+            found.setdefault(parameter_set_of(trial), {}).update(values)
     return found
 
 
@@ -144,18 +144,18 @@ def _values(trial: FrozenTrial, steps: Sequence[int], sign: float) -> dict[int, 
     return {rung: sign * reported[step] for rung, step in enumerate(steps) if step in reported}
 
 
-def busy_points(trials: Sequence[FrozenTrial]) -> set[int]:
+def not_resumable(trials: Sequence[FrozenTrial]) -> set[int]:
     """Points that can't be resumed: running, waiting, finished, ended for want of memory or by a NaN, or given up."""
     busy = {
         point
         for point, one in latest_trials(trials).items()
-        if one.state != TrialState.PRUNED or PAUSED not in one.user_attrs
+        if one.state != TrialState.PRUNED or PAUSED_AT not in one.user_attrs
     }
     failed = Counter(
-        point_of(trial)
+        parameter_set_of(trial)
         for trial in trials
         if trial.state == TrialState.FAIL
-        and CONTINUES in trial.user_attrs
+        and RESUMES in trial.user_attrs
         and not str(trial.user_attrs.get("swept", "")).startswith("interrupted")
     )
     return busy | {point for point, times in failed.items() if times >= ATTEMPTS}
@@ -163,7 +163,7 @@ def busy_points(trials: Sequence[FrozenTrial]) -> set[int]:
 
 def latest_trials(trials: Sequence[FrozenTrial]) -> dict[int, FrozenTrial]:
     """Each point's last trial that did not fail."""
-    return {point_of(trial): trial for trial in trials if trial.state != TrialState.FAIL}
+    return {parameter_set_of(trial): trial for trial in trials if trial.state != TrialState.FAIL}
 
 
 def any_complete(trials: Sequence[FrozenTrial]) -> bool:
@@ -171,7 +171,7 @@ def any_complete(trials: Sequence[FrozenTrial]) -> bool:
     return any(trial.state == TrialState.COMPLETE for trial in trials)
 
 
-class Promoter:
+class AshaScheduler:
     """Resumes what has earned it, and ends the study when nothing has and all points have begun; an Optuna callback.
 
     Args:
@@ -194,16 +194,16 @@ class Promoter:
             if point is not None:
                 resume(study, latest_trials(trials)[point], self.pruner.steps)
             self._clear(study)
-        if point is None and begun(trials) >= self.points and not _queued(trials) and trial is not None:
+        if point is None and ended_parameter_sets(trials) >= self.points and not _queued(trials) and trial is not None:
             study.stop()
 
-    def finish_one(self, study: optuna.Study) -> bool:
+    def resume_best(self, study: optuna.Study) -> bool:
         """Where no trial is complete or running, queue the best paused one; return whether one waits to go on."""
         with _locked(self.folder / "lock"):
             trials = study.get_trials(deepcopy=False)
             if any(trial.state in (TrialState.COMPLETE, TrialState.RUNNING) for trial in trials):
                 return False
-            point = last_resumed(standings(study, self.pruner.steps, trials), busy_points(trials), complete=False)
+            point = last_resumed(standings(study, self.pruner.steps, trials), not_resumable(trials), complete=False)
             if point is not None and not _queued(trials):
                 resume(study, latest_trials(trials)[point], self.pruner.steps)
         return point is not None or _queued(trials)
@@ -212,7 +212,7 @@ class Promoter:
         """Delete the checkpoints of trials that can no longer be resumed, and those beyond the limit."""
         trials = study.get_trials(deepcopy=False)
         needed = {
-            one.user_attrs[CONTINUES] for one in trials if CONTINUES in one.user_attrs and not one.state.is_finished()
+            one.user_attrs[RESUMES] for one in trials if RESUMES in one.user_attrs and not one.state.is_finished()
         }
         room = self.limit
         if room is None:
@@ -230,7 +230,7 @@ class Promoter:
 
     def _resumable(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[int]:
         """The paused trials that may still be resumed: the higher rung first, and the better on it."""
-        there, busy = standings(study, self.pruner.steps, trials), busy_points(trials)
+        there, busy = standings(study, self.pruner.steps, trials), not_resumable(trials)
         gone = hopeless(there, len(self.pruner.steps), self.pruner.reduction_factor, self.points)
         # where none is complete the best one stays, as the study's last resort
         gone -= {last_resumed(there, busy, any_complete(trials))}
@@ -242,19 +242,21 @@ class Promoter:
 def nothing_left(study: optuna.Study, pruner: AshaPruner, points: int) -> bool:
     """Whether all points have begun, and none is to be resumed or waits for it."""
     trials = study.get_trials(deepcopy=False)
-    return begun(trials) >= points and not _queued(trials) and _next(study, pruner, points, trials) is None
+    return (
+        ended_parameter_sets(trials) >= points and not _queued(trials) and _next(study, pruner, points, trials) is None
+    )
 
 
 def _queued(trials: Sequence[FrozenTrial]) -> bool:
     """Whether a trial waits that goes on with a paused one."""
-    return any(trial.state == TrialState.WAITING and CONTINUES in trial.user_attrs for trial in trials)
+    return any(trial.state == TrialState.WAITING and RESUMES in trial.user_attrs for trial in trials)
 
 
 def _next(study: optuna.Study, pruner: AshaPruner, points: int, trials: Sequence[FrozenTrial]) -> int | None:
-    there, busy = standings(study, pruner.steps, trials), busy_points(trials)
+    there, busy = standings(study, pruner.steps, trials), not_resumable(trials)
     point = next_resumed(there, len(pruner.steps), pruner.reduction_factor, busy)
     running = any(trial.state == TrialState.RUNNING for trial in trials)
-    if point is not None or begun(trials) < points or running or _queued(trials):
+    if point is not None or ended_parameter_sets(trials) < points or running or _queued(trials):
         return point
     return last_resumed(there, busy, any_complete(trials))
 
@@ -277,21 +279,25 @@ def last_resumed(there: Standings, busy: set[int], complete: bool) -> int | None
     return max(paused, key=lambda point: (max(there[point]), there[point][max(there[point])], -point))
 
 
-def continued(trials: Sequence[FrozenTrial]) -> set[int]:
+def resumed_numbers(trials: Sequence[FrozenTrial]) -> set[int]:
     """The numbers of paused trials that were resumed, or are about to be."""
-    return {trial.user_attrs[CONTINUES] for trial in trials if CONTINUES in trial.user_attrs}
+    return {trial.user_attrs[RESUMES] for trial in trials if RESUMES in trial.user_attrs}
 
 
-def begun(trials: Sequence[FrozenTrial]) -> int:
+def ended_parameter_sets(trials: Sequence[FrozenTrial]) -> int:
     """Points whose first trial has ended: complete, pruned or paused."""
     ended = (TrialState.COMPLETE, TrialState.PRUNED)
-    return sum(trial.state in ended and CONTINUES not in trial.user_attrs for trial in trials)
+    return sum(trial.state in ended and RESUMES not in trial.user_attrs for trial in trials)
 
 
 def resume(study: optuna.Study, paused: FrozenTrial, steps: Sequence[int]) -> None:
     """Queue a trial that goes on where a paused one stopped."""
-    at = paused.user_attrs[PAUSED]
-    attributes = {CONTINUES: paused.number, POINT: point_of(paused), "settled_rungs": sum(step <= at for step in steps)}
+    at = paused.user_attrs[PAUSED_AT]
+    attributes = {
+        RESUMES: paused.number,
+        PARAMETER_SET: parameter_set_of(paused),
+        "settled_rungs": sum(step <= at for step in steps),
+    }
     study.enqueue_trial(paused.params, user_attrs=attributes)
 
 

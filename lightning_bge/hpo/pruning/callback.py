@@ -242,7 +242,7 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         epoch = len(self.history) - 1 + self._within
         for key, value in (("pruned_at", step), ("fold", self.fold), ("epoch", epoch)):
             self._trial.set_user_attr(key, value)
-        raise optuna.TrialPruned(f"{why} at report {step} of {self._all}")
+        raise optuna.TrialPruned(f"{why} at step {step} of {self._all}")
 
 
 def _clocks() -> tuple[float, float]:

@@ -1,6 +1,6 @@
-"""Pruners of our own, for any Optuna study whose trials report at consecutive steps 1..n.
+"""Pruners for any Optuna study whose trials report at the consecutive steps 1..n of their folds.
 
-A trial's value at a step is the mean over its folds so far, the last of them as far as it has come (`hpo.reports`).
+A trial's value at a step is the mean over its folds so far, the last of them up to that step (`FoldPruningCallback`).
 """
 
 from __future__ import annotations
@@ -22,81 +22,49 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_bge.hpo.ranking import sign_of
 
 
-class BootstrapPruner(BasePruner):
-    """Let the first `count` completed trials of a study run to their end, then do as the inner pruner says.
+class StartupTrialsPruner(BasePruner):
+    """Prune nothing until `n_startup_trials` trials of the study have run to their end; then ask the inner pruner.
 
-    Optuna's own `bootstrap_count` does the opposite: it prunes the first trials to reach a rung. The inner pruner is
-    asked during the warm-up too and its answer ignored, because Hyperband records a trial's value at a rung only when
-    asked. A trial that is pruned for another reason (no memory, a metric that is NaN) does not count.
+    Optuna's `bootstrap_count` does the opposite: it prunes the first trials that reach a rung. The inner pruner is
+    asked during the start-up too and its answer ignored, because Hyperband records a trial's value at a rung only when
+    it is asked. A trial that is pruned for another reason (out of memory, a metric that is NaN) does not count.
 
     Args:
-        inner: The pruner that decides after the warm-up.
-        count: Number of COMPLETE trials before anything is pruned.
+        inner: the pruner that decides after the start-up.
+        n_startup_trials: number of COMPLETE trials before anything is pruned.
     """
 
-    def __init__(self, inner: BasePruner, count: int) -> None:
+    def __init__(self, inner: BasePruner, n_startup_trials: int) -> None:
         self.inner = inner
-        self.count = count
+        self.n_startup_trials = n_startup_trials
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Return whether to stop the trial at its last report."""
+        """Return whether to stop the trial at its last step."""
         if not self.inner.prune(study, trial):
             return False
-        return len(completed(study)) >= self.count
+        return len(completed(study)) >= self.n_startup_trials
 
 
 class WarmupPruner(BasePruner):
-    """Prune nothing in the first reports of each fold.
+    """Prune nothing in the first steps of each fold.
 
     A fold starts with fresh weights, a low learning rate and a new head, and its first values say little: in recorded
-    searches trials that learned nothing stood above the later winners there.
+    searches trials that learned nothing had higher values there than the later winners.
 
     Args:
-        inner: decides after the warm-up.
-        per_fold: reports of a fold.
-        warmup: the first so many of them never prune.
+        inner: the pruner that decides at the later steps.
+        per_fold: steps of a fold.
+        n_warmup_steps: nothing is pruned in the first so many of them.
     """
 
-    def __init__(self, inner: BasePruner, per_fold: int, warmup: int) -> None:
+    def __init__(self, inner: BasePruner, per_fold: int, n_warmup_steps: int) -> None:
         self.inner = inner
-        self.per_fold, self.warmup = per_fold, warmup
+        self.per_fold, self.n_warmup_steps = per_fold, n_warmup_steps
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Return whether to stop the trial at its last report."""
+        """Return whether to stop the trial at its last step."""
         step = trial.last_step
-        return step is not None and (step - 1) % self.per_fold >= self.warmup and self.inner.prune(study, trial)
-
-
-class ReachPruner(BasePruner):
-    """Patience across trials: stop a trial that stands lower than any of the best finished ones stood at that step.
-
-    Optuna's `PatientPruner` spares a trial as long as it still improves, however bad it is. Here a trial is spared as
-    long as it is within reach of the others: where one of the best finished trials once stood as low at the same step,
-    this one may still become as good. So nothing is pruned where the curves do not yet tell anything, as the later
-    winners stand low there too, and the bar rises by itself where they do.
-
-    Args:
-        inner: asked first; None: it always would prune.
-        best: how many of the best finished trials are looked at.
-    """
-
-    def __init__(self, inner: BasePruner | None = None, best: int = 2) -> None:
-        self.inner = inner
-        self.best = best
-
-    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Return whether to stop the trial at its last report."""
-        # asked even where the trial will be spared: Hyperband records a rung's value only then
-        if self.inner is not None and not self.inner.prune(study, trial):
-            return False
-        step = trial.last_step
-        sign = sign_of(study)
-        done = [other for other in completed(study) if step in other.intermediate_values]
-        if step is None or len(done) < self.best:
-            return False
-        done.sort(key=lambda other: -sign * float(other.value or 0.0))
-        lowest = min(sign * other.intermediate_values[step] for other in done[: self.best])
-        return sign * trial.intermediate_values[step] < lowest
+        return step is not None and (step - 1) % self.per_fold >= self.n_warmup_steps and self.inner.prune(study, trial)
 
 
 def completed(study: optuna.Study) -> list[FrozenTrial]:
@@ -108,16 +76,16 @@ class FoldEndPruner(BasePruner):
     """Between folds decide on the running mean and its uncertainty; inside a fold ask the inner pruner.
 
     All trials see the same folds, order and seeds, so a trial's folds are compared with the same folds of the best
-    finished trial. With d the mean difference over the k folds so far, s the spread of such differences between folds
-    (pooled over the finished trials) and K folds in all, the mean over all folds will lie within
+    complete trial. With d the mean difference over the k folds so far, s the spread of such differences between folds
+    (pooled over the complete trials) and K folds in all, the mean over all folds will be within
     d +- z s sqrt((K - k) / (K k)). A trial whose upper end is below zero is stopped: more folds are not expected to
     lift it to the best one.
 
     Args:
-        inner: decides inside a fold, and is asked at its end too; None: nothing ends inside a fold.
-        per_fold: reports of a fold.
+        inner: decides inside a fold, and is asked at its end too; None: nothing is pruned inside a fold.
+        per_fold: steps of a fold.
         folds: K.
-        confidence: one-sided, 0.5 to 1; 0.9 (z = 1.28) lets one in ten be wrong at each fold's end.
+        confidence: one-sided, 0.5 to 1; with 0.9 (z = 1.28) one decision in ten at a fold's end is wrong.
     """
 
     def __init__(self, inner: BasePruner | None, per_fold: int, folds: int, confidence: float = 0.9) -> None:
@@ -125,7 +93,7 @@ class FoldEndPruner(BasePruner):
         self.per_fold, self.folds, self.confidence = per_fold, folds, confidence
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Return whether to stop the trial at its last report."""
+        """Return whether to stop the trial at its last step."""
         if self.inner is not None and self.inner.prune(study, trial):
             return True
         scores = fold_scores(trial, self.per_fold)
@@ -151,18 +119,18 @@ class FoldWilcoxonPruner(BasePruner):
     default p < 0.1 it first acts after the fourth fold.
 
     Args:
-        per_fold: reports of a fold.
-        p_threshold: as in Optuna's.
+        per_fold: steps of a fold.
+        p_threshold: as Optuna's WilcoxonPruner has it.
     """
 
     def __init__(self, per_fold: int, p_threshold: float = 0.1) -> None:
         self.per_fold = per_fold
-        with warnings.catch_warnings():  # experimental in name; the tests pin what is used of it
+        with warnings.catch_warnings():  # Optuna calls it experimental; the tests cover what is used here
             warnings.simplefilter("ignore", ExperimentalWarning)
             self.inner = WilcoxonPruner(p_threshold=p_threshold)
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Return whether to stop the trial at its last report."""
+        """Return whether to stop the trial at its last step."""
         mine, done = self._by_fold(trial), completed(study)
         if mine is None or not done:
             return False
@@ -181,7 +149,7 @@ class FoldWilcoxonPruner(BasePruner):
 
 
 def fold_scores(trial: FrozenTrial, per_fold: int) -> list[float] | None:
-    """The scores of the trial's finished folds, where its last report is the end of a fold; else None."""
+    """The scores of the trial's finished folds where its last step is the end of a fold, else None."""
     folds, rest = divmod(trial.last_step or 0, per_fold)
     if rest or not folds:
         return None

@@ -77,7 +77,7 @@ def test_a_search_without_a_pruner_has_something_to_gain(own: OwnRun) -> None:
     hpo = StudyConfig(n_trials=200, pruner=PrunerConfig("none"))
     found = audit_own(OwnRun(own.build, hpo, Steps(5, 4), own.compile), AuditConfig(rounds=0))
     assert [row.name for row in found.alarms] == ["pruning"]
-    assert "hpo.pruner: {name: promote}" in found.next
+    assert "hpo.pruner: {name: asha}" in found.next
 
 
 def test_there_is_no_row_of_a_wrong_name(own: OwnRun) -> None:

@@ -452,7 +452,7 @@ def test_a_sound_objective_raises_no_alarm() -> None:
     assert not search_alarms(folds_objective(3, 2, "ours"), MedianPruner(n_startup_trials=2), 3)
 
 
-@pytest.mark.parametrize("name", ["promote", "hyperband", "median"])
+@pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
 def test_our_pruners_raise_no_alarm(name: Any) -> None:
     rows = search_rows(StudyConfig(n_trials=60, pruner=PrunerConfig(name)), Steps(3, 4))
     assert not [row for row in rows if row.verdict in ("lie", "off")]

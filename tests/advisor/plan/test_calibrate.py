@@ -84,7 +84,7 @@ class SlowToRead(EncoderCache):
         return net
 
 
-def bench_of(tmp_path: Path, clock: Clock, pruner: str = "promote", **changes: Any) -> tuple[Bench, Any]:
+def bench_of(tmp_path: Path, clock: Clock, pruner: str = "asha", **changes: Any) -> tuple[Bench, Any]:
     build = make(write_files(tmp_path), (Spend(clock),)).build
 
     def slow(params: dict[str, Any]) -> TrialSetup:
@@ -99,7 +99,7 @@ def bench_of(tmp_path: Path, clock: Clock, pruner: str = "promote", **changes: A
     return Bench(slow, hpo, "best", CompileConfig("never"), SlowToRead(clock), folder), slow
 
 
-@pytest.mark.parametrize("pruner", ["promote", "none"])
+@pytest.mark.parametrize("pruner", ["asha", "none"])
 def test_each_part_is_taken_to_its_real_size(tmp_path: Path, clock: Clock, pruner: str) -> None:
     bench, build = bench_of(tmp_path, clock, pruner)
     space = parse_space(SPACE)

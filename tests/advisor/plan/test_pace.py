@@ -14,7 +14,7 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.objective import TrialSetup
 from tests.helpers.small_search import make, write_files
 
-POINT = {"lr": 1e-3, "dropout": 0.1}
+PARAMETER_SET = {"lr": 1e-3, "dropout": 0.1}
 
 
 class Clock:
@@ -52,7 +52,7 @@ class Spend(Callback):
 
 @pytest.fixture
 def setup(tmp_path: Path) -> TrialSetup:
-    return make(write_files(tmp_path)).build(POINT)
+    return make(write_files(tmp_path)).build(PARAMETER_SET)
 
 
 def test_each_part_of_a_run_gets_its_seconds(setup: TrialSetup, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def test_workers_trials_and_money(search: Search) -> None:
     # one split of 32 rows and 8: as the trial's parts grow with their rows
     split = 10 + 3 * (3 * 1.0 * 0.8 / 0.5 + 5 * 0.2 / 0.5)
     assert changes["a single split"] == pytest.approx(3 * split + 60)
-    assert changes["with the pruner promote"] < found.prediction.mid
+    assert changes["with the pruner asha"] < found.prediction.mid
 
 
 def test_what_is_not_given_by_hand_is_rough_and_said_to_be(search: Search) -> None:
@@ -125,7 +125,7 @@ def test_a_plan_in_time_and_one_that_nothing_helps(search: Search) -> None:
 
 @pytest.mark.usefixtures("steady")
 def test_the_flags_of_a_change_are_ones_that_hpo_takes(search: Search) -> None:
-    tuned = with_hpo(search, pruner=PrunerConfig("promote", reduction_factor=2, paused_gb=1.0))
+    tuned = with_hpo(search, pruner=PrunerConfig("asha", reduction_factor=2, paused_gb=1.0))
     [without] = [one for one in make_plan(tuned, HAND).what_ifs if one.change == "without pruning"]
     assert without.setting == "--hpo.pruner.name none --hpo.pruner.reduction_factor 4 --hpo.pruner.paused_gb null"
     # of one epoch on one split there is a single report
@@ -133,7 +133,7 @@ def test_the_flags_of_a_change_are_ones_that_hpo_takes(search: Search) -> None:
     split = Changes(study, Priced([COST]), KNOWN, 0.2).single_split()
     assert split.setting == "--data.split.folds 1 --hpo.pruner.name none"
     costly = with_hpo(search, pruner=NONE, cost="train_seconds")
-    assert not [one for one in make_plan(costly, HAND).what_ifs if "promote" in one.setting]
+    assert not [one for one in make_plan(costly, HAND).what_ifs if "asha" in one.setting]
 
 
 @pytest.mark.usefixtures("steady")
@@ -149,7 +149,7 @@ def test_where_no_single_change_is_enough_two_at_once_may_be(search: Search) -> 
 def test_a_pruner_that_can_never_fire_is_named(search: Search) -> None:
     planted = with_hpo(search, pruner=PrunerConfig("wilcoxon"))
     found = make_plan(planted, HAND)
-    assert "'wilcoxon' could never prune with 12 trials of 6 reports" in found.problems[0]
+    assert "'wilcoxon' could never prune with 12 trials of 6 steps" in found.problems[0]
     assert found.prediction.share == (1.0, 1.0, 1.0)
     assert describe_plan(found).startswith("!! hpo.pruner: 'wilcoxon' could never prune")
 
@@ -158,7 +158,10 @@ def test_what_makes_no_sense_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     hpo = StudyConfig(12, SPACE, pruner=PrunerConfig("hyperband", patience=2), timeout=10800.0)
     found, pruner = judge_search(hpo, Steps(3, 6))
     assert pruner == hpo.pruner
-    assert ["disarms Hyperband" in found[0], "stops each call of the study after 10800 s" in found[1]] == [True, True]
+    assert [
+        "never pruned, however bad it is" in found[0],
+        "stops each call of the study after 10800 s" in found[1],
+    ] == [True, True]
     cost = TrialCost(0.0, 0.0, 0.0, 1.0, 1.0)
     shaky = Calibration((Draw({}, {}, cost, 1.0, 0.1, 0.3),), missing=2, took=9.0)
     texts = " ".join(doubts(shaky))
@@ -208,11 +211,11 @@ def test_a_plan_survives_json(search: Search) -> None:
 
 def test_recorded_curves_and_a_stated_share_are_used(search: Search) -> None:
     curves = str(CONFIGS.parent / "docs" / "benchmarks" / "curves" / "sick.json")
-    promote = with_hpo(search, pruner=PrunerConfig())
-    recorded = make_plan(promote, replace(HAND, curves=curves))
+    halving = with_hpo(search, pruner=PrunerConfig())
+    recorded = make_plan(halving, replace(HAND, curves=curves))
     assert "learning curves are like those recorded of sick" in recorded.assumed
     assert recorded.as_dict()["curves"] == "sick"
-    stated = make_plan(promote, replace(HAND, survival=0.25))
+    stated = make_plan(halving, replace(HAND, survival=0.25))
     assert stated.prediction.share[1] == pytest.approx(0.25)
     assert "the pruner leaves 25% of the full cost, as given" in stated.assumed
 
@@ -355,7 +358,7 @@ def test_the_quickstart_is_planned_by_trying(program: Callable[..., Any], tmp_pa
     config = str(CONFIGS / "quickstart.yaml")
     status, out, err = program("plan", "-c", config, "--seconds", "4", "--json", "plan.json", "--deadline", "0.0001")
     assert status == 0, err
-    assert re.search(r"quickstart: 24 trials, 3 folds, at most 3 epochs each, pruner promote, 1 worker", out)
+    assert re.search(r"quickstart: 24 trials, 3 folds, at most 3 epochs each, pruner asha, 1 worker", out)
     assert re.search(r"it takes about \d+:\d\d:\d\d \(\d+:\d\d:\d\d to \d+:\d\d:\d\d in eight studies of ten\)", out)
     assert "!! TOO LONG" in out
     assert "a format of Nvidia's GPUs; this is cpu" in out

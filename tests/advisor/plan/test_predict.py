@@ -14,7 +14,7 @@ from lightning_bge.advisor.plan.calibrate import Calibration, Draw, choose_draws
 from lightning_bge.advisor.plan.cost_model import TrialCost
 from lightning_bge.advisor.plan.predict import Priced, Study, pools, predict, seconds_of
 from lightning_bge.hpo.analysis.history import History, PastTrial, StudyGoal
-from lightning_bge.hpo.forecast.replay import Curve, Recording, replay_promoted
+from lightning_bge.hpo.forecast.replay import Curve, Recording, replay_asha
 from lightning_bge.hpo.pruning.asha import rung_steps
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.space.parameter_sets import draw_points
@@ -111,7 +111,7 @@ def test_the_range_holds_as_often_as_it_says(name: str) -> None:
     found = predict(study, Priced([cost]), calibration(cost, error=0.01))
     random, inside = np.random.default_rng(0), 0
     for _ in range(40):
-        run = replay_promoted(recording, rung_steps(steps.total, 1, 4), 4, random.permutation(count))
+        run = replay_asha(recording, rung_steps(steps.total, 1, 4), 4, random.permutation(count))
         # what a process does once is in the first recorded trial's seconds: all reports at the mean
         truth = sum(run.reports) * mean * (1 + 0.04 * random.standard_normal())
         inside += found.low <= truth <= found.high
@@ -208,7 +208,7 @@ def test_the_real_reports_give_the_seconds() -> None:
         past(4, "complete", 4, resumes=0),
     )
     space = parse_space({"model.optimizer.lr": {"low": 0.0, "high": 1.0}})
-    history = History(StudyGoal("f1"), steps, 4, "promote", {}, trials, (), None)  # type: ignore[arg-type]
+    history = History(StudyGoal("f1"), steps, 4, "asha", {}, trials, (), None)  # type: ignore[arg-type]
     known = calibration(start=30.0, first=5.0, finish=40.0, refit_epoch=150.0)
     found = seconds_of(known, space, PrunerConfig(), history, refit_epochs=1)
     # of four points one can go on: only the first was among the best one when it came, and wrote its checkpoint

@@ -37,7 +37,7 @@ def test_a_study_is_shown_as_optuna_has_it(tmp_path: Path) -> None:
     assert shown["y"] == pytest.approx(list(study.best_trial.intermediate_values.values()), abs=1e-6)
     bars = [y for trace in page.data["timeline-data"]["data"] for y in trace["y"]]
     assert sorted(bars) == [trial.number for trial in study.trials]
-    resumed = {trial.user_attrs["continues"] for trial in study.trials if "continues" in trial.user_attrs}
+    resumed = {trial.user_attrs["resumes"] for trial in study.trials if "resumes" in trial.user_attrs}
     paused = [t for t in study.trials if t.state == TrialState.PRUNED and t.number not in resumed]
     at = [trial.last_step for trial in paused]
     ended = page.traces("ended")[f"paused ({len(paused)})"]

@@ -85,7 +85,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a real study of six parameter sets."""
     folder = write_files(tmp_path_factory.mktemp("search"))
     run = folder / "small search"
-    config = StudyConfig(6, SPACE, pruner=PrunerConfig("promote", 2, 1), sampler="random")
+    config = StudyConfig(6, SPACE, pruner=PrunerConfig("asha", 2, 1), sampler="random")
     settings = {"monitor.metric": "loss", "data.split.folds": 2, "trainer.max_epochs": 2}
     study = open_study(run, config, "minimize", Steps(2, 2), settings)
     run_study(study, make(folder, paused_dir=run / "paused", n_trials=6), config, "loss", 4, run / "paused")

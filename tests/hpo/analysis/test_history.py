@@ -33,10 +33,10 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real study of six parameter sets, some of which were paused and resumed."""
     folder = write_files(tmp_path_factory.mktemp("search"))
-    config = StudyConfig(6, SPACE, pruner=PrunerConfig("promote", 2, 1), sampler="random")
+    config = StudyConfig(6, SPACE, pruner=PrunerConfig("asha", 2, 1), sampler="random")
     settings = {"monitor.metric": "loss", "monitor.objective": "best", "data.split.folds": 2, "trainer.max_epochs": 2}
     study = open_study(folder / "run", config, "minimize", Steps(2, 2), settings)
-    (folder / "run" / "config.yaml").write_text("hpo: {n_trials: 6, pruner: {name: promote}}")
+    (folder / "run" / "config.yaml").write_text("hpo: {n_trials: 6, pruner: {name: asha}}")
     objective = make(folder, paused_dir=folder / "run" / "paused", n_trials=6)
     run_study(study, objective, config, "loss", 4, folder / "run" / "paused")
     return folder / "run"
@@ -62,7 +62,7 @@ def test_a_real_search_is_read_as_optuna_has_it(searched: Path) -> None:
     study = optuna.load_study(study_name="run", storage=journal_of(searched))
     history = read(searched)
     assert history.goal == StudyGoal("loss", "minimize")
-    assert (history.steps, history.n_trials, history.pruner) == (Steps(2, 2), 6, "promote")
+    assert (history.steps, history.n_trials, history.pruner) == (Steps(2, 2), 6, "asha")
     assert history.best is not None
     assert history.best.number == study.best_trial.number
     assert history.n_finished == 6
@@ -159,7 +159,7 @@ def complete(number: int, value: float, cost: float | None = None, start: float 
 
 def made(*trials: PastTrial, direction: Any = "maximize", **more: Any) -> History:
     known: dict[str, Any] = {"goal": StudyGoal("f1", direction), "steps": Steps(2, 3), "n_trials": 9}
-    known |= {"pruner": "promote", "space": {}, "seed_replicates": (), "read_at": START + timedelta(hours=24)}
+    known |= {"pruner": "asha", "space": {}, "seed_replicates": (), "read_at": START + timedelta(hours=24)}
     return History(**{**known, "trials": trials, **more})
 
 

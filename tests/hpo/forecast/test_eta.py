@@ -17,7 +17,16 @@ from lightning_bge.hpo.forecast import eta as module
 from lightning_bge.hpo.forecast.eta import Eta, _best, estimate_end
 from lightning_bge.hpo.forecast.replay import Curve, Recording, replay_pruned
 from lightning_bge.hpo.progress import Progress
-from lightning_bge.hpo.pruning.asha import CONTINUES, PAUSED, POINT, Standings, last_resumed, next_resumed, rung_steps
+from lightning_bge.hpo.pruning.asha import (
+    PARAMETER_SET,
+    PAUSED_AT,
+    RESUMES,
+    Standings,
+    last_resumed,
+    next_resumed,
+    parameter_set_of,
+    rung_steps,
+)
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import open_study
@@ -53,8 +62,8 @@ class Machine:
         return trial
 
 
-def promoted(recording: Recording, order: Sequence[int], rungs: Sequence[int], eta: int) -> list[FrozenTrial]:
-    """The trials of a whole search with `promote`, by the plain rules of `next_resumed`."""
+def searched(recording: Recording, order: Sequence[int], rungs: Sequence[int], eta: int) -> list[FrozenTrial]:
+    """The trials of a whole search with `asha`, by the plain rules of `next_resumed`."""
     machine, there, over, latest = Machine(), {}, set(), {}
     begun = 0
     while (point := choose(there, over, len(rungs), eta, begun, len(order), machine.trials)) is not None:
@@ -64,10 +73,8 @@ def promoted(recording: Recording, order: Sequence[int], rungs: Sequence[int], e
         stages = run_stages(curve, there, over, point, rungs, eta, recording)
         end = [*rungs, recording.n_reports][stages] if stages < len(rungs) else len(curve.values)
         complete = stages == len(rungs) and curve.value is not None
-        attributes = (
-            {} if before is None else {CONTINUES: before.number, POINT: before.user_attrs.get(POINT, before.number)}
-        )
-        paused = {} if stages == len(rungs) else {PAUSED: end}
+        attributes = {} if before is None else {RESUMES: before.number, PARAMETER_SET: parameter_set_of(before)}
+        paused = {} if stages == len(rungs) else {PAUSED_AT: end}
         latest[point] = machine.ran(curve, start, end, complete, **attributes, **paused)
     return machine.trials
 
@@ -121,7 +128,7 @@ def test_after_a_third_of_a_recorded_search_the_rest_is_known(trials: int) -> No
         recording = recorded(name)
         steps = Steps(recording.folds, recording.epochs)
         for order in orders(recording, trials, 20):
-            everything = promoted(recording, order, rung_steps(steps.total, 1, 4), 4)
+            everything = searched(recording, order, rung_steps(steps.total, 1, 4), 4)
             seen = everything[: len(everything) // 3]
             now, end = seen[-1].datetime_complete, everything[-1].datetime_complete
             assert now is not None
@@ -134,7 +141,7 @@ def test_after_a_third_of_a_recorded_search_the_rest_is_known(trials: int) -> No
     assert 0.65 <= inside <= 0.92  # 0.8 in the long run; 60 searches
 
 
-@pytest.mark.parametrize("pruner", [PrunerConfig("median"), PrunerConfig("reach"), PrunerConfig("none")])
+@pytest.mark.parametrize("pruner", [PrunerConfig("median"), PrunerConfig("percentile"), PrunerConfig("none")])
 def test_with_other_pruners_too(pruner: PrunerConfig) -> None:
     recording = recorded("sample")
     steps, trials, found = Steps(recording.folds, recording.epochs), 40, []
@@ -251,7 +258,7 @@ def test_the_last_paused_one_still_runs_to_its_end() -> None:
         {},
         tuple(Curve(number, {}, float(number), (float(number),) * 5, (2.0,) * 5, (1.0,) * 5) for number in range(3)),
     )
-    trials = promoted(recording, range(3), [1], 4)
+    trials = searched(recording, range(3), [1], 4)
     assert [len(trial.intermediate_values) for trial in trials] == [1, 1, 1, 5]
     eta = estimate_end(trials[:3], PrunerConfig(), 3, Steps(1, 5), 1, trials[2].datetime_complete or START, "minimize")
     assert eta is not None
@@ -295,7 +302,7 @@ def test_before_the_first_report_no_time_is_printed(tmp_path: Path, capsys: pyte
 def test_several_workers_share_what_is_left() -> None:
     recording = recorded("sample")
     steps = Steps(recording.folds, recording.epochs)
-    seen = promoted(recording, range(1, 59), rung_steps(steps.total, 1, 4), 4)[:20]
+    seen = searched(recording, range(1, 59), rung_steps(steps.total, 1, 4), 4)[:20]
     now = seen[-1].datetime_complete
     assert now is not None
     alone, shared = (estimate_end(seen, PrunerConfig(), 58, steps, workers, now) for workers in (1, 4))
@@ -307,7 +314,7 @@ def test_several_workers_share_what_is_left() -> None:
 def test_better_points_go_on_more_often() -> None:
     recording = recorded("sample")
     steps = Steps(recording.folds, recording.epochs)
-    seen = promoted(recording, range(1, 59), rung_steps(steps.total, 1, 4), 4)[:20]
+    seen = searched(recording, range(1, 59), rung_steps(steps.total, 1, 4), 4)[:20]
     now = seen[-1].datetime_complete
     assert now is not None
     learned, drawn = (

@@ -14,8 +14,8 @@ from optuna.trial import TrialState
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.forecast.preview import describe_pruner, forecast, sample_curves
-from lightning_bge.hpo.pruning.asha import PAUSED
-from lightning_bge.hpo.pruning.config import PrunerConfig, bootstrap_trials, build_pruner
+from lightning_bge.hpo.pruning.asha import PAUSED_AT
+from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner, startup_trials
 from lightning_bge.hpo.pruning.pruners import FoldWilcoxonPruner
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import open_study
@@ -23,23 +23,21 @@ from lightning_bge.hpo.study import open_study
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 TRIALS = 60
 SPACE = {"model.optimizer.lr": {"low": 0.0, "high": 1.0}}
-ORIGINAL = PrunerConfig("disarmed_hyperband", reduction_factor=4, min_resource=1, max_resource=5, patience=3)
+ORIGINAL = PrunerConfig("hyperband", reduction_factor=4, patience=3, n_startup_trials=30)
 CONFIGS = {
     "hyperband": (PrunerConfig("hyperband"), Steps(1, 12)),
     "hyperband, one bracket empty": (PrunerConfig("hyperband", fold_confidence=None), Steps(4, 4)),
     "hyperband, finer reports": (PrunerConfig("hyperband", reduction_factor=3, min_resource=2), Steps(3, 3, 2)),
     "patient hyperband": (PrunerConfig("hyperband", patience=2), Steps(3, 4)),
-    "hyperband within reach": (PrunerConfig("hyperband", reach=2), Steps(3, 4)),
-    "median": (PrunerConfig("median", warmup_reports=3), Steps(5, 2)),
-    "median, between folds too": (PrunerConfig("median", warmup_reports=5, fold_confidence=0.9), Steps(3, 2)),
+    "median": (PrunerConfig("median", n_warmup_steps=3), Steps(5, 2)),
+    "median, between folds too": (PrunerConfig("median", n_warmup_steps=5, fold_confidence=0.9), Steps(3, 2)),
     "patient percentile": (PrunerConfig("percentile", percentile=25.0, patience=1), Steps(2, 5, 2)),
     "wilcoxon": (PrunerConfig("wilcoxon"), Steps(5, 3)),
-    "reach": (PrunerConfig("reach", warmup_reports=2), Steps(3, 3, 2)),
-    "promote": (PrunerConfig("promote", reduction_factor=3, min_resource=2), Steps(3, 3, 2)),
-    "the original's": (ORIGINAL, Steps(5, 10)),
+    "asha": (PrunerConfig("asha", reduction_factor=3, min_resource=2), Steps(3, 3, 2)),
+    "patient hyperband after 30 start-up trials": (ORIGINAL, Steps(5, 10)),
 }
 NEVER = {
-    "one report at the end": (PrunerConfig("hyperband", bootstrap=0), Steps(1, 1), HyperbandPruner(1, 5, 4)),
+    "one report at the end": (PrunerConfig("hyperband", n_startup_trials=0), Steps(1, 1), HyperbandPruner(1, 5, 4)),
     "wilcoxon on three folds": (PrunerConfig("wilcoxon"), Steps(3, 3), FoldWilcoxonPruner(3)),
     "rungs beyond the reports": (PrunerConfig("hyperband", min_resource=9), Steps(2, 4), HyperbandPruner(9, 90, 4)),
 }
@@ -53,7 +51,7 @@ def run(study: optuna.Study, steps: Steps) -> None:
         for step in range(1, steps.total + 1):
             trial.report(-trial.number - 0.001 * step, step)
             if step < steps.total and trial.should_prune():
-                trial.set_user_attr(PAUSED, step)
+                trial.set_user_attr(PAUSED_AT, step)
                 raise optuna.TrialPruned
         return -trial.number - 0.001 * steps.total
 
@@ -84,11 +82,11 @@ def test_a_real_study_does_what_was_announced(name: str, tmp_path: Path) -> None
     for number, step in pruned.items():
         assert step == found.brackets[brackets[number]][0]
     kept = [number for number in range(TRIALS) if number not in pruned]
-    for number in kept[bootstrap_trials(config, TRIALS) :]:
+    for number in kept[startup_trials(config, TRIALS) :]:
         first = min(other for other in range(TRIALS) if brackets[other] == brackets[number])
         # nothing can prune it, or it is the best in its bracket, being the first
         assert not found.brackets[brackets[number]] or (several and number == first)
-    assert f"can first {'pause' if config.name == 'promote' else 'prune'} at report {found.first} of {steps.total}" in (
+    assert f"can first {'pause' if config.name == 'asha' else 'prune'} at step {found.first} of {steps.total}" in (
         describe_pruner(config, TRIALS, steps)
     )
 
@@ -111,7 +109,7 @@ def test_the_forecast_is_in_proportion() -> None:
     assert many.pruned > 10 * few.pruned
     assert many.cost < few.cost < 1  # the warm-up is a smaller part
     assert forecast(PrunerConfig("none"), 100, steps).cost == 1.0
-    most = forecast(PrunerConfig("median", bootstrap=99), 100, steps)
+    most = forecast(PrunerConfig("median", n_startup_trials=99), 100, steps)
     assert most.pruned <= 1
     assert most.cost > 0.98
 
@@ -129,15 +127,13 @@ def test_simulated_curves_are_those_of_folds() -> None:
 def test_what_the_user_reads() -> None:
     text = describe_pruner(PrunerConfig("hyperband", fold_confidence=None), 2000, Steps(5, 6))
     first, second, third = text.splitlines()
-    assert first == (
-        "hyperband: brackets judge at reports [[1, 4, 16], [4, 16], [16]]; can first prune at report 1 of 30"
-    )
-    assert second == "the first 30 of 2000 trials to finish run to their end"
+    assert first == ("hyperband: brackets prune at steps [[1, 4, 16], [4, 16], [16]]; can first prune at step 1 of 30")
+    assert second == "nothing is pruned until 30 of 2000 trials have run to their end"
     assert third.startswith("on simulated learning curves about 1,")
     assert third.endswith("% of the full cost")
-    assert "rungs at reports [1, 4, 16]" in describe_pruner(PrunerConfig("promote"), 50, Steps(3, 6))
-    assert "patience disarms hyperband" in describe_pruner(PrunerConfig("hyperband", patience=1), 50, Steps(3, 6))
-    original = describe_pruner(ORIGINAL, 2000, Steps(5, 10))
-    assert "a trial that still improves is never pruned" in original
-    assert "the first 30 to be judged at a rung are pruned" in original
+    assert "rungs at steps [1, 4, 16]" in describe_pruner(PrunerConfig("asha"), 50, Steps(3, 6))
+    patient = describe_pruner(ORIGINAL, 2000, Steps(5, 10))
+    assert "can first prune at step 5 of 50" in patient
+    assert "with hpo.pruner.patience around hyperband a trial that still improves is never pruned" in patient
+    assert "nothing is pruned until 30 of 2000 trials have run to their end" in patient
     assert describe_pruner(PrunerConfig("none"), 1, Steps(1, 1)) == "no pruning: every trial runs to its end"

@@ -24,11 +24,11 @@ from lightning_bge.hpo.forecast.replay import (
     policy_of,
     record_study,
     regret,
-    replay_promoted,
+    replay_asha,
     replay_pruned,
     share_to_reach,
 )
-from lightning_bge.hpo.pruning.asha import CONTINUES, PAUSED, AshaPruner, Promoter, point_of, rung_steps
+from lightning_bge.hpo.pruning.asha import PAUSED_AT, RESUMES, AshaPruner, AshaScheduler, parameter_set_of, rung_steps
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
 from lightning_bge.hpo.steps import Steps
 from tests.helpers.small_search import make, write_files
@@ -104,13 +104,13 @@ def test_a_trial_that_ended_by_a_nan_is_recorded_and_replayed() -> None:
     assert trial.value is None
     assert trial.seconds == (1.2, 1.2)
     recording = Recording("n", "maximize", 1, 4, 1, {}, (trial, Curve(1, {}, 0.4, (0.4,) * 4, (1.0,) * 4, (0.0,) * 4)))
-    for run in (replay_pruned(recording, NopPruner(), [0, 1]), replay_promoted(recording, [1], 2, [0, 1])):
+    for run in (replay_pruned(recording, NopPruner(), [0, 1]), replay_asha(recording, [1], 2, [0, 1])):
         assert run.seconds == pytest.approx(6.4)
         assert run.reports == (2, 4)
         assert [value for _, value in run.found] == [0.4]
 
 
-@pytest.mark.parametrize("name", ["hyperband", "median", "percentile", "reach", "none"])
+@pytest.mark.parametrize("name", ["hyperband", "median", "percentile", "none"])
 def test_a_replay_equals_a_real_study(name: Any) -> None:
     recording = sample_curves(40, STEPS)
     order = list(range(40))
@@ -141,14 +141,14 @@ def test_a_promoted_replay_equals_the_papers() -> None:
     random.Random(1).shuffle(order)
     steps = rung_steps(12, 1, 3)
     made, ended = plain_halving([list(recording.trials[place].values) for place in order], list(steps), 3)
-    run = replay_promoted(recording, steps, 3, order)
+    run = replay_asha(recording, steps, 3, order)
     assert run.reports == tuple(made)
     assert len(run.found) == ended
     assert run.seconds == sum(made)
 
 
 def test_a_promoted_search_has_an_end_even_where_no_trial_earned_it() -> None:
-    run = replay_promoted(by_hand([[0.1] * 4, [0.2] * 4]), [1], 4, [0, 1])
+    run = replay_asha(by_hand([[0.1] * 4, [0.2] * 4]), [1], 4, [0, 1])
     assert run.reports == (1, 4)
     assert run.found == ((5.0, 0.2),)
 
@@ -189,17 +189,17 @@ def test_nans_among_promoted_trials_are_replayed_as_a_study_has_them(tmp_path: P
         for number, row in enumerate(rows)
     )
     recording = Recording("n", "maximize", 1, 6, 1, {}, trials)
-    run = replay_promoted(recording, [1, 3], 2, range(8))
+    run = replay_asha(recording, [1, 3], 2, range(8))
     study = optuna.create_study(direction="maximize", pruner=AshaPruner([1, 3], 2), study_name="s")
-    promoter = Promoter(study.pruner, 8, tmp_path)
+    scheduler = AshaScheduler(study.pruner, 8, tmp_path)
     points: list[int] = []
 
     def objective(trial: optuna.Trial) -> float:
         frozen = study.get_trials(deepcopy=False)[trial.number]
-        if point_of(frozen) not in points:
-            points.append(point_of(frozen))
-        row = rows[points.index(point_of(frozen))]
-        parent = trial.user_attrs.get(CONTINUES)
+        if parameter_set_of(frozen) not in points:
+            points.append(parameter_set_of(frozen))
+        row = rows[points.index(parameter_set_of(frozen))]
+        parent = trial.user_attrs.get(RESUMES)
         start = 0 if parent is None else study.trials[parent].last_step
         for step, value in enumerate(row, start=1):
             if value != value:
@@ -207,15 +207,15 @@ def test_nans_among_promoted_trials_are_replayed_as_a_study_has_them(tmp_path: P
                 raise optuna.TrialPruned
             trial.report(value, step)
             if start < step < 6 and trial.should_prune():
-                trial.set_user_attr(PAUSED, step)
+                trial.set_user_attr(PAUSED_AT, step)
                 raise optuna.TrialPruned
         return row[-1]
 
-    promoter(study)
-    study.optimize(objective, callbacks=[promoter])
+    scheduler(study)
+    study.optimize(objective, callbacks=[scheduler])
     made = [0] * 8
     for trial in study.trials:
-        at = points.index(point_of(trial))
+        at = points.index(parameter_set_of(trial))
         made[at] = (trial.last_step or 0) + ("nan" in trial.user_attrs)
     assert run.reports == tuple(made)
     done = [trial.value for trial in study.trials if trial.state is TrialState.COMPLETE]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lightning_bge.hpo.forecast.preview import sample_curves
-from lightning_bge.hpo.forecast.replay import replay_promoted
-from lightning_bge.hpo.forecast.simulator import Halving, Outcome, Prices, Promoted, Running, run_promoted, schedule
+from lightning_bge.hpo.forecast.replay import replay_asha
+from lightning_bge.hpo.forecast.simulator import Halving, Outcome, Prices, Promoted, Running, schedule, simulate_asha
 from lightning_bge.hpo.pruning.asha import next_resumed, rung_steps
 from lightning_bge.hpo.steps import Steps
 
@@ -28,8 +28,8 @@ def values(points: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("points", [1, 3, 12, 70])
 @pytest.mark.parametrize("seed", range(3))
 def test_one_worker_runs_what_the_replay_runs(points: int, seed: int) -> None:
-    found = run_promoted(RUNGS, 4, points, values(points, seed), free(points), workers=1)
-    expected = replay_promoted(sample_curves(points, STEPS, seed), RUNGS, 4, range(points))
+    found = simulate_asha(RUNGS, 4, points, values(points, seed), free(points), workers=1)
+    expected = replay_asha(sample_curves(points, STEPS, seed), RUNGS, 4, range(points))
     assert found.reports == expected.reports
     assert found.seconds == found.wall == expected.seconds
 
@@ -58,14 +58,14 @@ def test_each_part_is_paid_for_once() -> None:
     # worse and worse: 4 points, of which the first is resumed when all four stand at the rung, and runs to its end
     falling = np.array([[4.0, 4.0], [3.0, 3.0], [2.0, 2.0], [1.0, 1.0]])
     prices = free(4, reports=2, rungs=1, begin=10.0, pause=100.0, resume=1000.0)
-    found = run_promoted([1], 4, 4, falling, prices, workers=1)
+    found = simulate_asha([1], 4, 4, falling, prices, workers=1)
     # five visits and five reports; only the first one may ever be resumed, so that only its checkpoint is written
     assert found == Outcome((2, 1, 1, 1), (2, 1, 1, 1), 5 * 10 + 5 + 100 + 1000, 5 * 10 + 5 + 100 + 1000)
 
 
 def test_a_point_that_would_be_the_next_one_does_not_pause() -> None:
     rising = np.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0], [4.0, 4.0]])
-    found = run_promoted([1], 4, 4, rising, free(4, reports=2, rungs=1, pause=100.0, resume=1000.0), workers=1)
+    found = simulate_asha([1], 4, 4, rising, free(4, reports=2, rungs=1, pause=100.0, resume=1000.0), workers=1)
     assert found.reports == (1, 1, 1, 2)
     assert found.visits == (1, 1, 1, 1)
     # each stood first when it came, and could have been resumed
@@ -75,8 +75,8 @@ def test_a_point_that_would_be_the_next_one_does_not_pause() -> None:
 @pytest.mark.parametrize("workers", [2, 3, 8])
 def test_several_workers_share_the_work_and_may_begin_some_more(workers: int) -> None:
     count = 60 + workers
-    alone = run_promoted(RUNGS, 4, 60, values(count, 0), free(count), 1)
-    found = run_promoted(RUNGS, 4, 60, values(count, 0), free(count), workers)
+    alone = simulate_asha(RUNGS, 4, 60, values(count, 0), free(count), 1)
+    found = simulate_asha(RUNGS, 4, 60, values(count, 0), free(count), workers)
     begun = sum(visits > 0 for visits in found.visits)
     assert 60 <= begun < 60 + workers
     assert found.seconds == sum(found.reports)

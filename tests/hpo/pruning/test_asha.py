@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.objective import predictions_file
 from lightning_bge.hpo.pruning.asha import (
-    CONTINUES,
-    PAUSED,
+    PAUSED_AT,
+    RESUMES,
     AshaPruner,
-    Promoter,
-    begun,
+    AshaScheduler,
+    ended_parameter_sets,
     hopeless,
     last_resumed,
     next_resumed,
     nothing_left,
-    point_of,
+    parameter_set_of,
     resume,
     rung_steps,
     standings,
@@ -54,7 +54,7 @@ class PauseAt(AshaPruner):
         self.step = step
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        return trial.last_step == self.step and CONTINUES not in trial.user_attrs
+        return trial.last_step == self.step and RESUMES not in trial.user_attrs
 
 
 class Weights(Callback):
@@ -79,7 +79,7 @@ def run(
     study.optimize(objective, n_trials=1)
     if step is not None:
         assert study.trials[0].state == TrialState.PRUNED
-        assert study.trials[0].user_attrs[PAUSED] == study.trials[0].last_step == step
+        assert study.trials[0].user_attrs[PAUSED_AT] == study.trials[0].last_step == step
         assert (folder / "paused" / "0" / "state.pt").is_file()
         resume(study, study.trials[0], [step])
         study.optimize(objective, n_trials=1)
@@ -185,16 +185,16 @@ def test_a_study_promotes_as_the_paper_says(tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)
     curves = [[draw.random() + 0.1 * step for step in range(9)] for _ in range(40)]
     study = optuna.create_study(direction="maximize", pruner=AshaPruner([1, 3], 3), study_name="s")
-    promoter = Promoter(study.pruner, 40, tmp_path / "paused")
+    scheduler = AshaScheduler(study.pruner, 40, tmp_path / "paused")
 
     def objective(trial: optuna.Trial) -> float:
-        point = point_of(study.get_trials(deepcopy=False)[trial.number])
-        parent = trial.user_attrs.get(CONTINUES)
+        point = parameter_set_of(study.get_trials(deepcopy=False)[trial.number])
+        parent = trial.user_attrs.get(RESUMES)
         start = 0 if parent is None else study.trials[parent].last_step
         for step in range(1, 10):
             trial.report(curves[points.index(point) if parent is not None else point_number(point)][step - 1], step)
             if start < step < 9 and trial.should_prune():
-                trial.set_user_attr(PAUSED, step)
+                trial.set_user_attr(PAUSED_AT, step)
                 raise optuna.TrialPruned
         return curves[points.index(point)][-1]
 
@@ -205,21 +205,21 @@ def test_a_study_promotes_as_the_paper_says(tmp_path: Path, seed: int) -> None:
             points.append(point)
         return points.index(point)
 
-    promoter(study)
-    study.optimize(objective, callbacks=[promoter])
+    scheduler(study)
+    study.optimize(objective, callbacks=[scheduler])
     made = [0] * 40
     for trial in study.trials:
-        made[points.index(point_of(trial))] = trial.last_step
+        made[points.index(parameter_set_of(trial))] = trial.last_step
     expected, ended = plain_halving(curves, [1, 3], 3)
     assert made == expected
     assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) == ended > 0
-    assert begun(study.trials) == 40
+    assert ended_parameter_sets(study.trials) == 40
     assert nothing_left(study, study.pruner, 40)
 
 
 def search(folder: Path, trials: int, **changes: Any) -> optuna.Study:
-    """A whole search with `promote` in its run folder, or what is missing of it."""
-    config = StudyConfig(trials, SPACE, pruner=PrunerConfig("promote", 2, 1), sampler="random")
+    """A whole search with `asha` in its run folder, or what is missing of it."""
+    config = StudyConfig(trials, SPACE, pruner=PrunerConfig("asha", 2, 1), sampler="random")
     study = open_study(folder / "run", config, "minimize", Steps(2, 2), {})
     objective = make(folder, paused_dir=folder / "run" / "paused", n_trials=trials, **changes)
     run_study(study, objective, config, "loss", 4, folder / "run" / "paused")
@@ -233,8 +233,8 @@ def kept(folder: Path) -> set[int]:
 def test_a_search_pauses_resumes_and_keeps_only_what_can_still_be_resumed(folder: Path) -> None:
     study = search(folder, 8)
     trials = study.trials
-    assert begun(trials) == finished(study) == 8
-    resumed = [trial for trial in trials if CONTINUES in trial.user_attrs]
+    assert ended_parameter_sets(trials) == finished(study) == 8
+    resumed = [trial for trial in trials if RESUMES in trial.user_attrs]
     assert resumed
     # what each point reported, and what it reports when nothing ever pauses
     whole = optuna.create_study(direction="minimize", study_name="whole")
@@ -247,17 +247,17 @@ def test_a_search_pauses_resumes_and_keeps_only_what_can_still_be_resumed(folder
     assert [trial.intermediate_values for trial in whole.trials] == [trial.intermediate_values for trial in done]
     # the reports of a point add up to those of an uninterrupted one: nothing is trained twice
     for trial in resumed:
-        before = trials[trial.user_attrs[CONTINUES]]
+        before = trials[trial.user_attrs[RESUMES]]
         assert trial.user_attrs["curve"][0][0] == before.user_attrs["curve"][0][0]
     there = {point: values for point, values in standings(study, (1, 2), trials).items()}
     gone = hopeless(there, 2, 2, 8)
-    assert not kept(folder) & {trial.number for trial in trials if point_of(trial) in gone}
-    assert not kept(folder) & {trial.user_attrs[CONTINUES] for trial in resumed}
+    assert not kept(folder) & {trial.number for trial in trials if parameter_set_of(trial) in gone}
+    assert not kept(folder) & {trial.user_attrs[RESUMES] for trial in resumed}
     # a search that is finished stays so
     assert len(search(folder, 8).trials) == len(trials)
     # and goes on where more trials are asked for
     more = search(folder, 10)
-    assert begun(more.trials) == 10
+    assert ended_parameter_sets(more.trials) == 10
 
 
 def test_a_resumed_trial_whose_process_dies_is_resumed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,10 +273,10 @@ def test_a_resumed_trial_whose_process_dies_is_resumed_again(folder: Path, monke
         search(folder, 4, extra=(Dies(),))
     study = search(folder, 4, extra=(Dies(),))
     failed = [trial for trial in study.trials if trial.state == TrialState.FAIL]
-    assert [CONTINUES in trial.user_attrs for trial in failed] == [True]
+    assert [RESUMES in trial.user_attrs for trial in failed] == [True]
     again = [trial for trial in study.trials if trial.user_attrs.get("retry_of") == failed[0].number]
-    assert [trial.user_attrs[CONTINUES] for trial in again] == [failed[0].user_attrs[CONTINUES]]
-    assert begun(study.trials) == 4
+    assert [trial.user_attrs[RESUMES] for trial in again] == [failed[0].user_attrs[RESUMES]]
+    assert ended_parameter_sets(study.trials) == 4
 
 
 def test_a_checkpoint_that_is_gone_costs_its_training_and_is_said(
@@ -300,12 +300,12 @@ def test_the_checkpoints_of_those_that_stand_lowest_give_way_to_the_limit(folder
     for value in (0.5, 0.9, 0.7):
         trial = study.ask()
         trial.report(value, 1)
-        trial.set_user_attr(PAUSED, 1)
+        trial.set_user_attr(PAUSED_AT, 1)
         study.tell(trial, state=TrialState.PRUNED)
         (folder / str(trial.number)).mkdir()
         (folder / str(trial.number) / "fold.ckpt").write_bytes(bytes(100))
     for limit, numbers in ((300, {0, 1, 2}), (250, {1, 2}), (100, {1}), (50, set())):
-        Promoter(study.pruner, 16, folder, limit)(study)
+        AshaScheduler(study.pruner, 16, folder, limit)(study)
         assert {int(path.name) for path in folder.iterdir() if path.name.isdecimal()} == numbers
 
 
@@ -313,12 +313,12 @@ def test_the_checkpoint_of_a_trial_that_waits_to_be_resumed_is_kept_whatever_the
     study = optuna.create_study(direction="maximize", pruner=AshaPruner([1], 1), study_name="s")
     trial = study.ask()
     trial.report(0.5, 1)
-    trial.set_user_attr(PAUSED, 1)
+    trial.set_user_attr(PAUSED_AT, 1)
     study.tell(trial, state=TrialState.PRUNED)
     (folder / "0").mkdir()
     (folder / "0" / "fold.ckpt").write_bytes(bytes(100))
-    Promoter(study.pruner, 16, folder, 0)(study)
-    assert [one.user_attrs.get(CONTINUES) for one in study.trials] == [None, 0]
+    AshaScheduler(study.pruner, 16, folder, 0)(study)
+    assert [one.user_attrs.get(RESUMES) for one in study.trials] == [None, 0]
     assert (folder / "0" / "fold.ckpt").is_file()
 
 
@@ -333,7 +333,7 @@ def test_a_point_whose_process_dies_each_time_is_given_up(folder: Path) -> None:
             search(folder, 2, extra=(Dies(),))
     study = search(folder, 2, extra=(Dies(),))  # nothing is left that could go on
     failed = [trial for trial in study.trials if trial.state == TrialState.FAIL]
-    assert len({point_of(trial) for trial in failed}) == 1
+    assert len({parameter_set_of(trial) for trial in failed}) == 1
     assert len(failed) == 3
 
 
@@ -343,7 +343,7 @@ def test_a_search_that_runs_out_of_time_ends_with_one_complete_trial(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("lightning_bge.hpo.study.time.monotonic", lambda: now[0])
-    config = StudyConfig(100, SPACE, pruner=PrunerConfig("promote", 4, 1), sampler="random", timeout=3600)
+    config = StudyConfig(100, SPACE, pruner=PrunerConfig("asha", 4, 1), sampler="random", timeout=3600)
     study = open_study(folder / "run", config, "minimize", Steps(2, 2), {})
     trained = make(folder, paused_dir=folder / "run" / "paused", n_trials=100)
 
@@ -356,27 +356,27 @@ def test_a_search_that_runs_out_of_time_ends_with_one_complete_trial(
     if not begins:
         monkeypatch.setattr("lightning_bge.hpo.study.gc.freeze", lambda: now.__setitem__(0, 3601.0))
     run_study(study, objective, config, "loss", 4, folder / "run" / "paused")
-    assert begun(study.trials) == begins
+    assert ended_parameter_sets(study.trials) == begins
     assert [trial.state for trial in study.trials].count(TrialState.COMPLETE) == (begins > 0)
     assert ("the best paused one goes on" in capsys.readouterr().out) == (begins > 0)
 
 
 def test_nothing_is_resumed_unearned_while_another_trial_runs_or_waits(tmp_path: Path) -> None:
     study = optuna.create_study(direction="maximize", pruner=AshaPruner([1], 4), study_name="s")
-    promoter = Promoter(study.pruner, 2, tmp_path)
+    scheduler = AshaScheduler(study.pruner, 2, tmp_path)
     for value in (0.5, 0.9):
         trial = study.ask()
         trial.report(value, 1)
-        trial.set_user_attr(PAUSED, 1)
+        trial.set_user_attr(PAUSED_AT, 1)
         running = study.ask() if value == 0.9 else None
         study.tell(trial, state=TrialState.PRUNED)
-    promoter(study)
-    assert not any(CONTINUES in trial.user_attrs for trial in study.trials)
+    scheduler(study)
+    assert not any(RESUMES in trial.user_attrs for trial in study.trials)
     assert running is not None
     study.tell(running, state=TrialState.FAIL)
     for _ in range(2):  # the second call finds it waiting
-        promoter(study)
-        assert [trial.user_attrs[CONTINUES] for trial in study.trials if CONTINUES in trial.user_attrs] == [1]
+        scheduler(study)
+        assert [trial.user_attrs[RESUMES] for trial in study.trials if RESUMES in trial.user_attrs] == [1]
     assert not nothing_left(study, study.pruner, 2)
 
 

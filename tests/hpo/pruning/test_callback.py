@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
-from lightning_bge.hpo.pruning.pruners import BootstrapPruner
+from lightning_bge.hpo.pruning.pruners import StartupTrialsPruner
 from lightning_bge.hpo.steps import Steps
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -130,9 +130,9 @@ def test_closing_the_last_fold_never_asks():
 
 
 def test_pruned_in_fit():
-    study, trial = ask(BootstrapPruner(Always(), 0))
+    study, trial = ask(StartupTrialsPruner(Always(), 0))
     callback = FoldPruningCallback(trial, "val_score", 1, 3, 4, [0.5])
-    with pytest.raises(optuna.TrialPruned, match="report 5 of 12"):
+    with pytest.raises(optuna.TrialPruned, match="step 5 of 12"):
         fit(callback, [0.7, 0.7, 0.7, 0.7])
     attrs = study.trials[0].user_attrs
     assert (attrs["pruned_at"], attrs["fold"], attrs["epoch"]) == (5, 1, 0)
@@ -142,7 +142,7 @@ def test_pruned_when_closing_names_the_filled_report():
     study, trial = ask(Always())
     callback = FoldPruningCallback(trial, "val_score", 0, 2, 4, [])
     callback.history = [0.5, 0.6]
-    with pytest.raises(optuna.TrialPruned, match="report 4 of 8"):
+    with pytest.raises(optuna.TrialPruned, match="step 4 of 8"):
         callback.close_fold()
     attrs = study.trials[0].user_attrs
     assert (attrs["pruned_at"], attrs["fold"], attrs["epoch"]) == (4, 0, 1)
@@ -173,7 +173,7 @@ def test_consecutive_reports_let_hyperband_prune_in_the_first_fold():
     study = optuna.create_study(
         study_name="s",
         direction="maximize",
-        pruner=build_pruner(PrunerConfig("hyperband", bootstrap=1, reduction_factor=5), 10, Steps(2, 2)),
+        pruner=build_pruner(PrunerConfig("hyperband", n_startup_trials=1, reduction_factor=5), 10, Steps(2, 2)),
     )
     states = []
     for value in (0.9, 0.1, 0.1, 0.1):

@@ -1,4 +1,4 @@
-"""Our own pruners against slow plain versions, and what Optuna's are given of them."""
+"""The pruners of this package against slow plain versions, and the values that Optuna's pruners get from them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
+from optuna.pruners import BasePruner, WilcoxonPruner
 from scipy.stats import wilcoxon
 
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
 from lightning_bge.hpo.pruning.pruners import (
-    BootstrapPruner,
     FoldEndPruner,
     FoldWilcoxonPruner,
-    ReachPruner,
+    StartupTrialsPruner,
     WarmupPruner,
     fold_scores,
 )
@@ -36,40 +35,6 @@ def running_means(folds: Any) -> np.ndarray:
     before = np.cumsum(folds[:, :, -1], axis=1) - folds[:, :, -1]
     means = (before[:, :, None] + folds) / np.arange(1, folds.shape[1] + 1)[None, :, None]
     return means.reshape(len(folds), -1)
-
-
-@pytest.mark.parametrize("direction", ["maximize", "minimize"])
-@pytest.mark.parametrize(("best", "warmup"), [(1, 0), (3, 0), (3, 2)])
-def test_reach_equals_its_definition(direction: str, best: int, warmup: int) -> None:
-    rng = np.random.default_rng(best)
-    curves = rng.uniform(0, 1, (40, 1)) + rng.normal(0, 0.2, (40, 9))
-    sign = 1 if direction == "maximize" else -1
-    expected: list[int | None] = []
-    done: list[np.ndarray] = []
-    for curve in sign * curves:
-        at = None
-        for step in range(warmup, 8):
-            elite = sorted(done, key=lambda one: -one[-1])[:best]
-            if len(done) >= best and curve[step] < min(one[step] for one in elite):
-                at = step + 1
-                break
-        if at is None:
-            done.append(curve)
-        expected.append(at)
-    assert run(WarmupPruner(ReachPruner(best=best), 9, warmup), curves, direction=direction) == expected
-    assert 0 < sum(step is not None for step in expected) < 40
-
-
-def test_reach_spares_what_stands_where_a_winner_once_stood() -> None:
-    late = [0.1, 0.1, 0.9, 0.9]  # the best trial learned late
-    early = [0.5, 0.6, 0.6, 0.6]
-    assert run(ReachPruner(best=2), [late, early, [0.2, 0.2, 0.2, 0.2], [0.0, 0.9, 0.9, 0.9]]) == [None, None, 3, 1]
-
-
-def test_reach_lets_the_inner_pruner_prune_only_what_is_out_of_reach() -> None:
-    curves = [[0.1, 0.9], [0.5, 0.6], [0.2, 0.9], [0.0, 0.9]]
-    assert run(ReachPruner(Always(), best=2), curves) == run(ReachPruner(best=2), curves) == [None, None, None, 1]
-    assert run(ReachPruner(NopPruner(), best=2), curves) == [None] * 4
 
 
 def test_fold_scores_from_running_means() -> None:
@@ -163,12 +128,22 @@ def test_the_pruner_inside_a_fold_is_asked_too() -> None:
     assert inner.asked == [1, 2, 3, 4, 5]
 
 
-def test_nothing_is_pruned_in_the_first_reports_of_each_fold() -> None:
-    curves = [[0.9] * 9] * 3 + [[0.9, 0.9, 0.9, 0.1, 0.1, 0.9, 0.9, 0.1, 0.9]] + [[0.1] * 9]
-    assert run(BootstrapPruner(WarmupPruner(ReachPruner(best=1), 3, 2), 1), curves) == [None] * 4 + [3]
-    assert run(BootstrapPruner(WarmupPruner(ReachPruner(best=1), 3, 1), 1), curves) == [None] * 3 + [5, 2]
+def test_nothing_is_pruned_in_the_first_steps_of_each_fold() -> None:
+    asked: list[int] = []
+
+    class Recorder(BasePruner):
+        def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+            asked.append(trial.last_step or 0)
+            return False
+
+    run(WarmupPruner(Recorder(), 3, 2), [[0.5] * 9])
+    assert asked == [3, 6]
+    asked.clear()
+    run(WarmupPruner(Recorder(), 3, 1), [[0.5] * 9])
+    assert asked == [2, 3, 5, 6, 8]
+    assert run(WarmupPruner(Always(), 3, 2), [[0.5] * 9]) == [3]
 
 
-def test_the_first_to_finish_run_to_their_end() -> None:
+def test_nothing_is_pruned_until_the_startup_trials_have_run_to_their_end() -> None:
     values = -np.arange(30.0)[:, None] + np.zeros((30, 8))
-    assert run(BootstrapPruner(Always(), 7), values) == [None] * 7 + [1] * 23
+    assert run(StartupTrialsPruner(Always(), 7), values) == [None] * 7 + [1] * 23
