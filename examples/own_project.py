@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_bge.callbacks.compile.callback import CompileLayers
-from lightning_bge.callbacks.micro_batch.finder import MemoryConfig, MicroBatchFinder
+from lightning_bge.callbacks.micro_batch.config import MemoryConfig
+from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.callbacks.throughput.monitor import Throughput
 from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precision

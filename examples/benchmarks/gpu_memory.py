@@ -22,7 +22,8 @@ import torch
 from gpu_parts import MAX_LENGTH, Bench, Limit, labels_of, make_rows
 from lightning.pytorch import Callback, LightningDataModule
 
-from lightning_bge.callbacks.micro_batch.finder import MemoryConfig, MicroBatchFinder
+from lightning_bge.callbacks.micro_batch.config import MemoryConfig
+from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.data.batches.config import EVAL_FACTOR
 from lightning_bge.data.batches.micro_batches import EncodedDataset
 from lightning_bge.models.classifier import BGEClassifier

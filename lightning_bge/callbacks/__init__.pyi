@@ -1,6 +1,6 @@
 from .compile.callback import CompileLayers as CompileLayers
 from .compile.policy import CompileConfig as CompileConfig
-from .micro_batch.finder import MemoryConfig as MemoryConfig
+from .micro_batch.config import MemoryConfig as MemoryConfig
 from .micro_batch.finder import MicroBatchFinder as MicroBatchFinder
 from .micro_batch.finder import SupportsMicroBatchSize as SupportsMicroBatchSize
 from .oom import OOMHandler as OOMHandler

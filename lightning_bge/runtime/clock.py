@@ -1,4 +1,4 @@
-"""Clocks that mean something: a device is waited for, and other processes' turns on a core are left out."""
+"""Measuring time: waiting for a device, and a clock that leaves out the time for which others had the cores."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ SCHEDULED = Path("/proc/thread-self/schedstat")
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given; a CPU has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Wait until a GPU has done all that was queued; a CPU queues nothing."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 class UnsharedClock:
-    """Seconds, to take differences of, which stand still while the thread could run but others have all the cores.
+    """A clock in seconds that stands still while its thread could run but other threads have all the cores.
 
-    So a busy machine is not mistaken for a pause in the code; sleeping and waiting count. Others are all other threads,
-    those of the own process too. Linux tells of it (the second
-    number of `/proc/thread-self/schedstat`, in nanoseconds); elsewhere this is `perf_counter`. A reading takes 3
-    microseconds. It is for the thread that made it.
+    So a busy machine is not mistaken for a pause in the code; sleeping and waiting count. Only differences of readings
+    have a meaning, and only in the thread that made the clock. Linux counts that time (the second number of
+    `/proc/thread-self/schedstat`, in nanoseconds); elsewhere this is `perf_counter`. A reading takes 3 microseconds.
     """
 
     def __init__(self) -> None:
         self._file = os.open(SCHEDULED, os.O_RDONLY) if SCHEDULED.exists() else None
 
     def __call__(self) -> float:
-        """Now."""
+        """Seconds."""
         stolen = 0 if self._file is None else int(os.pread(self._file, 64, 0).split()[1])
         return perf_counter() - stolen / 1e9
 
     def close(self) -> None:
-        """Give the file back; it is `perf_counter` afterwards."""
+        """Close the file; afterwards the clock is `perf_counter`."""
         if self._file is not None:
             os.close(self._file)
             self._file = None

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_bge.callbacks.micro_batch import cache
-from lightning_bge.callbacks.micro_batch.finder import MemoryConfig, MicroBatchFinder
+from lightning_bge.callbacks.micro_batch.cache import FoundSize
+from lightning_bge.callbacks.micro_batch.config import MemoryConfig
+from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.callbacks.throughput.monitor import Throughput
 from lightning_bge.runtime.memory import live_bytes
@@ -150,7 +152,7 @@ def test_the_next_fit_begins_anew() -> None:
 
 
 class SizedData(Data):
-    """A batch source for `MicroBatchFinder` too; one row more takes 10 bytes more."""
+    """A batch source for `MicroBatchFinder` too."""
 
     def worst_case_batch(self, micro_batch_size: int, train: bool) -> Tensor:
         return torch.ones(micro_batch_size, 32)
@@ -169,8 +171,7 @@ def test_the_order_of_callbacks_changes_nothing(
 ) -> None:
     cache.forget()
     handler, finder = OOMHandler(), MicroBatchFinder(MemoryConfig(min_speedup=None), cache_dir=tmp_path)
-    entry = {"micro_batch_size": 16, "reason": "found", "tried": [(16, 1, 1.0)], "fits": True, "mapped": False}
-    monkeypatch.setattr(finder, "_find", lambda *_: entry)
+    monkeypatch.setattr(finder, "_find", lambda *_: FoundSize(16, "found", [(16, 1, 1.0)]))
     known = [handler, finder, Stops(), Throughput(count=lambda batch: (len(batch), len(batch)))]
     before, data, error = live_bytes(), SizedData(), torch.OutOfMemoryError(TEXT)
     with pytest.raises(torch.OutOfMemoryError):

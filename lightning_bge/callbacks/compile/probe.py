@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_bge.runtime.clock import wait_for
 from lightning_bge.runtime.compat.torch import compiled_call, has_triton, set_compiled_call, tree_leaves, tree_map
 
 ROUNDS = 5  # eager and compiled in turns; medians
@@ -138,8 +139,7 @@ def measure(
     def timed() -> float:
         began = clock()
         capture.replay()
-        if devices:
-            torch.cuda.synchronize(devices[0])
+        wait_for(capture.device)
         return clock() - began
 
     try:

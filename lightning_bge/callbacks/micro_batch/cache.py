@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 FILE = "micro_batch_sizes.json"
 IRRELEVANT = ("params", "lr", "initial_lr", "weight_decay")  # of an optimizer's options
 
-_known: dict[str, dict[str, Any]] = {}
+_known: dict[str, FoundSize] = {}
 _logged: set[str] = set()
 
 
@@ -39,8 +40,37 @@ def forget() -> None:
     _logged.clear()
 
 
+@dataclass(frozen=True)
+class FoundSize:
+    """A micro-batch size, and how it was found. Memory is in bytes above what is held between steps.
+
+    Attributes:
+        micro_batch_size: the size.
+        reason: why, in one line.
+        tried: (size, peak, seconds) of each trial step; peak and seconds are None where it failed.
+        fits: whether memory is known to suffice for it.
+        mapped: whether that holds only after `map_large_blocks`.
+        peak: what a step of that size takes.
+        limit: the name of the tightest limit.
+        limit_bytes: that limit.
+    """
+
+    micro_batch_size: int
+    reason: str
+    tried: list[tuple[int, int | None, float | None]] = field(default_factory=list)
+    fits: bool = True
+    mapped: bool = False
+    peak: int | None = None
+    limit: str | None = None
+    limit_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.micro_batch_size) is not int or self.micro_batch_size < 0:
+            raise ValueError(f"a micro-batch size is a whole number, got {self.micro_batch_size!r}")
+
+
 class MicroBatchSizes:
-    """Entries by key: `{"micro_batch_size": int, "reason": str, ...}`.
+    """Found sizes by key.
 
     Args:
         folder: where `micro_batch_sizes.json` is; None: this process alone.
@@ -49,48 +79,41 @@ class MicroBatchSizes:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def get(self, key: str) -> dict[str, Any] | None:
-        """The entry with the smallest size, as another process may have lowered it; None where the key is not known."""
-        entries = [entry for entry in (_known.get(key), self._read().get(key)) if entry is not None]
-        return min(entries, key=lambda entry: entry["micro_batch_size"], default=None)
+    def get(self, key: str) -> FoundSize | None:
+        """The smallest size that is known, as another process may have lowered it; None where the key is not known."""
+        found = [size for size in (_known.get(key), self._read().get(key)) if size is not None]
+        return min(found, key=lambda size: size.micro_batch_size, default=None)
 
-    def put(self, key: str, entry: dict[str, Any]) -> None:
-        """Keep an entry; what other processes have written stays."""
-        _known[key] = entry
+    def put(self, key: str, found: FoundSize) -> None:
+        """Keep a size; what other processes have written stays."""
+        _known[key] = found
         if self.folder is None:
             return
         try:
             with FileLock(create_run_dir(self.folder) / f"{FILE}.lock", mode=0o600):
-                write_json(self.folder / FILE, {"sizes": {**self._read(), key: entry}})
+                sizes = {name: asdict(size) for name, size in {**self._read(), key: found}.items()}
+                write_json(self.folder / FILE, {"sizes": sizes})
         except OSError as error:
-            log_once(
-                f"micro-batch sizes can't be kept in {self.folder} ({error}): each process finds its own",
-                logging.WARNING,
-            )
+            text = f"micro-batch sizes can't be kept in {self.folder} ({error}): each process finds its own"
+            log_once(text, logging.WARNING)
 
-    def _read(self) -> dict[str, dict[str, Any]]:
+    def _read(self) -> dict[str, FoundSize]:
         if self.folder is None:
             return {}
         path = self.folder / FILE
         try:
             content = read_json(path)
-            entries = {} if content is None else content["sizes"]
-            if not all(
-                type(entry["micro_batch_size"]) is int and entry["micro_batch_size"] > 0 for entry in entries.values()
-            ):
-                raise ValueError("a micro-batch size is not a number above 0")
-            return entries
+            return {} if content is None else {key: FoundSize(**size) for key, size in content["sizes"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             aside = path.with_suffix(".damaged")
             try:
                 os.replace(path, aside)
             except FileNotFoundError:
                 return {}  # another process was faster
-            log_once(f"{path} can't be read ({error}): it is now {aside.name}", logging.WARNING)
-            return {}
+            log_once(f"{path} can't be read ({error}): it is renamed to {aside.name}", logging.WARNING)
         except OSError as error:
             log_once(f"{path} can't be read ({error})", logging.WARNING)
-            return {}
+        return {}
 
 
 def describe_step(trainer: Trainer, module: LightningModule) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_bge.callbacks.micro_batch.search import Try
+from lightning_bge.callbacks.micro_batch.search import TrialStep
 from lightning_bge.callbacks.micro_batch.state import Kept
 from lightning_bge.runtime.compat.lightning import on_before_batch_transfer
 from lightning_bge.runtime.memory import format_bytes, live_bytes, process_bytes, release
@@ -35,7 +35,7 @@ _M_MMAP_THRESHOLD, _LARGE = -3, 2**20  # of mallopt(3)
 
 
 class Meter(Protocol):
-    """Measures memory and time on a device.
+    """Measures the memory and time of a step on a device.
 
     Attributes:
         noise: bytes by which a peak may be wrong.
@@ -44,7 +44,7 @@ class Meter(Protocol):
     noise: int
 
     def start(self) -> None:
-        """Forget the peak; from here on count above what is held now."""
+        """Reset the peak; from here on count above what is held now."""
 
     def peak(self) -> int:
         """Bytes at the peak since `start`, above what was held then."""
@@ -54,11 +54,11 @@ class Meter(Protocol):
 
 
 class HostMeter:
-    """Memory of this process, by Linux's books.
+    """Memory of this process, as Linux counts it.
 
     Args:
-        address_space: whether address space is limited, of which more is taken than becomes resident. Its peak can't be
-            reset: it counts where it is a new one, as it is near the limit in a search that goes upwards.
+        address_space: whether address space is limited, of which a process takes more than becomes resident. Its peak
+            can't be reset: it counts where it is a new one, as it is near the limit in a search that goes upwards.
     """
 
     noise = 4 * 2**20  # code that is run for the first time becomes resident, too
@@ -85,7 +85,7 @@ class HostMeter:
 
 
 class CudaMeter:
-    """What torch's allocator holds: what the GPU lacks, and so more than what tensors fill."""
+    """What torch's allocator reserves, which is what the GPU lacks, and more than tensors fill."""
 
     noise = 2 * 2**20  # the allocator's smallest segment
 
@@ -131,18 +131,18 @@ def make_meter(device: torch.device, address_space: bool = False) -> Meter | str
 def map_large_blocks() -> None:
     """Have glibc map each large block by itself from now on, so that a freed one goes back to the system at once.
 
-    Else blocks of up to 32 MiB come to lie on the heap, with holes between them: what fits then depends on all that was
+    Otherwise blocks of up to 32 MiB are on the heap, with holes between them: what fits then depends on all that was
     allocated before, and may be half as much. It costs a page fault for each page of a fresh block: 10 to 35 % of the
     speed of a small encoder on one core.
     """
     try:
         ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, _LARGE)
     except (OSError, AttributeError):
-        log.info("this C library has no mallopt: how much memory is left may change from step to step")
+        log.info("this C library has no mallopt: how much memory is free may change from step to step")
 
 
 def obstacle(trainer: Trainer) -> str | None:
-    """Why a step can't be tried outside of Lightning's loops; None: it can."""
+    """Why a trial step can't be made outside of Lightning's loops; None: it can."""
     if isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         return None
     return f"a step can't be tried alone under {type(trainer.strategy).__name__}"
@@ -162,7 +162,7 @@ class Probe:
         meter: measures.
 
     Attributes:
-        failure: what is known of the last failed allocation, in words; None: nothing failed.
+        failure: a description of the last failed allocation; None: nothing failed.
     """
 
     def __init__(
@@ -188,12 +188,12 @@ class Probe:
         release()
 
     def prepare(self) -> bool:
-        """Make the optimizers' state exist, so that it is held between steps; False: out of memory."""
+        """Create the optimizers' state, so that it is held between steps; False: out of memory."""
         kept = self._kept
-        kept.hold_still(all_of_them=False)
+        kept.stop_optimizers(every=False)
         made = self.attempt(1)
         kept.restore_weights()
-        kept.hold_still()
+        kept.stop_optimizers()
         if made is None or self.attempt(1) is None:
             return False
         if kept.weights_changed():  # by the module itself, outside of optimizers
@@ -204,7 +204,7 @@ class Probe:
         release()
         return True
 
-    def attempt(self, units: int, validate: bool = True) -> Try | None:
+    def attempt(self, units: int, validate: bool = True) -> TrialStep | None:
         """Make a training step, and a validation step; None: out of memory, and all of it was given back.
 
         Raises:
@@ -235,7 +235,7 @@ class Probe:
 
     # ------------------------------------------------------------------ steps
 
-    def _step(self, units: int, validate: bool) -> Try:
+    def _step(self, units: int, validate: bool) -> TrialStep:
         trainer, meter = self.trainer, self.meter
         meter.start()
         batch = self._move(self.make_batch(units, True))
@@ -256,10 +256,10 @@ class Probe:
         if validate and self._validates:
             self._validate(self._move(self.make_batch(units, False)))
         meter.now()
-        return Try(units, meter.peak(), seconds)
+        return TrialStep(units, meter.peak(), seconds)
 
     def _train_automatically(self, batch: Any) -> None:
-        """As Lightning's loop for one optimizer, whose gradients are there from the step before."""
+        """Do what Lightning's loop does for one optimizer, with the gradients of the step before."""
         strategy = self.trainer.strategy
         optimizer = next(iter(self.trainer.optimizers), None)
 
@@ -284,7 +284,7 @@ class Probe:
             self.trainer.training = True
 
     def _no_gradients(self) -> AbstractContextManager[None]:
-        """As Lightning's loop."""
+        """The context in which Lightning's loop validates."""
         gloo = torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo"
         wanted = self.trainer.fit_loop.epoch_loop.val_loop.inference_mode and not gloo
         return torch.inference_mode() if wanted else torch.no_grad()
@@ -296,7 +296,7 @@ class Probe:
 
 
 def _call(step: Callable[..., Any], batch: Any) -> Any:
-    """Call a step with a batch and as many zeros, for indices, as it wants."""
+    """Call a step with a batch and a zero for each index that it takes."""
     parameters = inspect.signature(step).parameters.values()
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)

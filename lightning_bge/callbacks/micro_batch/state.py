@@ -59,8 +59,8 @@ class Kept:
     """What a module, its optimizers and its trainer were, in host memory, while trial steps run.
 
     Callbacks and loggers are set aside meanwhile, and `log` does nothing. The weights need no copy after the first
-    steps: an optimizer without state steps once, so that its state exists, and from then on `hold_still` keeps every
-    optimizer from stepping. So no limit is met by a copy that training would not make.
+    steps: an optimizer without state steps once, so that its state exists, and from then on `stop_optimizers` keeps
+    all of them from stepping. So no limit is met by a copy that training would not make.
 
     Args:
         trainer: in `fit`, with optimizers.
@@ -84,10 +84,10 @@ class Kept:
             self._contexts.enter_context(trial_steps())
         self._meanwhile = _Attributes(list(module.modules()))
 
-    def hold_still(self, all_of_them: bool = True) -> None:
-        """Keep optimizers from stepping; else only those that have a state, which no copy was made of."""
+    def stop_optimizers(self, every: bool = True) -> None:
+        """Keep optimizers from stepping: all, or only those that have a state, of which there is no copy."""
         for optimizer, _, had_state, _ in self._optimizers:
-            if all_of_them or had_state:
+            if every or had_state:
                 stop_stepping(optimizer)
 
     def trainable(self) -> list[Tensor]:

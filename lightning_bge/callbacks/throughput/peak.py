@@ -10,6 +10,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from lightning_bge.runtime.clock import wait_for
+
 SMALLEST, LARGEST = 256, 4096  # square matrices; the largest that the time allows comes nearest to the peak
 ROUNDS = 3
 LIMIT_S = 0.15
@@ -65,14 +67,9 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
 
 def _seconds(a: Tensor, b: Tensor, calls: int) -> float:
     """Seconds of one product."""
-    _wait(a.device)
+    wait_for(a.device)
     since = perf_counter()
     for _ in range(calls):
         torch.mm(a, b.t())
-    _wait(a.device)
+    wait_for(a.device)
     return (perf_counter() - since) / calls
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from lightning_bge.callbacks.micro_batch import cache as cache_module
 from lightning_bge.callbacks.micro_batch import finder as finder_module
 from lightning_bge.callbacks.micro_batch import probe as probe_module
-from lightning_bge.callbacks.micro_batch.cache import FILE, MicroBatchSizes
-from lightning_bge.callbacks.micro_batch.finder import MemoryConfig, MicroBatchFinder
+from lightning_bge.callbacks.micro_batch.cache import FILE, FoundSize, MicroBatchSizes
+from lightning_bge.callbacks.micro_batch.config import MemoryConfig
+from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.callbacks.micro_batch.probe import HostMeter
-from lightning_bge.callbacks.micro_batch.search import Answer, Room, Search, Try
+from lightning_bge.callbacks.micro_batch.search import Answer, FreeMemory, Search, TrialStep
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.classifier import BGEClassifier
@@ -49,70 +50,70 @@ HELD, ROW = 300, 10  # bytes of a step: gradients and the like, and of each row
 class Machine:
     """Steps that take `HELD + ROW * units` bytes, of which a limit that raises sees `factor` times as many."""
 
-    def __init__(self, room: Room, factor: float = 1.0, constant: float = 0.0, noise: float = 0.0) -> None:
-        self.room, self.factor, self.constant, self.noise = room, factor, constant, noise
+    def __init__(self, free: FreeMemory, factor: float = 1.0, constant: float = 0.0, noise: float = 0.0) -> None:
+        self.free, self.factor, self.constant, self.noise = free, factor, constant, noise
         self.random = random.Random(0)
         self.tried: list[int] = []
 
     def bytes(self, units: float) -> float:
         return HELD + ROW * units
 
-    def __call__(self, units: int, validate: bool) -> Try | None:
+    def __call__(self, units: int, validate: bool) -> TrialStep | None:
         self.tried.append(units)
-        assert self.room.soft is None or self.bytes(units) <= self.room.soft, f"{units} units: killed"
-        if self.room.hard is not None and self.bytes(units) * self.factor > self.room.hard:
+        assert self.free.killing is None or self.bytes(units) <= self.free.killing, f"{units} units: killed"
+        if self.free.raising is not None and self.bytes(units) * self.factor > self.free.raising:
             return None
         peak = self.bytes(units) + self.random.uniform(-self.noise, self.noise)
-        return Try(units, round(peak), (self.constant + 0.1 * units) / 1000)
+        return TrialStep(units, round(peak), (self.constant + 0.1 * units) / 1000)
 
     def search(self, margin: float = 0.1, min_speedup: float | None = None, enough: int = 16) -> tuple[Answer, Search]:
-        search = Search(self, lambda: self.room, margin, min_speedup, enough, step=4, noise=round(2 * self.noise))
+        search = Search(self, lambda: self.free, margin, min_speedup, enough, step=4, noise=round(2 * self.noise))
         return search.run(), search
 
 
 @pytest.mark.parametrize("factor", [0.6, 0.9, 1.0, 1.1, 1.7, 3.0])
-@pytest.mark.parametrize("room", [1_000, 7_777, 123_456, 10_000_000])
-def test_what_raises_is_tried_up_to_the_limit_and_the_margin_is_left(room: int, factor: float) -> None:
-    machine = Machine(Room(room, None), factor)
+@pytest.mark.parametrize("free", [1_000, 7_777, 123_456, 10_000_000])
+def test_what_raises_is_tried_up_to_the_limit_and_the_margin_is_left(free: int, factor: float) -> None:
+    machine = Machine(FreeMemory(free, None), factor)
     answer, search = machine.search()
-    most = (room / factor - HELD) / ROW
+    most = (free / factor - HELD) / ROW
     assert answer.units <= 0.9 * most + 1
     if most > 20:
         assert answer.units >= 0.9 * most / 1.05 - 1
-        assert machine.bytes(1.35 * answer.units) * factor > room
+        assert machine.bytes(1.35 * answer.units) * factor > free
     assert answer.units in [units for units, peak, _ in search.tried if peak is not None]
     assert len(machine.tried) <= 6 + math.log(most + 2, 8) + (12 if factor != 1 else 0)
     assert "are left free" in answer.reason
 
 
-@pytest.mark.parametrize(("noise", "room"), [(0, 900), (9, 900), (0, 7_777), (50, 7_777), (HELD, 10**5), (HELD, 10**7)])
-def test_beyond_a_limit_that_kills_nothing_is_tried(room: int, noise: float) -> None:
-    machine = Machine(Room(None, room), noise=noise)
+@pytest.mark.parametrize(("noise", "free"), [(0, 900), (9, 900), (0, 7_777), (50, 7_777), (HELD, 10**5), (HELD, 10**7)])
+def test_beyond_a_limit_that_kills_nothing_is_tried(free: int, noise: float) -> None:
+    machine = Machine(FreeMemory(None, free), noise=noise)
     answer, search = machine.search()
-    most = (room - HELD) / ROW
+    most = (free - HELD) / ROW
     assert max(machine.tried) <= 0.95 * most  # and `Machine` makes sure of it
     assert 0.8 * most - 1 <= answer.units <= 0.92 * most
-    assert search.peak(answer.units) <= room
+    assert search.peak(answer.units) <= free
     assert answer.reason == "as much as the limit is predicted to allow, less 10% of the activations"
 
 
 def test_of_two_limits_the_tighter_one_counts() -> None:
-    assert Machine(Room(10_000, 5_000)).search()[0].units == pytest.approx(0.9 * 470, rel=0.01)
-    assert Machine(Room(5_000, 10_000)).search()[0].units == pytest.approx(0.9 * 470, rel=0.05)
+    assert Machine(FreeMemory(10_000, 5_000)).search()[0].units == pytest.approx(0.9 * 470, rel=0.01)
+    assert Machine(FreeMemory(5_000, 10_000)).search()[0].units == pytest.approx(0.9 * 470, rel=0.05)
 
 
-@pytest.mark.parametrize(("room", "units"), [(305, 0), (315, 1), (321, 2), (400, 10)])
-def test_little_memory(room: int, units: int) -> None:
-    assert Machine(Room(room, None)).search(margin=0.0)[0].units == units
-    reason = Machine(Room(room, None)).search(margin=0.5, min_speedup=0.05)[0].reason
+@pytest.mark.parametrize(("free", "units"), [(305, 0), (315, 1), (321, 2), (400, 10)])
+def test_little_memory(free: int, units: int) -> None:
+    assert Machine(FreeMemory(free, None)).search(margin=0.0)[0].units == units
+    reason = Machine(FreeMemory(free, None)).search(margin=0.5, min_speedup=0.05)[0].reason
     assert reason == "not even 4 fits" if units == 0 else "fitted" in reason
 
 
 def test_one_unit_may_be_beyond_a_limit_that_kills() -> None:
-    machine = Machine(Room(None, 299))
+    machine = Machine(FreeMemory(None, 299))
     machine.bytes = lambda units: 250.0  # type: ignore[method-assign]
     assert machine.search()[0].units >= 1
-    search = Search(lambda units, _: Try(units, 400, 1.0), lambda: Room(None, 300), 0.1, None, 1)
+    search = Search(lambda units, _: TrialStep(units, 400, 1.0), lambda: FreeMemory(None, 300), 0.1, None, 1)
     assert search.run() == Answer(0, "not even 1 fits")
 
 
@@ -120,13 +121,13 @@ def test_room_that_steps_take_away_is_counted() -> None:
     """As by a library that keeps something for each shape it has seen."""
     left = [10_000]
 
-    def attempt(units: int, validate: bool) -> Try:
+    def attempt(units: int, validate: bool) -> TrialStep:
         peak = HELD + ROW * units
         assert peak <= left[0]
         left[0] -= 100
-        return Try(units, peak, 1.0)
+        return TrialStep(units, peak, 1.0)
 
-    answer = Search(attempt, lambda: Room(None, left[0]), 0.1, None, 1).run()
+    answer = Search(attempt, lambda: FreeMemory(None, left[0]), 0.1, None, 1).run()
     assert 0.75 * (left[0] - HELD) / ROW <= answer.units <= 0.9 * (left[0] + 100 - HELD) / ROW
 
 
@@ -135,9 +136,9 @@ def gain(units: int, constant: float) -> float:
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.5, 3.0, 20.0])
-@pytest.mark.parametrize("room", [Room(None, None), Room(10**7, None), Room(None, 10**7)])
-def test_growth_ends_where_speed_does(room: Room, constant: float) -> None:
-    machine = Machine(room, constant=constant)
+@pytest.mark.parametrize("free", [FreeMemory(None, None), FreeMemory(10**7, None), FreeMemory(None, 10**7)])
+def test_growth_ends_where_speed_does(free: FreeMemory, constant: float) -> None:
+    machine = Machine(free, constant=constant)
     answer, _ = machine.search(min_speedup=0.05)
     if answer.units > 16:
         assert gain(answer.units, constant) >= 0.05
@@ -148,21 +149,21 @@ def test_growth_ends_where_speed_does(room: Room, constant: float) -> None:
 
 
 def test_memory_may_end_growth_before_speed_does() -> None:
-    for room in (Room(1_500, None), Room(None, 1_500)):
-        machine = Machine(room, constant=100.0)
+    for free in (FreeMemory(1_500, None), FreeMemory(None, 1_500)):
+        machine = Machine(free, constant=100.0)
         answer, _ = machine.search(min_speedup=0.05)
         assert answer.units == pytest.approx(0.9 * 120, rel=0.05)
-    tiny = Machine(Room(400, None), constant=100.0).search(min_speedup=0.05)[0]
+    tiny = Machine(FreeMemory(400, None), constant=100.0).search(min_speedup=0.05)[0]
     assert tiny.units == 9  # less than enough
 
 
 def test_a_size_that_fits_only_once_is_given_up() -> None:
-    machine = Machine(Room(10**7, None), constant=100.0)
+    machine = Machine(FreeMemory(10**7, None), constant=100.0)
 
-    def moody(units: int, validate: bool) -> Try | None:
+    def moody(units: int, validate: bool) -> TrialStep | None:
         return None if units > 30 and not validate else machine(units, validate)
 
-    answer = Search(moody, lambda: machine.room, 0.1, 0.05, 16).run()
+    answer = Search(moody, lambda: machine.free, 0.1, 0.05, 16).run()
     assert 16 <= answer.units < 32
 
 
@@ -170,28 +171,28 @@ def test_better_of_two_steps_is_timed() -> None:
     """The first step of a size is slow where something is compiled for it."""
     seen: set[int] = set()
 
-    def attempt(units: int, validate: bool) -> Try:
+    def attempt(units: int, validate: bool) -> TrialStep:
         first = units not in seen
         seen.add(units)
-        return Try(units, 100, scale * (1.0 + 0.1 * units + 1000 * first))
+        return TrialStep(units, 100, scale * (1.0 + 0.1 * units + 1000 * first))
 
     scale = 1e-4
-    assert Search(attempt, lambda: Room(None, None), 0.1, 0.05, 16).run().units == 128
+    assert Search(attempt, lambda: FreeMemory(None, None), 0.1, 0.05, 16).run().units == 128
     seen.clear()
     scale = 1.0  # a long step is made once
-    assert Search(attempt, lambda: Room(None, None), 0.1, 0.05, 16).run().units > 128
+    assert Search(attempt, lambda: FreeMemory(None, None), 0.1, 0.05, 16).run().units > 128
 
 
 def test_where_there_is_plenty_memory_is_not_looked_at() -> None:
-    for room in (Room(10**4, None), Room(None, 10**4), Room(10**9, 10**4)):
-        machine = Machine(room)
-        assert Search(machine, lambda room=room: room, 0.1, 0.05, 16).run_where_roomy() is not None
+    for free in (FreeMemory(10**4, None), FreeMemory(None, 10**4), FreeMemory(10**9, 10**4)):
+        machine = Machine(free)
+        assert Search(machine, lambda free=free: free, 0.1, 0.05, 16).run_if_plenty() is not None
         assert machine.tried == [1, 2, 8, 8, 16, 16]
-        machine = Machine(room, constant=1000.0)  # more and more would pay
-        assert Search(machine, lambda room=room: room, 0.1, 0.05, 16).run_where_roomy() is None
+        machine = Machine(free, constant=1000.0)  # more and more would pay
+        assert Search(machine, lambda free=free: free, 0.1, 0.05, 16).run_if_plenty() is None
         assert machine.bytes(max(machine.tried)) <= 0.5 * 10**4
-        assert Search(machine, lambda room=room: room, 0.1, None, 16).run_where_roomy() is None
-    assert Search(Machine(Room(305, None)), lambda: Room(305, None), 0.1, 0.05, 16).run_where_roomy() is None
+        assert Search(machine, lambda free=free: free, 0.1, None, 16).run_if_plenty() is None
+    assert Search(Machine(FreeMemory(305, None)), lambda: FreeMemory(305, None), 0.1, 0.05, 16).run_if_plenty() is None
 
 
 # ------------------------------------------------------------------ a foreign project
@@ -799,7 +800,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(
 def test_many_writers_lose_nothing(tmp_path: Path) -> None:
     def write(first: int) -> None:
         for number in range(first, first + 20):
-            MicroBatchSizes(tmp_path).put(str(number), {"micro_batch_size": number + 1, "reason": ""})
+            MicroBatchSizes(tmp_path).put(str(number), FoundSize(number + 1, ""))
 
     threads = [threading.Thread(target=write, args=(20 * number,)) for number in range(4)]
     for thread in threads:
@@ -808,7 +809,7 @@ def test_many_writers_lose_nothing(tmp_path: Path) -> None:
         thread.join()
     cache_module.forget()
     assert [MicroBatchSizes(tmp_path).get(str(number)) for number in (0, 19, 79)] == [
-        {"micro_batch_size": number + 1, "reason": ""} for number in (0, 19, 79)
+        FoundSize(number + 1, "") for number in (0, 19, 79)
     ]
     assert len(json.loads((tmp_path / FILE).read_text())["sizes"]) == 80
 
@@ -841,7 +842,7 @@ def test_a_micro_batch_size_that_is_lowered_is_stored(use: Use, fails: bool) -> 
     entries = json.loads((finder._sizes.folder / FILE).read_text())["sizes"]  # type: ignore[operator]
     [(key, entry)] = entries.items()
     known = dict(cache_module._known)
-    MicroBatchSizes(finder._sizes.folder).put(key, {**entry, "micro_batch_size": 50})
+    MicroBatchSizes(finder._sizes.folder).put(key, FoundSize(**{**entry, "micro_batch_size": 50}))
     cache_module._known.update(known)
     assert search(use)[0].set == [50]
 
@@ -933,9 +934,9 @@ def test_the_meter_sees_address_space_that_nobody_has_written() -> None:
 
 def test_what_may_be_tried_is_tried_on_a_gpu_only() -> None:
     known = [Limit("a", 100, 0, raises=True), Limit("b", 75, 0), Limit("c", 90, 20, raises=True)]
-    assert finder_module._room(known, on_host=False) == Room(70, 75)
-    assert finder_module._room(known, on_host=True) == Room(None, 70)
-    assert finder_module._room([], on_host=True) == Room(None, None)
+    assert finder_module._free_memory(known, on_host=False) == FreeMemory(70, 75)
+    assert finder_module._free_memory(known, on_host=True) == FreeMemory(None, 70)
+    assert finder_module._free_memory([], on_host=True) == FreeMemory(None, None)
 
 
 def test_what_others_may_yet_take_to_save_time_is_left_to_them(use: Use) -> None:
@@ -943,9 +944,9 @@ def test_what_others_may_yet_take_to_save_time_is_left_to_them(use: Use) -> None
     spare = SimpleCache(capacity=4000, nbytes=1000)
     register_cache(spare)
     known = [Limit("a", 10_000, 0)]
-    assert finder_module._room(known, on_host=True) == Room(None, 7000)
-    assert finder_module._room(known, on_host=False) == Room(None, 10_000)
-    assert finder_module._room([Limit("a", 2000, 0)], on_host=True) == Room(None, 0)
+    assert finder_module._free_memory(known, on_host=True) == FreeMemory(None, 7000)
+    assert finder_module._free_memory(known, on_host=False) == FreeMemory(None, 10_000)
+    assert finder_module._free_memory([Limit("a", 2000, 0)], on_host=True) == FreeMemory(None, 0)
     first, finder = search(use)
     assert not finder.describe()["from_cache"]  # what was found without it would be too much
     assert HELD + ROW * first.micro_batch_size <= 7000 < HELD + ROW * free.micro_batch_size
@@ -954,7 +955,7 @@ def test_what_others_may_yet_take_to_save_time_is_left_to_them(use: Use) -> None
     assert finder.describe()["from_cache"]
     assert again.micro_batch_size == first.micro_batch_size
     del spare
-    assert finder_module._room(known, on_host=True) == Room(None, 10_000)
+    assert finder_module._free_memory(known, on_host=True) == FreeMemory(None, 10_000)
 
 
 @linux
@@ -1034,7 +1035,8 @@ import json, resource, sys, warnings
 warnings.filterwarnings("ignore")
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder, MemoryConfig
+from lightning_bge.callbacks.micro_batch.config import MemoryConfig
+from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.runtime.memory import process_bytes
 from lightning_bge.runtime.oom import find_oom
 from torch import nn

@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from lightning_bge.callbacks.micro_batch.finder import MemoryConfig, MicroBatchFinder
+from lightning_bge.callbacks.micro_batch.config import MemoryConfig
+from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.optimizer import OptimizerConfig
 from lightning_bge.runtime.memory import release
