@@ -1,0 +1,122 @@
+"""The options, the meters, and the limits that the search considers."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_bge.callbacks.micro_batch import finder as finder_module
+from lightning_bge.callbacks.micro_batch.config import MemoryConfig
+from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
+from lightning_bge.callbacks.micro_batch.probe import HostMeter
+from lightning_bge.callbacks.micro_batch.search import FreeMemory
+from lightning_bge.errors import ConfigError
+from lightning_bge.runtime.memory import Limit, process_bytes, register_cache
+from tests.helpers.trial_steps import HELD, ROW, Foreign, Rows, SimpleCache, Use, search, train
+
+pytestmark = [
+    pytest.mark.usefixtures("forgetful"),
+    pytest.mark.filterwarnings("ignore:Found . module.* in eval mode"),
+    pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`"),
+    pytest.mark.filterwarnings("ignore:It is recommended to use `self.log"),
+]
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        ({"limit_gb": 0}, "memory.limit_gb: expected a number above 0, or null, got 0"),
+        ({"limit_gb": math.nan}, "memory.limit_gb"),
+        ({"safety_margin": 1.0}, r"memory.safety_margin: expected 0 to below 1, got 1.0"),
+        ({"safety_margin": -0.1}, "memory.safety_margin"),
+        ({"min_speedup": -1}, "memory.min_speedup: expected 0 or more, or null, got -1"),
+        ({"default_size": 0}, "memory.default_size: expected 1 token or more, got 0"),
+    ],
+)
+def test_bad_settings(bad: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        MemoryConfig(**bad)
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is measured on Linux")
+
+
+@linux
+def test_the_meter_sees_what_was_freed_again() -> None:
+    meter = HostMeter(address_space=False)
+    for size in (64, 16):
+        meter.start()
+        torch.ones(size * 2**18)  # 4 bytes each
+        assert meter.peak() == pytest.approx(size * 2**20, abs=8 * 2**20)
+    assert meter.now() <= meter.now()
+
+
+@linux
+def test_the_meter_sees_address_space_that_nobody_has_written() -> None:
+    status = process_bytes()
+    unseen = status["VmPeak"] - status["VmSize"] + 64 * 2**20  # enough for a new peak
+    for address_space, least in ((False, 0), (True, unseen - 8 * 2**20)):
+        meter = HostMeter(address_space)
+        meter.start()
+        torch.empty(unseen + 64 * 2**20 * address_space, dtype=torch.uint8)
+        assert least <= meter.peak() <= least + 2 * 64 * 2**20
+        meter.start()
+        torch.empty(32 * 2**20, dtype=torch.uint8)  # no new one
+        assert meter.peak() < 8 * 2**20
+
+
+def test_what_may_be_tried_is_tried_on_a_gpu_only() -> None:
+    known = [Limit("a", 100, 0, raises=True), Limit("b", 75, 0), Limit("c", 90, 20, raises=True)]
+    assert finder_module._free_memory(known, on_host=False) == FreeMemory(70, 75)
+    assert finder_module._free_memory(known, on_host=True) == FreeMemory(None, 70)
+    assert finder_module._free_memory([], on_host=True) == FreeMemory(None, None)
+
+
+def test_what_others_may_yet_take_to_save_time_is_left_to_them(use: Use) -> None:
+    free, _ = search(use)
+    spare = SimpleCache(capacity=4000, nbytes=1000)
+    register_cache(spare)
+    known = [Limit("a", 10_000, 0)]
+    assert finder_module._free_memory(known, on_host=True) == FreeMemory(None, 7000)
+    assert finder_module._free_memory(known, on_host=False) == FreeMemory(None, 10_000)
+    assert finder_module._free_memory([Limit("a", 2000, 0)], on_host=True) == FreeMemory(None, 0)
+    first, finder = search(use)
+    assert not finder.describe()["from_cache"]  # what was found without it would be too much
+    assert HELD + ROW * first.micro_batch_size <= 7000 < HELD + ROW * free.micro_batch_size
+    spare.nbytes = 4000
+    again, finder = search(use)
+    assert finder.describe()["from_cache"]
+    assert again.micro_batch_size == first.micro_batch_size
+    del spare
+    assert finder_module._free_memory(known, on_host=True) == FreeMemory(None, 10_000)
+
+
+@linux
+def test_a_given_limit_is_searched_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With real memory: at least 12,000 bytes of a row's activations, of a validation batch of two, and 40 MiB."""
+    monkeypatch.setattr(finder_module, "map_large_blocks", lambda: None)
+    data = Rows(step=64)
+    finder = MicroBatchFinder(MemoryConfig(limit_gb=used_gb() + 40 / 1024, min_speedup=None, cache=False))
+
+    class Wide(Foreign):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(6, 1000), nn.Linear(1000, 6))
+            self.frozen = nn.Sequential()
+
+    train(Wide(), data, finder)
+    assert finder.describe()["limit"] == "memory.limit_gb"
+    assert 800 < data.micro_batch_size < 3400
+    assert finder.describe()["peak"] < 40 * 2**20
+
+
+def used_gb() -> float:
+    status = Path("/proc/self/status").read_text()
+    [line] = [line for line in status.splitlines() if line.startswith("VmRSS")]
+    return int(line.split()[1]) / 2**20
