@@ -69,7 +69,7 @@ def _describe(run: RunData) -> str:
 def _describe_study(run: RunData, history: History) -> list[str]:
     planned = "" if history.n_trials is None else f" of {history.n_trials:,}"
     counts = [f"{number:,} {outcome}" for outcome, number in outcome_counts(history) if outcome != "resumed"]
-    resumed = f" ({history.counts['resumed']:,} resumed before)" if history.counts["resumed"] else ""
+    resumed = f"; {history.counts['resumed']:,} paused trials were resumed" if history.counts["resumed"] else ""
     lines = [
         f"trials     {history.n_finished:,}{planned} finished: {', '.join(counts)}{resumed}",
         f"best       {_best(history)}",

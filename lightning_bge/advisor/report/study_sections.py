@@ -135,7 +135,7 @@ def _learning_curves(history: History) -> str:
         text += " A hatched band covers the middle 80 % of the trials at each step that at least ten of them have "
         text += "reached; the dotted line in it is their median."
     elif history.counts["paused"] or history.counts["pruned"]:
-        text += " The mark at the end of a line shows how the trial was ended early."
+        text += " A mark at the end of a line shows how the trial ended early."
     return plot(learning_curves(history), "curves", text)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, json_to_distribution
@@ -37,7 +38,7 @@ def parameter_importance(history: History) -> tuple[dict[str, float], str]:
     usable = {name: spaces[name] for name in sorted(drawn) if len({params[name] for params, _ in sample}) > 1}
     if not usable:
         return {}, "No hyperparameter has several values in the complete trials."
-    study = optuna.create_study(direction=history.goal.direction)
+    study = _quiet_study(history.goal.direction)
     study.add_trials(
         optuna.trial.create_trial(value=value, params={name: params[name] for name in usable}, distributions=usable)
         for params, value in sample
@@ -50,6 +51,16 @@ def parameter_importance(history: History) -> tuple[dict[str, float], str]:
     if left_out := sorted(set(spaces) - drawn):
         note += f" Left out, as some complete trials do not use them: {', '.join(left_out)}."
     return {name: float(share) for name, share in shares.items()}, note
+
+
+def _quiet_study(direction: Literal["maximize", "minimize"]) -> optuna.Study:
+    """A study in memory, without the log line that Optuna writes for each new study."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.create_study(direction=direction)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
 
 
 def _are(count: int) -> str:

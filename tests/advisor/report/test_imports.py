@@ -29,3 +29,11 @@ def test_status_and_report_import_no_slow_library(tmp_path: Path, command: str, 
     imported = set(done.stdout.rpartition("imported:")[2].split())
     assert imported & unused == set()
     assert "optuna" in imported
+
+
+def test_the_report_command_prints_its_path_alone(tmp_path: Path) -> None:
+    run = make_study(tmp_path / "run", 250)
+    command = [sys.executable, "-m", "lightning_bge.cli", "report", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"{run / 'report.html'}\n", "")
+    assert 'id="importance"' in (run / "report.html").read_text()

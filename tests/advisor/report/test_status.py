@@ -23,7 +23,7 @@ def test_the_status_of_a_running_study(tmp_path: Path, capsys: pytest.CaptureFix
     assert "study run: running (1 trial)" in text
     assert "of 130 finished" in text
     assert "time left  about" in text
-    assert re.search(r"complete, \d+ paused, 1 running \(\d+ resumed before\)", text)
+    assert re.search(r"complete, \d+ paused, 1 running; \d+ paused trials were resumed", text)
     assert re.search(r"trial \d+, for 7 min: fold 2 of 5, epoch 2 of 3, step 4 of 15, f1 0\.\d{4}", text)
     assert len(text.splitlines()) < 24
     assert max(map(len, text.splitlines())) <= 120

@@ -99,7 +99,7 @@ def _band(fig: go.Figure, curves: Sequence[dict[int, float]], name: str, mark: M
         line={"color": mark.color, "width": 2, "dash": mark.dash},
         marker={"symbol": mark.symbol, "size": 7},
         showlegend=False,
-        hovertemplate=f"median of those that {name}, step %{{x}}: %{{y:.4f}}<extra></extra>",
+        hovertemplate=f"{name}, median at step %{{x}}: %{{y:.4f}}<extra></extra>",
     )
 
 
