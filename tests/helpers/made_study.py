@@ -79,7 +79,7 @@ def draw(rng: random.Random) -> tuple[dict[str, Any], dict[str, BaseDistribution
     return params, {name: space[name] for name in params}
 
 
-def reports(params: dict[str, Any], rng: random.Random) -> tuple[list[float], list[list[float]]]:
+def draw_values(params: dict[str, Any], rng: random.Random) -> tuple[list[float], list[list[float]]]:
     """The values that a trial reports at the steps 1..15, and the validations of each fold."""
     quality = 0.86 - 0.12 * abs(math.log10(params["model.optimizer.lr"]) + 4.2) - 0.25 * params["model.dropout"] ** 2
     quality += rng.gauss(0, 0.015) - 0.01 * (params["data.batch_size"] == 64)
@@ -134,7 +134,7 @@ class Maker:
         """Add the trials of one parameter set: paused at rungs, resumed if in the top quarter, or failed by chance."""
         params, distributions = draw(self.rng)
         pace = self.seconds * self.rng.uniform(0.8, 1.3) * (1.2 if params["data.batch_size"] == 16 else 1.0)
-        drawn = (params, distributions, *reports(params, self.rng), pace)
+        drawn = (params, distributions, *draw_values(params, self.rng), pace)
         luck = self.rng.random()
         if luck < 0.006:
             oom = {"oom_where": "training", "oom_kind": "cuda", "oom_requested": 2 * 2**30, "oom_free": 2**29}
@@ -173,7 +173,7 @@ def make_study(run_dir: Path, parameter_sets: int, seed: int = 0, workers: int =
         for trial in maker.trials:
             trial.datetime_start, trial.datetime_complete = trial.datetime_start + late, trial.datetime_complete + late
         params, distributions = draw(maker.rng)
-        drawn = (params, distributions, *reports(params, maker.rng), maker.seconds)
+        drawn = (params, distributions, *draw_values(params, maker.rng), maker.seconds)
         # a process of another host cannot be checked from here, so it counts as alive
         worker = {"host": "another", "pid": 1, "start": "1", "boot": "b", "namespace": "n"}
         start = datetime.now() - timedelta(minutes=7)

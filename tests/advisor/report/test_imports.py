@@ -32,7 +32,7 @@ def test_status_and_report_import_no_slow_library(tmp_path: Path, command: str, 
 
 
 def test_the_report_command_prints_its_path_alone(tmp_path: Path) -> None:
-    run = make_study(tmp_path / "run", 250)
+    run = make_study(tmp_path / "run", 400)
     command = [sys.executable, "-m", "lightning_bge.cli", "report", str(run)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == (f"{run / 'report.html'}\n", "")

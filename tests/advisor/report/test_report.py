@@ -17,7 +17,7 @@ from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.runtime.run_folder import write_json
 from tests.helpers.audit_sample import AUDIT
 from tests.helpers.html_page import page_of
-from tests.helpers.made_study import START, Maker, draw, journal_of, make_study, new_study, reports
+from tests.helpers.made_study import START, Maker, draw, draw_values, journal_of, make_study, new_study
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -79,7 +79,7 @@ def test_a_study_with_few_results_has_fewer_figures(
     run = tmp_path / "run"
     study, maker = new_study(run, 5), Maker()
     params, distributions = draw(maker.rng)
-    drawn = (params, distributions, *reports(params, maker.rng), 60.0)
+    drawn = (params, distributions, *draw_values(params, maker.rng), 60.0)
     for state in ended:
         made = {TrialState.COMPLETE: 15, TrialState.PRUNED: 1, TrialState.FAIL: 0}[state]
         scores = {"fold_scores": [0.5] * 5} if state == TrialState.COMPLETE else {}
