@@ -35,7 +35,7 @@ from lightning_bge.advisor.plan.predict import Priced, Study, predict, seconds_o
 from lightning_bge.hpo.analysis.history import history_of
 from lightning_bge.hpo.analysis.journal import load_study
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.space.parameter_sets import draw_points
+from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.runtime.run_folder import read_json
@@ -65,7 +65,7 @@ def settings(given: argparse.Namespace, folds: int, rows: float, seed: int, prun
         "trainer.max_epochs": EPOCHS,
         "hpo.n_trials": given.trials,
         "hpo.space": SPACE,
-        "hpo.seed": seed,
+        "hpo.sampler_seed": seed,
         "hpo.pruner.name": pruner,
     }
     return [word for name, value in named.items() for word in (f"--{name}", str(value))]
@@ -104,7 +104,7 @@ def study(given: argparse.Namespace, name: str, folds: int, rows: float, seed: i
 def foretold(given: argparse.Namespace, one: dict[str, Any], planned: dict[str, Any]) -> dict[str, float]:
     """What the plan says by the code as it is now, from what was measured then."""
     space, known = parse_space(yaml.safe_load(SPACE)), load_calibration(planned["calibration"])
-    priced = Priced.of(known, draw_points(space, [], POINTS), space, EPOCHS, 0)
+    priced = Priced.of(known, draw_parameter_sets(space, [], POINTS), space, EPOCHS, 0)
     study = Study(given.trials, Steps(one["folds"], EPOCHS), PrunerConfig(one["pruner"]))
     found = predict(study, priced, known)
     return {name: getattr(found, name) for name in ("low", "mid", "high")}

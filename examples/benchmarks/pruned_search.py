@@ -72,7 +72,7 @@ def pair(chosen: argparse.Namespace, seed: int) -> dict[str, Any]:
         raise SystemExit(
             f"{chosen.work / chosen.search / names[0]} is there already: name another --work, or delete it"
         )
-    more = {"hpo.sampler": chosen.sampler, "hpo.seed": seed}
+    more = {"hpo.sampler": chosen.sampler, "hpo.sampler_seed": seed}
     pruned = search(chosen.search, chosen, run=names[0], **more, **{"hpo.pruner.name": PrunerConfig().name})
     whole = search(chosen.search, chosen, run=names[1], **more)
     sign = 1.0 if whole.direction == optuna.study.StudyDirection.MAXIMIZE else -1.0

@@ -21,12 +21,13 @@ from lightning_bge.callbacks.micro_batch.config import MemoryConfig
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.cli.explain import explain
 from lightning_bge.data.datamodule import TextDataModule
-from lightning_bge.errors import INTERRUPTED, ConfigError
+from lightning_bge.errors import INTERRUPTED
+from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.objective import TrialSetup
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics import MonitorConfig, check_metric
 from lightning_bge.runtime.distributed import AnotherRankFailed, end_ranks
-from lightning_bge.runtime.dotted_config import LINKS, plain_config, with_overrides
+from lightning_bge.runtime.dotted_config import LINKS, plain_config
 from lightning_bge.runtime.memory import limit_malloc_arenas
 from lightning_bge.trainer import BGETrainer, quiet_trainer
 from lightning_bge.types import Schema
@@ -106,22 +107,28 @@ class BGECLI(LightningCLI):
         """All options as plain data that the same command reads again."""
         return plain_config(self.parser, self.config)
 
-    def build(self, overrides: dict[str, Any]) -> TrialSetup:
-        """Fresh objects for a trial: the options, with hyperparameters that passed `check`; the data are set up."""
-        config = with_overrides(self.config, overrides)
+    @property
+    def experiment(self) -> Experiment:
+        """The options of a study's trials, and how objects are made of them."""
+        return Experiment(
+            config=self.config,
+            create=self._create,
+            validate=self.parser.validate,
+            plain=partial(plain_config, self.parser),
+            datamodule=self.datamodule,
+            monitor=self.config_init.monitor,
+            compile=self.config_init.compile,
+            memory=self.config_init.memory,
+            run_dir=self.run_dir,
+        )
+
+    def _create(self, config: Namespace) -> TrialSetup:
+        """Fresh objects of these options; the data are set up."""
         init = self.parser.instantiate_classes(config)
         init.data.setup("fit")
         memory = MicroBatchFinder(init.memory, config.data.cache_dir)
         trainer = partial(quiet_trainer, dict(init.trainer), memory)
         return TrialSetup(init.model, init.data, trainer, partial(_fit_options, self.parser, config))
-
-    def check(self, overrides: dict[str, Any], where: str = "hpo.space") -> None:
-        """Raise `ConfigError` where options do not accept such values."""
-        try:
-            self.parser.validate(with_overrides(self.config, overrides))
-        except (TypeError, ValueError, KeyError) as error:
-            raise ConfigError(f"{where}: these options do not accept the values {overrides}: {error}") from error
-        self.build(overrides)
 
 
 def _fit_options(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:

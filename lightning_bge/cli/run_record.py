@@ -1,4 +1,4 @@
-"""What a run folder says of how to repeat the run, and whether a command may continue in it."""
+"""Whether a command may continue the run of a folder."""
 
 from __future__ import annotations
 
@@ -11,17 +11,7 @@ from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.study import differences
 from lightning_bge.runtime.dotted_config import comparable
-from lightning_bge.runtime.run_folder import describe_run, read_json, write_json, write_text
-
-
-def record_run(cli: BGECLI, run_dir: Path, datamodule: TextDataModule) -> None:
-    """Write `config.yaml`, and `run.json` with one entry for each call."""
-    config = cli.config
-    write_text(run_dir / "config.yaml", yaml.safe_dump(cli.plain_config(), sort_keys=False))
-    calls = (read_json(run_dir / "run.json") or {}).get("calls", [])
-    model = config.model
-    calls.append(describe_run(config.seed_everything, datamodule.data_hash, model.name_or_path, model.revision))
-    write_json(run_dir / "run.json", {"calls": calls})
+from lightning_bge.runtime.run_folder import read_json
 
 
 def check_same_run(cli: BGECLI, run_dir: Path, datamodule: TextDataModule) -> None:

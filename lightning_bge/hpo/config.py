@@ -14,24 +14,25 @@ from lightning_bge.hpo.ranking import CostName
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 JOURNAL = "journal.log"
-BEST = 5  # trials whose out-of-fold predictions are kept, and which may be run again with other seeds
-LONG = 200  # trials of a study from which on the best five are run again with two other seeds: 10 are at most 5 %
+BEST = 5  # trials whose out-of-fold predictions are kept, and which may have seed replicates
+REPLICATED_FROM = 200  # trials of a study, from which on there are seed replicates by default: 10 are at most 5 %
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """The search.
+    """The options of a study.
 
     Attributes:
-        n_trials: how many trials are to be finished, completed or pruned, in all; raise it to go on with a study.
-        space: what is searched: dotted name of a setting -> {low, high, log, step} or {choices: [...]}. With `when:
-            {another.setting: value or [values]}` it is drawn only in trials where that searched setting, one with
-            choices, has such a value; elsewhere it keeps its configured value. Of several entries all must hold.
-        enqueue: known good points, tried first and once a study: a list of {dotted name: value, ...}. What a point
-            leaves out is drawn. Points may be added when a study goes on; they count among its trials.
-        pruner: which trials are stopped early.
+        n_trials: how many trials the study has in all, completed or pruned; a finished study continues when it is
+            raised.
+        space: the search space: dotted name of an option -> {low, high, log, step} or {choices: [...]}. With `when:
+            {another.name: value or [values]}` it is drawn only in trials where that other hyperparameter, one with
+            choices, has such a value; in the others it keeps its configured value. Several entries must all hold.
+        enqueue: known good parameter sets, tried first and once in a study: a list of {dotted name: value, ...}. What
+            one leaves out is drawn. Some may be added when a study is resumed. They count among its trials.
+        pruner: which trials are ended early.
         sampler: tpe (Optuna's default: multivariate, with constant liar) or random.
-        seed: of the sampler.
+        sampler_seed: of the sampler.
         timeout: seconds after which this call starts no further trial, as Optuna's; null: no limit.
         val_check_interval: the part of an epoch between two reports to the pruner, as the Trainer's: 1, or a part like
             0.5 or 0.25, which lets bad trials end earlier and costs as many more validations.
@@ -40,17 +41,17 @@ class StudyConfig:
             there are 200 trials or more, else 0.
         cost: what is minimised besides the score: train_seconds, of a trial's training, or predict_seconds, of
             validating 1,000 rows; null: nothing. With a cost nothing is pruned: set pruner.name to none. The summary
-            lists the Pareto-optimal trials; the best trial stays the one with the best score.
-        refit: train the best settings on all rows at the end, and export the model.
-        encoder_cache_gb: memory for the models that a search keeps ready, so that each is read once: the one in use,
-            and others that wait in the host's memory; the least recently used is dropped first. In units of 2**30
+            lists the Pareto-optimal trials; the best trial is the one with the best score, as without a cost.
+        refit: train with the best hyperparameters on all rows at the end, and export the model.
+        encoder_cache_gb: memory for encoders that a study keeps so that each is read once: the one in use, and others
+            in the host's memory, of which the least recently used is dropped first. In units of 2**30
             bytes; 0: the one in use alone. null: that too, unless model.name_or_path is searched; then a quarter of the
             host's memory, or of what the control group, RLIMIT_* or memory.limit_gb allow, as the other three are for a
             trial's gradients, optimizer and activations; and at most half of what is free, as other processes may
             search too.
 
     Raises:
-        ConfigError: a value is out of range, or a cost was asked for together with a pruner.
+        ConfigError: a value is out of range, or a cost is set together with a pruner.
     """
 
     n_trials: int = 100
@@ -58,7 +59,7 @@ class StudyConfig:
     enqueue: list[dict[str, Any]] = field(default_factory=list)
     pruner: PrunerConfig = PrunerConfig()  # noqa: RUF009 - frozen
     sampler: Literal["tpe", "random"] = "tpe"
-    seed: int = 42
+    sampler_seed: int = 42
     timeout: float | None = None
     val_check_interval: float = 1.0
     seed_replicates: int | None = None
@@ -88,12 +89,12 @@ class StudyConfig:
 
     @property
     def n_seed_replicates(self) -> int:
-        """Number of seeds with which each of the best trials is run again."""
-        return 2 * (self.n_trials >= LONG) if self.seed_replicates is None else self.seed_replicates
+        """Number of seed replicates of each of the best trials."""
+        return 2 * (self.n_trials >= REPLICATED_FROM) if self.seed_replicates is None else self.seed_replicates
 
     @property
     def encoder_cache_bytes(self) -> int | None:
-        """The limit of `EncoderCache`: None is its share of the memory."""
+        """The limit of `EncoderCache`; None: its default share of the memory."""
         if self.encoder_cache_gb is not None:
             return round(self.encoder_cache_gb * 2**30)
         return None if "model.name_or_path" in self.space else 0

@@ -1,4 +1,4 @@
-"""What a search has done and has still to do, in a line after each trial."""
+"""A line after each trial: what a study has done, and how long it still takes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_bge.hpo.steps import Steps
 if TYPE_CHECKING:
     from lightning_bge.hpo.config import StudyConfig
 
-ETA_SHARE = 50  # the time left is worked out anew when so many times what that takes have passed: 2 % of the time
+ETA_INTERVAL = 50  # times what estimating the time left takes, between two estimates: it takes 2 % of the time
 
 
 def count(study: optuna.Study, *states: TrialState) -> int:
@@ -35,18 +35,18 @@ def finished(study: optuna.Study) -> int:
 def ended_early(study: optuna.Study) -> list[FrozenTrial]:
     """The trials that were pruned, or paused and not resumed."""
     trials = study.get_trials(deepcopy=False)
-    went_on = resumed_numbers(trials)
-    return [trial for trial in trials if trial.state == TrialState.PRUNED and trial.number not in went_on]
+    resumed = resumed_numbers(trials)
+    return [trial for trial in trials if trial.state == TrialState.PRUNED and trial.number not in resumed]
 
 
 class Progress:
-    """Prints a line after each trial: what became of it, trials done and pruned, the best so far, the time left.
+    """Prints a line after each trial: how it ended, trials done and pruned, the best so far, the time left.
 
     Args:
-        n_trials: how many are to be finished.
+        n_trials: how many the study has in all.
         metric: its name.
         n_reports: reports of a trial that runs to its end.
-        config: of the search; None: nothing is pruned, and nothing follows.
+        config: the options of the study; None: nothing is pruned, and neither seed replicates nor a refit follow.
     """
 
     def __init__(self, n_trials: int, metric: str, n_reports: int, config: StudyConfig | None = None) -> None:
@@ -65,15 +65,15 @@ class Progress:
         how = "paused" if isinstance(study.pruner, AshaPruner) else "pruned"
         print(
             f"[{done:>{len(str(self.n_trials))}}/{self.n_trials}] {self._name(trial)} {self._end(trial)} | "
-            f"{pruned} {how} | {self._best(study, trial)} | {_clock(time.monotonic() - self.start)} passed"
+            f"{pruned} {how} | {self._best(study, trial)} | elapsed {_clock(time.monotonic() - self.start)}"
             + self._left(study),
             flush=True,
         )
 
     def _left(self, study: optuna.Study) -> str:
-        """The time left, with the range that holds in eight searches of ten; nothing where it can't be known yet."""
+        """The time left, with the range that holds in eight studies of ten; empty where it is not known yet."""
         now = time.monotonic()
-        if now - self.estimated >= ETA_SHARE * self.took:
+        if now - self.estimated >= ETA_INTERVAL * self.took:
             self.estimated = now
             self.eta = self._estimate(study)
             self.took = time.monotonic() - now
@@ -83,7 +83,7 @@ class Progress:
         return f", about {mid} left" + (f" ({low} to {high})" if low != high else "")
 
     def _estimate(self, study: optuna.Study) -> Eta | None:
-        # a study that this program has not opened does not know its steps
+        # a study of another program has no steps in its attributes
         steps = Steps(**study.user_attrs.get("steps", {"folds": 1, "epochs": self.n_reports}))
         trials = study.get_trials(deepcopy=False)
         direction: Any = "maximize" if maximizes(study) else "minimize"
@@ -105,7 +105,7 @@ class Progress:
 
     def _name(self, trial: FrozenTrial) -> str:
         resumes = trial.user_attrs.get(RESUMES)
-        return f"trial {trial.number}" + ("" if resumes is None else f" (goes on with {resumes})")
+        return f"trial {trial.number}" + ("" if resumes is None else f" (resumes trial {resumes})")
 
     def _end(self, trial: FrozenTrial) -> str:
         if trial.state == TrialState.COMPLETE:
@@ -125,7 +125,7 @@ class Progress:
         found = ranked(study)
         if not found:
             return "no trial complete yet"
-        size = "" if self.cost is None else f", front of {len(front(study))}"
+        size = "" if self.cost is None else f", Pareto front of {len(front(study))}"
         return f"best {score_of(found[0]):.4f} (trial {found[0].number}){size}"
 
 

@@ -1,4 +1,4 @@
-"""What trials are compared by: the score, which comes first, and the cost, where a study has one."""
+"""How trials are compared: by the score first, then by the cost, where a study has one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def cost_of(trial: FrozenTrial) -> float | None:
 
 
 def ranked(study: optuna.Study) -> list[FrozenTrial]:
-    """The complete trials, the best score first, of equal ones the cheaper, then the older. Do not change them.
+    """The complete trials, the best score first, of equal ones the cheaper, then the older; they are not copies.
 
     The first of them is Optuna's `best_trial`, which is refused where there is a cost as well.
     """
@@ -34,8 +34,8 @@ def ranked(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(done, key=lambda trial: rank_key(study, trial.number, trial.values))
 
 
-def best_points(study: optuna.Study, count: int) -> list[FrozenTrial]:
-    """The best complete trials, of several with the same parameters one alone: another seed is what they need."""
+def best_parameter_sets(study: optuna.Study, count: int) -> list[FrozenTrial]:
+    """The best complete trials, one for each parameter set."""
     found: dict[tuple[tuple[str, Any], ...], FrozenTrial] = {}
     for trial in ranked(study):
         found.setdefault(tuple(sorted(trial.params.items())), trial)
@@ -43,7 +43,7 @@ def best_points(study: optuna.Study, count: int) -> list[FrozenTrial]:
 
 
 def rank_key(study: optuna.Study, number: int, values: Sequence[float]) -> tuple[float, ...]:
-    """What trials are sorted by, the best first."""
+    """The sort key of a trial; the best trial has the lowest."""
     score, *costs = values
     return -score if maximizes(study) else score, *costs, number
 
@@ -65,7 +65,7 @@ def front(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def cost(name: CostName, curve: Sequence[Sequence[Report]], rows: Sequence[int]) -> float:
-    """A trial's cost in seconds, by the clock on the wall.
+    """A trial's cost in seconds of wall-clock time.
 
     Args:
         name: `train_seconds`: of training, over all folds; building and setting up are in it, validation is not.

@@ -1,14 +1,12 @@
-"""The best trials once more, with other seeds: so that the winner is not merely the luckiest.
+"""The best trials trained with other seeds as well, so that the winner is not merely the luckiest.
 
-They are a study of their own beside the search, in the same journal, whose trials carry what they replicate:
-`replicate_of` (the trial's number) and `seed`. What is to be done follows from the two studies alone, so that any
-process may go on with it at any time: a seed replicate that nobody has queued is queued, and of two of the same the
-younger gives way.
+Seed replicates are a study of their own beside the first, in the same journal. Each of their trials carries the number
+of the trial that it replicates (`replicate_of`) and its `seed`. What is missing follows from the two studies alone, so
+that any process may continue at any time: it queues what nobody has queued, and of two equal trials it skips the later.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
 import sys
@@ -20,26 +18,26 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from lightning_bge.hpo.abandoned_trials import sweep
 from lightning_bge.hpo.config import BEST, FINISHED, StudyConfig
-from lightning_bge.hpo.objective import Objective, predictions_file
+from lightning_bge.hpo.objective import Objective
 from lightning_bge.hpo.progress import Progress, count
-from lightning_bge.hpo.ranking import best_points, maximizes, ranked, score_of
-from lightning_bge.hpo.storage import sweep
+from lightning_bge.hpo.ranking import best_parameter_sets, maximizes, ranked, score_of
 from lightning_bge.hpo.study import is_finished, stop_if_memory_is_kept
+from lightning_bge.runtime.compat.optuna import storage_of
 
-ATTEMPTS = 3  # of one seed replicate, whose process died or which failed; then it counts as one without a value
-log = logging.getLogger("lightning_bge")
+ATTEMPTS = 3  # at one seed replicate, whose process dies or which fails; then it counts as one without a value
 
-Task = tuple[int, int]  # the trial's number, and the seed
+Task = tuple[int, int]  # the replicated trial's number, and the seed
 
 
 @dataclass(frozen=True)
 class ReplicatedTrial:
-    """One of the best trials, and how it did with all seeds.
+    """One of the best trials, with the scores of its seed replicates.
 
     Attributes:
-        trial: its number in the search.
-        values: its score in the search, then one for each further seed; None: not run yet, or ended without a value.
+        trial: its number in the study.
+        values: its score in the study, then one for each further seed; None: not run yet, or ended without a value.
     """
 
     trial: int
@@ -60,17 +58,17 @@ class ReplicatedTrial:
 
 @dataclass(frozen=True)
 class SeedReplicates:
-    """How the best trials did with other seeds, and which one is the winner.
+    """The scores of the best trials with several seeds, and the winner.
 
     Attributes:
         seeds: the further ones.
-        trials: the best of the search, in its order.
-        before: the search's best trial.
+        trials: the best of the study, in its order.
+        before: the study's best trial.
         winner: the trial with the best mean over its seeds. A trial with a seed replicate that ended without a value
-            (NaN, out of memory, or its process died each time) is none. `before`, where nothing else can be said or
-            `missing`.
-        missing: seed replicates that have not ended.
-        elsewhere: those of them that other processes are running now.
+            (NaN, out of memory, or its process died each time) can't be it. `before`, where no trial can, or while
+            some are `missing`.
+        missing: number of seed replicates that have not ended.
+        elsewhere: how many of these other processes are running now.
     """
 
     seeds: tuple[int, ...]
@@ -88,38 +86,30 @@ class SeedReplicates:
             "winner": self.winner,
             "missing": self.missing,
             "trials": [
-                {"trial": again.trial, "values": list(again.values), "mean": again.mean, "spread": again.spread}
-                for again in self.trials
+                {"trial": one.trial, "values": list(one.values), "mean": one.mean, "spread": one.spread}
+                for one in self.trials
             ],
         }
 
 
 def run_seed_replicates(
-    study: optuna.Study,
-    objective: Objective,
-    config: StudyConfig,
-    metric: str,
-    n_reports: int,
-    seed: int,
-    since: float,
+    study: optuna.Study, objective: Objective, config: StudyConfig, *, metric: str, seed: int, since: float
 ) -> SeedReplicates | None:
-    """Run the best trials again, or what is missing of that; several processes may do so at once on one folder.
+    """Run the seed replicates that are missing; several processes may do so at once on one folder.
 
-    Each is run with the seeds `seed + 1`, `seed + 2`, ... on the same folds, to its end. A seed replicate whose
-    process died is run again. Trials whose out-of-fold predictions are not there are left out, as they could not be the
-    winner: those of a study that an older version ran.
+    Each of the best trials is trained with the seeds `seed + 1`, `seed + 2`, ... on the same folds, to its end. A seed
+    replicate whose process died is run once more.
 
     Args:
-        study: the search.
-        objective: the search's.
-        config: of the search: n_trials, seed_replicates, timeout.
+        study: the study whose best trials are replicated.
+        objective: of that study.
+        config: options of that study: n_trials, seed_replicates, timeout.
         metric: its name.
-        n_reports: reports of a trial that runs to its end.
-        seed: the search's `seed_everything`.
-        since: `time.monotonic()` at the start of this call, for `config.timeout`.
+        seed: the study's `seed_everything`.
+        since: `time.monotonic()` at the start of the call that `config.timeout` limits.
 
     Returns:
-        None where none are asked for, the search has not all its trials yet, or there is none to be run again.
+        None where none are requested, trials of the study are missing, or none has ended with a score.
 
     Raises:
         MemoryKeptError: as in `run_study`.
@@ -127,84 +117,76 @@ def run_seed_replicates(
     seeds = tuple(range(seed + 1, seed + 1 + config.n_seed_replicates))
     if not seeds or not is_finished(study, config) or not ranked(study):
         return None
-    plan = _Plan(study, _open(study), objective, seeds)
-    repeated = plan.best()
-    if left_out := [trial.number for trial in best_points(study, BEST) if trial not in repeated]:
-        log.warning("not run again, as an older version kept no predictions of them: trials %s", left_out)
-    if not repeated:
-        return None
-    progress = _Progress(plan, metric, n_reports)
-    once = plan.objective()
+    todo = _Todo(study, _open(study), objective, seeds)
+    progress, once = _Progress(todo, metric, objective.steps.total), todo.objective()
     until = math.inf if config.timeout is None else since + config.timeout
-    while plan.queue() and time.monotonic() < until:
-        plan.again.optimize(once, n_trials=1, callbacks=[progress, stop_if_memory_is_kept])
-    return plan.result()
+    while todo.queue() and time.monotonic() < until:
+        todo.replicates.optimize(once, n_trials=1, callbacks=[progress, stop_if_memory_is_kept])
+    return todo.result()
 
 
 def _open(study: optuna.Study) -> optuna.Study:
     return optuna.create_study(
-        storage=study._storage,
+        storage=storage_of(study),
         study_name=f"{study.study_name}-seed-replicates",
         direction=study.directions[0],
-        sampler=optuna.samplers.RandomSampler(),  # never asked: all parameters are given
+        sampler=optuna.samplers.RandomSampler(),  # never used: all parameters are given
         pruner=optuna.pruners.NopPruner(),
         load_if_exists=True,
     )
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Todo:
     study: optuna.Study
-    again: optuna.Study
+    replicates: optuna.Study
     trained: Objective
     seeds: tuple[int, ...]
 
     def best(self) -> list[FrozenTrial]:
-        """Which trials are repeated: other processes may still end trials of the search, and so change it."""
-        oof_dir = self.trained.oof_dir
-        assert oof_dir is not None
-        best = best_points(self.study, BEST)
-        return [trial for trial in best if predictions_file(oof_dir, trial.number).is_file()]
+        """The replicated trials; other processes may still end trials of the study, and so change which they are."""
+        return best_parameter_sets(self.study, BEST)
 
     def tasks(self) -> list[Task]:
-        """All seed replicates, seed by seed: the model is read anew for each seed."""
+        """All seed replicates, seed by seed: the encoder is read once for each seed."""
         best = self.best()
         return [(trial.number, seed) for seed in self.seeds for trial in best]
 
     def queue(self) -> bool:
-        """Queue what is missing and nobody has; return whether anything waits to be run."""
-        # A seed replicate is given up by the number of its failures, not by that of its retries, which include Ctrl-C.
-        sweep(self.again, max_retries=sys.maxsize)
+        """Queue what is missing and nobody has; return whether any trial is waiting."""
+        # given up by the number of failures (`ATTEMPTS`), not by that of retries, which include those after Ctrl-C
+        sweep(self.replicates, max_retries=sys.maxsize)
         attempts = self.attempts()
         params = {trial.number: trial.params for trial in self.best()}
-        for of, seed in self.tasks():
-            tried = attempts.get((of, seed), [])
+        for number, seed in self.tasks():
+            tried = attempts.get((number, seed), [])
             if not any(_holds(trial) for trial in tried) and not _given_up(tried):
-                self.again.enqueue_trial(params[of], user_attrs={"replicate_of": of, "seed": seed})
-        return count(self.again, TrialState.WAITING) > 0
+                self.replicates.enqueue_trial(params[number], user_attrs={"replicate_of": number, "seed": seed})
+        return count(self.replicates, TrialState.WAITING) > 0
 
     def attempts(self) -> dict[Task, list[FrozenTrial]]:
         """All trials that were made of each seed replicate, the oldest first."""
         found: dict[Task, list[FrozenTrial]] = {}
-        for trial in self.again.get_trials(deepcopy=False):
+        for trial in self.replicates.get_trials(deepcopy=False):
             if (task := _task(trial)) is not None:
                 found.setdefault(task, []).append(trial)
         return found
 
     def objective(self) -> Any:
-        """What a trial of the seed replicates does: train, unless there is nothing to do."""
-        inner = replace(self.trained, oof_dir=None, cost=None, n_trials=len(self.tasks()))
+        """Trains a seed replicate, unless it is redundant."""
+        files = replace(self.trained.files, out_of_fold=None)
+        train = replace(self.trained, files=files, cost=None, n_trials=len(self.tasks()))
 
         def once(trial: optuna.Trial) -> Any:
             if not self.redundant(trial):
-                return inner(trial)
+                return train(trial)
             trial.set_user_attr("redundant", True)
             return math.nan  # Optuna ends it as FAIL
 
         return once
 
     def redundant(self, trial: optuna.Trial) -> bool:
-        """Whether another process was faster, or the trial that this one replicates is no longer among the best."""
+        """Whether another process was faster, or the replicated trial is no longer among the best."""
         task = _task(trial)
         if task is None or task not in self.tasks():  # None: the queue was empty, and Optuna has made a new trial
             return True
@@ -214,24 +196,23 @@ class _Plan:
     def result(self) -> SeedReplicates:
         """What is known by now."""
         attempts = self.attempts()
-        tasks = self.tasks()
-        missing = [task for task in tasks if not _ended(attempts.get(task, []))]
-        running = [task for task in missing if any(t.state == TrialState.RUNNING for t in attempts.get(task, []))]
-        trials = tuple(
-            ReplicatedTrial(
-                trial.number, (score_of(trial), *(_value(attempts.get((trial.number, k), [])) for k in self.seeds))
-            )
-            for trial in self.best()
-        )
+        missing = [tried for task in self.tasks() if not _ended(tried := attempts.get(task, []))]
+        running = [tried for tried in missing if any(trial.state == TrialState.RUNNING for trial in tried)]
+
+        def replicated(trial: FrozenTrial) -> ReplicatedTrial:
+            scores = [_value(attempts.get((trial.number, seed), [])) for seed in self.seeds]
+            return ReplicatedTrial(trial.number, (score_of(trial), *scores))
+
+        trials = tuple(replicated(trial) for trial in self.best())
         before = ranked(self.study)[0].number
         sign = 1 if maximizes(self.study) else -1
-        # of equal ones the search's better one
-        means = {again.trial: sign * again.mean for again in trials if again.mean is not None}
+        # of equal means the one with the better score in the study
+        means = {one.trial: sign * one.mean for one in trials if one.mean is not None}
         winner = before if missing or not means else max(means, key=lambda number: means[number])
         return SeedReplicates(self.seeds, trials, before, winner, len(missing), len(running))
 
     def ended(self) -> int:
-        """Number of seed replicates that are done with."""
+        """Number of seed replicates that have ended, with or without a value."""
         attempts = self.attempts()
         return sum(_ended(attempts.get(task, [])) for task in self.tasks())
 
@@ -242,7 +223,7 @@ def _task(trial: FrozenTrial | optuna.Trial) -> Task | None:
 
 
 def _holds(trial: FrozenTrial) -> bool:
-    """Whether it has done its seed replicate, is doing it, or will do it."""
+    """Whether the trial has run its seed replicate, is running it, or will run it."""
     return trial.state != TrialState.FAIL
 
 
@@ -260,9 +241,9 @@ def _value(tried: Sequence[FrozenTrial]) -> float | None:
 
 
 class _Progress(Progress):
-    def __init__(self, plan: _Plan, metric: str, n_reports: int) -> None:
-        super().__init__(len(plan.tasks()), metric, n_reports)
-        self.plan = plan
+    def __init__(self, todo: _Todo, metric: str, n_reports: int) -> None:
+        super().__init__(len(todo.tasks()), metric, n_reports)
+        self.todo = todo
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Optuna calls this after each trial."""
@@ -270,34 +251,29 @@ class _Progress(Progress):
             super().__call__(study, trial)
 
     def _done(self, study: optuna.Study) -> int:
-        return self.plan.ended()
+        return self.todo.ended()
 
     def _name(self, trial: FrozenTrial) -> str:
-        return f"trial {trial.user_attrs['replicate_of']} again, seed {trial.user_attrs['seed']},"
+        return f"trial {trial.user_attrs['replicate_of']} with seed {trial.user_attrs['seed']}"
 
     def _best(self, study: optuna.Study, trial: FrozenTrial) -> str:
-        old = next(
-            one for one in self.plan.study.get_trials(deepcopy=False) if one.number == trial.user_attrs["replicate_of"]
-        )
-        return f"{score_of(old):.4f} with the search's seed"
+        replicated = self.todo.study.get_trials(deepcopy=False)[trial.user_attrs["replicate_of"]]
+        return f"{score_of(replicated):.4f} in the study"
 
 
 def describe_seed_replicates(found: dict[str, Any], metric: str) -> list[str]:
-    """Lines for a user, of what `SeedReplicates.as_dict` gave the summary."""
-    seeds = len(found["seeds"])
+    """Lines for a user about what `SeedReplicates.as_dict` returns."""
     lines = [
-        f"the best {len(found['trials'])} again with {seeds} other seed{'s'[: seeds > 1]} each; "
-        f"{metric}, mean +- standard deviation over all {seeds + 1} seeds:"
+        f"seed replicates of the best {len(found['trials'])} trials: {metric}, mean +- standard deviation over "
+        f"{len(found['seeds']) + 1} seeds"
     ]
-    for again in found["trials"]:
-        mark = " <- the winner" if again["trial"] == found["winner"] else ""
-        if again["mean"] is None:
-            shown = "not every seed has a value"
-        else:
-            shown = f"{again['mean']:.4f} +- {again['spread']:.4f}"
-        lines.append(f"  trial {again['trial']}: {shown} (in the search {again['values'][0]:.4f}){mark}")
+    for one in found["trials"]:
+        mark = " <- the winner" if one["trial"] == found["winner"] else ""
+        known = one["mean"] is not None
+        shown = f"{one['mean']:.4f} +- {one['spread']:.4f}" if known else "not every seed has a value"
+        lines.append(f"  trial {one['trial']}: {shown} (in the study {one['values'][0]:.4f}){mark}")
     if found["missing"]:
-        return [*lines, f"{found['missing']} of them are missing, and may change the winner: the same command goes on"]
+        return [*lines, f"{found['missing']} of them are missing, and may change the winner: continue the study"]
     if found["winner"] == found["winner_before"]:
-        return [*lines, "the search's best trial stays the winner"]
-    return [*lines, f"the winner changed: trial {found['winner']}, not trial {found['winner_before']} as in the search"]
+        return [*lines, "the winner is the study's best trial"]
+    return [*lines, f"the winner is trial {found['winner']}, and not the study's best trial, {found['winner_before']}"]

@@ -1,4 +1,4 @@
-"""A study from its first trial to its last: opened or resumed, run, shown as it goes."""
+"""A study opened or resumed, and its trials run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
+from lightning_bge.hpo.abandoned_trials import sweep
 from lightning_bge.hpo.config import JOURNAL, StudyConfig
 from lightning_bge.hpo.progress import Progress, finished
 from lightning_bge.hpo.pruning.asha import RESUMES, AshaPruner, AshaScheduler, nothing_left
 from lightning_bge.hpo.pruning.config import build_pruner
-from lightning_bge.hpo.space.parameter_sets import parse_points
+from lightning_bge.hpo.space.parameter_sets import parse_enqueued
 from lightning_bge.hpo.space.search_space import describe_difference, parse_space, space_to_json
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.storage import enqueue_once, open_storage, sweep
+from lightning_bge.hpo.storage import JournalLock, hold, open_storage
 from lightning_bge.runtime.memory import format_bytes
 
 log = logging.getLogger("lightning_bge")
@@ -37,23 +38,23 @@ def open_study(
     steps: Steps,
     settings: dict[str, Any],
 ) -> optuna.Study:
-    """Create the study of a run folder, or go on with it, and queue those of `config.enqueue` that are new to it.
+    """Create or resume the study of a run folder, and queue those of `config.enqueue` that are new to it.
 
     The study is named after its folder, and the name never changes: Hyperband's brackets depend on it.
 
     Args:
-        run_dir: the run's folder; the journal lies in it.
-        config: the search.
+        run_dir: the run's folder, with the journal in it.
+        config: the options of the study.
         direction: of the score: `maximize` or `minimize`. A cost is the second objective.
         steps: what a trial that runs to its end reports.
-        settings: whatever makes trials comparable, as plain data: model, data, metric, folds, epochs.
+        settings: the options that must be equal for trials to be comparable, by dotted names, as plain data.
 
     Raises:
-        ConfigError: space or points are wrong; nothing is written.
-        StudyError: the folder holds a study of another space or of other settings; says what differs.
+        ConfigError: the space or the enqueued parameter sets are wrong; nothing is written.
+        StudyError: the folder holds a study with another space or other options; the message lists the differences.
     """
     parsed = parse_space(config.space)
-    points = parse_points(config.enqueue, parsed)
+    enqueued = parse_enqueued(config.enqueue, parsed)
     seeded = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}[config.sampler]
     storage = open_storage(run_dir / JOURNAL)
     summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
@@ -62,14 +63,14 @@ def open_study(
         storage=storage,
         study_name=run_dir.name,
         directions=[direction] if config.cost is None else [direction, "minimize"],
-        # the seed moves on with the trials that are there, else a resumed study would draw its first points again
-        sampler=seeded(seed=config.seed + (_n_trials(storage, run_dir.name) if resumed else 0)),
+        # the number of trials is added, else a resumed study would draw its first parameter sets a second time
+        sampler=seeded(seed=config.sampler_seed + (_n_trials(storage, run_dir.name) if resumed else 0)),
         pruner=build_pruner(config.pruner, config.n_trials, steps),
         load_if_exists=True,
     )
     space = space_to_json(parsed)
     settings = json.loads(json.dumps(settings))
-    if config.cost is not None:  # else left out, so that studies of before can go on
+    if config.cost is not None:
         settings["hpo.cost"] = config.cost
     if "space" not in study.user_attrs or "settings" not in study.user_attrs:
         study.set_user_attr("space", space)
@@ -78,7 +79,7 @@ def open_study(
         study.set_user_attr("steps", asdict(steps))
     _check_same(run_dir, study, space, settings)
     sweep(study)
-    enqueue_once(study, points, run_dir / JOURNAL)
+    enqueue_once(study, enqueued, run_dir / JOURNAL)
     return study
 
 
@@ -93,35 +94,60 @@ def _check_same(run_dir: Path, study: optuna.Study, space: dict[str, Any], setti
     found += differences(study.user_attrs["settings"], settings)
     if found:
         raise StudyError(
-            f"{run_dir} holds a study whose trials can't be compared with the ones asked for. What differs:\n  "
+            f"{run_dir} holds a study whose trials can't be compared with the requested ones. Differences:\n  "
             + "\n  ".join(found)
-            + "\nName another --run_dir, or delete that folder."
+            + "\nName another run_dir, or delete that folder."
         )
 
 
+def enqueue_once(study: optuna.Study, parameter_sets: Sequence[dict[str, Any]], journal: Path) -> int:
+    """Queue the parameter sets that this study has never queued before; they are tried before anything is drawn.
+
+    Several processes may call it at once, and each start of a study does. A trial that was queued holds its parameter
+    set in the user attribute `enqueued`. The retry of a killed trial is queued by `sweep`, not here.
+
+    Args:
+        study: the study.
+        parameter_sets: values by the names of parameters; the others are drawn.
+        journal: the study's journal; the lock's files are beside it.
+
+    Returns:
+        How many were queued.
+    """
+    # The journal's own lock covers one record at a time, and this reads and writes many. A process on another host that
+    # is stopped for more than 30 s in the middle loses this lock (see `JournalLock`); parameter sets may then be queued
+    # twice, which costs a trial each. After a process was killed in the middle, the next call queues the rest.
+    with hold(JournalLock(journal.with_name(f"{journal.name}.enqueue"))):
+        known = [trial.user_attrs.get("enqueued") for trial in study.get_trials(deepcopy=False)]
+        missing = [values for values in parameter_sets if values not in known]
+        for values in missing:
+            study.enqueue_trial(values, user_attrs={"enqueued": values})
+    return len(missing)
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Say how two flat dictionaries of settings differ, one line for each name; a missing one counts as None."""
+    """How two flat dictionaries of options differ, one line for each name; a missing one counts as None."""
     return [
-        f"{name}: {old.get(name)} there, {new.get(name)} asked"
+        f"{name}: {old.get(name)} in the folder, {new.get(name)} requested"
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     ]
 
 
 def quiet_optuna() -> None:
-    """Keep Optuna's own lines away: `Progress` prints one a trial, and a failed trial's error ends the program."""
+    """Show Optuna's errors only: `Progress` prints a line for each trial."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 def is_finished(study: optuna.Study, config: StudyConfig) -> bool:
-    """Whether no trial is missing, or is to be resumed; others may still be running some beyond."""
+    """Whether no trial is missing, and none is to be resumed; other processes may be running more than were planned."""
     if isinstance(study.pruner, AshaPruner):
         return nothing_left(study, study.pruner, config.n_trials)
     return finished(study) >= config.n_trials
 
 
-def others_go_on(study: optuna.Study) -> bool:
-    """Whether other processes run trials whose end may let further paused ones be resumed: they end the study."""
+def others_running(study: optuna.Study) -> bool:
+    """Whether other processes run trials after whose end paused ones may be resumed: those processes end the study."""
     if not isinstance(study.pruner, AshaPruner):
         return False
     sweep(study)
@@ -142,14 +168,14 @@ def run_study(
     Args:
         study: the study.
         objective: trains a trial.
-        config: the search.
+        config: the options of the study.
         metric: its name.
         n_reports: reports of a trial that runs to its end.
         paused_dir: where the pruner `asha` keeps paused trials.
 
     Raises:
-        MemoryKeptError: a trial ran out of memory and something still holds some of what it took. The trial is told to
-            the study. A new process on the same folder goes on; this one would run out of memory earlier and earlier.
+        MemoryKeptError: a trial ran out of memory, and some of what it took is still held. The study has the trial. A
+            new process can continue the study; this one would run out of memory earlier each time.
     """
     if is_finished(study, config):
         return
@@ -160,45 +186,45 @@ def run_study(
     ]
     until = math.inf if config.timeout is None else time.monotonic() + config.timeout
     gc.collect()
-    gc.freeze()  # what the libraries have made so far is not searched again after each trial
+    gc.freeze()  # else the objects of the libraries would be searched after each trial
     try:
         while not is_finished(study, config) and time.monotonic() < until:
             if scheduler is not None:
                 scheduler(study)
             left = None if config.timeout is None else max(0.0, until - time.monotonic())
             study.optimize(objective, timeout=left, callbacks=callbacks)
-            sweep(study)  # another process may have died and left something to do
+            sweep(study)  # a process that died may have left a trial to be run
         while scheduler is not None and scheduler.resume_best(study):
-            print("the time is over, and no trial has run to its end yet: the best paused one goes on", flush=True)
+            print("hpo.timeout is over and no trial is complete: the best paused one is resumed", flush=True)
             study.optimize(objective, n_trials=1, callbacks=[progress, stop_if_memory_is_kept])
     finally:
         gc.unfreeze()
 
 
 def _scheduler(study: optuna.Study, config: StudyConfig, paused_dir: Path | None) -> AshaScheduler | None:
-    """What resumes paused trials; None, and no paused trials are kept, where the pruner is another."""
+    """What resumes paused trials; None for another pruner, whose study keeps no paused trials."""
     if isinstance(study.pruner, AshaPruner):
         assert paused_dir is not None
         room = config.pruner.paused_gb
         return AshaScheduler(study.pruner, config.n_trials, paused_dir, None if room is None else room * 2**30)
     if paused_dir is not None and paused_dir.is_dir():
         log.warning(
-            "%s: trials that another pruner paused; deleted, as %s resumes none", paused_dir, config.pruner.name
+            "%s: deleting trials that another pruner has paused; %s resumes none", paused_dir, config.pruner.name
         )
         shutil.rmtree(paused_dir)
     return None
 
 
-def _stop_after(trials: int) -> Callable[[optuna.Study, FrozenTrial], None]:
+def _stop_after(n_trials: int) -> Callable[[optuna.Study, FrozenTrial], None]:
     def stop(study: optuna.Study, trial: FrozenTrial) -> None:
-        if finished(study) >= trials:
+        if finished(study) >= n_trials:
             study.stop()
 
     return stop
 
 
 class MemoryKeptError(StudyError):
-    """What an out-of-memory trial took was not all given back."""
+    """Memory of a trial that ran out of it is still held."""
 
 
 def stop_if_memory_is_kept(study: optuna.Study, trial: FrozenTrial) -> None:
@@ -206,6 +232,6 @@ def stop_if_memory_is_kept(study: optuna.Study, trial: FrozenTrial) -> None:
     kept = trial.user_attrs.get("memory_kept")
     if kept is not None:
         raise MemoryKeptError(
-            f"trial {trial.number} ran out of memory, and {format_bytes(kept)} of what it took are still held: "
-            "start the same command again, in a new process; the study goes on from there"
+            f"trial {trial.number} ran out of memory, and {format_bytes(kept)} of what it took are still held. "
+            "Start the study in a new process, which continues it"
         )

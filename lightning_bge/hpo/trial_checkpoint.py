@@ -1,4 +1,4 @@
-"""A fold of a trial: what is kept of it, and what a paused trial leaves on disk so that it goes on bit for bit."""
+"""What is kept of a trial's folds, and the checkpoint from which a paused trial is resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lightning_bge.models.metrics import Predictions
 
 
 @dataclass(frozen=True)
-class Fold:
-    """What is kept of a fold: no callback, as Lightning ties those to module, trainer and optimizer.
+class FoldResult:
+    """What is kept of a finished fold: no callback, as Lightning ties those to module, trainer and optimizer.
 
     Attributes:
-        score: what counts for the trial.
+        score: the fold's part of the trial's value.
         epochs: the epoch it comes from, from 1.
         predictions: of that epoch.
         rows: number of validation rows.
@@ -32,12 +32,12 @@ class Fold:
     rows: int
 
 
-class EpochThatCounts(Callback):
-    """Remembers which epoch a fold's score comes from, and its predictions.
+class ScoredEpoch(Callback):
+    """Keeps which epoch a fold's score comes from, and its predictions.
 
     Args:
         monitor: the logged metric.
-        objective: `best` or `last`.
+        objective: whether the `best` or the `last` epoch is scored.
         direction: `maximize` or `minimize`.
     """
 
@@ -49,78 +49,86 @@ class EpochThatCounts(Callback):
         self.best = -float("inf")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep this epoch's predictions where they are the ones that count so far."""
+        """Keep this epoch's predictions where it is the one to be scored so far."""
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            return  # a report within an epoch
+            return  # a validation within an epoch
         value = self.sign * float(trainer.callback_metrics.get(self.monitor, float("nan")))
         if self.objective == "last" or value > self.best:
             self.best, self.epochs = value, trainer.current_epoch + 1
             self.predictions = pl_module.predictions  # type: ignore[assignment]
 
+    def state(self) -> dict[str, Any]:
+        """Plain data and tensors, for `restore`."""
+        return {"best": self.best, "epochs": self.epochs, "predictions": _plain(self.predictions)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue with the state of another callback."""
+        self.best, self.epochs = state["best"], state["epochs"]
+        self.predictions = _predictions(state["predictions"])
+
 
 @dataclass(frozen=True)
-class Paused:
-    """A trial that stopped at a report, to be resumed.
+class PausedTrial:
+    """A trial that was paused after a report, to be resumed.
 
     Attributes:
         folds: those that were finished.
         curve: all validations so far, of each fold.
-        reports: what the fold at hand had reported (`FoldPruningCallback.state`).
-        counts: its best epoch so far: value, epoch, predictions.
+        reports: what the current fold had reported (`FoldPruningCallback.state`).
+        scored: its scored epoch so far (`ScoredEpoch.state`).
         checkpoint: its trainer's checkpoint; None: the fold had made its last report.
     """
 
-    folds: list[Fold]
+    folds: list[FoldResult]
     curve: list[list[Report]]
     reports: dict[str, Any]
-    counts: dict[str, Any]
+    scored: dict[str, Any]
     checkpoint: Path | None
 
     @classmethod
-    def load(cls, folder: Path) -> Paused | None:
-        """Read what `pause` wrote; None: it is gone, or a part of it."""
+    def load(cls, folder: Path) -> PausedTrial | None:
+        """Read what `pause` wrote; None: a part or all of it was deleted."""
         path, checkpoint = folder / "state.pt", folder / "fold.ckpt"
         state = torch.load(path, weights_only=True) if path.is_file() else None
         if state is None or (state["checkpoint"] and not checkpoint.is_file()):
             return None
-        folds = [Fold(**{**fold, "predictions": _predictions(fold["predictions"])}) for fold in state["folds"]]
+        folds = [FoldResult(**{**fold, "predictions": _predictions(fold["predictions"])}) for fold in state["folds"]]
         curve = [[Report(*report) for report in fold] for fold in state["curve"]]
-        counts = {**state["counts"], "predictions": _predictions(state["counts"]["predictions"])}
-        return cls(folds, curve, state["reports"], counts, checkpoint if state["checkpoint"] else None)
+        return cls(folds, curve, state["reports"], state["scored"], checkpoint if state["checkpoint"] else None)
 
-    def restore(self, reports: FoldPruningCallback, counts: EpochThatCounts) -> None:
-        """Let a fold's new callbacks go on where the paused ones stopped."""
+    def restore(self, reports: FoldPruningCallback, scored: ScoredEpoch) -> None:
+        """Give a fold's new callbacks the state of the paused ones."""
         reports.restore(self.reports, self.curve[-1])
-        counts.best, counts.epochs, counts.predictions = (self.counts[key] for key in ("best", "epochs", "predictions"))
+        scored.restore(self.scored)
 
 
 def pause(
     folder: Path,
     trainer: Trainer | None,
-    folds: Sequence[Fold],
+    *,
+    folds: Sequence[FoldResult],
     curve: Sequence[Sequence[Report]],
     reports: FoldPruningCallback,
-    counts: EpochThatCounts,
+    scored: ScoredEpoch,
 ) -> None:
-    """Write what is needed to go on with a trial.
+    """Write what is needed to resume a trial.
 
     Args:
         folder: the trial's own.
-        trainer: of the fold at hand; None: it has made its last report, and no weights are needed.
+        trainer: of the current fold; None: it has made its last report, and no weights are needed.
         folds: those that are finished.
-        curve: all validations so far.
-        reports: the fold's callback.
-        counts: likewise.
+        curve: all validations so far, of each fold.
+        reports: the fold's callback that reports.
+        scored: the fold's callback that keeps the scored epoch.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if trainer is not None:
         trainer.save_checkpoint(folder / "fold.ckpt")
-    kept = {"best": counts.best, "epochs": counts.epochs, "predictions": _plain(counts.predictions)}
     state = {
         "folds": [{**vars(fold), "predictions": _plain(fold.predictions)} for fold in folds],
         "curve": [[list(report) for report in fold] for fold in curve],
         "reports": reports.state(),
-        "counts": kept,
+        "scored": scored.state(),
         "checkpoint": trainer is not None,
     }
     draft = folder / "state.draft"

@@ -66,7 +66,7 @@ class BGEClassifier(LightningModule):
         savers: what is given up for memory: recomputed activations, frozen layers, LoRA.
 
     Attributes:
-        load: what the encoder is loaded by; a search sets it to `EncoderCache.load`, which loads once for all trials.
+        load: the function that loads the encoder; `load_encoder_with` sets it.
         oom_retry: repeats a step that ran out of memory with less, and records such failures.
     """
 
@@ -131,6 +131,17 @@ class BGEClassifier(LightningModule):
             self.net = net
         if self.loss is None:
             self.loss = Loss(self.loss_config, self.task, self.schema.num_outputs, self.class_counts)
+
+    def load_encoder_with(self, load: Callable[..., TextClassifier]) -> None:
+        """Load the encoder with another function than `load_classifier`, which has the same arguments.
+
+        A study passes `EncoderCache.load`, which reads an encoder once for all trials.
+        """
+        self.load = load
+
+    def release_encoder(self) -> None:
+        """Hold the encoder no longer, so that its cache can hand it out to the next trial on the same device."""
+        self.net = None
 
     def _take_schema(self) -> None:
         datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None

@@ -1,4 +1,4 @@
-"""Settings as data: dotted names, overrides, and what must stay the same within one run."""
+"""Options as data: dotted names, overrides, and which of them must stay the same within one run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from lightning_bge.errors import ConfigError
 
-# What one setting decides of another: the data module reads what the model is; one seed draws head, dropout and order.
+# An option, and another one that takes its value: the data module needs the model's; one seed draws head, dropout and
+# order.
 LINKS = (
     ("model.name_or_path", "data.tokenizer"),
     ("model.task", "data.task"),
@@ -19,7 +20,7 @@ LINKS = (
     ("seed_everything", "model.seed"),
     ("seed_everything", "data.batching.seed"),
 )
-# Settings that may change between two calls of a run: they do not change what a trial or an epoch is.
+# Options that may change between two calls of a run: they do not change what a trial or an epoch is.
 FREE = (
     *("run_dir", "hpo", "config", "compile", "memory", "trainer.logger"),
     *("data.test_file", "data.predict_file", "data.cache_dir"),
@@ -29,40 +30,41 @@ FREE = (
 
 
 def with_overrides(config: Namespace, overrides: dict[str, Any]) -> Namespace:
-    """A copy of the settings with some replaced by their dotted names, and the links followed.
+    """A copy of the options with some replaced by their dotted names, and the links followed.
 
-    Besides what may be searched, `seed_everything` may be replaced, and with it head, dropout and order; not the folds.
+    Besides what may be searched, `seed_everything` may be replaced, and with it head, dropout and order, but not the
+    folds.
     """
     config = copy.deepcopy(config)
     for name, value in overrides.items():
         if name != "seed_everything":
-            check_setting(config, name)
+            check_option(config, name)
         config[name] = value
     for source, target in LINKS:
         config[target] = config[source]
     return config
 
 
-def check_setting(config: Namespace, name: str) -> None:
-    """Raise `ConfigError` unless `name` is one of the settings of model, data or trainer, and no link's target."""
+def check_option(config: Namespace, name: str) -> None:
+    """Raise `ConfigError` unless `name` is an option of model, data or trainer, and not the target of a link."""
     linked = [target for _, target in LINKS]
     if name in config and name not in linked and name.split(".")[0] in ("model", "data", "trainer"):
         return
     known = [key for key, _ in config.items() if key not in linked]
     near = sorted(key for key in known if key.split(".")[0] == name.split(".")[0])
     raise ConfigError(
-        f"hpo.space: there is no setting {name}. "
-        + (f"Known there: {', '.join(near)}" if near else "Settings are model.*, data.* and trainer.*")
+        f"hpo.space: there is no option {name}. "
+        + (f"Options with such a beginning: {', '.join(near)}" if near else "Expected model.*, data.* or trainer.*")
     )
 
 
 def plain_config(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
-    """All settings as plain data that the same parser reads again."""
+    """All options as plain data that the same parser can read."""
     return json.loads(parser.dump(config, format="json", skip_unset=False, skip_validation=True))
 
 
 def comparable(config: dict[str, Any], searched: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Dotted name -> value, of the settings that must not change within one run."""
+    """Dotted name -> value, of the options that must not change within one run."""
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, node: Any) -> None:

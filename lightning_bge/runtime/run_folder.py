@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 SCHEMA_VERSION = 1
 PACKAGES = ("lightning-bge", "torch", "lightning", "transformers", "tokenizers", "optuna", "torchmetrics", "numpy")
 
@@ -49,6 +51,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
     return content if content.get("schema_version") == SCHEMA_VERSION else None
+
+
+def record_run(folder: Path, config: dict[str, Any], data_hash: str | None) -> None:
+    """Write the options as `config.yaml`, and add one entry for this call to `run.json`."""
+    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    calls = (read_json(folder / "run.json") or {}).get("calls", [])
+    model = config["model"]
+    calls.append(describe_run(config["seed_everything"], data_hash, model["name_or_path"], model["revision"]))
+    write_json(folder / "run.json", {"calls": calls})
 
 
 def describe_run(seed: int, data_hash: str | None, model: str, revision: str | None) -> dict[str, Any]:

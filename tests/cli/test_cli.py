@@ -22,8 +22,8 @@ import yaml
 from optuna.trial import TrialState
 from safetensors.torch import load_file
 
-from lightning_bge.cli.commands import hpo as hpo_command
 from lightning_bge.data.sample import write_sample
+from lightning_bge.hpo import run as hpo_run
 from lightning_bge.hpo.seed_replicates import run_seed_replicates
 from lightning_bge.hpo.storage import open_storage
 from lightning_bge.models.tiny_bert import build_tiny_bert
@@ -129,7 +129,7 @@ def test_a_study_of_another_space_or_other_data_is_refused(run: Run, search: lis
     assert "high 0.01 -> 0.02" in err
     status, _, err = run(*search, "--data.batch_size", "8")
     assert status == 2
-    assert "data.batch_size: 32 there, 8 asked" in err
+    assert "data.batch_size: 32 in the folder, 8 requested" in err
     assert len(trials(tmp_path / "study")) == 1
 
 
@@ -139,7 +139,7 @@ MISTAKES = {
     "metric": (("--monitor.metric", "f7"), "a binary task has f1, accuracy"),
     "groups": (("--data.group_column", "label"), "2 groups cannot be split into 3"),
     "class": (("--model.task", "regression", "--monitor.metric", "f1"), "a regression task has spearman"),
-    "name": (("--hpo.space", '{"model.optimizer.rate": {"low": 1, "high": 2}}'), "no setting model.optimizer.rate"),
+    "name": (("--hpo.space", '{"model.optimizer.rate": {"low": 1, "high": 2}}'), "no option model.optimizer.rate"),
     "bounds": (("--hpo.space", '{"model.optimizer.lr": {"low": 0.2, "high": 0.1}}'), "swap the bounds"),
     "value": (("--hpo.space", '{"model.dropout": {"low": 0.1, "high": 1.5}}'), "expected 0 to below 1"),
     "type": (("--hpo.space", '{"data.batch_size": {"choices": ["many"]}}'), "many"),
@@ -262,19 +262,20 @@ def test_the_winner_of_the_seed_replicates_is_what_the_study_ends_with(
 ) -> None:
     study, chosen = tmp_path / "study", run_seed_replicates
 
-    def changed(search: optuna.Study, *args: Any) -> Any:
-        found = chosen(search, *args)
+    def changed(search: optuna.Study, *args: Any, **options: Any) -> Any:
+        found = chosen(search, *args, **options)
         assert found is not None
         worst = found.trials[-1].trial
         assert worst != found.before
         return replace(found, winner=worst)
 
-    monkeypatch.setattr(hpo_command, "run_seed_replicates", changed)
+    monkeypatch.setattr(hpo_run, "run_seed_replicates", changed)
     status, out, err = run(*search, "--hpo.pruner.name", "none", "--hpo.seed_replicates", "1")
     assert status == 0, err
     summary = json.loads((study / "summary.json").read_text())
     winner = trials(study)[summary["seed_replicates"]["winner"]]
-    assert f"the winner changed: trial {winner.number}, not trial {summary['seed_replicates']['winner_before']}" in out
+    before = summary["seed_replicates"]["winner_before"]
+    assert f"the winner is trial {winner.number}, and not the study's best trial, {before}" in out
     assert (summary["best_trial"], summary["best_params"]) == (winner.number, winner.params)
     assert summary["best_value"] == winner.value
     assert summary["fold_scores"] == winner.user_attrs["fold_scores"]
@@ -297,7 +298,7 @@ def test_a_search_with_a_cost_ends_with_the_front(run: Run, search: list[str], t
     assert status == 0, err
     assert "predict_seconds" in out.splitlines()[3]
     assert "front of" in out
-    assert "best f1 for its predict_seconds:" in out
+    assert "Pareto front of f1 and predict_seconds:" in out
     summary = json.loads((study / "summary.json").read_text())
     assert summary["cost"] == "predict_seconds"
     done = trials(study)
@@ -318,7 +319,7 @@ def test_a_search_with_a_cost_ends_with_the_front(run: Run, search: list[str], t
         assert [float(row["cost"]) for row in csv.DictReader(file)] == [trial.values[1] for trial in done]
     status, _, err = run(*search, "--hpo.pruner.name", "none")
     assert status == 2
-    assert "hpo.cost: predict_seconds there, None asked" in err
+    assert "hpo.cost: predict_seconds in the folder, None requested" in err
 
 
 def start(args: list[str]) -> subprocess.Popen[str]:
@@ -395,7 +396,7 @@ def test_a_killed_fit_goes_on_and_ends_with_the_same_weights(options: list[str],
     assert "is finished" in out
     status, _, err = run(*args, "--run_dir", str(tmp_path / "killed"), "--model.optimizer.lr", "2e-3")
     assert status == 2
-    assert "model.optimizer.lr: 0.001 there, 0.002 asked" in err
+    assert "model.optimizer.lr: 0.001 in the folder, 0.002 requested" in err
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)

@@ -122,7 +122,7 @@ def test_a_finished_run_says_so_once_and_starts_nothing(fitted: Path, files: dic
     assert "LOCAL_RANK" not in os.environ  # which a launch sets
     status, _, err = call(options(files, fitted / "2", "--trainer.devices", "2", "--data.batch_size", "4"))
     assert status == 2
-    assert "data.batch_size: 8 there, 4 asked" in err
+    assert "data.batch_size: 8 in the folder, 4 requested" in err
 
 
 def predict_and_validate(model: str, files: dict[str, str], output: str) -> list[tuple[int, str, str]]:

@@ -166,7 +166,7 @@ def test_a_search_over_models_and_lengths_reads_each_model_once(
         changed = {**options, section: {**options[section], name: value}}
         status, _, err = search(changed, n_trials=8, space=space)
         assert status == 2
-        assert f"{section}.{name}: {options[section].get(name)} there, {value} asked" in err
+        assert f"{section}.{name}: {options[section].get(name)} in the folder, {value} requested" in err
     changed = {**options, "model": {"name_or_path": other}, "data": {**options["data"], "max_length": 48}}
     status, _, err = search(changed, n_trials=8, space=space, encoder_cache_gb=0)
     assert status == 0, err
@@ -216,8 +216,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"model.dropout": {"low": 0, "high": 0.1, "when": {"model.name": "x"}}},
         "model.name is not searched",
     ),
-    "unknown": ([{"model.optimizer.rate": 1}], "point 1: model.optimizer.rate is not searched"),
-    "outside": ([{"model.optimizer.lr": 1.0e-3}, {"model.optimizer.lr": 1.0}], "point 2: model.optimizer.lr: expected"),
+    "unknown": ([{"model.optimizer.rate": 1}], "parameter set 1: model.optimizer.rate is not searched"),
+    "outside": (
+        [{"model.optimizer.lr": 1.0e-3}, {"model.optimizer.lr": 1.0}],
+        "parameter set 2: model.optimizer.lr: expected",
+    ),
     "not drawn": ([{"model.dropout": 0.2}], "model.dropout is drawn only when data.max_length is one of [32]"),
     # each of the two alone is right
     "together": ([{"model.savers.lora_rank": 2, "model.savers.frozen_layers": 1}], "set one of them to null"),

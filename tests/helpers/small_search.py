@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.tables.splits import SplitConfig
-from lightning_bge.hpo.objective import Objective, TrialSetup
+from lightning_bge.hpo.objective import Objective, TrialFiles, TrialSetup
 from lightning_bge.hpo.space.search_space import parse_space
+from lightning_bge.hpo.steps import Steps
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics import MonitorConfig
 from lightning_bge.models.optimizer import OptimizerConfig
@@ -43,9 +44,11 @@ def small_data(folder: Path, **changes: Any) -> TextDataModule:
     )
 
 
-def make(
+def make(  # with oof_dir, paused_dir, epochs and per_epoch besides the arguments of `Objective`
     folder: Path, extra: tuple[Callback, ...] = (), monitor: MonitorConfig | None = None, **changes: Any
 ) -> Objective:
+    epochs = changes.get("epochs", 2)
+
     def build(params: dict[str, Any]) -> TrialSetup:
         data = small_data(folder, split=SplitConfig(folds=2))
         data.setup("fit")
@@ -56,12 +59,14 @@ def make(
             seed=params.get("seed_everything", 42),
         )
         settings = {
-            "max_epochs": changes.get("epochs", 2),
+            "max_epochs": epochs,
             "precision": "32-true",
             "accelerator": "cpu",
             "callbacks": list(extra),
         }
         return TrialSetup(model, data, lambda **more: quiet_trainer(settings, **more), dict)
 
-    settings = {"epochs": 2, "oof_dir": folder / "oof", **changes}
-    return Objective(build, parse_space(SPACE), monitor or MonitorConfig(metric="loss"), 2, **settings)
+    steps = Steps(2, changes.pop("epochs", 2), changes.pop("per_epoch", 1))
+    files = TrialFiles(changes.pop("oof_dir", folder / "oof"), changes.pop("paused_dir", None))
+    monitor = monitor or MonitorConfig(metric="loss")
+    return Objective(build=build, space=parse_space(SPACE), monitor=monitor, steps=steps, files=files, **changes)

@@ -16,8 +16,9 @@ from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.data.batches.micro_batches import EncodedDataset
 from lightning_bge.data.tables.splits import SplitConfig
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.objective import Objective, TrialSetup
+from lightning_bge.hpo.objective import Objective, TrialFiles, TrialSetup
 from lightning_bge.hpo.space.search_space import parse_space
+from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import MemoryKeptError, run_study
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import TextClassifier
@@ -60,7 +61,13 @@ def search(folder: Path, compiling: CompileConfig = EAGER, trials: int = 3) -> o
         return TrialSetup(model, data, lambda **more: quiet_trainer(settings, **more), dict)
 
     objective = Objective(
-        build, parse_space(SPACE), MonitorConfig(metric="loss"), 2, 2, folder / "oof", trials, compiling
+        build=build,
+        space=parse_space(SPACE),
+        monitor=MonitorConfig(metric="loss"),
+        steps=Steps(2, 2),
+        files=TrialFiles(folder / "oof"),
+        n_trials=trials,
+        compile=compiling,
     )
     study = optuna.create_study(direction="minimize", sampler=optuna.samplers.RandomSampler(seed=1), study_name="s")
     run_study(study, objective, StudyConfig(n_trials=trials, space=SPACE), "loss", 4)
@@ -179,11 +186,11 @@ def test_live_bytes_are_as_before(folder: Path, monkeypatch: pytest.MonkeyPatch)
     call = Objective.__call__
 
     def watched(self: Objective, trial: optuna.Trial) -> float:
-        before = self._held()
+        before = self._live_bytes()
         try:
             return call(self, trial)
         finally:
-            held.append(self._held() - before)
+            held.append(self._live_bytes() - before)
 
     monkeypatch.setattr(Objective, "__call__", watched)
     search(folder, inject(monkeypatch, "backward", Fault(ERRORS["MemoryError"], times=10**6)))
@@ -238,7 +245,11 @@ def test_no_encoder_waits_after_a_trial_that_ran_out_of_memory(
 
     monkeypatch.setattr(Objective, "_run", fail)
     objective = Objective(
-        lambda _: pytest.fail("not built"), parse_space(SPACE), MonitorConfig(metric="loss"), 2, 2, None, encoder=warm
+        build=lambda _: pytest.fail("not built"),
+        space=parse_space(SPACE),
+        monitor=MonitorConfig(metric="loss"),
+        steps=Steps(2, 2),
+        encoder=warm,
     )
     study = optuna.create_study()
     study.optimize(objective, n_trials=1)

@@ -5,7 +5,7 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from lightning_bge.hpo.ranking import best_points, cost, cost_of, front, ranked, score_of
+from lightning_bge.hpo.ranking import best_parameter_sets, cost, cost_of, front, ranked, score_of
 from lightning_bge.hpo.steps import Report
 
 
@@ -40,7 +40,7 @@ def test_of_equal_parameters_one_alone_is_a_point() -> None:
     lr = {"lr": FloatDistribution(0, 1)}
     for value, x in ((0.5, 0.1), (0.5, 0.1), (0.75, 0.1), (0.25, 0.2), (0.25, 0.3), (0.125, 0.4)):
         study.add_trial(create_trial(value=value, params={"lr": x}, distributions=lr))
-    assert [trial.number for trial in best_points(study, 3)] == [2, 3, 4]
+    assert [trial.number for trial in best_parameter_sets(study, 3)] == [2, 3, 4]
 
 
 def test_costs() -> None:

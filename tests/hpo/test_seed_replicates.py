@@ -1,4 +1,4 @@
-"""The best trials again with other seeds: the right winner, nothing run twice, nothing lost."""
+"""Seed replicates of the best trials: the right winner, nothing run twice, nothing lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ import pytest
 from optuna.trial import TrialState
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.abandoned_trials import abandon, sweep
 from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.objective import TrialFiles
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.seed_replicates import (
     ReplicatedTrial,
@@ -29,8 +31,9 @@ from lightning_bge.hpo.seed_replicates import (
 )
 from lightning_bge.hpo.space.search_space import parse_space, suggest
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.storage import _start_time, _this_worker, abandon, mark_alive, open_storage, sweep
+from lightning_bge.hpo.storage import open_storage
 from lightning_bge.hpo.study import open_study, run_study
+from lightning_bge.hpo.workers import _start_time, mark_alive, this_worker
 
 SPACE = {"lr": {"low": 0.0, "high": 1.0}}
 Value = Callable[[optuna.Trial, int], float]
@@ -46,33 +49,36 @@ def config(trials: int = 8, **changes: Any) -> StudyConfig:
 class Search:
     """An objective without training: `lr` in the search, and what the test says with another seed."""
 
-    oof_dir: Path | None
+    files: TrialFiles
     value: Value = lambda trial, seed: trial.params["lr"]
     cost: str | None = None
     n_trials: int = 0
+    steps: Steps = Steps(2, 2)  # noqa: RUF009 - frozen
 
     def __call__(self, trial: optuna.Trial) -> float | tuple[float, float]:
         mark_alive(trial)
         params = suggest(trial, parse_space(SPACE))
         if "seed" in trial.user_attrs:
-            assert self.oof_dir is None
+            assert self.files.out_of_fold is None
             return self.value(trial, trial.user_attrs["seed"])
-        assert self.oof_dir is not None
-        self.oof_dir.mkdir(exist_ok=True)
-        (self.oof_dir / f"{trial.number}.safetensors").touch()
+        folder = self.files.out_of_fold
+        assert folder is not None
+        folder.mkdir(exist_ok=True)
+        (folder / f"{trial.number}.safetensors").touch()
         return params["lr"] if self.cost is None else (params["lr"], float(trial.number))
 
 
 def search(folder: Path, settings: StudyConfig, direction: Any = "maximize") -> optuna.Study:
     study = open_study(folder, settings, direction, Steps(2, 2), {})
-    run_study(study, Search(folder / "oof", cost=settings.cost), settings, "f1", 4)
+    run_study(study, Search(TrialFiles(folder / "oof"), cost=settings.cost), settings, "f1", 4)
     return study
 
 
 def replicate(
     study: optuna.Study, folder: Path, settings: StudyConfig, value: Value, since: float = 1e9
 ) -> SeedReplicates:
-    found = run_seed_replicates(study, Search(folder / "oof", value), settings, "f1", 4, 42, since)
+    objective: Any = Search(TrialFiles(folder / "oof"), value)
+    found = run_seed_replicates(study, objective, settings, metric="f1", seed=42, since=since)
     assert found is not None
     return found
 
@@ -114,7 +120,7 @@ def test_the_winner_has_the_best_mean_over_all_seeds(
     capsys.readouterr()
     found = replicate(study, tmp_path, settings, unlucky(best[0]))
     assert found.seeds == (43, 44)
-    assert [again.trial for again in found.trials] == best[:5]
+    assert [one.trial for one in found.trials] == best[:5]
     assert (found.before, found.winner) == (best[0], best[1])
     assert (found.missing, found.elsewhere) == (0, 0)
     first, second = found.trials[:2]
@@ -126,11 +132,11 @@ def test_the_winner_has_the_best_mean_over_all_seeds(
     assert [(trial.number, trial.values) for trial in study.trials] == before
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10
-    assert lines[0].startswith(f"[ 1/10] trial {best[0]} again, seed 43, done: f1 0.")
-    assert f"{own[0]:.4f} with the search's seed" in lines[0]
-    assert lines[-1].startswith(f"[10/10] trial {best[4]} again, seed 44, done: f1 ")
+    assert lines[0].startswith(f"[ 1/10] trial {best[0]} with seed 43 done: f1 0.")
+    assert f"{own[0]:.4f} in the study" in lines[0]
+    assert lines[-1].startswith(f"[10/10] trial {best[4]} with seed 44 done: f1 ")
 
-    # everything again: nothing is run
+    # a second call runs nothing
     assert replicate(study, tmp_path, settings, unlucky(best[0])) == found
     assert capsys.readouterr().out == ""
     assert tasks(tmp_path).total() == 10
@@ -140,11 +146,11 @@ def test_the_lower_mean_wins_where_that_is_better(tmp_path: Path) -> None:
     study = search(tmp_path, config(), "minimize")
     best = by_score(study)
     found = replicate(study, tmp_path, config(), lambda trial, _: float(trial.user_attrs["replicate_of"] != best[2]))
-    assert [again.trial for again in found.trials] == best[:5]
+    assert [one.trial for one in found.trials] == best[:5]
     assert found.winner == best[2]
 
 
-def test_more_trials_repeat_only_who_is_new_among_the_best(tmp_path: Path) -> None:
+def test_more_trials_replicate_only_who_is_new_among_the_best(tmp_path: Path) -> None:
     study = search(tmp_path, config())
     first = by_score(study)[:5]
     replicate(study, tmp_path, config(), unlucky(-1))
@@ -153,33 +159,34 @@ def test_more_trials_repeat_only_who_is_new_among_the_best(tmp_path: Path) -> No
     new = set(best) - set(first)
     assert new
     found = replicate(study, tmp_path, config(30), unlucky(-1))
-    assert [again.trial for again in found.trials] == best
+    assert [one.trial for one in found.trials] == best
     assert tasks(tmp_path) == dict.fromkeys([(of, seed) for of in {*first, *best} for seed in (43, 44)], 1)
     # one more seed, then fewer
     assert [
-        len(again.values) for again in replicate(study, tmp_path, config(30, seed_replicates=3), unlucky(-1)).trials
+        len(one.values) for one in replicate(study, tmp_path, config(30, seed_replicates=3), unlucky(-1)).trials
     ] == [4] * 5
     assert [
-        len(again.values) for again in replicate(study, tmp_path, config(30, seed_replicates=1), unlucky(-1)).trials
+        len(one.values) for one in replicate(study, tmp_path, config(30, seed_replicates=1), unlucky(-1)).trials
     ] == [2] * 5
     assert set(tasks(tmp_path).values()) == {1}
 
 
-def test_none_are_run_where_none_are_wanted_or_the_search_is_not_at_its_end(tmp_path: Path) -> None:
+def test_none_are_run_where_none_are_requested_or_trials_are_missing(tmp_path: Path) -> None:
     study = search(tmp_path, config(3))
     for settings in (config(3, seed_replicates=0), config(3, seed_replicates=None), config(4)):
-        assert run_seed_replicates(study, Search(tmp_path / "oof"), settings, "f1", 4, 42, 0.0) is None
+        objective: Any = Search(TrialFiles(tmp_path / "oof"))
+        assert run_seed_replicates(study, objective, settings, metric="f1", seed=42, since=0.0) is None
     assert [summary.study_name for summary in optuna.get_all_study_summaries(study._storage)] == [tmp_path.name]
 
 
-def test_a_long_search_repeats_by_default() -> None:
+def test_a_long_study_has_seed_replicates_by_default() -> None:
     assert [StudyConfig(n_trials=n).n_seed_replicates for n in (1, 199, 200, 1000)] == [0, 0, 2, 2]
     assert StudyConfig(n_trials=500, seed_replicates=0).n_seed_replicates == 0
     with pytest.raises(ConfigError, match=r"hpo.seed_replicates: expected 0 or more, or null, got -1"):
         StudyConfig(seed_replicates=-1)
 
 
-def test_no_repeat_is_begun_after_the_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_seed_replicate_is_begun_after_the_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = search(tmp_path, config())
     best = by_score(study)
     now = [1000.0]
@@ -199,7 +206,7 @@ def test_no_repeat_is_begun_after_the_hours(tmp_path: Path, monkeypatch: pytest.
     assert set(tasks(tmp_path).values()) == {1}
 
 
-def test_a_failing_repeat_ends_the_call_and_the_next_one_goes_on(tmp_path: Path) -> None:
+def test_a_failing_seed_replicate_ends_the_call_and_the_next_call_continues(tmp_path: Path) -> None:
     study = search(tmp_path, config())
     calls = []
 
@@ -222,14 +229,14 @@ def begun(study: optuna.Study, task: tuple[int, int], **worker: Any) -> optuna.T
     again, (of, seed) = _open(study), task
     again.enqueue_trial(study.trials[of].params, user_attrs={"replicate_of": of, "seed": seed})
     trial = again.ask()
-    trial.set_user_attr("worker", {**_this_worker(), **worker})
+    trial.set_user_attr("worker", {**this_worker(), **worker})
     return trial
 
 
 DEAD = {"start": "another process's"}
 
 
-def test_a_repeat_whose_process_was_killed_is_run_again(tmp_path: Path) -> None:
+def test_a_seed_replicate_whose_process_was_killed_is_run_once_more(tmp_path: Path) -> None:
     study = search(tmp_path, config())
     best = by_score(study)
     begun(study, (best[1], 44), **DEAD)
@@ -243,7 +250,7 @@ def test_a_repeat_whose_process_was_killed_is_run_again(tmp_path: Path) -> None:
     assert states == {TrialState.COMPLETE: 10, TrialState.FAIL: 1}
 
 
-def test_a_repeat_whose_retry_was_never_queued_is_run_again(tmp_path: Path) -> None:
+def test_a_seed_replicate_whose_retry_was_never_queued_is_run_once_more(tmp_path: Path) -> None:
     study = search(tmp_path, config())
     best = by_score(study)
     trial = begun(study, (best[1], 44))
@@ -254,7 +261,7 @@ def test_a_repeat_whose_retry_was_never_queued_is_run_again(tmp_path: Path) -> N
     assert tasks(tmp_path)[best[1], 44] == 1
 
 
-def test_a_repeat_that_kills_its_process_is_given_up_and_its_trial_does_not_win(tmp_path: Path) -> None:
+def test_a_seed_replicate_that_kills_its_process_is_given_up_and_its_trial_does_not_win(tmp_path: Path) -> None:
     study = search(tmp_path, config())
     best = by_score(study)
     for _ in range(3):
@@ -267,7 +274,7 @@ def test_a_repeat_that_kills_its_process_is_given_up_and_its_trial_does_not_win(
     assert f"trial {best[0]}: not every seed has a value" in "\n".join(describe_seed_replicates(found.as_dict(), "f1"))
 
 
-def test_ctrl_c_is_no_failure_of_the_repeat(tmp_path: Path) -> None:
+def test_ctrl_c_is_not_a_failure_of_the_seed_replicate(tmp_path: Path) -> None:
     study = search(tmp_path, config())
     best = by_score(study)
     for _ in range(5):
@@ -277,7 +284,7 @@ def test_ctrl_c_is_no_failure_of_the_repeat(tmp_path: Path) -> None:
     assert tasks(tmp_path) == dict.fromkeys([(of, seed) for of in best[:5] for seed in (43, 44)], 1)
 
 
-def test_a_repeat_without_a_value_takes_its_trial_out(tmp_path: Path) -> None:
+def test_a_trial_with_a_seed_replicate_without_a_value_can_not_win(tmp_path: Path) -> None:
     study = search(tmp_path, config())
     best = by_score(study)
 
@@ -299,7 +306,7 @@ def test_a_repeat_without_a_value_takes_its_trial_out(tmp_path: Path) -> None:
     assert replicate(study, other, config(), never).winner == by_score(study)[0]
 
 
-def test_what_another_process_runs_is_left_to_it(tmp_path: Path) -> None:
+def test_a_seed_replicate_that_another_process_runs_is_not_run_here(tmp_path: Path) -> None:
     study = search(tmp_path, config())
     best = by_score(study)
     parent = os.getppid()
@@ -313,7 +320,7 @@ def test_what_another_process_runs_is_left_to_it(tmp_path: Path) -> None:
     assert found.trials[0].values[1] == 0.0
 
 
-def test_of_two_equal_repeats_the_younger_gives_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_two_equal_seed_replicates_the_later_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = search(tmp_path, config())
     best = by_score(study)
     again = _open(study)
@@ -326,7 +333,7 @@ def test_of_two_equal_repeats_the_younger_gives_way(tmp_path: Path, capsys: pyte
     assert len(capsys.readouterr().out.splitlines()) == 10  # and says nothing of it
 
 
-def test_two_workers_run_each_repeat_once(tmp_path: Path) -> None:
+def test_several_workers_run_each_seed_replicate_once(tmp_path: Path) -> None:
     study = search(tmp_path, config())
     found: list[SeedReplicates] = []
     ran: list[tuple[int, int]] = []
@@ -352,25 +359,13 @@ def test_two_workers_run_each_repeat_once(tmp_path: Path) -> None:
     assert all(one.elsewhere for one in found if one.missing)
 
 
-def test_trials_without_predictions_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    study = search(tmp_path, config())
-    best = by_score(study)
-    (tmp_path / "oof" / f"{best[1]}.safetensors").unlink()
-    found = replicate(study, tmp_path, config(), unlucky(-1))
-    assert [again.trial for again in found.trials] == [best[0], *best[2:5]]
-    assert f"kept no predictions of them: trials [{best[1]}]" in caplog.text
-    for path in (tmp_path / "oof").iterdir():
-        path.unlink()
-    assert run_seed_replicates(study, Search(tmp_path / "oof"), config(), "f1", 4, 42, 0.0) is None
-
-
-def test_the_words_say_plainly_what_changed() -> None:
+def test_the_description_names_the_winner_and_whether_it_changed() -> None:
     trials = (ReplicatedTrial(7, (0.5, 0.25)), ReplicatedTrial(3, (0.375, 0.4375)))
     changed = SeedReplicates((43,), trials, before=7, winner=3, missing=0, elsewhere=0)
     first, seven, three, last = describe_seed_replicates(changed.as_dict(), "f1")
-    assert first == "the best 2 again with 1 other seed each; f1, mean +- standard deviation over all 2 seeds:"
-    assert seven == "  trial 7: 0.3750 +- 0.1768 (in the search 0.5000)"
-    assert three.endswith("(in the search 0.3750) <- the winner")
-    assert last == "the winner changed: trial 3, not trial 7 as in the search"
+    assert first == "seed replicates of the best 2 trials: f1, mean +- standard deviation over 2 seeds"
+    assert seven == "  trial 7: 0.3750 +- 0.1768 (in the study 0.5000)"
+    assert three.endswith("(in the study 0.3750) <- the winner")
+    assert last == "the winner is trial 3, and not the study's best trial, 7"
     same = SeedReplicates((43,), trials, before=7, winner=7, missing=0, elsewhere=0)
-    assert describe_seed_replicates(same.as_dict(), "f1")[-1] == "the search's best trial stays the winner"
+    assert describe_seed_replicates(same.as_dict(), "f1")[-1] == "the winner is the study's best trial"

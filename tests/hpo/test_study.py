@@ -15,9 +15,15 @@ from optuna.trial import TrialState, create_trial
 
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.objective import load_predictions, save_predictions
+from lightning_bge.hpo.out_of_fold import (
+    judge_out_of_fold,
+    load_predictions,
+    majority_baseline,
+    predictions_file,
+    save_predictions,
+)
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.results import describe_study, judge_out_of_fold, majority_baseline, trials_table, wall_seconds
+from lightning_bge.hpo.results import describe_study, trials_table, wall_seconds
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import open_study, run_study
 from lightning_bge.models.metrics import Predictions
@@ -46,9 +52,9 @@ def test_a_study_goes_on_where_it_was_and_does_not_draw_the_same_points_again(tm
     assert len(study.trials) == 6
 
 
-def test_other_settings_or_another_space_are_named(tmp_path: Path) -> None:
+def test_other_options_or_another_space_are_named(tmp_path: Path) -> None:
     opened(tmp_path)
-    with pytest.raises(StudyError, match=r"model.name_or_path: m there, other asked"):
+    with pytest.raises(StudyError, match=r"model.name_or_path: m in the folder, other requested"):
         open_study(tmp_path, CONFIG, "maximize", Steps(2, 2), {"model.name_or_path": "other"})
     wider = StudyConfig(n_trials=6, space={"model.optimizer.lr": {"low": 0.0, "high": 2.0}}, pruner=CONFIG.pruner)
     with pytest.raises(StudyError, match=r"high 1\.0 -> 2\.0"):
@@ -139,8 +145,8 @@ def out_of_fold(tmp_path: Path, folds: int) -> Path:
         Predictions(rows := torch.arange(k, 60, folds), logits[rows], torch.from_numpy(labels)[rows], rows // 3)
         for k in range(folds)
     ]
-    save_predictions(parts, tmp_path / "oof.safetensors")
-    return tmp_path / "oof.safetensors"
+    save_predictions(parts, tmp_path, 7)
+    return predictions_file(tmp_path, 7)
 
 
 def test_predictions_come_back_in_the_order_of_the_rows(tmp_path: Path) -> None:
@@ -162,13 +168,21 @@ def test_the_threshold_is_judged_on_rows_it_has_not_seen(tmp_path: Path) -> None
     assert three.metrics["auroc"] == pytest.approx(one.metrics["auroc"])  # of the scores, not of the decisions
 
 
-def test_the_closing_words_name_the_figures_and_the_files() -> None:
+def test_the_closing_lines_name_the_results_and_the_files() -> None:
     summary = {
         **dict.fromkeys(("n_complete", "n_pruned", "n_failed", "best_trial", "refit_epochs"), 3),
         **dict.fromkeys(("wall_seconds", "best_value", "majority_baseline", "threshold"), 0.5),
-        **{"study": "s", "metric": "f1", "best_params": {"lr": 0.1}, "threshold_note": "note"},
+        **{
+            "study": "s",
+            "task": "binary",
+            "n_out_of_memory": 0,
+            "seed_replicates": None,
+            "metric": "f1",
+            "best_params": {"lr": 0.1},
+            "threshold_note": "note",
+        },
         **{"out_of_fold": {"f1": 0.75}, "model_dir": "runs/s/model", "test": {"f1": 0.625}},
     }
     text = describe_study(Path("runs/s"), summary)
-    for part in ("always the same answer: 0.5000", "out of fold f1 0.7500", "scored once: f1 0.6250", "model/"):
+    for part in ("majority class: 0.5000", "out-of-fold f1 0.7500", "scored once: f1 0.6250", "model/"):
         assert part in text

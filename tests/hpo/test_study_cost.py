@@ -51,7 +51,7 @@ def test_each_line_has_the_best_score_and_the_size_of_the_front(
     first = study.trials[0].values
     assert lines[0].startswith(
         f"[ 1/12] trial 0 done: f1 {first[0]:.4f}, train_seconds {first[1]:.4g} | 0 pruned | "
-        f"best {first[0]:.4f} (trial 0), front of 1 | "
+        f"best {first[0]:.4f} (trial 0), Pareto front of 1 | "
     )
     assert lines[1].startswith("[ 2/12] trial 1 pruned at step 3 of 4: no value | 1 pruned | best ")
     assert "front of 11" in lines[-1]  # what is better costs more
@@ -63,10 +63,10 @@ def test_each_line_has_the_best_score_and_the_size_of_the_front(
 def test_a_study_without_a_cost_is_not_mixed_with_one_that_has_it(tmp_path: Path) -> None:
     opened(tmp_path / "without", None)
     opened(tmp_path / "without", None)
-    with pytest.raises(StudyError, match=r"hpo.cost: None there, train_seconds asked"):
+    with pytest.raises(StudyError, match=r"hpo.cost: None in the folder, train_seconds requested"):
         opened(tmp_path / "without")
     opened(tmp_path / "with")
-    with pytest.raises(StudyError, match=r"hpo.cost: train_seconds there, predict_seconds asked"):
+    with pytest.raises(StudyError, match=r"hpo.cost: train_seconds in the folder, predict_seconds requested"):
         opened(tmp_path / "with", "predict_seconds")
 
 
@@ -82,13 +82,14 @@ def test_the_table_has_a_cost_where_there_is_one(tmp_path: Path) -> None:
     assert (row["value"], row["cost"]) == ("0.5", "")
 
 
-def test_the_closing_words_list_the_front() -> None:
+def test_the_closing_lines_list_the_front() -> None:
     summary = {
         **dict.fromkeys(("n_complete", "n_pruned", "n_failed", "best_trial", "refit_epochs"), 3),
         **dict.fromkeys(("wall_seconds", "best_value", "majority_baseline", "threshold"), 0.5),
-        **{"study": "s", "metric": "f1", "best_params": {}, "threshold_note": "note", "out_of_fold": {}},
+        **{"study": "s", "task": "binary", "n_out_of_memory": 0, "seed_replicates": None, "model_dir": None},
+        **{"metric": "f1", "best_params": {}, "threshold_note": "note", "out_of_fold": {}},
         "cost": "predict_seconds",
         "front": [{"number": 3, "score": 0.5, "cost": 12.5}, {"number": 1, "score": 0.25, "cost": 2.0}],
     }
     text = describe_study(Path("runs/s"), summary)
-    assert "best f1 for its predict_seconds:\n  trial 3: 0.5000, 12.5 s\n  trial 1: 0.2500, 2 s\n" in text
+    assert "Pareto front of f1 and predict_seconds:\n  trial 3: 0.5000, 12.5 s\n  trial 1: 0.2500, 2 s\n" in text

@@ -68,7 +68,7 @@ class OwnRun(Subject):
     ) -> tuple[LightningModule, Trainer]:
         """Train as a trial of a search does."""
         setup = self.build(settings)
-        setup.model.load = self.encoder.load
+        setup.model.load_encoder_with(self.encoder.load)
         compiling = [] if any(isinstance(one, CompileLayers) for one in callbacks) else [CompileLayers(self.compile)]
         trainer = setup.make_trainer(callbacks=[OOMHandler(), *compiling, *callbacks], limit_val_batches=0, **limits)
         trainer.fit(setup.model, datamodule=setup.datamodule)
@@ -170,7 +170,8 @@ def warm_encoder(own: OwnRun) -> Row:
     for _ in range(3):
         for kind, encoder in (("warm", own.encoder), ("read", EncoderCache())):
             setup = own.build({})
-            setup.model.load, setup.model.schema = encoder.load, setup.datamodule.schema
+            setup.model.load_encoder_with(encoder.load)
+            setup.model.schema = setup.datamodule.schema
             since = perf_counter()
             setup.model.configure_model()
             seconds[kind].append(perf_counter() - since)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.objective import LetGo, TrialSetup
+from lightning_bge.hpo.objective import ReleaseEncoder, TrialSetup
 from lightning_bge.runtime.clock import wait_for
 from lightning_bge.runtime.memory import release
 
@@ -244,12 +244,12 @@ def measure_pace(
     meter = PaceMeter(warmup)
     # the meter last: what other callbacks do when a batch starts is no part of the step
     trainer = setup.make_trainer(
-        callbacks=[*callbacks, LetGo(), meter],
+        callbacks=[*callbacks, ReleaseEncoder(), meter],
         limit_train_batches=warmup + steps,
         limit_val_batches=val_batches,
         max_epochs=1,
     )
-    setup.model.load = meter.timed(setup.model.load)
+    setup.model.load_encoder_with(meter.timed(setup.model.load))
     meter.begin()
     try:
         trainer.fit(setup.model, datamodule=setup.datamodule)

@@ -25,7 +25,7 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.forecast.replay import Recording
 from lightning_bge.hpo.objective import Build
-from lightning_bge.hpo.space.parameter_sets import draw_points, parse_points
+from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets, parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.models.encoder_cache import EncoderCache
@@ -205,7 +205,8 @@ def make_plan(search: Search, options: PlanConfig) -> Plan:
     """
     problems, pruner = judge_search(search.hpo, search.steps)
     others = Others()
-    points = draw_points(search.space, parse_points(search.hpo.enqueue, search.space), POINTS + len(search.hpo.enqueue))
+    enqueued = parse_enqueued(search.hpo.enqueue, search.space)
+    points = draw_parameter_sets(search.space, enqueued, POINTS + len(enqueued))
     find = _by_hand if options.step_ms else _measured
     calibration, looks, variants = find(search, options, points)
     problems += [] if options.step_ms else others.problems()

@@ -23,7 +23,7 @@ from lightning_bge.advisor.report.report import write_report
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.objective import Build, Objective, TrialSetup
+from lightning_bge.hpo.objective import Build, Objective, TrialFiles, TrialSetup
 from lightning_bge.hpo.pruning.asha import resume
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.results import finish_study
@@ -180,16 +180,14 @@ class Bench:
         encoder.load = self.meter.timed(encoder.load)  # type: ignore[method-assign]
         self.monitor = MonitorConfig("loss", objective)  # never NaN for want of a class among few rows
         self.objective = Objective(
-            self.short,
-            parse_space(hpo.space),
-            self.monitor,
-            folds=1,
-            epochs=self.epochs,
-            oof_dir=self.folder / "oof",
+            build=self.short,
+            space=parse_space(hpo.space),
+            monitor=self.monitor,
+            steps=Steps(1, self.epochs),
+            files=TrialFiles(self.folder / "oof", self.folder / "paused"),
             n_trials=MANY,
             compile=replace(compile, policy="never") if compile.policy == "auto" else compile,
             encoder=encoder,
-            paused_dir=self.folder / "paused",
         )
 
     def short(self, params: dict[str, Any]) -> TrialSetup:
@@ -206,7 +204,9 @@ class Bench:
         def make_trainer(callbacks: Sequence[Callback] = (), **changes: Any) -> Trainer:
             return setup.make_trainer(callbacks=[self.meter, _Look(self), *callbacks], **{**limits, **changes})
 
-        setup.model.load = self.meter.timed(setup.model.load)  # the refit's; a trial takes the warm encoder's
+        setup.model.load_encoder_with(
+            self.meter.timed(setup.model.load)
+        )  # of the refit; trials have the encoder cache's
         return replace(setup, make_trainer=make_trainer)
 
     def draw(self, params: dict[str, Any]) -> tuple[Visit, ...]:
@@ -244,7 +244,9 @@ class Bench:
     def finish(self) -> float:
         """End the study as a real one ends, and return the seconds; the meter has the refit's steps and the test's."""
         since = _clock()
-        finish_study(self.study, self.short, self.monitor, self.folder, self.epochs, self.refit)
+        finish_study(
+            self.study, self.folder, build=self.short, monitor=self.monitor, epochs=self.epochs, refit=self.refit
+        )
         write_report(self.folder)
         return _clock() - since
 

@@ -9,7 +9,7 @@ from lightning_bge.advisor.audit.bge_run import OwnRun, audit_own
 from lightning_bge.advisor.audit.console import describe_audit
 from lightning_bge.advisor.audit.page import write_audit_page
 from lightning_bge.cli.lightning_cli import BGECLI, running
-from lightning_bge.cli.search_options import add_hpo_and, check_one_device, most_epochs, own_options, writable
+from lightning_bge.cli.search_options import add_hpo_and, check_one_device, own_options, writable
 from lightning_bge.hpo.space.search_space import Space, parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import quiet_optuna
@@ -28,10 +28,11 @@ def run(args: list[str]) -> None:
     check_one_device(cli, "An audit observes one device")
     with running(cli.trainer):
         cli.datamodule.setup("fit")
+        experiment = cli.experiment
         space = parse_space(hpo.space) if hpo.space else Space({}, {})  # a configuration for `fit` has none
-        steps = Steps(cli.datamodule.num_folds, most_epochs(cli.config, space), hpo.reports_per_epoch)
+        steps = Steps(cli.datamodule.num_folds, experiment.most_epochs(space), hpo.reports_per_epoch)
         run_dir = create_run_dir(cli.run_dir)
-        found = audit_own(OwnRun(cli.build, hpo, steps, cli.config_init.compile), options)
+        found = audit_own(OwnRun(experiment.build, hpo, steps, cli.config_init.compile), options)
     for path in filter(None, (run_dir / "audit.json", json)):
         write_json(path, found.as_dict())
     page = write_audit_page(run_dir / "audit.html", cli.config.model.name_or_path, found)

@@ -15,10 +15,10 @@ from lightning_bge.advisor.report.report import write_report
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.cli.evaluate import without_prefix
 from lightning_bge.cli.lightning_cli import BGECLI, running
-from lightning_bge.cli.run_record import check_same_run, record_run
+from lightning_bge.cli.run_record import check_same_run
 from lightning_bge.models.metrics import best_threshold, scores
 from lightning_bge.models.prediction_file import write_predictions
-from lightning_bge.runtime.run_folder import create_run_dir, read_json, write_json
+from lightning_bge.runtime.run_folder import create_run_dir, read_json, record_run, write_json
 from lightning_bge.trainer import fit_callbacks, newest_checkpoint
 
 DESCRIPTION = """Train one model, choose its decision threshold, export it, and score the test file once.
@@ -62,7 +62,7 @@ def _fit(cli: FitCLI) -> None:
         if first:
             if checkpoint is not None:
                 print(f"resuming from {checkpoint}", flush=True)
-            record_run(cli, run_dir, datamodule)
+            record_run(run_dir, cli.plain_config(), datamodule.data_hash)
         trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         summary = _finish(cli, run_dir)
     elif first:

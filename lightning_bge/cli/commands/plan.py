@@ -11,13 +11,10 @@ from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.search_options import (
     add_hpo_and,
     check_one_device,
-    check_search,
-    encoder_cache,
-    most_epochs,
     own_options,
     writable,
 )
-from lightning_bge.hpo.space.parameter_sets import points_to_check
+from lightning_bge.hpo.space.parameter_sets import parameter_sets_to_check
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.study import quiet_optuna
 from lightning_bge.runtime.run_folder import write_json
@@ -38,13 +35,21 @@ def run(args: list[str]) -> None:
         hpo = replace(hpo, n_trials=options.trials)
     config, space = cli.config, parse_space(hpo.space)
     with running(cli.trainer):
-        check_search(cli, hpo, space)
+        experiment = cli.experiment
+        experiment.check_space(hpo, space)
         cli.datamodule.setup("fit")
         init = cli.config_init
-        checks = sum(1 for _ in points_to_check(space, config.get)) + len(hpo.enqueue)
-        times = Known(most_epochs(config, space), config.trainer.max_epochs, process_s, checks)
+        checks = sum(1 for _ in parameter_sets_to_check(space, config.get)) + len(hpo.enqueue)
+        times = Known(experiment.most_epochs(space), config.trainer.max_epochs, process_s, checks)
         search = Search(
-            cli.build, hpo, init.monitor, init.compile, cli.datamodule, cli.run_dir, encoder_cache(cli, hpo), times
+            experiment.build,
+            hpo,
+            init.monitor,
+            init.compile,
+            cli.datamodule,
+            cli.run_dir,
+            experiment.encoder_cache(hpo),
+            times,
         )
         found = make_plan(search, options)
     print(describe_plan(found))

@@ -1,14 +1,14 @@
 """The search space: from the YAML under `hpo.space` to Optuna's distributions, and back to plain data for comparison.
 
-Names are the dotted names of settings::
+Names are the dotted names of options::
 
     space:
       model.optimizer.lr: {low: 1.0e-5, high: 1.0e-3, log: true}
       model.dropout: {low: 0.0, high: 0.3, step: 0.05}
       data.batch_size: {choices: [16, 32]}
       trainer.max_epochs: {type: int, low: 1, high: 5}
-    model.loss.name: {choices: [bce, focal]}
-    model.loss.focal_gamma: {low: 0.5, high: 5.0, when: {model.loss.name: focal}}
+      model.loss.name: {choices: [bce, focal]}
+      model.loss.focal_gamma: {low: 0.5, high: 5.0, when: {model.loss.name: focal}}
 
 The last one is conditional: it is drawn where the loss is focal, and keeps its configured value elsewhere.
 """
@@ -36,11 +36,11 @@ _KEYS = ("choices", "low", "high", "step", "log", "type", "when")
 
 
 class Space(dict[str, BaseDistribution]):
-    """Distributions by name. Those that others depend on come first, else the order is that of the YAML.
+    """Distributions by name, in the order of the YAML, except that those on which others depend come first.
 
     Attributes:
-        when: for each parameter that is not always drawn, what it needs: all of these other parameters have to be drawn
-            in the same trial, with one of the values given.
+        when: for each conditional parameter the values of other parameters that it needs: all of these others have to
+            be drawn in the same trial, each with one of the values given.
     """
 
     def __init__(self, distributions: Mapping[str, BaseDistribution], when: Mapping[str, Conditions]) -> None:
@@ -63,7 +63,7 @@ def parse_space(raw: Mapping[str, Any]) -> Space:
             of a range, a value that is no choice, a cycle, conditions that can't hold together.
     """
     if not isinstance(raw, Mapping) or not raw:
-        raise ConfigError(f"hpo.space: expected at least one parameter, got {raw!r}; see the search-space form.")
+        raise ConfigError(f"hpo.space: expected at least one parameter, got {raw!r}; see docs/search.md.")
     parsed = {name: _parse(f"hpo.space.{name}", spec) for name, spec in raw.items()}
     when = {name: _conditions(name, spec["when"], parsed) for name, spec in raw.items() if "when" in spec}
     space = Space({name: parsed[name] for name in _parents_first(list(parsed), when)}, when)
@@ -74,11 +74,14 @@ def parse_space(raw: Mapping[str, Any]) -> Space:
 
 def _parse(where: str, spec: Any) -> BaseDistribution:
     if not isinstance(spec, Mapping):
-        raise ConfigError(f"{where}: expected {{low, high}} or {{choices}}, got {spec!r}; a fixed value is no search.")
+        raise ConfigError(
+            f"{where}: expected {{low, high}} or {{choices}}, got {spec!r}; set a fixed value as an ordinary option."
+        )
     unknown = [key for key in spec if key not in _KEYS]
     if unknown:
         raise ConfigError(
-            f"{where}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}. Names of settings are written dotted."
+            f"{where}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}. Names of options are written dotted, "
+            "like model.optimizer.lr."
         )
     spec = {key: value for key, value in spec.items() if key != "when"}
     if "choices" in spec:
@@ -98,13 +101,13 @@ def _choices(where: str, choices: Any) -> CategoricalDistribution:
             raise ConfigError(f"{where}: a choice must be null, true/false, a number or text, got {choice!r}.")
         if isinstance(choice, float) and not math.isfinite(choice):
             raise ConfigError(f"{where}: a choice must be finite, got {choice!r}.")
-        if choice in choices[:i]:  # Optuna looks a choice up by equality, and 1 == True == 1.0
+        if choice in choices[:i]:  # Optuna finds a choice by equality, and 1 == True == 1.0
             raise ConfigError(f"{where}: {choice!r} equals an earlier choice; list every choice once.")
     return CategoricalDistribution(tuple(choices))
 
 
 def finite_number(where: str, key: str, value: Any) -> int | float:
-    """The value, if it is a number that a setting can have; else a `ConfigError`."""
+    """The value, if it is a finite number; else raise `ConfigError`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         hint = " (YAML reads 1e-5 as text: write 1.0e-5)" if isinstance(value, str) else ""
         raise ConfigError(f"{where}: {key!r} must be a finite number, got {value!r}{hint}.")
@@ -121,13 +124,14 @@ def _range(where: str, spec: Mapping[str, Any]) -> IntDistribution | FloatDistri
     if log and low <= 0:
         raise ConfigError(f"{where}: a logarithmic range needs low > 0, got {low}; raise 'low' or drop 'log'.")
     if log and step is not None:
-        raise ConfigError(f"{where}: 'log' and 'step' do not go together; drop one of them.")
+        raise ConfigError(f"{where}: 'log' and 'step' exclude each other; drop one of them.")
     if step is not None and step <= 0:
         raise ConfigError(f"{where}: 'step' must be above 0, got {step}.")
     distribution = _build_range(where, spec.get("type"), numbers, log)
     if distribution.high != high:
         raise ConfigError(
-            f"{where}: 'high' ({high}) is not low + n * step; the last value would be {distribution.high}. Write that."
+            f"{where}: 'high' ({high}) is not low + n * step; the last value would be {distribution.high}; "
+            "set 'high' to that."
         )
     return distribution
 
@@ -143,7 +147,7 @@ def _build_range(
     if kind is None:
         kind = "int" if all(isinstance(value, int) for value in numbers.values()) else "float"
     with warnings.catch_warnings():
-        # Optuna warns and lowers `high` when the step does not divide the range; the caller makes that an error
+        # Optuna lowers `high` with a warning when the step does not divide the range; the caller makes it an error
         warnings.simplefilter("ignore")
         if kind == "int":
             low, high, step = (int(numbers.get(key, 1)) for key in ("low", "high", "step"))
@@ -174,12 +178,12 @@ def _allowed(where: str, parent: str, values: Any, parsed: Mapping[str, BaseDist
     wanted = list(values) if isinstance(values, list | tuple) else [values]
     found = [find_choice(f"{where}.{parent}", distribution, value) for value in wanted]
     if not found:
-        raise ConfigError(f"{where}.{parent}: no value is given, so that it can never hold; list at least one.")
+        raise ConfigError(f"{where}.{parent}: no value is given, so that it is never drawn; list at least one.")
     return tuple(choice for choice in distribution.choices if choice in found)
 
 
 def find_choice(where: str, distribution: CategoricalDistribution, value: Any) -> Any:
-    """The choice that a user means; `ConfigError` if it is none. true is not 1, though Python has them equal."""
+    """The choice that equals the value, where true is not 1; `ConfigError` if there is none."""
     for choice in distribution.choices:
         if isinstance(choice, bool) == isinstance(value, bool) and choice == value:
             return choice
@@ -187,20 +191,20 @@ def find_choice(where: str, distribution: CategoricalDistribution, value: Any) -
 
 
 def _parents_first(names: list[str], when: Mapping[str, Conditions]) -> list[str]:
-    """The names in their order, but none before those that it depends on."""
+    """The names in their order, except that each comes after those on which it depends."""
     ordered: list[str] = []
     while len(ordered) < len(names):
         waiting = [name for name in names if name not in ordered]
         ready = [name for name in waiting if all(parent in ordered for parent in when.get(name, ()))]
         if not ready:
             raise ConfigError(
-                f"hpo.space: conditions run in a circle: {' <- '.join(_circle(waiting, when))}; drop one of them."
+                f"hpo.space: conditions form a cycle: {' <- '.join(_cycle(waiting, when))}; drop one of them."
             )
         ordered.append(ready[0])
     return ordered
 
 
-def _circle(waiting: list[str], when: Mapping[str, Conditions]) -> list[str]:
+def _cycle(waiting: list[str], when: Mapping[str, Conditions]) -> list[str]:
     path = [waiting[0]]
     while path[-1] not in path[:-1]:
         path.append(next(parent for parent in when[path[-1]] if parent in waiting))
@@ -208,10 +212,10 @@ def _circle(waiting: list[str], when: Mapping[str, Conditions]) -> list[str]:
 
 
 def requirements(space: Space, name: str) -> Conditions:
-    """All that has to hold for a parameter to be drawn: its conditions, those of the parameters in them, and so on.
+    """All that a parameter needs to be drawn: its conditions, those of the parameters in them, and so on.
 
     Raises:
-        ConfigError: it can never hold.
+        ConfigError: it can never be drawn.
     """
     found: Conditions = {}
     waiting = [name]
@@ -220,8 +224,8 @@ def requirements(space: Space, name: str) -> Conditions:
             both = tuple(value for value in found.get(parent, values) if value in values)
             if not both:
                 raise ConfigError(
-                    f"hpo.space.{name}.when: can never hold: {parent} would have to be one of "
-                    f"{list(found[parent])!r} and one of {list(values)!r}; mend one of the conditions."
+                    f"hpo.space.{name}.when: is never drawn: {parent} would have to be one of "
+                    f"{list(found[parent])!r} and one of {list(values)!r}; change one of the conditions."
                 )
             found[parent] = both
             waiting.append(parent)
@@ -229,7 +233,7 @@ def requirements(space: Space, name: str) -> Conditions:
 
 
 def is_drawn(space: Space, name: str, values: Mapping[str, Any]) -> bool:
-    """Whether a trial that has drawn these values draws this parameter; those that it depends on must be there."""
+    """Whether a trial that has drawn these values, those of all its parents among them, draws this parameter."""
     conditions = space.when.get(name, {})
     return all(parent in values and values[parent] in allowed for parent, allowed in conditions.items())
 
@@ -251,15 +255,35 @@ def suggest(trial: optuna.trial.BaseTrial, space: Space) -> dict[str, Any]:
         elif isinstance(dist, CategoricalDistribution):
             values[name] = trial.suggest_categorical(name, dist.choices)
         else:
-            raise TypeError(f"{name}: no way to suggest from {dist!r}")
+            raise TypeError(f"{name}: expected a float, int or categorical distribution, got {dist!r}")
     return values
+
+
+def spec_of(name: str, distribution: BaseDistribution) -> dict[str, Any]:
+    """A distribution in the form that `parse_space` reads.
+
+    Raises:
+        ConfigError: it is none of Optuna's float, int and categorical distributions.
+    """
+    if isinstance(distribution, CategoricalDistribution):
+        return {"choices": list(distribution.choices)}
+    if not isinstance(distribution, FloatDistribution | IntDistribution):
+        raise ConfigError(
+            f"hpo.space.{name}: expected a FloatDistribution, IntDistribution or CategoricalDistribution of "
+            f"optuna.distributions, or a dict like {{'low': 0.0, 'high': 1.0}}, got {distribution!r}."
+        )
+    spec = {"low": distribution.low, "high": distribution.high, "type": "float"}
+    if isinstance(distribution, IntDistribution):
+        spec["type"] = "int"
+    if distribution.log:  # Optuna gives logarithmic integers a step of 1, which means nothing there
+        return {**spec, "log": True}
+    return spec if distribution.step is None else {**spec, "step": distribution.step}
 
 
 def space_to_json(space: Space) -> dict[str, dict[str, Any]]:
     """Return the space as plain data, equal before and after a trip through JSON, with the names sorted.
 
-    The order of choices counts: Optuna stores a choice by its index. What has no conditions has no `when`, as before
-    there were any.
+    The order of choices counts: Optuna stores a choice by its index.
     """
     found = {}
     for name in sorted(space):
@@ -270,7 +294,7 @@ def space_to_json(space: Space) -> dict[str, dict[str, Any]]:
 
 
 def describe_difference(old: Mapping[str, dict[str, Any]], new: Mapping[str, dict[str, Any]]) -> str:
-    """Say how two results of `space_to_json` differ, one line for each parameter; the empty string when equal."""
+    """How two results of `space_to_json` differ, one line for each parameter; the empty string when they are equal."""
     lines = []
     for name in sorted({*old, *new}):
         if name not in new:

@@ -20,7 +20,7 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.objective import TrialSetup
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.space.parameter_sets import draw_points
+from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.study import quiet_optuna
 from lightning_bge.models.encoder_cache import EncoderCache
@@ -105,7 +105,7 @@ def test_each_part_is_taken_to_its_real_size(tmp_path: Path, clock: Clock, prune
     space = parse_space(SPACE)
     sizes = Sizes.of(build({"lr": 1e-3, "dropout": 0.1}).datamodule)
     clock.now = 0.0
-    found = calibrate(bench, draw_points(space, [], 20), space, epochs=2, seconds=1000.0)
+    found = calibrate(bench, draw_parameter_sets(space, [], 20), space, epochs=2, seconds=1000.0)
     assert len(found.draws) >= 2
     for draw in found.draws:
         cost = draw.cost
@@ -134,7 +134,7 @@ def test_sizes_are_means_over_the_folds(tmp_path: Path, clock: Clock) -> None:
 def test_it_stops_when_its_time_is_over(tmp_path: Path, clock: Clock) -> None:
     bench, _ = bench_of(tmp_path, clock)
     space = parse_space(SPACE)
-    found = calibrate(bench, draw_points(space, [], 20), space, 2, seconds=1.0)
+    found = calibrate(bench, draw_parameter_sets(space, [], 20), space, 2, seconds=1.0)
     assert len(found.draws) == 1  # one is made whatever it takes
 
 

@@ -64,7 +64,7 @@ def test_each_part_of_a_run_gets_its_seconds(setup: TrialSetup, monkeypatch: pyt
         clock.now += 13
         return load(*args, **options)
 
-    setup.model.load = slow
+    setup.model.load_encoder_with(slow)
     setup.datamodule.select_fold(0)
     found = measure_pace(setup, steps=2, warmup=1, val_batches=1, callbacks=[Spend(clock)])
     assert (found.build, found.start, found.end) == (13, 3.5, 11)  # the first wait is a part of the start

@@ -17,7 +17,7 @@ from lightning_bge.hpo.analysis.history import History, PastTrial, StudyGoal
 from lightning_bge.hpo.forecast.replay import Curve, Recording, replay_asha
 from lightning_bge.hpo.pruning.asha import rung_steps
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.space.parameter_sets import draw_points
+from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Report, Steps
 from lightning_bge.hpo.study import quiet_optuna
@@ -165,7 +165,7 @@ def test_settings_that_cost_nothing_are_no_features() -> None:
 
 
 def test_draws_cover_what_decides_the_cost() -> None:
-    chosen = choose_draws(draw_points(SPACE, [], 200), SPACE, 8)
+    chosen = choose_draws(draw_parameter_sets(SPACE, [], 200), SPACE, 8)
     seen = {(point["model.dropout"] > 0, point["data.batch_size"]) for point in chosen}
     assert seen == {(False, 16), (False, 32), (True, 16), (True, 32)}
     lengths = [features(point, SPACE)["data.max_length"] for point in chosen]

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from safetensors.torch import load_file
 
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.objective import predictions_file
+from lightning_bge.hpo.out_of_fold import predictions_file
 from lightning_bge.hpo.pruning.asha import (
     PAUSED_AT,
     RESUMES,
@@ -290,7 +290,7 @@ def test_a_checkpoint_that_is_gone_costs_its_training_and_is_said(
     shutil.rmtree(folder / "paused" / "0")
     resume(study, study.trials[0], [3])
     study.optimize(objective, n_trials=1)
-    assert "the checkpoint of trial 0 is gone; it is trained from its start" in caplog.text
+    assert "the checkpoint of trial 0 was deleted; training starts from the first epoch" in caplog.text
     assert study.trials[1].value == whole.value
     assert study.trials[1].intermediate_values == whole.intermediate_values
 
@@ -358,7 +358,7 @@ def test_a_search_that_runs_out_of_time_ends_with_one_complete_trial(
     run_study(study, objective, config, "loss", 4, folder / "run" / "paused")
     assert ended_parameter_sets(study.trials) == begins
     assert [trial.state for trial in study.trials].count(TrialState.COMPLETE) == (begins > 0)
-    assert ("the best paused one goes on" in capsys.readouterr().out) == (begins > 0)
+    assert ("the best paused one is resumed" in capsys.readouterr().out) == (begins > 0)
 
 
 def test_nothing_is_resumed_unearned_while_another_trial_runs_or_waits(tmp_path: Path) -> None:
@@ -388,4 +388,4 @@ def test_another_pruner_drops_what_was_paused(folder: Path, caplog: pytest.LogCa
     run_study(study, make(folder), config, "loss", 4, folder / "run" / "paused")
     assert finished(study) == 5
     assert not (folder / "run" / "paused").exists()
-    assert "trials that another pruner paused; deleted" in caplog.text
+    assert "deleting trials that another pruner has paused" in caplog.text

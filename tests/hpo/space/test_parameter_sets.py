@@ -1,4 +1,4 @@
-"""What is checked before a study starts, and the points that it tries first."""
+"""What is checked before a study starts, and the enqueued that it tries first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.space.parameter_sets import complete_point, parse_points, points_to_check
+from lightning_bge.hpo.space.parameter_sets import complete_parameter_set, parameter_sets_to_check, parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, parse_space, suggest
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import open_study, run_study
@@ -32,7 +32,7 @@ def space() -> Space:
 
 
 def checked(space: Space, **configured: Any) -> list[dict[str, Any]]:
-    return list(points_to_check(space, {**CONFIGURED, **configured}.get))
+    return list(parameter_sets_to_check(space, {**CONFIGURED, **configured}.get))
 
 
 def test_of_a_plain_space_both_ends_of_each_range_alone() -> None:
@@ -54,9 +54,9 @@ def test_with_a_value_go_those_that_it_brings_along(space: Space) -> None:
     assert {"lora": False} in found
     assert {"lora": True} not in found  # no trial is like that
     assert {"length": 32} in found
-    assert complete_point(space, {"model": "large", "lora": True}, CONFIGURED.get)["alpha"] == 1.0
-    assert complete_point(space, {"model": "large", "lora": True, "alpha": 3.0}, CONFIGURED.get)["alpha"] == 3.0
-    assert "alpha" not in complete_point(space, {"model": "small", "lora": True}, CONFIGURED.get)
+    assert complete_parameter_set(space, {"model": "large", "lora": True}, CONFIGURED.get)["alpha"] == 1.0
+    assert complete_parameter_set(space, {"model": "large", "lora": True, "alpha": 3.0}, CONFIGURED.get)["alpha"] == 3.0
+    assert "alpha" not in complete_parameter_set(space, {"model": "small", "lora": True}, CONFIGURED.get)
 
 
 def test_a_parameter_that_is_not_drawn_lets_none_be_drawn_whatever_is_configured() -> None:
@@ -67,26 +67,35 @@ def test_a_parameter_that_is_not_drawn_lets_none_be_drawn_whatever_is_configured
     }
     space = parse_space(raw)
     configured = {"a": 2, "b": "y", "c": 5}.get
-    assert complete_point(space, {}, configured) == {}
-    assert complete_point(space, {"a": 1}, configured) == {"a": 1, "b": "x"}
-    assert list(points_to_check(space, configured))[-2:] == [{"a": 1, "b": "y", "c": 0}, {"a": 1, "b": "y", "c": 1}]
+    assert complete_parameter_set(space, {}, configured) == {}
+    assert complete_parameter_set(space, {"a": 1}, configured) == {"a": 1, "b": "x"}
+    assert list(parameter_sets_to_check(space, configured))[-2:] == [
+        {"a": 1, "b": "y", "c": 0},
+        {"a": 1, "b": "y", "c": 1},
+    ]
 
 
-def test_points_are_as_trials_have_them(space: Space) -> None:
-    points = parse_points([{"length": 48.0, "model": "small"}, {"lora": True, "model": "base", "alpha": 2}], space)
-    assert points == [{"length": 48, "model": "small"}, {"lora": True, "model": "base", "alpha": 2.0}]
-    assert [type(points[0]["length"]), type(points[1]["alpha"])] == [int, float]
-    assert parse_points([], space) == []
+def test_enqueued_are_as_trials_have_them(space: Space) -> None:
+    enqueued = parse_enqueued([{"length": 48.0, "model": "small"}, {"lora": True, "model": "base", "alpha": 2}], space)
+    assert enqueued == [{"length": 48, "model": "small"}, {"lora": True, "model": "base", "alpha": 2.0}]
+    assert [type(enqueued[0]["length"]), type(enqueued[1]["alpha"])] == [int, float]
+    assert parse_enqueued([], space) == []
 
 
 @pytest.mark.parametrize(
-    ("points", "says"),
+    ("enqueued", "says"),
     [
-        ({"length": 48}, "expected a list of points"),
-        (["length"], "point 1: expected {name of a searched parameter: value, ...}, got 'length'"),
-        ([{}], "point 1: expected {name"),
-        ([{"length": 48}, {"width": 1}], "point 2: width is not searched; searched are lora, model, alpha, length"),
-        ([{"model": "huge"}], r"point 1: model: expected one of the choices \['small', 'base', 'large'\], got 'huge'"),
+        ({"length": 48}, "expected a list of parameter sets"),
+        (["length"], "parameter set 1: expected {name of a searched parameter: value, ...}, got 'length'"),
+        ([{}], "parameter set 1: expected {name"),
+        (
+            [{"length": 48}, {"width": 1}],
+            "parameter set 2: width is not searched; searched are lora, model, alpha, length",
+        ),
+        (
+            [{"model": "huge"}],
+            r"parameter set 1: model: expected one of the choices \['small', 'base', 'large'\], got 'huge'",
+        ),
         ([{"lora": 1}], "expected one of the choices .* got 1"),
         ([{"length": 65}], "length: expected 32 to 64 in steps of 16, got 65; change the value, or the range"),
         ([{"length": 40}], "length: expected 32 to 64 in steps of 16, got 40"),
@@ -96,24 +105,26 @@ def test_points_are_as_trials_have_them(space: Space) -> None:
         ([{"length": None}], "must be a finite number"),
         (
             [{"alpha": 2.0}],
-            "alpha is drawn only when lora is one of .*, but lora is not given; drop alpha, or set lora so",
+            "alpha is drawn only when lora is one of .*, but lora is not given; drop alpha, or change lora",
         ),
         ([{"alpha": 2.0, "lora": False, "model": "base"}], "but lora is False"),
         ([{"alpha": 2.0, "lora": True, "model": "small"}], "model is one of .'base', 'large'., but model is 'small'"),
-        ([{"length": 48}, {"lora": True}, {"length": 48.0}], "point 3: equals point 1"),
+        ([{"length": 48}, {"lora": True}, {"length": 48.0}], "parameter set 3: equals parameter set 1"),
     ],
 )
-def test_mistakes_name_point_and_parameter(space: Space, points: Any, says: str) -> None:
+def test_mistakes_name_parameter_set_and_parameter(space: Space, enqueued: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as caught:
-        parse_points(points, space)
+        parse_enqueued(enqueued, space)
     assert "hpo.enqueue" in str(caught.value)
 
 
 # ---------------------------------------------------------------------- in a study
 
 
-def run(folder: Path, trials: int, points: list[dict[str, Any]], sampler: Any = "tpe") -> optuna.Study:
-    config = StudyConfig(n_trials=trials, space=RAW, enqueue=points, pruner=PrunerConfig(name="none"), sampler=sampler)
+def run(folder: Path, trials: int, enqueued: list[dict[str, Any]], sampler: Any = "tpe") -> optuna.Study:
+    config = StudyConfig(
+        n_trials=trials, space=RAW, enqueue=enqueued, pruner=PrunerConfig(name="none"), sampler=sampler
+    )
     study = open_study(folder, config, "maximize", Steps(1, 1), {})
 
     def objective(trial: optuna.Trial) -> float:
@@ -124,29 +135,29 @@ def run(folder: Path, trials: int, points: list[dict[str, Any]], sampler: Any = 
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_points_are_tried_first_and_what_they_leave_out_is_drawn(tmp_path: Path, sampler: str) -> None:
-    points = [{"length": 48, "model": "small"}, {"lora": True, "model": "base", "alpha": 2}]
-    study = run(tmp_path, 15, points, sampler)
+def test_enqueued_are_tried_first_and_what_they_leave_out_is_drawn(tmp_path: Path, sampler: str) -> None:
+    enqueued = [{"length": 48, "model": "small"}, {"lora": True, "model": "base", "alpha": 2}]
+    study = run(tmp_path, 15, enqueued, sampler)
     first, second, *others = study.trials
-    assert first.params.items() >= points[0].items()
+    assert first.params.items() >= enqueued[0].items()
     assert first.params.keys() == {"length", "model", "lora"}
-    assert second.params.items() >= points[1].items()
+    assert second.params.items() >= enqueued[1].items()
     assert second.params["length"] in (32, 48, 64)
     assert not any("enqueued" in trial.user_attrs for trial in others)
     assert len(others) == 13
 
 
-def test_a_study_that_goes_on_tries_only_new_points(tmp_path: Path) -> None:
-    points = [{"length": 48}, {"length": 64}]
-    run(tmp_path, 1, points)
-    study = run(tmp_path, 1, points)
+def test_a_study_that_goes_on_tries_only_new_enqueued(tmp_path: Path) -> None:
+    enqueued = [{"length": 48}, {"length": 64}]
+    run(tmp_path, 1, enqueued)
+    study = run(tmp_path, 1, enqueued)
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.WAITING]
-    study = run(tmp_path, 4, [{"length": 32}, *reversed(points)])
+    study = run(tmp_path, 4, [{"length": 32}, *reversed(enqueued)])
     assert [trial.params["length"] for trial in study.trials[:3]] == [48, 64, 32]
     assert ["enqueued" in trial.user_attrs for trial in study.trials] == [True, True, True, False]
 
 
-def test_wrong_points_and_spaces_leave_nothing(tmp_path: Path) -> None:
+def test_wrong_enqueued_and_spaces_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="width is not searched"):
         run(tmp_path, 1, [{"width": 1}])
     assert not list(tmp_path.iterdir())

@@ -57,7 +57,7 @@ def test_whole_floats_with_type_int():
     [
         ({"low": 2, "high": 1}, "swap the bounds"),
         ({"low": 0, "high": 1.0, "log": True}, "needs low > 0"),
-        ({"low": 1, "high": 2, "log": True, "step": 1}, "do not go together"),
+        ({"low": 1, "high": 2, "log": True, "step": 1}, "exclude each other"),
         ({"low": 1, "high": 2, "logg": True}, "unknown key 'logg'; known are choices, low, high, step, log, type"),
         ({"low": 1}, "both 'low' and 'high'"),
         ({}, "either 'choices' or both"),
@@ -77,7 +77,7 @@ def test_whole_floats_with_type_int():
         ({"low": 0.5, "high": 1, "type": "int"}, "whole numbers"),
         ({"low": 0, "high": 1, "type": "integer"}, "int or float"),
         ({"low": 1, "high": 2, "log": "yes"}, "true or false"),
-        (0.1, "a fixed value is no search"),
+        (0.1, "set a fixed value as an ordinary option"),
     ],
 )
 def test_mistakes_name_the_parameter(spec, says):
@@ -169,16 +169,16 @@ OTHERS = {"a": {"choices": [1, 2]}, "c": {"choices": ["x", "y"], "when": {"a": 1
         ({"b": {"when": {"a": [1, 3]}}}, "b.when.a", "got 3"),
         ({"b": {"when": {"a": True}}}, "b.when.a", "got True"),
         ({"b": {"when": {"a": "1"}}}, "b.when.a", "got '1'"),
-        ({"b": {"when": {"a": []}}}, "b.when.a", "can never hold"),
+        ({"b": {"when": {"a": []}}}, "b.when.a", "is never drawn"),
         ({"b": {"when": {}}}, "b.when", "expected {name of another parameter"),
         ({"b": {"when": "a"}}, "b.when", "expected {name of another parameter"),
         ({"b": {"when": None}}, "b.when", "expected {name of another parameter"),
-        ({"b": {"when": {"c": "x", "a": 2}}}, "b.when", r"can never hold: a would have to be one of \[2\] and .*\[1\]"),
-        ({"b": {"when": {"b": 1}}}, "hpo.space", "in a circle: b <- b"),
+        ({"b": {"when": {"c": "x", "a": 2}}}, "b.when", r"is never drawn: a would have to be one of \[2\] and .*\[1\]"),
+        ({"b": {"when": {"b": 1}}}, "hpo.space", "form a cycle: b <- b"),
         (
             {"b": {"when": {"c": "x"}}, "a": {"choices": [1, 2], "when": {"b": 1}}},
             "hpo.space",
-            "circle: a <- b <- c <- a",
+            "cycle: a <- b <- c <- a",
         ),
         (
             {"b": {"low": 0, "high": 1, "choices": [1], "when": {"a": 1}}},

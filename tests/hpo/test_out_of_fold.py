@@ -9,7 +9,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from lightning_bge.hpo.objective import Objective, drop_predictions, load_predictions
+from lightning_bge.hpo.objective import Objective
+from lightning_bge.hpo.out_of_fold import drop_predictions, load_predictions
 from lightning_bge.hpo.ranking import front, ranked
 from tests.helpers.small_search import make, write_files
 

@@ -1,0 +1,101 @@
+"""What a study varies: the options of its trials, and the objects that are made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from lightning_bge.callbacks.compile.policy import CompileConfig
+from lightning_bge.callbacks.micro_batch.finder import MemoryConfig
+from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.objective import TrialSetup
+from lightning_bge.hpo.space.parameter_sets import (
+    complete_parameter_set,
+    ends,
+    parameter_sets_to_check,
+    parse_enqueued,
+)
+from lightning_bge.hpo.space.search_space import Space
+from lightning_bge.models.encoder_cache import EncoderCache
+from lightning_bge.models.metrics import MonitorConfig
+from lightning_bge.runtime.dotted_config import check_option, with_overrides
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """The options of a study's trials, and how objects are made of them: the command line's, or those of `tune`.
+
+    Attributes:
+        config: all options by their dotted names: of model, data and trainer, and `seed_everything`.
+        create: makes fresh objects of such options, with the data set up for `fit`.
+        validate: raises TypeError, ValueError, KeyError or `ConfigError` where an option has a wrong value.
+        plain: turns such options into plain data, as it is written into the run's `config.yaml`.
+        datamodule: made of `config`.
+        monitor: the metric of the study.
+        compile: when layers are compiled.
+        memory: how the micro-batch size is found, and how much memory this process may use.
+        run_dir: the run's folder, which may not exist yet.
+    """
+
+    config: Namespace
+    create: Callable[[Namespace], TrialSetup]
+    validate: Callable[[Namespace], Any]
+    plain: Callable[[Namespace], dict[str, Any]]
+    datamodule: TextDataModule
+    monitor: MonitorConfig
+    compile: CompileConfig
+    memory: MemoryConfig
+    run_dir: Path
+
+    def build(self, overrides: dict[str, Any]) -> TrialSetup:
+        """Fresh objects for a trial: the options, with hyperparameters that passed `check`."""
+        return self.create(with_overrides(self.config, overrides))
+
+    def check(self, overrides: dict[str, Any], where: str = "hpo.space") -> None:
+        """Raise `ConfigError`, which begins with `where`, if the options do not accept such values."""
+        try:
+            self.validate(with_overrides(self.config, overrides))
+        except (TypeError, ValueError, KeyError) as error:
+            raise ConfigError(f"{where}: these options do not accept the values {overrides}: {error}") from error
+        self.build(overrides)
+
+    def check_space(self, hpo: StudyConfig, space: Space) -> None:
+        """Try the ends of the search space and the enqueued parameter sets, before a study exists.
+
+        Raises:
+            ConfigError: an option does not exist, or does not accept a value.
+        """
+        enqueued = parse_enqueued(hpo.enqueue, space)
+        for name in space:
+            check_option(self.config, name)
+        for values in parameter_sets_to_check(space, self.config.get):
+            self.check(values)
+        for values in enqueued:
+            self.check(complete_parameter_set(space, values, self.config.get), "hpo.enqueue")
+
+    def most_epochs(self, space: Space) -> int:
+        """The most epochs that any trial trains a fold for.
+
+        Raises:
+            ConfigError: there is no such number, or the folds are searched.
+        """
+        if any(name.startswith("data.split.") for name in space):
+            raise ConfigError("hpo.space: data.split can't be searched: trials on different folds are not comparable")
+        searched = ends(space["trainer.max_epochs"]) if "trainer.max_epochs" in space else ()
+        if searched and "trainer.max_epochs" not in space.when:
+            return max(searched)
+        configured = self.config["trainer.max_epochs"]
+        if configured is None or configured < 1:
+            raise ConfigError(f"trainer.max_epochs: a study needs 1 or more, got {configured}")
+        return max([configured, *searched])
+
+    def encoder_cache(self, hpo: StudyConfig) -> EncoderCache:
+        """What the study loads its encoders with."""
+        granted = self.memory.limit_gb
+        return EncoderCache(hpo.encoder_cache_bytes, None if granted is None else round(granted * 2**30))

@@ -1,0 +1,147 @@
+"""The out-of-fold predictions of the best trials: kept on the disk, and what they say of threshold and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import optuna
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightning_bge.hpo.config import BEST
+from lightning_bge.hpo.ranking import best_parameter_sets
+from lightning_bge.models.metrics import (
+    LOWER_IS_BETTER,
+    Predictions,
+    best_threshold,
+    compute_metrics,
+    cross_fitted_decisions,
+    scores,
+)
+from lightning_bge.types import Schema
+
+HAS_THRESHOLD = ("binary", "multilabel")
+
+
+def predictions_file(folder: Path, number: int) -> Path:
+    """The file of a trial's out-of-fold predictions."""
+    return folder / f"{number}.safetensors"
+
+
+def drop_predictions(study: optuna.Study, folder: Path) -> None:
+    """Delete the predictions of trials that have ended and whose parameter sets are not among the best."""
+    # in this order: other processes end trials meanwhile, and what has ended and is not among the best never will be
+    ended = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
+    kept = {trial.number for trial in best_parameter_sets(study, BEST)}
+    for path in folder.glob("*.safetensors"):
+        if path.stem.isdecimal() and int(path.stem) in ended - kept:
+            path.unlink(missing_ok=True)
+
+
+def save_predictions(folds: Sequence[Predictions], folder: Path, number: int) -> None:
+    """Write the folds' predictions of a trial as one safetensors file, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = predictions_file(folder, number)
+    tensors: dict[str, Tensor] = {
+        "rows": torch.cat([p.rows for p in folds]),
+        "logits": torch.cat([p.logits for p in folds]),
+        "labels": torch.cat([p.labels for p in folds if p.labels is not None]),
+        "fold": torch.cat([torch.full((len(p.rows),), k) for k, p in enumerate(folds)]),
+    }
+    groups = [p.groups for p in folds if p.groups is not None]
+    if groups:
+        tensors["groups"] = torch.cat(groups)
+    draft = path.with_suffix(".draft")
+    save_file(tensors, draft)
+    draft.replace(path)
+
+
+def load_predictions(path: Path) -> tuple[Predictions, Tensor]:
+    """Read what `save_predictions` wrote: the predictions, sorted by row, and each row's fold, int64 [N]."""
+    tensors = load_file(path)
+    order = tensors["rows"].argsort()
+    found = Predictions(
+        tensors["rows"][order],
+        tensors["logits"][order],
+        tensors["labels"][order],
+        tensors["groups"][order] if "groups" in tensors else None,
+    )
+    return found, tensors["fold"][order]
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """The best trial's out-of-fold predictions, and the threshold that they suggest.
+
+    Attributes:
+        predictions: one for each row that was in a fold, sorted by row.
+        fold: int64 [N], each row's fold.
+        threshold: best over all of them (binary, multi-label), else 0.5, which nothing uses.
+        metrics: of these predictions; decisions are made at thresholds that were chosen on the *other* folds.
+        threshold_note: on which rows the threshold was chosen and judged.
+    """
+
+    predictions: Predictions
+    fold: torch.Tensor
+    threshold: float
+    metrics: dict[str, float]
+    threshold_note: str
+
+
+def judge_out_of_fold(path: Path, schema: Schema, metric: str) -> OutOfFold:
+    """Choose the threshold on the out-of-fold predictions, and judge it on rows that were not used to choose it.
+
+    Args:
+        path: of the predictions, as `save_predictions` wrote them.
+        schema: of the model.
+        metric: for which the threshold is best.
+    """
+    predictions, fold = load_predictions(path)
+    assert predictions.labels is not None
+    metrics = compute_metrics(schema, predictions, per_class=True)
+    if schema.task not in HAS_THRESHOLD:
+        return OutOfFold(predictions, fold, 0.5, metrics, "the task has no threshold")
+    score, labels = scores(schema.task, predictions.logits).numpy(), predictions.labels.numpy()
+    threshold = best_threshold(score, labels, metric)
+    folds = [np.flatnonzero(fold.numpy() == k) for k in fold.unique().tolist()]
+    if len(folds) == 1:
+        note = "chosen and judged on the same validation rows: optimistic"
+        decided = (score >= threshold).astype(np.int64)
+    else:
+        note = "chosen on all folds; the figures here are each fold's at the threshold of the other folds"
+        decided = cross_fitted_decisions(score, labels, folds, metric)
+    # decisions as extreme logits: the same function judges them, at any threshold
+    at_threshold = compute_metrics(schema, _as_logits(predictions, decided), per_class=True)
+    ranking = {name: value for name, value in metrics.items() if name in ("auroc", "average_precision", "map", "mrr")}
+    return OutOfFold(predictions, fold, threshold, at_threshold | ranking, note)
+
+
+def _as_logits(predictions: Predictions, decided: np.ndarray) -> Predictions:
+    logits = torch.from_numpy(decided * 40.0 - 20.0).float().reshape(predictions.logits.shape)
+    return replace(predictions, logits=logits)
+
+
+def majority_baseline(schema: Schema, predictions: Predictions, metric: str) -> float:
+    """The best value of the metric among constant predictions: one class (or yes, or no) for all rows, or the mean."""
+    labels = predictions.labels
+    assert labels is not None
+    shape = predictions.logits.shape
+    if schema.task == "regression":
+        answers = [labels.mean().expand(shape)]
+    elif schema.task == "multiclass":
+        eye = torch.eye(shape[1]) * 20
+        answers = [eye[number].expand(shape) for number in range(shape[1])]
+    else:
+        answers = [torch.full(shape, value) for value in (-20.0, 20.0)]
+    found = [
+        value
+        for logits in answers
+        if (value := compute_metrics(schema, replace(predictions, logits=logits)).get(metric)) is not None
+    ]
+    if not found:
+        return float("nan")
+    return min(found) if metric in LOWER_IS_BETTER else max(found)
