@@ -9,8 +9,6 @@ from .audit.console import describe_audit as describe_audit
 from .audit.page import audit_section as audit_section
 from .audit.page import write_audit_page as write_audit_page
 from .audit.requested import Claims as Claims
-from .html.page import Section as Section
-from .html.page import write_page as write_page
 from .plan.console import describe_plan as describe_plan
 from .plan.pace import Pace as Pace
 from .plan.pace import measure_pace as measure_pace

@@ -145,21 +145,21 @@ class Maker:
             return self.add(TrialState.FAIL, drawn, 1, 1.4 * pace, {"swept": "process 4711 is gone"})
         if luck < 0.018:
             return self.add(TrialState.PRUNED, drawn, 1, 1.1 * pace, {"nan": "nan", "pruned_at": 2})
-        parent, begun = {}, 0
+        parent, done = {}, 0
         for rung in (*RUNGS, TOTAL):
             if rung == TOTAL:
                 scores = {"fold_scores": [max(fold) for fold in drawn[3]], "fold_epochs": [3] * 5}
-                return self.add(TrialState.COMPLETE, drawn, TOTAL, (TOTAL - begun) * pace, {**parent, **scores})
+                return self.add(TrialState.COMPLETE, drawn, TOTAL, (TOTAL - done) * pace, {**parent, **scores})
             self.seen[rung].append(drawn[2][rung - 1])
             top = sorted(self.seen[rung], reverse=True)[: max(1, len(self.seen[rung]) // 4)]
             if drawn[2][rung - 1] >= top[-1] and self.rng.random() < 0.6:
                 continue
             paused = {**parent, "paused_at": rung, "pruned_at": rung}
-            self.add(TrialState.PRUNED, drawn, rung, (rung - begun) * pace, paused)
+            self.add(TrialState.PRUNED, drawn, rung, (rung - done) * pace, paused)
             if drawn[2][rung - 1] < top[-1]:
                 return None
             first = parent.get("parameter_set", len(self.trials) - 1)
-            parent, begun = {"resumes": len(self.trials) - 1, "parameter_set": first}, rung
+            parent, done = {"resumes": len(self.trials) - 1, "parameter_set": first}, rung
         return None
 
 

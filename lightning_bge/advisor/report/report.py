@@ -19,7 +19,7 @@ def write_report(run_dir: Path) -> Path:
     """Write `report.html` into the folder of a study or of a training run, finished or not.
 
     The page is self-contained. It shows no texts of the data, and no passwords or tokens. No other file of the folder
-    is changed, and the run may go on meanwhile.
+    is changed, and the run may still be in progress.
 
     Args:
         run_dir: the run's folder.

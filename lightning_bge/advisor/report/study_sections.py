@@ -20,7 +20,7 @@ def study_sections(run: RunData) -> list[Section]:
     """The sections of a study, as far as its trials have content for them."""
     history, replicates = run.history, (run.summary or {}).get("seed_replicates")
     if history is None or not history.trials:
-        text = "No trial has started yet. Write the report again after the first trials."
+        text = "No trial has started yet. Write the report when the first trials have run."
         return [Section("Results", paragraph(text))]
     sections = [
         Section("Results", _results(run, history)),

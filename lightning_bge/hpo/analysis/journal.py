@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.config import JOURNAL
 
-SEED_REPLICATES = "-seed-replicates"  # ends the name of the study that holds a study's seed replicates
+SEED_REPLICATES = "-seed-replicates"  # suffix of the study of a study's seed replicates
 
 
 def load_study(run_dir: Path) -> tuple[optuna.Study, list[FrozenTrial]] | None:

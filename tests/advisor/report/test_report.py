@@ -141,7 +141,7 @@ def test_names_given_by_the_user_are_escaped(tmp_path: Path) -> None:
     assert evil in page.shown
     assert not any(tag in ("img", "b", "i") and "onerror" in attributes for tag, attributes in page.elements)
     assert "<img" not in page.text.replace(page.scripts[0], "")
-    # plotly makes elements of what looks like HTML in a figure's words
+    # plotly turns HTML in the texts of a figure into elements
     assert "<img" not in json.dumps(page.data)
 
 
@@ -254,8 +254,8 @@ def test_a_training_run_is_shown(trained: Path) -> None:
 
 def test_the_epochs_of_a_resumed_run_are_merged(trained: Path) -> None:
     (trained / "logs" / "version_1").mkdir()
-    again = LOG.replace("1,19", "2,29").replace("0,9", "1,19").replace("0.8,", "0.7,")
-    (trained / "logs" / "version_1" / "metrics.csv").write_text(again)
+    resumed = LOG.replace("1,19", "2,29").replace("0,9", "1,19").replace("0.8,", "0.7,")
+    (trained / "logs" / "version_1" / "metrics.csv").write_text(resumed)
     (trained / "logs" / "version_10").mkdir()  # just started
     assert [(epoch["epoch"], epoch["train_loss"]) for epoch in read_epochs(trained / "logs")] == [
         (0, 0.8),

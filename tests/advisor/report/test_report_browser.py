@@ -143,7 +143,7 @@ def test_every_figure_is_drawn_and_legible(browser: Browser, report: Path, form:
 def test_a_large_report_opens_in_seconds(browser: Browser, large: Path) -> None:
     """In the page's own clock, from the start of loading until all that the window shows is drawn: three seconds.
 
-    Twice that is allowed here, and the best of five counts, as other work may go on beside the test.
+    Twice that is allowed here, and the best of five counts, as other processes may be running.
     """
     taken, whole = [], []
     for _ in range(5):

@@ -83,12 +83,12 @@ def test_the_outcome_of_a_trial(
 
 
 def test_a_study_is_running_while_a_seed_replicate_runs(tmp_path: Path) -> None:
-    study = new_study(tmp_path / "run", 5)
-    again = optuna.create_study(study_name="run-seed-replicates", storage=study._storage)
-    again.add_trial(
+    new_study(tmp_path / "run", 5)
+    replicates = optuna.create_study(study_name="run-seed-replicates", storage=journal_of(tmp_path / "run"))
+    replicates.add_trial(
         create_trial(state=TrialState.RUNNING, user_attrs={"worker": {"host": "another"}, "replicate_of": 0, "seed": 1})
     )
-    again.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"redundant": True}))
+    replicates.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"redundant": True}))
     history = history_at(tmp_path / "run")
     assert [trial.outcome for trial in history.seed_replicates] == ["running"]
     assert history.is_running
