@@ -41,16 +41,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON with a schema version, as `write_text` does."""
+    """Write JSON with a schema version, the one in `content` if it has one, as `write_text` does."""
     write_text(path, json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path, schema_version: int = SCHEMA_VERSION) -> dict[str, Any] | None:
     """Read what `write_json` wrote; None where there is no such file, or one of another schema version."""
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
-    return content if content.get("schema_version") == SCHEMA_VERSION else None
+    return content if content.get("schema_version") == schema_version else None
 
 
 def record_run(folder: Path, config: dict[str, Any], data_hash: str | None) -> None:

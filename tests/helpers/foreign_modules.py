@@ -1,4 +1,4 @@
-"""Somebody else's project, sound in every way, with a switch for each defect that an audit has to find."""
+"""A project of another user without any defect, with an argument for each defect that an audit has to find."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def loader(batch_size: int = 8, rows: int = 96, width: int | None = None, sleep:
 
 
 class Collate:
-    """`collate`, for workers too."""
+    """`collate` as an object that can be sent to workers."""
 
     def __init__(self, width: int | None) -> None:
         self.width = width
@@ -57,14 +57,14 @@ class Collate:
 
 
 class Classifier(L.LightningModule):
-    """A BERT of two layers under Lightning's automatic optimisation.
+    """A BERT of two layers with Lightning's automatic optimization.
 
     Args:
         attention: of transformers.
         dropout: all of its rates.
         fused: the optimizer's.
         width: of its layers.
-        hparams: what the project says of itself.
+        hparams: the project's hyperparameters.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Classifier(L.LightningModule):
 
 
 class Accumulating(Classifier):
-    """The same under manual optimisation: a window of `every` batches, stepped exactly, the last one too."""
+    """The same with manual optimization: a step for `every` batches, and one for the rest of an epoch."""
 
     def __init__(self, every: int = 2, **options: Any) -> None:
         super().__init__(**options)

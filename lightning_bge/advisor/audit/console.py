@@ -1,4 +1,4 @@
-"""An audit for a terminal."""
+"""An audit as text for a terminal."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_bge.advisor.audit.audit import Audit
-from lightning_bge.advisor.audit.checks_compute import Gain, Row
+from lightning_bge.advisor.audit.checks.row import Row, TimeSaved
 
-SIGNS = {"ok": "ok", "lie": "NOT SO", "off": "off", "not applicable": "-", "unknown": "?"}
-STYLES = {"ok": "green", "lie": "bold red", "off": "yellow", "not applicable": "dim", "unknown": "yellow"}
-# columns of the table -> characters at the most; the last one takes what is left
-WIDTHS = {"what": 22, "": 6, "claimed": 12, "in effect": 18, "brings": 20, "evidence; what to do": 200}
+LABELS = {"ok": "ok", "mismatch": "FAIL", "improve": "improve", "not applicable": "-", "unknown": "?"}
+STYLES = {"ok": "green", "mismatch": "bold red", "improve": "yellow", "not applicable": "dim", "unknown": "yellow"}
+# columns of the table -> the most characters; the last one takes what is left
+WIDTHS = {"optimization": 22, "": 7, "requested": 12, "in effect": 18, "time saved": 20, "evidence; what to do": 200}
 
 
 def describe_audit(audit: Audit, color: bool = False, width: int | None = None) -> str:
     """The audit as text: a table of all rows, where the time goes, the scores, and what to do next.
 
     Args:
-        audit: what was found.
-        color: with a terminal's colours; no meaning is carried by them alone.
+        audit: the result of an audit.
+        color: use a terminal's colors; they carry no meaning of their own.
         width: columns; None: the terminal's.
     """
     columns = width or shutil.get_terminal_size((120, 24)).columns
     console = Console(file=io.StringIO(), force_terminal=color, no_color=not color, width=columns, highlight=False)
     for group in dict.fromkeys(row.group for row in audit.rows):
         console.print(_table(group, [row for row in audit.rows if row.group == group]))
-    console.print(_time(audit))
-    console.print(_scores(audit))
-    console.print(audit.next, markup=False)
+    for text in (_step_time(audit), _scores(audit), audit.next):
+        console.print(text, markup=False)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines())
 
@@ -41,30 +40,29 @@ def _table(group: str, rows: list[Row]) -> Table:
     for name, width in WIDTHS.items():
         table.add_column(name, min_width=min(width, 6), max_width=width, overflow="fold")
     for row in rows:
-        advice = f"; {row.advice}" * bool(row.advice) + f" ({row.yaml})" * bool(row.yaml)
-        sign = f"[{STYLES[row.verdict]}]{SIGNS[row.verdict]}[/]"
-        cells = (row.name, row.claimed, row.in_effect, words_of(row.gain), row.evidence + advice)
-        name, claimed, in_effect, gain, evidence = (cell.replace("[", "\\[") for cell in cells)
-        table.add_row(name, sign, claimed, in_effect, gain, evidence)
+        text = row.evidence
+        if row.fix is not None:
+            text += f"; {row.fix.text}" + f" ({row.fix.yaml})" * bool(row.fix.yaml)
+        cells = (row.name, row.requested, row.in_effect, format_saving(row.time_saved), text)
+        name, *others = (cell.replace("[", "\\[") for cell in cells)
+        table.add_row(name, f"[{STYLES[row.verdict]}]{LABELS[row.verdict]}[/]", *others)
     return table
 
 
-def words_of(gain: Gain | None) -> str:
-    """A gain with its interval."""
-    if gain is None:
+def format_saving(saved: TimeSaved | None) -> str:
+    """A share of time with its interval; empty: it is not known."""
+    if saved is None:
         return ""
-    if gain.low == gain.high:
-        return f"{gain.mid:.0%}, {gain.kind}"
-    return f"{gain.mid:.0%} ({gain.low:.0%} to {gain.high:.0%}), {gain.kind}"
+    interval = "" if saved.low == saved.high else f" ({saved.low:.0%} to {saved.high:.0%})"
+    return f"{saved.mid:.0%}{interval}, {saved.kind}"
 
 
-def _time(audit: Audit) -> str:
+def _step_time(audit: Audit) -> str:
     if not audit.parts:
         return ""
-    parts = ", ".join(
-        f"{part} {ms:.0f}" for part, ms in sorted(audit.parts.items(), key=lambda one: -one[1]) if ms >= 0.5
-    )
-    text = f"\nfrom one batch to the next {audit.step_ms:.0f} ms: {parts}"
+    ordered = sorted(audit.parts.items(), key=lambda one: -one[1])
+    parts = ", ".join(f"{part} {ms:.0f}" for part, ms in ordered if ms >= 0.5)
+    text = f"\ntime of a batch: {audit.step_ms:.0f} ms ({parts})"
     if audit.peak:
         peak = audit.peak
         text += f"\nmatrix products: {peak['achieved_gflops']:.0f} of the {peak['peak_gflops']:.0f} GFLOP/s that this "
@@ -73,6 +71,6 @@ def _time(audit: Audit) -> str:
 
 
 def _scores(audit: Audit) -> str:
-    lines = ["\nscore: time at the best setting known over the time now"]
+    lines = ["\nscore: time with the best known options, divided by the time now"]
     lines += [f"  {score.category:<8} {score.score:>4.0%}  {score.why}" for score in audit.scores]
     return "\n".join(lines) + "\n"

@@ -1,165 +1,124 @@
-"""An audit as a section of a page: what is claimed, what is in effect, and what is still to be gained."""
+"""An audit as a section of an HTML page: what was requested, what is in effect, and what would save time."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_bge.advisor.html.page import Raw, Section, code, meter, paragraph, table, write_page
 
-if TYPE_CHECKING:
-    from lightning_bge.advisor.audit.audit import Audit
-
-# a sign, a class of the style sheet, and words
+# a sign, a class of the style sheet, and the text
 VERDICTS = {
-    "ok": ("✓", "good", "fine"),
-    "lie": ("✗", "bad", "claimed, but not in effect"),
-    "off": ("○", "", "off"),
+    "ok": ("✓", "good", "ok"),
+    "mismatch": ("✗", "bad", "FAIL: requested, but not in effect"),
+    "improve": ("○", "", "can be improved"),
     "not applicable": ("-", "muted", "not applicable"),
     "unknown": ("?", "", "not known"),
 }
 Entry = Mapping[str, Any]
 
 
-def write_audit_page(path: Path, model: str, audit: Audit) -> Path:
+def write_audit_page(path: Path, model: str, audit: Entry) -> Path:
     """Write an audit as a page of its own.
 
     Args:
         path: the file.
         model: what was audited.
-        audit: what was found.
+        audit: plain data, as `Audit.as_dict` returns it.
 
     Returns:
         `path`.
     """
-    return write_page(path, f"Audit of {model}", [Section("Are we maxed out?", audit_section(audit.as_dict()))])
+    return write_page(
+        path, f"Audit of {model}", [Section("What is in effect, and what would save time", audit_section(audit))]
+    )
 
 
-def audit_section(audit: Mapping[str, Any]) -> str:
-    """The HTML of an audit: its next step, the scores by category, where a step's time goes, and each optimisation.
+def audit_section(audit: Entry) -> str:
+    """The HTML of an audit: its next step, the scores by category, where a step's time goes, and each optimization.
 
     Args:
-        audit: what `lightning-bge audit` has written. What is not in it is left out.
+        audit: plain data, as `Audit.as_dict` returns it and `audit.json` holds it.
     """
-    parts = []
-    if audit.get("next"):
-        parts.append(paragraph(str(audit["next"]), "next"))
-    if audit.get("scorecard"):
-        parts.append(_scores(audit["scorecard"]))
-    if (audit.get("step") or {}).get("parts"):
-        parts.append(_step(audit["step"], audit.get("peak") or {}))
-    rows: Sequence[Entry] = audit.get("rows") or ()
-    for group in dict.fromkeys(str(row.get("group", "other")) for row in rows):
+    parts = [paragraph(audit["next"], "next"), _scores(audit["scorecard"])]
+    if audit["step"]["parts"]:
+        parts.append(_step(audit["step"], audit["peak"]))
+    rows = audit["rows"]
+    for group in dict.fromkeys(row["group"] for row in rows):
         parts.append(f"<h3>{html.escape(group.capitalize())}</h3>")
-        parts.append(_rows([row for row in rows if str(row.get("group", "other")) == group]))
-    lines = [str(row["yaml"]).rstrip() for row in rows if row.get("yaml") and row.get("verdict") in ("off", "lie")]
+        parts.append(_rows([row for row in rows if row["group"] == group]))
+    fixes = [row["fix"] for row in rows if row["verdict"] in ("improve", "mismatch") and row["fix"]]
+    lines = dict.fromkeys(fix["yaml"] for fix in fixes if fix["yaml"])
     if lines:
-        parts.append(paragraph("These settings switch on what is off:"))
-        parts.append(code("\n".join(dict.fromkeys(lines)), "switches"))
-    if audit.get("machine"):
-        parts.append("<h3>Machine</h3>")
-        parts.append(table(["what", "value"], [(name, said(value)) for name, value in audit["machine"].items()]))
-    return "\n".join(parts) or paragraph("The audit holds nothing that this version can show.")
+        parts += [paragraph("These options apply the improvements:"), code("\n".join(lines), "switches")]
+    machine = table(["property", "value"], [(name, str(value)) for name, value in audit["machine"].items()])
+    return "\n".join([*parts, "<h3>Machine</h3>", machine])
 
 
 def _scores(scores: Sequence[Entry]) -> str:
-    text = "A score is the time at the best setting known over the time now: at 100 % nothing is left to be gained."
+    text = "A score is the time with the best known options divided by the time now: 100 % if none would save time."
     rows = []
     for one in scores:
-        # of a search 100 stands for all its training without pruning
-        show = _percent if one.get("category") == "search" else _ms
-        score = one.get("score")
-        rows.append(
-            (
-                said(one.get("category")),
-                "not known" if score is None else meter(float(score)),
-                show(one.get("now_ms")),
-                show(one.get("best_ms")),
-                said(one.get("why")),
-            )
-        )
-    head = ["category", "score", "now", "at best", "what is left"]
+        # of a search 100 stands for its training without pruning
+        show = _percent if one["category"] == "search" else _ms
+        times = show(one["now_ms"]), show(one["best_ms"])
+        rows.append((one["category"], meter(one["score"]), *times, one["why"]))
+    head = ["category", "score", "time now", "best time", "what would save time"]
     return f"<h3>Scores</h3>{paragraph(text, 'muted')}{table(head, rows, (2, 3))}"
 
 
 def _step(step: Entry, peak: Entry) -> str:
-    parts: Mapping[str, float] = step["parts"]
-    total = sum(parts.values()) or 1.0
-    ordered = sorted(parts.items(), key=lambda one: -one[1])
+    total = sum(step["parts"].values()) or 1.0
+    ordered = sorted(step["parts"].items(), key=lambda one: -one[1])
     rows = [(name, _ms(ms), meter(ms / total)) for name, ms in ordered]
-    text = f"From one batch to the next it takes {_ms(step.get('total_ms', total))}."
-    if peak.get("share") is not None:
+    text = f"A batch takes {_ms(step['total_ms'])}, from its fetch to the fetch of the next one."
+    if peak:
         text += (
-            f" Matrix products reach {peak['share']:.0%} of what was measured as the most in {peak.get('dtype', '?')}"
+            f" Matrix products reach {peak['share']:.0%} of the peak measured in {peak['dtype']}: "
+            f"{peak['achieved_gflops']:,.0f} of {peak['peak_gflops']:,.0f} GFLOP/s."
         )
-        if peak.get("achieved_gflops") is not None and peak.get("peak_gflops") is not None:
-            text += f": {peak['achieved_gflops']:,.0f} of {peak['peak_gflops']:,.0f} GFLOP/s"
-        text += "."
     return f"<h3>Where the time goes</h3>{paragraph(text)}{table(['part', 'time', 'share'], rows, (1,))}"
 
 
 def _rows(rows: Sequence[Entry]) -> str:
-    head = ["what", "verdict", "claimed", "in effect", "gain", "why, and what to do"]
-    return table(
-        head,
-        [
-            (
-                Raw(f"<b>{html.escape(said(row.get('name')))}</b>"),
-                _verdict(said(row.get("verdict")) or "unknown"),
-                said(row.get("claimed")),
-                said(row.get("in_effect")),
-                gain_text(row.get("gain")),
-                _advice(row),
-            )
-            for row in rows
-        ],
-    )
+    head = ["optimization", "verdict", "requested", "in effect", "time saved", "evidence, and what to do"]
+    cells = []
+    for row in rows:
+        sign, kind, text = VERDICTS[row["verdict"]]
+        name = Raw(f"<b>{html.escape(row['name'])}</b>")
+        verdict = Raw(f'<span class="{kind}">{sign} {html.escape(text)}</span>')
+        saving = _saving(row["time_saved"])
+        cells.append(
+            (name, verdict, row["requested"], row["in_effect"], saving, _evidence(row["evidence"], row["fix"]))
+        )
+    return table(head, cells)
 
 
-def _verdict(verdict: str) -> Raw:
-    sign, kind, words = VERDICTS.get(verdict, ("?", "", verdict))
-    return Raw(f'<span class="{kind}">{sign} {html.escape(words)}</span>')
-
-
-def gain_text(gain: Entry | None) -> str:
-    """What an optimisation brings, with its interval, and how that is known."""
-    if not gain:
+def _saving(saved: Entry | None) -> str:
+    """The share of time that an optimization saves, with its interval, and how that is known."""
+    if saved is None:
         return ""
-    found = ""
-    if gain.get("mid") is not None:
-        found = f"{gain['mid']:.1%}"
-        if gain.get("low") is not None and gain.get("high") is not None:
-            found += f" ({gain['low']:.1%} to {gain['high']:.1%})"
-        found += f", {gain['kind']}" if gain.get("kind") else ""
-    return ": ".join(part for part in (found, said(gain.get("text"))) if part)
+    text = f"{saved['mid']:.1%} ({saved['low']:.1%} to {saved['high']:.1%}), {saved['kind']}"
+    return text + f": {saved['text']}" * bool(saved["text"])
 
 
-def _advice(row: Entry) -> Raw:
-    lines = [html.escape(said(row["evidence"]))] if row.get("evidence") else []
-    if row.get("advice"):
-        effort = f" ({row['effort']})" if row.get("effort") else ""
-        lines.append(f"<b>To do:</b> {html.escape(said(row['advice']) + effort)}")
-    if row.get("yaml"):
-        lines.append(f"<code>{html.escape(said(row['yaml']))}</code>")
-    if row.get("accuracy"):
-        lines.append(f"<b>Accuracy:</b> {html.escape(said(row['accuracy']))}")
-    return Raw(f"<div>{'<br>'.join(lines)}</div>" if lines else "")
+def _evidence(evidence: str, fix: Entry | None) -> Raw:
+    lines = [html.escape(evidence)]
+    if fix is not None:
+        effort = f" ({fix['effort']})" * bool(fix["effort"])
+        lines.append(f"<b>To do:</b> {html.escape(fix['text'] + effort)}")
+        if fix["yaml"]:
+            lines.append(f"<code>{html.escape(fix['yaml'])}</code>")
+        if fix["accuracy"]:
+            lines.append(f"<b>Effect on accuracy:</b> {html.escape(fix['accuracy'])}")
+    return Raw(f"<div>{'<br>'.join(filter(None, lines))}</div>" if any(lines) else "")
 
 
-def said(value: Any) -> str:
-    """A value in words; empty: there is none."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "" if value is None else str(value)
-
-
-def _ms(value: float | None) -> str:
-    if value is None:
-        return ""
+def _ms(value: float) -> str:
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f} %"
+def _percent(value: float) -> str:
+    return f"{value:.0f} %"

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from lightning_bge.advisor.audit.config import AUDIT_SCHEMA
 from lightning_bge.advisor.report.secrets import hide_secrets, hide_secrets_in_command, hide_secrets_in_yaml
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.analysis.history import History, history_of
@@ -109,7 +110,7 @@ def read_run(run_dir: Path) -> RunData:
         summary=hide_secrets(read_json(run_dir / "summary.json")),
         calls=[{**hide_secrets(call), "command": hide_secrets_in_command(call["command"])} for call in calls],
         epochs=read_epochs(run_dir / "logs"),
-        audit=read_json(run_dir / "audit.json"),
+        audit=read_json(run_dir / "audit.json", AUDIT_SCHEMA),
         best=hide_secrets_in_yaml(best.read_text(encoding="utf-8")) if best.is_file() else None,
     )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from lightning_bge.advisor.audit.audit import AuditConfig
-from lightning_bge.advisor.audit.bge_run import OwnRun, audit_own
+from lightning_bge.advisor.audit.bge_run import BGERun, audit_bge_run
+from lightning_bge.advisor.audit.config import AuditConfig
 from lightning_bge.advisor.audit.console import describe_audit
 from lightning_bge.advisor.audit.page import write_audit_page
 from lightning_bge.cli.lightning_cli import BGECLI, running
@@ -32,9 +32,9 @@ def run(args: list[str]) -> None:
         space = parse_space(hpo.space) if hpo.space else Space({}, {})  # a configuration for `fit` has none
         steps = Steps(cli.datamodule.num_folds, experiment.most_epochs(space), hpo.reports_per_epoch)
         run_dir = create_run_dir(cli.run_dir)
-        found = audit_own(OwnRun(experiment.build, hpo, steps, cli.config_init.compile), options)
+        found = audit_bge_run(BGERun(experiment.build, hpo, steps, cli.config_init.compile), options)
     for path in filter(None, (run_dir / "audit.json", json)):
         write_json(path, found.as_dict())
-    page = write_audit_page(run_dir / "audit.html", cli.config.model.name_or_path, found)
+    page = write_audit_page(run_dir / "audit.html", cli.config.model.name_or_path, found.as_dict())
     print(describe_audit(found, color=sys.stdout.isatty()))
     print(page)

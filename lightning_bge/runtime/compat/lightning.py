@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,3 +63,57 @@ def kill_ranks(trainer: Trainer) -> None:
     launcher = trainer.strategy.launcher
     assert isinstance(launcher, _SubprocessScriptLauncher)
     launcher.kill(_get_sigkill_signal())
+
+
+# ---------------------------------------------------------------------- what an audit observes
+
+
+def observe_batches(trainer: Trainer, see: Callable[[Any], None]) -> Callable[[], None]:
+    """Call `see` with each training batch as the loader returned it, before it is copied to the device.
+
+    Callbacks get a batch only after the copy, and the hooks before it belong to the module and the data module.
+
+    Returns:
+        A function that ends it.
+    """
+    move = trainer.strategy.batch_to_device
+
+    def observed(batch: Any, *args: Any, **options: Any) -> Any:
+        if trainer.training:
+            see(batch)
+        return move(batch, *args, **options)
+
+    trainer.strategy.batch_to_device = observed  # type: ignore[method-assign]
+    return lambda: vars(trainer.strategy).pop("batch_to_device", None)
+
+
+def remove_callbacks(trainer: Trainer, kinds: tuple[type, ...]) -> None:
+    """Remove callbacks of some kinds, in the hook `setup` of another callback.
+
+    Those that a module adds in `configure_callbacks` are there only when the trainer has begun, and no argument leaves
+    them out. The list is replaced, not changed, as Lightning iterates over it meanwhile.
+    """
+    trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, kinds)]  # type: ignore[attr-defined]
+
+
+@contextmanager
+def count_fits() -> Iterator[Callable[[], int]]:
+    """Count the calls of `Trainer.fit` meanwhile, of all trainers of this process.
+
+    An objective of somebody else creates its trainers itself, so that no callback can be given to them.
+
+    Yields:
+        A function that returns the number of calls so far.
+    """
+    fit, total = Trainer.fit, 0
+
+    def counted(self: Trainer, *args: Any, **options: Any) -> Any:
+        nonlocal total
+        total += 1
+        return fit(self, *args, **options)
+
+    Trainer.fit = counted  # type: ignore[method-assign]
+    try:
+        yield lambda: total
+    finally:
+        Trainer.fit = fit  # type: ignore[method-assign]

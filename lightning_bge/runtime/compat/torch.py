@@ -36,6 +36,11 @@ def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> Non
     module._compiled_call_impl = call
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile(module)` has wrapped, or the module itself; nothing public unwraps it."""
+    return getattr(module, "_orig_mod", module)
+
+
 def dynamo_counts() -> tuple[int, int, int]:
     """Functions that this process gave to torch.compile, those compiled, and graphs.
 

@@ -1,9 +1,10 @@
-"""What an audit makes of unusual but sound projects, and what it leaves behind: nothing."""
+"""An audit of unusual but sound projects, what it restores, and how its rows are judged."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,27 +16,23 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from torch import Tensor, nn
 
-from lightning_bge.advisor.audit.ablation import Measured, Variation
-from lightning_bge.advisor.audit.audit import audit, judged
-from lightning_bge.advisor.audit.checks_compute import Case, Gain, Row, dropout, fused
-from lightning_bge.advisor.audit.checks_data import effective_batch, items, workers
-from lightning_bge.advisor.audit.observe import Observation
-from lightning_bge.advisor.audit.requested import Claims
-from lightning_bge.advisor.audit.trace import Trace
-from tests.advisor.audit.test_mismatches import CPU, WATCH, few_words
+from lightning_bge.advisor.audit.ablation import Ablation, Timings
+from lightning_bge.advisor.audit.audit import audit, with_saving
+from lightning_bge.advisor.audit.checks.compute import dropout, fused_optimizer
+from lightning_bge.advisor.audit.checks.data import persistent_workers
+from lightning_bge.advisor.audit.checks.loop import effective_batch, synchronization
+from lightning_bge.advisor.audit.checks.row import Fix, ObservedRun, Row, TimeSaved
+from lightning_bge.advisor.audit.observation import Observation, OptimizerSteps
+from lightning_bge.advisor.audit.requested import Requested
+from lightning_bge.advisor.audit.trace.step_trace import DropoutMasks, StepTrace
+from lightning_bge.errors import ConfigError
+from tests.helpers.audit_run import CPU, OBSERVE
 from tests.helpers.foreign_modules import Classifier, Texts, collate, loader
 
-assert few_words
 
-
-@pytest.fixture(autouse=True)
-def quiet(few_words: Iterator[None]) -> None:
-    """As there."""
-
-
-def case(seen: Observation, claims: Claims | None = None, devices: int = 1) -> Case:
+def observed(seen: Observation, requested: Requested | None = None, devices: int = 1) -> ObservedRun:
     trainer: Any = SimpleNamespace(train_dataloader=SimpleNamespace())
-    return Case(seen, claims or Claims(), Classifier(), trainer, devices)
+    return ObservedRun(seen, requested or Requested(), Classifier(), trainer, devices)
 
 
 # ---------------------------------------------------------------------- projects as people write them
@@ -58,9 +55,11 @@ class Logging(Classifier):
         return [saving, EarlyStopping("val_loss", check_on_train_epoch_end=True)]
 
 
-def test_callbacks_of_all_kinds_are_met_and_nothing_is_written(tmp_path: Path) -> None:
+def test_callbacks_of_all_kinds_are_left_out_or_run_and_nothing_is_written(tmp_path: Path) -> None:
     callbacks = [LearningRateMonitor(), TQDMProgressBar(), EarlyStopping("val_loss")]
-    found = audit(Logging(tmp_path), loader(), {**CPU, "callbacks": callbacks, "val_check_interval": 50}, config=WATCH)
+    found = audit(
+        Logging(tmp_path), loader(), {**CPU, "callbacks": callbacks, "val_check_interval": 50}, config=OBSERVE
+    )
     assert not found.alarms
     assert not list(tmp_path.iterdir())
 
@@ -116,26 +115,26 @@ class Growing(Classifier):
 
 
 @pytest.mark.parametrize("kind", [Twice, Pooled, Frozen, FusedSgd, Unfused, Growing])
-def test_no_false_alarm(kind: type[Classifier]) -> None:
-    found = audit(kind(), loader(), CPU, config=WATCH)
+def test_no_alarm_for_an_unusual_module(kind: type[Classifier]) -> None:
+    found = audit(kind(), loader(), CPU, config=OBSERVE)
     assert not found.alarms
     assert (
-        found.row("padding").evidence == "56 tokens computed in one step, 54 of them real"
+        found.row("padding").evidence == "56 tokens computed in one step, 54 of them without padding"
     )  # once, and of words alone
 
 
-def test_a_batch_of_questions_with_several_answers_each_is_no_lie() -> None:
+def test_a_batch_of_questions_with_several_answers_each_is_no_mismatch() -> None:
     def answers(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         batch = collate([row for row in rows for _ in range(4)])
         return {name: tensor[:32] for name, tensor in batch.items()}
 
     data = torch.utils.data.DataLoader(Texts(), batch_size=8, collate_fn=answers)
-    found = audit(Classifier(), data, CPU, config=WATCH)
+    found = audit(Classifier(), data, CPU, config=OBSERVE)
     assert found.row("effective batch").in_effect == "32 rows"
     assert not found.alarms
 
 
-def test_what_was_there_before_is_there_afterwards() -> None:
+def test_state_is_restored() -> None:
     class Counting(Classifier):
         def __init__(self) -> None:
             super().__init__()
@@ -153,7 +152,7 @@ def test_what_was_there_before_is_there_afterwards() -> None:
     next(module.parameters()).grad = torch.ones(200, 32)
     modes = [part.training for part in module.modules()]
     numbers = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[union-attr]
-    audit(module, loader(), CPU, config=WATCH)
+    audit(module, loader(), CPU, config=OBSERVE)
     assert all(torch.equal(weights[name], tensor) for name, tensor in module.state_dict().items())
     assert module.count == 0
     assert [part.training for part in module.modules()] == modes
@@ -167,80 +166,106 @@ def test_what_was_there_before_is_there_afterwards() -> None:
 def test_a_module_that_was_given_to_torch_compile_as_a_whole() -> None:
     module = Classifier()
     weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    audit(torch.compile(module, backend="eager"), loader(), CPU, config=WATCH)
+    audit(torch.compile(module, backend="eager"), loader(), CPU, config=OBSERVE)
     assert all(torch.equal(weights[name], tensor) for name, tensor in module.state_dict().items())
 
 
 # ---------------------------------------------------------------------- rows by hand
 
 
-def test_workers_of_a_validation_loader_that_come_later_are_no_restart() -> None:
+def test_workers_of_a_validation_loader_that_start_later_are_no_restart() -> None:
     seen = Observation(workers=[frozenset({1, 2}), frozenset({1, 2, 3})])
-    assert workers(case(seen, Claims(persistent=True))).verdict == "ok"
+    assert persistent_workers(observed(seen, Requested(persistent_workers=True))).verdict == "ok"
     seen = Observation(workers=[frozenset({1, 2}), frozenset({3, 4})])
-    assert workers(case(seen, Claims(persistent=True))).verdict == "lie"
+    assert persistent_workers(observed(seen, Requested(persistent_workers=True))).verdict == "mismatch"
 
 
 def test_rows_of_all_devices_count() -> None:
-    seen = Observation(windows=[16, 16])
-    assert effective_batch(case(seen, Claims(effective_batch=64), devices=4)).verdict == "ok"
-    assert effective_batch(case(seen, Claims(effective_batch=64))).verdict == "lie"
-    assert effective_batch(case(Observation(windows=[None]), Claims(effective_batch=64))).verdict == "unknown"
+    seen = Observation(steps=OptimizerSteps(rows=[16, 16]))
+    assert effective_batch(observed(seen, Requested(effective_batch=64), devices=4)).verdict == "ok"
+    assert effective_batch(observed(seen, Requested(effective_batch=64))).verdict == "mismatch"
+    assert (
+        effective_batch(observed(Observation(steps=OptimizerSteps(rows=[None])), Requested(effective_batch=64))).verdict
+        == "unknown"
+    )
 
 
-def test_values_whose_place_was_not_found_out_are_not_called_right() -> None:
-    trace = Trace()
-    trace.items["?"] = 3
-    assert items(case(Observation(traces=[trace]))).verdict == "unknown"
-    assert items(case(Observation(traces=[trace], located=True))).verdict == "ok"
+def test_values_read_at_an_unknown_line_are_not_ok() -> None:
+    trace = StepTrace()
+    trace.host_reads["?"] = 3
+    assert synchronization(observed(Observation(traces=[trace]))).verdict == "unknown"
+    assert synchronization(observed(Observation(traces=[trace], located=True))).verdict == "ok"
 
 
-def test_a_compiled_graph_draws_its_masks_at_once() -> None:
-    claims = Claims(dropout=True)
-    assert dropout(case(Observation(traces=[Trace(masks=1)]), claims)).verdict == "lie"
-    assert dropout(case(Observation(traces=[Trace(masks=1, seeds=1)]), claims)).verdict == "ok"
+def test_a_compiled_graph_may_draw_all_masks_at_once() -> None:
+    requested = Requested(dropout=True)
+    assert dropout(observed(Observation(traces=[StepTrace(dropout=DropoutMasks(1))]), requested)).verdict == "mismatch"
+    assert dropout(observed(Observation(traces=[StepTrace(dropout=DropoutMasks(1, 1))]), requested)).verdict == "ok"
 
 
-def test_the_operation_that_tells_is_named_first() -> None:
-    trace = Trace()
-    trace.optimizer.update({"aten::add_": 210, "aten::_foreach_add_": 2, "aten::_fused_adamw_": 1})
-    row = fused(case(Observation(traces=[trace])))
+def test_the_optimizers_main_operation_is_named_first() -> None:
+    trace = StepTrace()
+    trace.optimizer.operations.update({"aten::add_": 210, "aten::_foreach_add_": 2, "aten::_fused_adamw_": 1})
+    row = fused_optimizer(observed(Observation(traces=[trace])))
     assert (row.in_effect, row.evidence.split(": ", 1)[1].split()[0]) == ("fused", "aten::_fused_adamw_")
 
 
-# ---------------------------------------------------------------------- gains
+# ---------------------------------------------------------------------- time saved
 
 
-ROW = Row("compute", "x", "not said", "no", "ok", "seen")
+ROW = Row("compute", "x", "not stated", "no", "ok", "seen")
 
 
-def test_what_is_better_off_says_what_being_off_saves() -> None:
-    on = Variation("x", {}, True, "on against off")
-    found = judged(ROW, [on], Measured([2.0, 2.0, 2.01], {"x": [1.0, 1.0, 1.0]}), {})
-    assert (found.verdict, found.advice) == ("off", "switch it off: on against off")
-    assert found.gain is not None
-    assert found.gain.low <= found.gain.mid <= found.gain.high
-    assert found.gain.mid == pytest.approx(0.5, abs=0.01)
+def test_what_is_slower_when_on_is_to_be_switched_off() -> None:
+    on = Ablation("x", {}, True, "on against off")
+    found = with_saving(ROW, [on], Timings([2.0, 2.0, 2.01], {"x": [1.0, 1.0, 1.0]}), {})
+    assert (found.verdict, found.fix) == ("improve", Fix("switch it off: on against off", "one line"))
+    assert found.time_saved is not None
+    assert found.time_saved.low <= found.time_saved.mid <= found.time_saved.high
+    assert found.time_saved.mid == pytest.approx(0.5, abs=0.01)
 
 
-def test_of_a_lie_no_gain_is_claimed_that_its_setting_does_not_bring() -> None:
-    lie = Row("compute", "x", "on", "no", "lie", "seen")
-    measured = Measured([1.0, 1.0], {"x": [2.0, 2.0]})
-    assert judged(lie, [Variation("x", {}, True, "")], measured, {}).gain is None
-    assert judged(ROW, [Variation("x", {}, True, "")], measured, {}).gain is not None
+def test_a_mismatch_has_no_time_saved_by_its_own_option() -> None:
+    mismatch = Row("compute", "x", "on", "no", "mismatch", "seen")
+    timings = Timings([1.0, 1.0], {"x": [2.0, 2.0]})
+    assert with_saving(mismatch, [Ablation("x", {}, True, "")], timings, {}).time_saved is None
+    assert with_saving(ROW, [Ablation("x", {}, True, "")], timings, {}).time_saved is not None
 
 
-def test_advice_that_was_measured_to_help_is_an_alarm() -> None:
-    gain = Gain(0.05, 0.1, 0.15, "measured", "")
-    advised = Row("compute", "x", "not said", "foreach", "ok", "seen", advice="pass fused=True")
-    assert judged(advised, [], Measured(), {"x": gain}).verdict == "off"
-    assert judged(ROW, [], Measured(), {"x": gain}).verdict == "ok"
-    none = Gain(-0.01, 0.1, 0.15, "measured", "")
-    assert judged(advised, [], Measured(), {"x": none}).verdict == "ok"
+def test_a_fix_that_was_measured_to_save_time_is_an_alarm() -> None:
+    saved = TimeSaved(0.05, 0.1, 0.15, "measured", "")
+    with_fix = Row("compute", "x", "not stated", "foreach", "ok", "seen", fix=Fix("pass fused=True"))
+    assert with_saving(with_fix, [], Timings(), {"x": saved}).verdict == "improve"
+    assert with_saving(ROW, [], Timings(), {"x": saved}).verdict == "ok"
+    uncertain = TimeSaved(-0.01, 0.1, 0.15, "measured", "")
+    assert with_saving(with_fix, [], Timings(), {"x": uncertain}).verdict == "ok"
 
 
-def test_why_a_gain_was_not_measured_is_said() -> None:
-    measured = Measured(skipped={"x": "the other side can't be trained: ValueError: no"})
-    found = judged(ROW, [Variation("x", {}, False, "")], measured, {})
-    assert found.gain is None
-    assert found.evidence.endswith("its gain was not measured: the other side can't be trained: ValueError: no")
+def test_the_row_states_why_its_saving_was_not_measured() -> None:
+    timings = Timings(skipped={"x": "the other side cannot be trained: ValueError: no"})
+    found = with_saving(ROW, [Ablation("x", {}, False, "")], timings, {})
+    assert found.time_saved is None
+    assert found.evidence.endswith("its saving was not measured: the other side cannot be trained: ValueError: no")
+
+
+# ---------------------------------------------------------------------- arguments
+
+
+def test_a_trainer_instead_of_its_arguments_is_refused() -> None:
+    trainer: Any = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(ConfigError, match=r"trainer must be a dict of arguments for lightning.Trainer, got Trainer"):
+        audit(Classifier(), loader(), trainer)
+
+
+def test_a_module_of_torch_is_refused() -> None:
+    module: Any = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="module must be a LightningModule, got Linear"):
+        audit(module, loader())
+
+
+def test_the_package_exports_the_function() -> None:
+    code = (
+        "import lightning_bge.advisor.audit, lightning_bge; from lightning_bge import audit; "
+        "assert callable(audit) and audit is lightning_bge.audit"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

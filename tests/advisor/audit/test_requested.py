@@ -1,3 +1,5 @@
+"""What is read from the objects and the hyperparameters of a run."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -5,18 +7,18 @@ from typing import Any
 import pytest
 from lightning.pytorch import Trainer
 
-from lightning_bge.advisor.audit.observe import Observation
-from lightning_bge.advisor.audit.requested import Claims, claims_of
+from lightning_bge.advisor.audit.observation import Observation
+from lightning_bge.advisor.audit.requested import Requested, requested_by
 from tests.helpers.foreign_modules import Classifier
 
 
-def claims(module: Classifier, **options: Any) -> Claims:
+def read(module: Classifier, **options: Any) -> Requested:
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return claims_of(module, Trainer(accelerator="cpu", **off, **options), Observation())
+    return requested_by(module, Trainer(accelerator="cpu", **off, **options), Observation())
 
 
 @pytest.mark.parametrize(
-    ("hparams", "claim", "value"),
+    ("hparams", "request_name", "value"),
     [
         ({"use_torch_compile": True}, "compile", True),
         ({"use_torch_compile": False}, "compile", None),
@@ -33,17 +35,19 @@ def claims(module: Classifier, **options: Any) -> Claims:
         ({"bf16": False}, "bf16", None),
     ],
 )
-def test_names_of_hyper_parameters_claim(hparams: dict[str, Any], claim: str, value: Any) -> None:
-    assert getattr(claims(Classifier(**hparams)), claim) == value
+def test_requests_are_read_from_the_names_of_hyperparameters(
+    hparams: dict[str, Any], request_name: str, value: Any
+) -> None:
+    assert getattr(read(Classifier(**hparams)), request_name) == value
 
 
-def test_the_trainers_precision_and_the_models_attention_and_dropout_claim() -> None:
-    found = claims(Classifier(), precision="bf16-mixed")
+def test_requests_are_read_from_precision_attention_and_dropout() -> None:
+    found = read(Classifier(), precision="bf16-mixed")
     assert (found.bf16, found.sdpa, found.dropout) == (True, True, True)
-    found = claims(Classifier(attention="eager", dropout=0.0))
+    found = read(Classifier(attention="eager", dropout=0.0))
     assert (found.bf16, found.sdpa, found.dropout) == (None, False, None)
 
 
-def test_what_the_user_says_counts_over_what_is_read() -> None:
-    both = Claims(bf16=False, compile=True).over(Claims(bf16=True, fused=True))
+def test_what_the_user_states_replaces_what_is_read() -> None:
+    both = Requested(bf16=False, compile=True).with_defaults(Requested(bf16=True, fused=True))
     assert (both.bf16, both.compile, both.fused) == (False, True, True)

@@ -1,4 +1,4 @@
-"""What is read from a trace, against torch's own counter, and against what was planted."""
+"""What is read from a trace, compared with torch's own counter and with planted operations."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_bge.advisor.audit.recorder import Recorder
-from lightning_bge.advisor.audit.trace import EAGER, PARTS, Trace, read_trace
+from lightning_bge.advisor.audit.trace.operations import EAGER
+from lightning_bge.advisor.audit.trace.reader import read_trace
+from lightning_bge.advisor.audit.trace.recorder import Recorder
+from lightning_bge.advisor.audit.trace.step_trace import PARTS, StepTrace
 from tests.helpers.foreign_modules import Classifier, Texts, collate
 
 CPU = torch.device("cpu")
 
 
-def record(step: Callable[[], None], with_stack: bool = False) -> Trace:
+def record(step: Callable[[], None], with_stack: bool = False) -> StepTrace:
     step()  # the first one makes the optimizer's state
     recorder = Recorder(CPU, with_stack)
     recorder.start()
@@ -50,14 +52,14 @@ def stepper(module: Classifier, closure: bool = False, set_to_none: bool = True)
 
 @pytest.mark.parametrize("closure", [False, True])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_operations_of_matrix_products_are_those_of_torchs_own_counter(attention: str, closure: bool) -> None:
+def test_floating_point_operations_equal_those_of_torchs_own_counter(attention: str, closure: bool) -> None:
     step = stepper(Classifier(attention=attention), closure)
     found = record(step)
     with FlopCounterMode(display=False) as counter:
         step()
-    assert sum(found.flops.values()) == counter.get_total_flops()
-    assert set(found.flops) == {"fp32"}
-    assert 3 * found.forward_flops == pytest.approx(sum(found.flops.values()), rel=0.01)
+    assert found.flops.total == counter.get_total_flops()
+    assert set(found.flops.by_dtype) == {"fp32"}
+    assert 3 * found.flops.forward == pytest.approx(found.flops.total, rel=0.01)
 
 
 def test_products_under_autocast_are_in_bf16() -> None:
@@ -70,26 +72,26 @@ def test_products_under_autocast_are_in_bf16() -> None:
 
     module.loss = loss  # type: ignore[method-assign]
     found = record(stepper(module))
-    assert found.flops["bf16"] > 0.9 * sum(found.flops.values())
+    assert found.flops.by_dtype["bf16"] > 0.9 * found.flops.total
 
 
 @pytest.mark.parametrize("closure", [False, True])
 @pytest.mark.parametrize(("fused", "name"), [(True, "aten::_fused_adamw_"), (False, "aten::_foreach_addcdiv_")])
 def test_the_optimizers_kernel_is_seen_with_a_closure_and_without(closure: bool, fused: bool, name: str) -> None:
     found = record(stepper(Classifier(fused=fused), closure))
-    assert found.optimizer[name] >= 1
-    assert ("aten::_fused_adamw_" in found.optimizer) == fused
-    assert "aten::bernoulli_" not in found.optimizer
+    assert found.optimizer.operations[name] >= 1
+    assert ("aten::_fused_adamw_" in found.optimizer.operations) == fused
+    assert "aten::bernoulli_" not in found.optimizer.operations
 
 
 def test_masks_are_counted_and_none_in_eval_mode() -> None:
     module = Classifier()
     # embeddings, after attention and after the feed-forward layer of two layers, head, and attention's own
-    assert record(stepper(module)).masks == 1 + 2 * 2 + 1 + 2
-    assert record(stepper(module.eval())).masks == 0
+    assert record(stepper(module)).dropout.drawn == 1 + 2 * 2 + 1 + 2
+    assert record(stepper(module.eval())).dropout.drawn == 0
 
 
-def test_attention_written_out_is_told_from_a_kernel() -> None:
+def test_eager_attention_is_distinguished_from_a_kernel() -> None:
     assert record(stepper(Classifier(attention="eager"))).attention == {EAGER: 2}
     [name] = record(stepper(Classifier())).attention
     assert name.startswith("sdpa")
@@ -97,18 +99,18 @@ def test_attention_written_out_is_told_from_a_kernel() -> None:
 
 @pytest.mark.parametrize("with_stack", [False, True])
 def test_gradients_that_are_filled_with_zeros_are_seen(with_stack: bool) -> None:
-    assert record(stepper(Classifier(), set_to_none=False), with_stack).zeroed > 0
-    assert record(stepper(Classifier()), with_stack).zeroed == 0
+    assert record(stepper(Classifier(), set_to_none=False), with_stack).optimizer.zero_fills > 0
+    assert record(stepper(Classifier()), with_stack).optimizer.zero_fills == 0
 
 
-def test_values_that_are_read_come_with_their_line_of_code() -> None:
+def test_values_that_the_host_reads_have_their_line_of_code() -> None:
     def step() -> None:
         torch.ones(3).sum().item()
         bool(torch.ones(1) > 0)
 
-    found = record(step, with_stack=True).items
+    found = record(step, with_stack=True).host_reads
     assert sum(found.values()) == 2
-    assert all("test_advisor_trace.py" in where and "step" in where for where in found)
+    assert all("test_reader.py" in where and "step" in where for where in found)
 
 
 def test_the_parts_of_a_step_add_up_to_it_and_a_pause_is_the_hosts() -> None:
@@ -124,7 +126,7 @@ def test_the_parts_of_a_step_add_up_to_it_and_a_pause_is_the_hosts() -> None:
     assert 0.1 <= found.parts["host"] < found.seconds
 
 
-def test_compiled_regions_are_told_from_calls_that_run_eager() -> None:
+def test_compiled_regions_are_distinguished_from_eager_calls() -> None:
     class Layer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -138,8 +140,8 @@ def test_compiled_regions_are_told_from_calls_that_run_eager() -> None:
     x = torch.randn(4, 8)
     with torch.no_grad():
         found = record(lambda: layer(x))
-    assert (found.regions, found.lookups) == (1, 1)
-    assert found.compiled_flops == found.forward_flops == 2 * 4 * 8 * 8
+    assert (found.compiled.regions, found.compiled.lookups) == (1, 1)
+    assert found.flops.compiled == found.flops.forward == 2 * 4 * 8 * 8
     torch._dynamo.reset()
 
 
@@ -147,24 +149,37 @@ def test_token_ids_that_are_looked_up_are_counted() -> None:
     texts = Texts()
     batch = collate([texts[row] for row in range(8)])
     found = record(stepper(Classifier()))
-    assert max(sum(counts) for counts in found.looked.values()) == batch["input_ids"].numel()
+    assert max(sum(counts) for counts in found.embedding_lookups.values()) == batch["input_ids"].numel()
 
 
-def test_nothing_is_written_to_stderr_but_what_others_write(capfd: pytest.CaptureFixture[str]) -> None:
-    record(lambda: os.write(2, b"of somebody else\n") and None)
-    assert set(capfd.readouterr().err.splitlines()) == {"of somebody else"}
+def test_only_the_profilers_messages_are_removed_from_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    record(lambda: os.write(2, b"another message\n") and None)
+    assert set(capfd.readouterr().err.splitlines()) == {"another message"}
 
 
 def test_traces_of_several_batches_are_added() -> None:
     step = stepper(Classifier())
     one, two = record(step), record(step)
-    both = Trace()
-    both.add(one)
-    both.add(two)
-    assert sum(both.flops.values()) == sum(one.flops.values()) + sum(two.flops.values())
-    assert both.masks == one.masks + two.masks
+    both = StepTrace() + one + two
+    assert both.flops.total == one.flops.total + two.flops.total
+    assert both.dropout.drawn == one.dropout.drawn + two.dropout.drawn
     assert both.seconds == one.seconds + two.seconds
-    assert both.looked.keys() == one.looked.keys()
+    assert both.parts["host"] == one.parts["host"] + two.parts["host"]
+    assert both.optimizer.operations["aten::_fused_adamw_"] == 2
+    assert both.embedding_lookups.keys() == one.embedding_lookups.keys()
+    assert [len(counts) for counts in both.embedding_lookups.values()] == [
+        2 * len(counts) for counts in one.embedding_lookups.values()
+    ]
+
+
+def test_preempted_seconds_are_taken_off_the_idle_ones_alone() -> None:
+    trace = StepTrace(seconds=3.0)
+    trace.parts.update({"matrix products": 2.0, "host": 1.0})
+    found = trace.without_preempted(0.4)
+    assert (found.seconds, found.parts["host"], found.parts["matrix products"]) == pytest.approx((2.6, 0.6, 2.0))
+    found = trace.without_preempted(5.0)
+    assert (found.seconds, found.parts["host"]) == (2.0, 0.0)
+    assert trace.seconds == 3.0
 
 
 # ---------------------------------------------------------------------- a GPU's trace, made by hand
@@ -220,7 +235,7 @@ def test_on_a_gpu_time_is_that_of_kernels_by_what_launched_them() -> None:
         )
     ]
     kernels = [
-        Kernel("lightning_bge.audit.step", 1_000, 9_000, mark=True),  # told of on the device as well
+        Kernel("lightning_bge.audit.step", 1_000, 9_000, mark=True),  # the profiler lists marks on the device too
         Kernel("sm90_gemm_tf32", 1_000, 4_000, number=1),
         Kernel("flash_fwd", 5_000, 1_000, number=3),
         Kernel("cudaDeviceSynchronize", 6_000, 500, device="CPU"),
@@ -229,5 +244,4 @@ def test_on_a_gpu_time_is_that_of_kernels_by_what_launched_them() -> None:
     assert found.parts["matrix products"] == pytest.approx(4e-6)
     assert found.parts["attention"] == pytest.approx(1e-6)
     assert found.parts["host"] == pytest.approx(5e-6)
-    assert found.waited == pytest.approx(0.5e-6)
     assert found.kernels == {"sm90_gemm_tf32": 1, "flash_fwd": 1}

@@ -1,7 +1,7 @@
-"""Watches what runs in this process, by torch's profiler.
+"""Records a training step with torch's profiler.
 
-The profiler is told of each operation from within torch. A `TorchDispatchMode` would see as much, but Dynamo compiles
-nothing under one: such an observer makes the very "not compiled" that it then reports.
+The profiler hears of each operation from within torch. A `TorchDispatchMode` would see as much, but Dynamo compiles
+nothing under one: such an observer causes the very "not compiled" that it then reports.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lightning_bge.advisor.audit.trace import STEP, Trace, read_trace
+from lightning_bge.advisor.audit.trace.operations import STEP
+from lightning_bge.advisor.audit.trace.reader import read_trace
+from lightning_bge.advisor.audit.trace.step_trace import StepTrace
 
 
 class Recorder:
-    """Watches what runs between `start` and `stop`.
+    """Records what runs between `start` and `stop`.
 
     Args:
         device: of the training.
-        with_stack: whether the trace knows lines of Python code; slow, and for finding out where alone.
+        with_stack: whether the trace holds lines of Python code. Off by default, as it is slow.
     """
 
     def __init__(self, device: torch.device, with_stack: bool = False) -> None:
@@ -35,13 +37,13 @@ class Recorder:
         self._mark = record_function(STEP)
 
     def start(self) -> None:
-        """Begin."""
+        """Start recording."""
         with _quiet_kineto():
             self._profile.__enter__()
         self._mark.__enter__()
 
-    def stop(self) -> Trace:
-        """End, and read what ran."""
+    def stop(self) -> StepTrace:
+        """Stop recording, and read what ran."""
         self._mark.__exit__(None, None, None)
         with _quiet_kineto():
             self._profile.__exit__(None, None, None)
@@ -51,7 +53,7 @@ class Recorder:
 
 @contextmanager
 def _quiet_kineto() -> Iterator[None]:
-    """Keep the profiler's notes off stderr, where its library writes them past Python; all else is passed on."""
+    """Drop the profiler's messages, which its C++ library writes to stderr; everything else there is passed on."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as file:

@@ -1,9 +1,8 @@
-"""Sleeps of a known length, in the data, between the batches and within a step: the audit finds how long they are."""
+"""Sleeps of a known length in the data, between the batches and within a step: the audit finds their length."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -11,12 +10,11 @@ import pytest
 from torch import Tensor
 
 from lightning_bge.advisor.audit.audit import audit
-from lightning_bge.advisor.audit.checks_compute import Row
-from tests.advisor.audit.test_mismatches import CPU, WATCH, few_words
+from lightning_bge.advisor.audit.checks.row import Row
+from tests.helpers.audit_run import CPU, OBSERVE
 from tests.helpers.foreign_modules import Classifier, loader
 
 SLEEP = 0.2  # seconds a batch
-assert few_words
 
 
 class Sleeping(Classifier):
@@ -31,29 +29,24 @@ class SleepingCallback(L.Callback):
 
 
 def milliseconds(row: Row) -> float:
-    assert row.verdict == "off", row
-    assert row.gain is not None
+    assert row.verdict == "improve", row
+    assert row.time_saved is not None
     return float(row.in_effect.split()[0])
 
 
-@pytest.fixture(autouse=True)
-def quiet(few_words: Iterator[None]) -> None:
-    """As there."""
-
-
 def test_a_sleep_in_the_data() -> None:
-    found = audit(Classifier(), loader(sleep=SLEEP / 8), CPU, config=WATCH)
+    found = audit(Classifier(), loader(sleep=SLEEP / 8), CPU, config=OBSERVE)
     assert milliseconds(found.row("data wait")) == pytest.approx(1000 * SLEEP, rel=0.1)
     assert "data wait" in found.next
 
 
 def test_a_sleep_between_the_batches() -> None:
-    found = audit(Classifier(), loader(), {**CPU, "callbacks": [SleepingCallback()]}, config=WATCH)
-    row = found.row("callbacks and the loop")
+    found = audit(Classifier(), loader(), {**CPU, "callbacks": [SleepingCallback()]}, config=OBSERVE)
+    row = found.row("callbacks and loop")
     assert milliseconds(row) == pytest.approx(1000 * SLEEP, rel=0.1)
     assert "SleepingCallback" in row.evidence
 
 
 def test_a_sleep_within_a_step() -> None:
-    found = audit(Sleeping(), loader(), CPU, config=WATCH)
+    found = audit(Sleeping(), loader(), CPU, config=OBSERVE)
     assert milliseconds(found.row("host time within a step")) == pytest.approx(1000 * SLEEP, rel=0.1)

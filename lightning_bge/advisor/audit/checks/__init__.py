@@ -1,0 +1,1 @@
+"""One rule for each row of an audit."""
