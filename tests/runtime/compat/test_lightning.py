@@ -52,3 +52,51 @@ def test_callbacks_loggers_and_log_are_silent_and_come_back(tmp_path: Any) -> No
 
 def test_a_trainer_of_one_process_has_no_rank_processes() -> None:
     assert compat.rank_processes(quiet_trainer()) is None
+
+
+# ---------------------------------------------------------------------- what an audit observes
+
+
+def test_training_batches_are_observed_before_the_copy_to_the_device_and_no_others() -> None:
+    seen: list[Any] = []
+
+    class Observe(Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            assert hasattr(trainer.strategy, "batch_to_device"), MISSING.format(
+                lightning.__version__, "Strategy.batch_to_device"
+            )
+            self.end = compat.observe_batches(trainer, seen.append)
+
+        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            self.end()
+            assert "batch_to_device" not in vars(trainer.strategy)
+
+    quiet_trainer(callbacks=[Observe()], limit_train_batches=2, limit_val_batches=1, max_epochs=1).fit(BoringModel())
+    message = MISSING.format(lightning.__version__, "call of Strategy.batch_to_device for each training batch")
+    assert len(seen) == 2, message
+
+
+def test_callbacks_that_a_module_configures_are_removed_before_training() -> None:
+    class Unwanted(Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            raise AssertionError(MISSING.format(lightning.__version__, "Trainer.callbacks that setup can replace"))
+
+    class Configures(BoringModel):
+        def configure_callbacks(self) -> list[Callback]:
+            return [Unwanted()]
+
+    class Removes(Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            compat.remove_callbacks(trainer, (Unwanted,))
+
+    quiet_trainer(callbacks=[Removes()], limit_train_batches=1, limit_val_batches=0, max_epochs=1).fit(Configures())
+
+
+def test_fits_of_all_trainers_are_counted_and_only_meanwhile() -> None:
+    fit = lightning.Trainer.fit
+    with compat.count_fits() as fits:
+        assert fits() == 0
+        for expected in (1, 2):
+            quiet_trainer(limit_train_batches=1, limit_val_batches=0, max_epochs=1).fit(BoringModel())
+            assert fits() == expected, MISSING.format(lightning.__version__, "Trainer.fit that can be replaced")
+    assert lightning.Trainer.fit is fit

@@ -122,3 +122,11 @@ def test_the_first_note_in_the_store_stays(tmp_path: Path) -> None:
         assert compat.compare_and_set("note", "", "second") == "first"
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_module_wrapped_by_torch_compile_is_unwrapped() -> None:
+    layer = nn.Linear(2, 2)
+    wrapped = torch.compile(layer, backend="eager")
+    needs(wrapped, "_orig_mod")
+    assert compat.uncompiled(wrapped) is layer
+    assert compat.uncompiled(layer) is layer
