@@ -22,7 +22,7 @@ from common import versions
 
 from lightning_bge.cli import main as cli
 from lightning_bge.hpo.forecast.replay import record_study
-from lightning_bge.hpo.storage import open_storage
+from lightning_bge.hpo.storage.journal import open_storage
 
 HERE = Path(__file__).parent
 CURVES = HERE.parents[1] / "docs" / "benchmarks" / "curves"

@@ -23,7 +23,7 @@ from lightning_bge.cli.explain import explain
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import INTERRUPTED
 from lightning_bge.hpo.experiment import Experiment
-from lightning_bge.hpo.objective import TrialSetup
+from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics import MonitorConfig, check_metric
 from lightning_bge.runtime.distributed import AnotherRankFailed, end_ranks

@@ -14,7 +14,6 @@ from lightning_bge.callbacks.micro_batch.finder import MemoryConfig
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.objective import TrialSetup
 from lightning_bge.hpo.space.parameter_sets import (
     complete_parameter_set,
     ends,
@@ -22,6 +21,7 @@ from lightning_bge.hpo.space.parameter_sets import (
     parse_enqueued,
 )
 from lightning_bge.hpo.space.search_space import Space
+from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics import MonitorConfig
 from lightning_bge.runtime.dotted_config import check_option, with_overrides

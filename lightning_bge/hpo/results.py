@@ -15,8 +15,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.config import FINISHED
-from lightning_bge.hpo.objective import Build, TrialSetup
-from lightning_bge.hpo.out_of_fold import (
+from lightning_bge.hpo.progress import count, ended_early, finished
+from lightning_bge.hpo.ranking import cost_of, front, ranked, score_of
+from lightning_bge.hpo.seed_replicates import SeedReplicates, describe_seed_replicates
+from lightning_bge.hpo.trial.objective import Build, TrialSetup
+from lightning_bge.hpo.trial.out_of_fold import (
     HAS_THRESHOLD,
     OutOfFold,
     drop_predictions,
@@ -24,9 +27,6 @@ from lightning_bge.hpo.out_of_fold import (
     majority_baseline,
     predictions_file,
 )
-from lightning_bge.hpo.progress import count, ended_early, finished
-from lightning_bge.hpo.ranking import cost_of, front, ranked, score_of
-from lightning_bge.hpo.seed_replicates import SeedReplicates, describe_seed_replicates
 from lightning_bge.models.metrics import MonitorConfig
 from lightning_bge.models.prediction_file import write_predictions
 from lightning_bge.runtime.memory import release

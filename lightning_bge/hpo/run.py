@@ -11,12 +11,12 @@ import optuna
 from lightning_bge.hpo.config import BEST, StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.forecast.preview import describe_pruner
-from lightning_bge.hpo.objective import Objective, TrialFiles
 from lightning_bge.hpo.results import describe_study, finish_study
 from lightning_bge.hpo.seed_replicates import run_seed_replicates
 from lightning_bge.hpo.space.search_space import Space, parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import open_study, others_running, run_study
+from lightning_bge.hpo.trial.objective import Objective, TrialFiles
 from lightning_bge.models.metrics import metric_direction
 from lightning_bge.runtime.dotted_config import comparable
 from lightning_bge.runtime.run_folder import create_run_dir, record_run

@@ -18,12 +18,12 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.abandoned_trials import sweep
 from lightning_bge.hpo.config import BEST, FINISHED, StudyConfig
-from lightning_bge.hpo.objective import Objective
 from lightning_bge.hpo.progress import Progress, count
 from lightning_bge.hpo.ranking import best_parameter_sets, maximizes, ranked, score_of
+from lightning_bge.hpo.storage.abandoned_trials import sweep
 from lightning_bge.hpo.study import is_finished, stop_if_memory_is_kept
+from lightning_bge.hpo.trial.objective import Objective
 from lightning_bge.runtime.compat.optuna import storage_of
 
 ATTEMPTS = 3  # at one seed replicate, whose process dies or which fails; then it counts as one without a value

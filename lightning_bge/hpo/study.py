@@ -17,7 +17,6 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo.abandoned_trials import sweep
 from lightning_bge.hpo.config import JOURNAL, StudyConfig
 from lightning_bge.hpo.progress import Progress, finished
 from lightning_bge.hpo.pruning.asha import RESUMES, AshaPruner, AshaScheduler, nothing_left
@@ -25,7 +24,8 @@ from lightning_bge.hpo.pruning.config import build_pruner
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
 from lightning_bge.hpo.space.search_space import describe_difference, parse_space, space_to_json
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.storage import JournalLock, hold, open_storage
+from lightning_bge.hpo.storage.abandoned_trials import sweep
+from lightning_bge.hpo.storage.journal import JournalLock, hold, open_storage
 from lightning_bge.runtime.memory import format_bytes
 
 log = logging.getLogger("lightning_bge")

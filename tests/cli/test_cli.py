@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from lightning_bge.data.sample import write_sample
 from lightning_bge.hpo import run as hpo_run
 from lightning_bge.hpo.seed_replicates import run_seed_replicates
-from lightning_bge.hpo.storage import open_storage
+from lightning_bge.hpo.storage.journal import open_storage
 from lightning_bge.models.tiny_bert import build_tiny_bert
 from lightning_bge.trainer import BGETrainer
 from tests.helpers.paths import CONFIGS

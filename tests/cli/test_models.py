@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer
 from lightning_bge.cli import main as cli
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.sample import write_sample
-from lightning_bge.hpo.storage import open_storage
+from lightning_bge.hpo.storage.journal import open_storage
 from lightning_bge.models.encoder import load_classifier
 from lightning_bge.models.tiny_bert import build_tiny_bert
 

@@ -5,8 +5,8 @@ import sys
 
 import optuna
 
-from lightning_bge.hpo.storage import open_storage
-from lightning_bge.hpo.workers import this_worker
+from lightning_bge.hpo.storage.journal import open_storage
+from lightning_bge.hpo.storage.workers import this_worker
 
 
 def start(code, path):

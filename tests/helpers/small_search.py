@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.tables.splits import SplitConfig
-from lightning_bge.hpo.objective import Objective, TrialFiles, TrialSetup
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.trial.objective import Objective, TrialFiles, TrialSetup
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics import MonitorConfig
 from lightning_bge.models.optimizer import OptimizerConfig

@@ -18,9 +18,7 @@ import pytest
 from optuna.trial import TrialState
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.abandoned_trials import abandon, sweep
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.objective import TrialFiles
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.seed_replicates import (
     ReplicatedTrial,
@@ -31,9 +29,11 @@ from lightning_bge.hpo.seed_replicates import (
 )
 from lightning_bge.hpo.space.search_space import parse_space, suggest
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.storage import open_storage
+from lightning_bge.hpo.storage.abandoned_trials import abandon, sweep
+from lightning_bge.hpo.storage.journal import open_storage
+from lightning_bge.hpo.storage.workers import _start_time, mark_alive, this_worker
 from lightning_bge.hpo.study import open_study, run_study
-from lightning_bge.hpo.workers import _start_time, mark_alive, this_worker
+from lightning_bge.hpo.trial.objective import TrialFiles
 
 SPACE = {"lr": {"low": 0.0, "high": 1.0}}
 Value = Callable[[optuna.Trial, int], float]

@@ -15,17 +15,17 @@ from optuna.trial import TrialState, create_trial
 
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.out_of_fold import (
+from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.results import describe_study, trials_table, wall_seconds
+from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.study import open_study, run_study
+from lightning_bge.hpo.trial.out_of_fold import (
     judge_out_of_fold,
     load_predictions,
     majority_baseline,
     predictions_file,
     save_predictions,
 )
-from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.results import describe_study, trials_table, wall_seconds
-from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.study import open_study, run_study
 from lightning_bge.models.metrics import Predictions
 from lightning_bge.types import Schema
 

@@ -4,16 +4,16 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from lightning_bge.hpo.abandoned_trials import sweep
+from lightning_bge.hpo.storage.abandoned_trials import sweep
+from lightning_bge.hpo.storage.workers import this_worker
 from lightning_bge.hpo.study import enqueue_once
-from lightning_bge.hpo.workers import this_worker
 from tests.helpers.journal_processes import create, finish, start
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 ENQUEUER = """
 import pathlib, sys, optuna
-from lightning_bge.hpo.storage import open_storage
+from lightning_bge.hpo.storage.journal import open_storage
 from lightning_bge.hpo.study import enqueue_once
 study = optuna.load_study(study_name="s", storage=open_storage(sys.argv[1]))
 print("ready", flush=True)

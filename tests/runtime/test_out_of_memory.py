@@ -23,7 +23,7 @@ LONGEST = 4096
 LIMITED = """
 import json, resource, sys
 from lightning_bge.cli.main import main
-from lightning_bge.hpo.objective import Objective
+from lightning_bge.hpo.trial.objective import Objective
 from lightning_bge.runtime.memory import live_bytes, process_bytes, release
 
 mebibytes, record, *args = sys.argv[1:]

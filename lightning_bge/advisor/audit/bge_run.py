@@ -27,8 +27,8 @@ from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.data.batches.loader import BatchLoader
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.objective import TrialSetup
 from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder_cache import EncoderCache
 

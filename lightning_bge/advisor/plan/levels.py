@@ -25,7 +25,7 @@ from lightning_bge.advisor.plan.predict import Prediction, Priced, Study
 from lightning_bge.advisor.plan.trial_bench import Looks
 from lightning_bge.callbacks.compile.policy import CompileConfig, Findings, probe_time_limit, too_short
 from lightning_bge.callbacks.torch_backends import TorchBackends
-from lightning_bge.hpo.objective import Build
+from lightning_bge.hpo.trial.objective import Build
 
 LEAST, MOST, ENOUGH_S = 2, 10, 2.0  # steps to measure of each variation: those of two seconds
 CLAIMED_BF16 = 2.0  # "twice as fast", where there is no time to measure it

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.objective import ReleaseEncoder, TrialSetup
+from lightning_bge.hpo.trial.objective import ReleaseEncoder, TrialSetup
 from lightning_bge.runtime.clock import wait_for
 from lightning_bge.runtime.memory import release
 

@@ -24,10 +24,10 @@ from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.forecast.replay import Recording
-from lightning_bge.hpo.objective import Build
 from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets, parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, parse_space
 from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.trial.objective import Build
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics import MonitorConfig
 

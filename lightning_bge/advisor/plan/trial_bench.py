@@ -23,13 +23,13 @@ from lightning_bge.advisor.report.report import write_report
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.objective import Build, Objective, TrialFiles, TrialSetup
 from lightning_bge.hpo.pruning.asha import resume
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.results import finish_study
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.trial.objective import Build, Objective, TrialFiles, TrialSetup
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics import MonitorConfig
 

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_bge.hpo.pruning.asha import PAUSED_AT, RESUMES, resumed_numbers
 from lightning_bge.hpo.ranking import cost_of, score_of
 from lightning_bge.hpo.steps import Report, Steps
-from lightning_bge.hpo.workers import death_of
+from lightning_bge.hpo.storage.workers import death_of
 
 # `resumed`: it was paused, and a later trial resumes it; `diverged`: its metric became NaN or infinite
 Outcome = Literal[

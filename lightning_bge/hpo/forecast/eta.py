@@ -35,7 +35,7 @@ from lightning_bge.hpo.pruning.asha import (
 )
 from lightning_bge.hpo.pruning.config import PrunerConfig, rungs, startup_trials
 from lightning_bge.hpo.steps import Report, Steps
-from lightning_bge.hpo.workers import death_of
+from lightning_bge.hpo.storage.workers import death_of
 
 RUNS = 100  # of the rest of the search
 MOST_TRIALS = 40_000  # of all runs together: about a second

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning_bge.advisor.plan import pace as measure
 from lightning_bge.advisor.plan.pace import Pace, Step, measure_pace
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.objective import TrialSetup
+from lightning_bge.hpo.trial.objective import TrialSetup
 from tests.helpers.small_search import make, write_files
 
 PARAMETER_SET = {"lr": 1e-3, "dropout": 0.1}

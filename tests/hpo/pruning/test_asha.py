@@ -15,7 +15,6 @@ from optuna.trial import FrozenTrial, TrialState
 from safetensors.torch import load_file
 
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.out_of_fold import predictions_file
 from lightning_bge.hpo.pruning.asha import (
     PAUSED_AT,
     RESUMES,
@@ -34,6 +33,7 @@ from lightning_bge.hpo.pruning.asha import (
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import finished, open_study, run_study
+from lightning_bge.hpo.trial.out_of_fold import predictions_file
 from lightning_bge.models.metrics import MonitorConfig
 from tests.helpers.small_search import SPACE, make, write_files
 

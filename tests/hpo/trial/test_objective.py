@@ -7,7 +7,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from lightning_bge.hpo.objective import Objective
+from lightning_bge.hpo.trial.objective import Objective
 from lightning_bge.models.encoder import load_classifier
 from tests.helpers.small_search import make, write_files
 

@@ -9,9 +9,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from lightning_bge.hpo.objective import Objective
-from lightning_bge.hpo.out_of_fold import drop_predictions, load_predictions
 from lightning_bge.hpo.ranking import front, ranked
+from lightning_bge.hpo.trial.objective import Objective
+from lightning_bge.hpo.trial.out_of_fold import drop_predictions, load_predictions
 from tests.helpers.small_search import make, write_files
 
 

@@ -15,7 +15,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo.storage import JournalLock, open_storage
+from lightning_bge.hpo.storage.journal import JournalLock, open_storage
 from tests.helpers.journal_processes import create, finish, start
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -94,7 +94,7 @@ def test_complete_journal_is_left_alone(journal, caplog):
 KILLED_HOLDER = """
 import sys, time
 from pathlib import Path
-from lightning_bge.hpo.storage import JournalLock
+from lightning_bge.hpo.storage.journal import JournalLock
 JournalLock(Path(sys.argv[1])).acquire()
 print("ready", flush=True)
 time.sleep(600)

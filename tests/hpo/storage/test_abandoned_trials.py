@@ -9,18 +9,18 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from lightning_bge.hpo import workers
-from lightning_bge.hpo.abandoned_trials import _fail, abandon, sweep
-from lightning_bge.hpo.storage import open_storage
-from lightning_bge.hpo.workers import this_worker
+from lightning_bge.hpo.storage import workers
+from lightning_bge.hpo.storage.abandoned_trials import _fail, abandon, sweep
+from lightning_bge.hpo.storage.journal import open_storage
+from lightning_bge.hpo.storage.workers import this_worker
 from tests.helpers.journal_processes import create, finish, pretend, start
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 WORKER = """
 import sys, time, optuna
-from lightning_bge.hpo.storage import open_storage
-from lightning_bge.hpo.workers import mark_alive
+from lightning_bge.hpo.storage.journal import open_storage
+from lightning_bge.hpo.storage.workers import mark_alive
 study = optuna.load_study(study_name="s", storage=open_storage(sys.argv[1]))
 trial = study.ask()
 mark_alive(trial)
@@ -32,8 +32,8 @@ time.sleep(600)
 
 SWEEPER = """
 import sys, optuna
-from lightning_bge.hpo.abandoned_trials import sweep
-from lightning_bge.hpo.storage import open_storage
+from lightning_bge.hpo.storage.abandoned_trials import sweep
+from lightning_bge.hpo.storage.journal import open_storage
 study = optuna.load_study(study_name="s", storage=open_storage(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.readline()

@@ -19,16 +19,16 @@ from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import INTERRUPTED
-from lightning_bge.hpo.abandoned_trials import abandon
 from lightning_bge.hpo.config import BEST
-from lightning_bge.hpo.out_of_fold import drop_predictions, save_predictions
 from lightning_bge.hpo.pruning.asha import RESUMES, AshaPruner
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.ranking import CostName, best_parameter_sets, cost, rank_key
 from lightning_bge.hpo.space.search_space import Space, suggest
 from lightning_bge.hpo.steps import Report, Steps
-from lightning_bge.hpo.trial_checkpoint import FoldResult, PausedTrial, ScoredEpoch, pause
-from lightning_bge.hpo.workers import mark_alive
+from lightning_bge.hpo.storage.abandoned_trials import abandon
+from lightning_bge.hpo.storage.workers import mark_alive
+from lightning_bge.hpo.trial.checkpoint import FoldResult, PausedTrial, ScoredEpoch, pause
+from lightning_bge.hpo.trial.out_of_fold import drop_predictions, save_predictions
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics import MonitorConfig, metric_direction

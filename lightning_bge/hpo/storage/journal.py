@@ -12,7 +12,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo.workers import boot_id
+from lightning_bge.hpo.storage.workers import boot_id
 
 log = logging.getLogger("lightning_bge")
 

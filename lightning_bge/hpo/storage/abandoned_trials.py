@@ -10,7 +10,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.workers import death_of, this_worker
+from lightning_bge.hpo.storage.workers import death_of, this_worker
 from lightning_bge.runtime.compat.optuna import storage_of, trial_id_of
 
 log = logging.getLogger("lightning_bge")
