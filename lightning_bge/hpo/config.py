@@ -14,6 +14,7 @@ from lightning_bge.hpo.ranking import CostName
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 JOURNAL = "journal.log"
+SEED_REPLICATES = "-seed-replicates"  # suffix of the name of the study of a study's seed replicates
 BEST = 5  # trials whose out-of-fold predictions are kept, and which may have seed replicates
 REPLICATED_FROM = 200  # trials of a study, from which on there are seed replicates by default: 10 are at most 5 %
 

@@ -18,7 +18,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.config import BEST, FINISHED, StudyConfig
+from lightning_bge.hpo.config import BEST, FINISHED, SEED_REPLICATES, StudyConfig
 from lightning_bge.hpo.progress import Progress, count
 from lightning_bge.hpo.ranking import best_parameter_sets, maximizes, ranked, score_of
 from lightning_bge.hpo.storage.abandoned_trials import sweep
@@ -128,7 +128,7 @@ def run_seed_replicates(
 def _open(study: optuna.Study) -> optuna.Study:
     return optuna.create_study(
         storage=storage_of(study),
-        study_name=f"{study.study_name}-seed-replicates",
+        study_name=f"{study.study_name}{SEED_REPLICATES}",
         direction=study.directions[0],
         sampler=optuna.samplers.RandomSampler(),  # never used: all parameters are given
         pruner=optuna.pruners.NopPruner(),

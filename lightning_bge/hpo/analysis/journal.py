@@ -13,9 +13,7 @@ from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import FrozenTrial
 
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo.config import JOURNAL
-
-SEED_REPLICATES = "-seed-replicates"  # suffix of the study of a study's seed replicates
+from lightning_bge.hpo.config import JOURNAL, SEED_REPLICATES
 
 
 def load_study(run_dir: Path) -> tuple[optuna.Study, list[FrozenTrial]] | None:
