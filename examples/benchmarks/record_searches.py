@@ -42,14 +42,14 @@ SEARCHES: dict[str, dict[str, Any]] = {
         "data.group_column": "qtext",
         "data.max_length": 48,
         "monitor.metric": "average_precision",
-        "model.savers.frozen_layers": 3,
+        "model.frozen_layers": 3,
         "trainer.max_epochs": 3,
     },
     "sick": {
         "data.text_columns": "[sentence_A, sentence_B]",
         "data.label_column": "entailment_judgment",
         "model.task": "multiclass",
-        "model.savers.frozen_layers": 3,
+        "model.frozen_layers": 3,
         "trainer.max_epochs": 3,
     },
     "sample": {
@@ -151,7 +151,7 @@ def describe(study: optuna.Study) -> dict[str, Any]:
     """What was searched, without the names of this machine's folders."""
     hidden = ("model.name_or_path", "data.train_file", "data.tokenizer")
     settings = {key: value for key, value in study.user_attrs["settings"].items() if key not in hidden}
-    usual = ("model.task", "monitor.metric", "monitor.objective", "model.savers.frozen_layers", "data.max_length")
+    usual = ("model.task", "monitor.metric", "monitor.objective", "model.frozen_layers", "data.max_length")
     kept = {key: settings[key] for key in (*usual, "data_hash", "folds_hash") if settings.get(key) is not None}
     return {"settings": kept, "space": study.user_attrs["space"], "sampler": "random", "versions": versions()}
 

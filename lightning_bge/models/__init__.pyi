@@ -4,9 +4,9 @@ from .encoder import load_classifier as load_classifier
 from .encoder_cache import EncoderCache as EncoderCache
 from .losses import Loss as Loss
 from .losses import LossConfig as LossConfig
+from .memory_saving.lora import LoRAConfig as LoRAConfig
 from .metrics import Predictions as Predictions
 from .metrics import best_threshold as best_threshold
 from .metrics import compute_metrics as compute_metrics
 from .optimizer import OptimizerConfig as OptimizerConfig
 from .optimizer import ScheduleConfig as ScheduleConfig
-from .peft_and_freezing import SaversConfig as SaversConfig

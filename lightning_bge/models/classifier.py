@@ -24,6 +24,7 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.models.distributed import gather, sum_gradients, sum_over_ranks, without_sync
 from lightning_bge.models.encoder import Attention, TextClassifier, load_classifier, quiet_transformers
 from lightning_bge.models.losses import Loss, LossConfig
+from lightning_bge.models.memory_saving.lora import LoRAConfig, merged_weights
 from lightning_bge.models.metrics import Predictions, compute_metrics
 from lightning_bge.models.oom_retry import OOMRetry
 from lightning_bge.models.optimizer import (
@@ -33,8 +34,8 @@ from lightning_bge.models.optimizer import (
     build_schedule,
     materialize_state,
 )
-from lightning_bge.models.peft_and_freezing import SaversConfig, plain_weights
 from lightning_bge.runtime.micro_batch import batch_source
+from lightning_bge.runtime.nested_config import as_config
 from lightning_bge.types import SCHEMA_FILE, TASKS, Batch, Schema, Task
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,10 @@ class BGEClassifier(LightningModule):
         seed: of a new head, and of dropout.
         revision: branch, tag or commit on the hub.
         trust_remote_code: whether code from the hub may run. Off: such code can do anything on your machine.
-        savers: what is given up for memory: recomputed activations, frozen layers, LoRA.
+        gradient_checkpointing: compute each layer again in the backward pass instead of keeping its activations.
+        frozen_layers: null: everything trains; 0: all but the embeddings; n: all but the embeddings and the n lowest
+            layers.
+        lora: low-rank factors that train in place of the weights.
 
     Attributes:
         load: the function that loads the encoder; `load_encoder_with` sets it.
@@ -82,13 +86,26 @@ class BGEClassifier(LightningModule):
         seed: int = 42,
         revision: str | None = None,
         trust_remote_code: bool = False,
-        savers: SaversConfig = SaversConfig(),  # noqa: B008
+        gradient_checkpointing: bool = False,
+        frozen_layers: int | None = None,
+        lora: LoRAConfig = LoRAConfig(),  # noqa: B008
     ) -> None:
         super().__init__()
+        loss = as_config(LossConfig, loss, "loss")
+        optimizer = as_config(OptimizerConfig, optimizer, "optimizer")
+        schedule = as_config(ScheduleConfig, schedule, "schedule")
+        lora = as_config(LoRAConfig, lora, "lora")
         if task not in TASKS:
             raise ConfigError(f"model.task: expected one of {', '.join(TASKS)}, got {task}")
         if dropout is not None and not 0 <= dropout < 1:
             raise ConfigError(f"model.dropout: expected 0 to below 1, or null, got {dropout}")
+        if frozen_layers is not None and frozen_layers < 0:
+            raise ConfigError(f"model.frozen_layers: expected 0 or more, or null, got {frozen_layers}")
+        if lora.r is not None and frozen_layers is not None:
+            raise ConfigError(
+                f"model.lora.r is {lora.r}, which freezes all layers, and model.frozen_layers is {frozen_layers}: "
+                "set one of them to null"
+            )
         self.automatic_optimization = False
         self.name_or_path = name_or_path
         self.task: Task = task
@@ -102,7 +119,9 @@ class BGEClassifier(LightningModule):
             "seed": seed,
             "revision": revision,
             "trust_remote_code": trust_remote_code,
-            "savers": savers,
+            "gradient_checkpointing": gradient_checkpointing,
+            "frozen_layers": frozen_layers,
+            "lora": lora,
         }
         self.load: Callable[..., TextClassifier] = load_classifier
         self.schema: Schema | None = None
@@ -366,7 +385,7 @@ class BGEClassifier(LightningModule):
         try:
             _describe(self.net.model.config, self.schema)
             with quiet_transformers():
-                self.net.model.save_pretrained(draft, state_dict=plain_weights(self.net))
+                self.net.model.save_pretrained(draft, state_dict=merged_weights(self.net.model))
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.model_max_length = self.schema.max_length
             tokenizer.save_pretrained(draft)

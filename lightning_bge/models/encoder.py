@@ -21,7 +21,9 @@ from lightning_bge.models.attention.bert_layers import BERT_LIKE, use_packed_lay
 from lightning_bge.models.attention.packed import PACKED, register_packed_attention
 from lightning_bge.models.attention.packing import Packing, pad_to_bucket
 from lightning_bge.models.dropout import use_cheap_dropout
-from lightning_bge.models.peft_and_freezing import SaversConfig, apply_savers
+from lightning_bge.models.memory_saving.freezing import freeze_layers
+from lightning_bge.models.memory_saving.gradient_checkpointing import set_gradient_checkpointing
+from lightning_bge.models.memory_saving.lora import LoRAConfig, add_lora
 from lightning_bge.types import MicroBatch
 
 log = logging.getLogger(__name__)
@@ -165,7 +167,9 @@ def load_classifier(
     seed: int = 42,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    savers: SaversConfig = SaversConfig(),  # noqa: B008 - frozen
+    gradient_checkpointing: bool = False,
+    frozen_layers: int | None = None,
+    lora: LoRAConfig = LoRAConfig(),  # noqa: B008 - frozen
 ) -> TextClassifier:
     """Load an encoder with a classification head from the hub or a folder, in fp32 and in train mode.
 
@@ -180,11 +184,13 @@ def load_classifier(
         seed: what a new head, and LoRA's factors, are drawn from.
         revision: branch, tag or commit on the hub.
         trust_remote_code: whether code from the hub may run; off unless the user says so.
-        savers: what is given up for memory.
+        gradient_checkpointing: see `set_gradient_checkpointing`.
+        frozen_layers: see `freeze_layers`; None freezes nothing.
+        lora: see `LoRAConfig`.
 
     Raises:
         ConfigError: there is no such model, it can't be reached, or it has no sequence-classification form; or
-            a saver is not for this architecture.
+            the architecture does not support gradient checkpointing, frozen layers or LoRA.
     """
     if name_or_path.startswith("~"):
         name_or_path = str(Path(name_or_path).expanduser())
@@ -207,7 +213,11 @@ def load_classifier(
         raise ConfigError(_why_not_loaded(name_or_path, error)) from error
     _tell_new_weights(name_or_path, report)
     net = TextClassifier(model, attention).train()
-    apply_savers(net, savers, seed)
+    if lora.r is not None:
+        add_lora(model, lora, seed)
+    if frozen_layers is not None:
+        freeze_layers(model, frozen_layers)
+    set_gradient_checkpointing(model, gradient_checkpointing)
     return net
 
 

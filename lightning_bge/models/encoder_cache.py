@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,9 @@ from torch import Tensor
 from lightning_bge.models.attention.bert_layers import BERT_LIKE
 from lightning_bge.models.dropout import CheapDropout
 from lightning_bge.models.encoder import TextClassifier, load_classifier
-from lightning_bge.models.peft_and_freezing import SaversConfig, switch_savers
+from lightning_bge.models.memory_saving.freezing import freeze_layers
+from lightning_bge.models.memory_saving.gradient_checkpointing import set_gradient_checkpointing
+from lightning_bge.models.memory_saving.lora import LoRAConfig
 from lightning_bge.runtime.memory import limits, register_cache, release
 
 # Of the host's memory. An encoder in training takes five times its weights and its activations: the weights and their
@@ -28,7 +29,7 @@ class EncoderCache:
     Equal to a fresh load bit for bit; what was compiled stays so, and the weights stay on the device where they are.
     What was handed out before must no longer be in use. Another model, head, attention or LoRA is loaded from disk;
     another seed too, for its head, and for architectures other than BERT's another dropout, as they are built by it.
-    Frozen layers and activation checkpointing are set in place.
+    Frozen layers and gradient checkpointing are set in place.
 
     Within `limit` those that are not in use are kept as well, for when they are asked for again. They wait in the
     host's memory, whatever the device, and hold their first weights alone. Before another one is read the least
@@ -66,18 +67,22 @@ class EncoderCache:
         *,
         dropout: float | None = None,
         seed: int = 42,
-        savers: SaversConfig = SaversConfig(),  # noqa: B008 - frozen
+        gradient_checkpointing: bool = False,
+        frozen_layers: int | None = None,
+        lora: LoRAConfig = LoRAConfig(),  # noqa: B008 - frozen
         **options: Any,
     ) -> TextClassifier:
         """See `load_classifier`, whose arguments these are."""
-        options["savers"] = replace(savers, activation_checkpointing=False, frozen_layers=None)
+        options["lora"] = lora
         key = repr((name_or_path, num_outputs, sorted(options.items())))
         read = partial(self._read, name_or_path, num_outputs, **options)
         warm = next((one for one in self._held if one.serves(key, dropout)), None)
         if warm is None or warm is not self._held[-1]:
             warm = self._change(warm, key, partial(_Warm, key, read, dropout, seed))
         warm.reset(read, dropout, seed)
-        switch_savers(warm.net, savers)
+        if frozen_layers is not None:
+            freeze_layers(warm.net.model, frozen_layers)
+        set_gradient_checkpointing(warm.net, gradient_checkpointing)
         return warm.net
 
     def _change(self, warm: _Warm | None, key: str, make: Callable[[], _Warm]) -> _Warm:

@@ -8,7 +8,11 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from lightning_bge.models.encoder import TextClassifier
-from lightning_bge.models.peft_and_freezing import recomputes, set_activation_checkpointing
+from lightning_bge.models.memory_saving.gradient_checkpointing import (
+    set_gradient_checkpointing,
+    supports_gradient_checkpointing,
+    uses_gradient_checkpointing,
+)
 from lightning_bge.runtime.oom import OutOfMemory, OutOfMemoryError, clean_up, find_oom
 from lightning_bge.types import Batch, MicroBatch
 
@@ -18,7 +22,7 @@ T = TypeVar("T")
 
 REMEDIES = (
     "lower data.max_length, take a smaller model, free the device of other processes, or save memory by "
-    "model.savers (lora_rank, frozen_layers) or model.optimizer.name: adamw_8bit"
+    "model.lora.r, model.frozen_layers or model.optimizer.name: adamw_8bit"
 )
 
 
@@ -120,7 +124,8 @@ class OOMRetry:
                 self._lowered = True
                 sized.set_micro_batch_size(min(size, sized.micro_batch_size))
             log.warning("%s: continuing with micro-batches of at most %d tokens", failed, size)
-        elif sized is not None and not recomputes(net) and set_activation_checkpointing(net, True):
+        elif sized is not None and supports_gradient_checkpointing(net) and not uses_gradient_checkpointing(net):
+            set_gradient_checkpointing(net, True)
             self.gradient_checkpointing = True
             log.warning("%s for one sequence: gradient checkpointing is on from now on", failed)
         else:

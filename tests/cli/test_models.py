@@ -196,19 +196,19 @@ def test_alternating_models_have_the_values_that_each_has_alone(
 
 
 def test_values_are_checked_together_with_those_that_they_need(options: dict[str, Any]) -> None:
-    options["model"]["savers"] = {"frozen_layers": 1}
+    options["model"]["frozen_layers"] = 1
     lora = {"choices": [None, 2]}
-    frozen = {"choices": [None], "when": {"model.savers.lora_rank": 2}}
-    status, _, err = search(options, space={"model.savers.lora_rank": lora})
+    frozen = {"choices": [None], "when": {"model.lora.r": 2}}
+    status, _, err = search(options, space={"model.lora.r": lora})
     assert status == 2
     assert "set one of them to null" in err
-    status, _, err = search(options, space={"model.savers.frozen_layers": frozen, "model.savers.lora_rank": lora})
+    status, _, err = search(options, space={"model.frozen_layers": frozen, "model.lora.r": lora})
     assert status == 0, err
     # a condition does not hide a value that is wrong even so
-    wrong = {"choices": [None, -1], "when": {"model.savers.lora_rank": 2}}
-    status, _, err = search(options, space={"model.savers.frozen_layers": wrong, "model.savers.lora_rank": lora})
+    wrong = {"choices": [None, -1], "when": {"model.lora.r": 2}}
+    status, _, err = search(options, space={"model.frozen_layers": wrong, "model.lora.r": lora})
     assert status == 2
-    assert "model.savers.frozen_layers: expected 0 or more, or null, got -1" in err
+    assert "model.frozen_layers: expected 0 or more, or null, got -1" in err
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
@@ -223,7 +223,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "not drawn": ([{"model.dropout": 0.2}], "model.dropout is drawn only when data.max_length is one of [32]"),
     # each of the two alone is right
-    "together": ([{"model.savers.lora_rank": 2, "model.savers.frozen_layers": 1}], "set one of them to null"),
+    "together": ([{"model.lora.r": 2, "model.frozen_layers": 1}], "set one of them to null"),
 }
 
 
@@ -234,8 +234,8 @@ def test_a_mistake_has_one_clear_message_and_leaves_nothing(options: dict[str, A
         "model.optimizer.lr": LR,
         "data.max_length": {"choices": [32, 64]},
         "model.dropout": {"low": 0.1, "high": 0.3, "when": {"data.max_length": 32}},
-        "model.savers.lora_rank": {"choices": [None, 2]},
-        "model.savers.frozen_layers": {"choices": [None, 1]},
+        "model.lora.r": {"choices": [None, 2]},
+        "model.frozen_layers": {"choices": [None, 1]},
     }
     enqueue = [] if isinstance(wrong, dict) else wrong
     status, out, err = search(options, space={**space, **(wrong if isinstance(wrong, dict) else {})}, enqueue=enqueue)

@@ -340,6 +340,14 @@ def test_threshold_of_an_own_schema_is_kept(folder: str) -> None:
         ({"task": "ranking"}, r"model\.task: expected one of binary, .*, got ranking"),
         ({"dropout": 1.0}, r"model\.dropout: expected 0 to below 1, or null, got 1\.0"),
         ({"dropout": -0.1}, r"model\.dropout"),
+        ({"frozen_layers": -1}, r"model\.frozen_layers: expected 0 or more, or null, got -1"),
+        (
+            {"frozen_layers": 0, "lora": {"r": 4}},
+            r"lora\.r is 4, .*frozen_layers is 0: set one of them to null",
+        ),
+        ({"lora": {"rank": 4}}, "lora has no key rank; its keys are r, alpha, target_modules"),
+        ({"loss": "focal"}, "loss must be a LossConfig or a dict of its fields, got 'focal'"),
+        ({"optimizer": {"lr": -1.0}}, r"optimizer\.lr: expected more than 0"),
     ],
 )
 def test_settings_out_of_range(options: dict[str, Any], message: str) -> None:

@@ -11,7 +11,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lightning_bge.models.dropout import CheapDropout
 from lightning_bge.models.encoder import TextClassifier, load_classifier
 from lightning_bge.models.encoder_cache import EncoderCache
-from lightning_bge.models.peft_and_freezing import SaversConfig, set_activation_checkpointing
+from lightning_bge.models.memory_saving.gradient_checkpointing import set_gradient_checkpointing
+from lightning_bge.models.memory_saving.lora import LoRAConfig
 from tests.helpers.short_training import train
 from tests.helpers.small_models import small_model
 
@@ -79,29 +80,29 @@ def test_another_model_or_head_is_read_anew(saved: Saved) -> None:
     assert warm.loads == 4
 
 
-# LoRA, frozen layers and activation checkpointing come and go from trial to trial
-SAVERS = [
-    SaversConfig(),
-    SaversConfig(activation_checkpointing=True, frozen_layers=1),
-    SaversConfig(lora_rank=2),
-    SaversConfig(lora_rank=2, activation_checkpointing=True),
-    SaversConfig(frozen_layers=0),
-    SaversConfig(),
+# LoRA, frozen layers and gradient checkpointing change from trial to trial
+TRIALS: list[dict[str, Any]] = [
+    {},
+    {"gradient_checkpointing": True, "frozen_layers": 1},
+    {"lora": LoRAConfig(2)},
+    {"lora": LoRAConfig(2), "gradient_checkpointing": True},
+    {"frozen_layers": 0},
+    {},
 ]
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert", "distilbert"])
-def test_every_trial_with_savers_equals_a_fresh_load_bit_for_bit(saved: Saved, kind: str) -> None:
+def test_every_trial_that_saves_memory_equals_a_fresh_load_bit_for_bit(saved: Saved, kind: str) -> None:
     folder, warm = saved(kind), EncoderCache()
-    for number, savers in enumerate(SAVERS):
-        fresh = load_classifier(folder, 1, seed=3, savers=savers)
-        net = warm.load(folder, 1, seed=3, savers=savers)
+    for number, options in enumerate(TRIALS):
+        fresh = load_classifier(folder, 1, seed=3, **options)
+        net = warm.load(folder, 1, seed=3, **options)
         needs = {name: parameter.requires_grad for name, parameter in fresh.named_parameters()}
         assert {name: parameter.requires_grad for name, parameter in net.named_parameters()} == needs
-        assert recomputed(net) == recomputed(fresh) == {savers.activation_checkpointing}
+        assert recomputed(net) == recomputed(fresh) == {options.get("gradient_checkpointing", False)}
         for found, wanted in zip(train(net), train(fresh), strict=True):
             assert torch.equal(found, wanted)
-        set_activation_checkpointing(net, True)  # as a trial that ran out of memory would
+        set_gradient_checkpointing(net, True)  # as a trial that ran out of memory would
         assert warm.loads == (1, 1, 2, 2, 3, 3)[number]
 
 
@@ -125,8 +126,8 @@ def test_what_a_model_itself_does_not_train_stays_so(saved: Saved, monkeypatch: 
 
 
 def test_another_seed_draws_the_factors_that_a_fresh_load_draws(saved: Saved) -> None:
-    folder, warm, savers = saved("bert"), EncoderCache(), SaversConfig(lora_rank=2)
+    folder, warm, lora = saved("bert"), EncoderCache(), LoRAConfig(2)
     for seed in (1, 2):
-        net = warm.load(folder, 1, seed=seed, savers=savers)
-        fresh = load_classifier(folder, 1, seed=seed, savers=savers).state_dict()
+        net = warm.load(folder, 1, seed=seed, lora=lora)
+        fresh = load_classifier(folder, 1, seed=seed, lora=lora).state_dict()
         assert all(torch.equal(value, fresh[name]) for name, value in net.state_dict().items())

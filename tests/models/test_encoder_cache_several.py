@@ -15,8 +15,8 @@ from lightning_bge.models import encoder_cache as module
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import TextClassifier, load_classifier
 from lightning_bge.models.encoder_cache import EncoderCache
+from lightning_bge.models.memory_saving.lora import LoRAConfig
 from lightning_bge.models.oom_retry import OOMRetry
-from lightning_bge.models.peft_and_freezing import SaversConfig
 from lightning_bge.runtime.memory import Limit, cache_bytes, live_bytes, shrink_caches
 from tests.helpers.short_training import train
 from tests.helpers.small_models import cut_batch, random_sequences, small_model
@@ -52,16 +52,16 @@ def test_alternating_models_equal_fresh_loads_bit_for_bit_and_are_read_once(
     assert warm.loads == 2
 
 
-def test_dropout_seeds_and_savers_come_and_go_between_models(folder: Folder) -> None:
+def test_dropout_seeds_lora_and_frozen_layers_change_between_models(folder: Folder) -> None:
     warm = EncoderCache(PLENTY)
     one, other = folder(name="a"), folder(name="b")
     assert_as_fresh(warm, one, dropout=0.4, seed=1)
-    assert_as_fresh(warm, other, savers=SaversConfig(frozen_layers=1, activation_checkpointing=True))
+    assert_as_fresh(warm, other, frozen_layers=1, gradient_checkpointing=True)
     assert_as_fresh(warm, one)  # another seed
-    assert_as_fresh(warm, one, savers=SaversConfig(lora_rank=2))
+    assert_as_fresh(warm, one, lora=LoRAConfig(2))
     assert_as_fresh(warm, other)
     assert warm.loads == 4
-    assert_as_fresh(warm, one, savers=SaversConfig(lora_rank=2))
+    assert_as_fresh(warm, one, lora=LoRAConfig(2))
     assert_as_fresh(warm, one, dropout=0.0)
     assert warm.loads == 4
 

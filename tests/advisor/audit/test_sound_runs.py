@@ -15,7 +15,6 @@ from lightning_bge.advisor.audit.audit import audit
 from lightning_bge.advisor.audit.requested import Requested
 from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.models.classifier import BGEClassifier
-from lightning_bge.models.peft_and_freezing import SaversConfig
 from tests.helpers.audit_run import CPU, OBSERVE
 from tests.helpers.foreign_modules import Accumulating, Classifier, loader
 from tests.helpers.small_search import small_data, write_files
@@ -80,7 +79,7 @@ OWN_MODELS: dict[str, Any] = {
     "packed": ({}, {}, {}),
     "padded": ({"attention": "padded"}, {}, {}),
     "small micro-batches, bf16": ({}, {"max_tokens": 48}, {"precision": "bf16-mixed"}),
-    "frozen layers": ({"savers": SaversConfig(frozen_layers=1)}, {}, {}),
+    "frozen layers": ({"frozen_layers": 1}, {}, {}),
 }
 
 

@@ -32,7 +32,7 @@ SPACE = parse_space(
         "data.batch_size": {"choices": [16, 32]},
         "data.max_length": {"low": 64, "high": 512, "log": True},
         "model.loss.name": {"choices": ["bce", "focal"]},
-        "model.savers.frozen_layers": {"low": 0, "high": 4, "when": {"data.batch_size": 16}},
+        "model.frozen_layers": {"low": 0, "high": 4, "when": {"data.batch_size": 16}},
     }
 )
 NONE = PrunerConfig("none")
@@ -152,15 +152,15 @@ def test_curves_of_another_length_are_stretched() -> None:
 
 def test_settings_that_cost_nothing_are_no_features() -> None:
     point = {"model.optimizer.lr": 1e-4, "model.dropout": 0.1, "data.batch_size": 16, "data.max_length": 512}
-    point |= {"model.loss.name": "focal", "model.savers.frozen_layers": 1}
+    point |= {"model.loss.name": "focal", "model.frozen_layers": 1}
     found = features(point, SPACE)
-    assert set(found) == {"model.dropout", "data.batch_size", "data.max_length", "model.savers.frozen_layers"}
+    assert set(found) == {"model.dropout", "data.batch_size", "data.max_length", "model.frozen_layers"}
     assert found["model.dropout"] is True
     assert found["data.batch_size"] == 0.0
     assert found["data.max_length"] == 1.0
-    assert found["model.savers.frozen_layers"] == 0.25
+    assert found["model.frozen_layers"] == 0.25
     assert distance(found, found) == 0
-    other = features(point | {"data.batch_size": 32, "data.max_length": 64, "model.savers.frozen_layers": None}, SPACE)
+    other = features(point | {"data.batch_size": 32, "data.max_length": 64, "model.frozen_layers": None}, SPACE)
     assert distance(found, other) == 3
 
 

@@ -1,6 +1,6 @@
-"""Memory savers: what each one saves in training, and what it costs, against training without any.
+"""Ways to save memory: what each one saves in training, and what it costs in speed.
 
-    python examples/benchmarks/savers.py
+    python examples/benchmarks/memory_saving.py
 
 The contenders take turns (A B C A B C ...), each run in a fresh process. It loads weights, then memory is counted from
 there: gradients, optimizer state and activations of full micro-batches, all sequences at `--max-length`, their token
@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import time
 from argparse import ArgumentParser, Namespace
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,13 @@ from measures import Run, fresh, medians_of, model_shape, ratio_of, values_of, w
 from note import table, write_note
 
 from lightning_bge.models.encoder import load_classifier
+from lightning_bge.models.memory_saving.lora import LoRAConfig
 from lightning_bge.models.optimizer import OptimizerConfig, build_optimizer, materialize_state
-from lightning_bge.models.peft_and_freezing import SaversConfig
 from lightning_bge.runtime.memory import process_bytes, release
+from lightning_bge.runtime.nested_config import as_plain
 from lightning_bge.types import MicroBatch
 
-PLAIN = "no saver"
+PLAIN = "all weights, all activations"
 SIZES = (
     ("rounds", 3, "runs of each contender"),
     ("max-length", 512, "tokens of every sequence"),
@@ -45,7 +45,7 @@ DEFINITIONS = """\
 - **memory**: the peak above what was held once the weights were loaded: gradients, optimizer state, activations and
   what the libraries take for themselves. On a CPU the process's resident size (`VmHWM`, reset through
   `/proc/self/clear_refs` after `malloc_trim`); on a GPU `torch.cuda.max_memory_allocated`.
-- **of it state, gradients**: bytes of the optimizer's tensors, and of the gradients of all parameters that train."""
+- **the state, gradients**: bytes of the optimizer's tensors, and of the gradients of all parameters that train."""
 
 
 def micro_batches(work: Namespace, vocabulary: int) -> list[MicroBatch]:
@@ -65,25 +65,25 @@ def micro_batches(work: Namespace, vocabulary: int) -> list[MicroBatch]:
     ]
 
 
-def contenders(layers: int) -> dict[str, tuple[SaversConfig, str]]:
-    """Name -> savers and optimizer, for an encoder of so many layers; those whose package is missing are left out."""
+def contenders(layers: int) -> dict[str, tuple[dict[str, Any], str]]:
+    """Name -> arguments of the model, and optimizer; those whose package is missing are left out."""
     found = {
-        PLAIN: (SaversConfig(), "adamw"),
-        "activation checkpointing": (SaversConfig(activation_checkpointing=True), "adamw"),
-        "embeddings frozen": (SaversConfig(frozen_layers=0), "adamw"),
-        f"embeddings and {layers // 2} of {layers} layers frozen": (SaversConfig(frozen_layers=layers // 2), "adamw"),
+        PLAIN: ({}, "adamw"),
+        "gradient checkpointing": ({"gradient_checkpointing": True}, "adamw"),
+        "embeddings frozen": ({"frozen_layers": 0}, "adamw"),
+        f"embeddings and {layers // 2} of {layers} layers frozen": ({"frozen_layers": layers // 2}, "adamw"),
     }
     if find_spec("peft"):
-        found["LoRA of rank 8"] = (SaversConfig(lora_rank=8), "adamw")
+        found["LoRA of rank 8"] = ({"lora": LoRAConfig(r=8)}, "adamw")
     if find_spec("bitsandbytes"):
-        found["8-bit AdamW"] = (SaversConfig(), "adamw_8bit")
+        found["8-bit AdamW"] = ({}, "adamw_8bit")
     return found
 
 
 def run_contender(name: str, work: Namespace) -> Run:
     """One run: memory above the loaded weights, and samples/s; `work` is what `parse` gives."""
-    savers, optimizer_name = contenders(model_shape(work.model)["layers"])[name]
-    net = load_classifier(work.model, 1, savers=savers, seed=work.seed).to(work.device)
+    options, optimizer_name = contenders(model_shape(work.model)["layers"])[name]
+    net = load_classifier(work.model, 1, seed=work.seed, **options).to(work.device)
     batch = micro_batches(work, net.model.config.vocab_size)
     start = start_counting(work.device)
     optimizer = build_optimizer(net, OptimizerConfig(optimizer_name))  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ def run_contender(name: str, work: Namespace) -> Run:
         "seconds": seconds,
         "samples_per_s": work.batch * work.steps / seconds,
         "threads": torch.get_num_threads(),
-        "config": {"savers": asdict(savers), "optimizer": optimizer_name},
+        "config": {"model": as_plain(options), "optimizer": optimizer_name},
     }
 
 
@@ -132,7 +132,7 @@ FIELDS = ("memory_mib", "state_mib", "gradients_mib", "samples_per_s")
 
 
 def summarize(runs: list[Run], names: list[str]) -> dict[str, Any]:
-    """Medians of each contender, and memory and samples/s over those of training without a saver."""
+    """Medians of each contender, and memory and samples/s over those of `PLAIN`."""
 
     def ratio(name: str, field: str) -> dict[str, Any]:
         return ratio_of(values_of(runs, name, field), values_of(runs, PLAIN, field))
@@ -154,12 +154,12 @@ def rows_of(summary: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[Any, .
         (name, *(values[field] for field in FIELDS), over(name, "memory_mib"), over(name, "samples_per_s"))
         for name, values in summary["medians"].items()
     ]
-    return ("median of the rounds", "memory, MiB", "of it state", "gradients", "samples/s", "memory", "speed"), rows
+    return ("median of the rounds", "memory, MiB", "the state", "gradients", "samples/s", "memory", "speed"), rows
 
 
 def parse(args: list[str] | None) -> Namespace:
-    parser = ArgumentParser(description="What memory savers save and cost. Texts are made up: no --data.")
-    add_shared_arguments(parser, "docs/benchmarks/savers.json", lr=None)
+    parser = ArgumentParser(description="What ways to save memory save and cost. Texts are made up: no --data.")
+    add_shared_arguments(parser, "docs/benchmarks/memory_saving.json", lr=None)
     for name, default, text in SIZES:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--precision", choices=("bf16-mixed", "32-true"), default="bf16-mixed")
@@ -184,14 +184,14 @@ def main(args: list[str] | None = None) -> None:
     summary = summarize(runs, names)
     print_table(*rows_of(summary))
     configs = {run["contender"]: run.pop("config") for run in runs}
-    write_record(work.out, "savers", work, {"contenders": configs, **summary, "runs": runs})
+    write_record(work.out, "memory_saving", work, {"contenders": configs, **summary, "runs": runs})
     about = (
         f"Optimizer steps over {work.batch} sequences of {work.max_length} tokens in micro-batches of {work.tokens} "
         f"tokens, {work.precision}, dropout as the checkpoint says; {work.rounds} rounds in turns, each run in a "
         f"fresh process: {work.warmup} untimed steps, then {work.steps} timed. Memory and speed on the right are "
         f"over those of `{PLAIN}`: of the medians, and from the lowest to the highest round."
     )
-    note = write_note(work.out, "Memory savers", [about, table(*rows_of(summary)), DEFINITIONS])
+    note = write_note(work.out, "Saving memory", [about, table(*rows_of(summary)), DEFINITIONS])
     print(f"\n{work.out}\n{note}")
 
 

@@ -1,0 +1,1 @@
+"""What reduces the memory that training needs: gradient checkpointing, frozen layers, LoRA."""
