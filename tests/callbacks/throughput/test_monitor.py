@@ -1,4 +1,4 @@
-"""Callbacks in a project that knows nothing of ours."""
+"""Throughput: rates, the wait for data, counting, several ranks."""
 
 from __future__ import annotations
 
@@ -10,151 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
-from torch import Tensor, nn
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 
-import lightning_bge.callbacks as room
 from lightning_bge.callbacks.throughput import monitor as throughput_module
 from lightning_bge.callbacks.throughput.monitor import Throughput
-from lightning_bge.callbacks.train_mode import TrainMode
-from lightning_bge.errors import ConfigError
+from tests.helpers.plain_module import PARAMETERS, SIZES, TOKENS, Plain, dict_batches, train
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.small_models import Loader, cut_batch, quiet_trainer, random_sequences
-
-CALLBACKS = [c for name in room.__all__ if isinstance(c := getattr(room, name), type) and issubclass(c, Callback)]
-SIZES = (4, 4, 2)
-
-
-def dict_batches() -> list[dict[str, Tensor]]:
-    """As a tokenizer of transformers makes them: padded, with a mask; 10 sequences of 5, 4 and 3 real tokens."""
-    batches = []
-    for size in SIZES:
-        mask = torch.zeros(size, 6, dtype=torch.long)
-        mask[:, :3] = 1
-        mask[0, :5] = 1
-        mask[1, :4] = 1
-        batches.append({"input_ids": torch.ones(size, 6), "attention_mask": mask})
-    return batches
-
-
-TOKENS = sum(int(batch["attention_mask"].sum()) for batch in dict_batches())
-
-
-class Plain(LightningModule):
-    """A module as anybody writes it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5))
-        self.frozen = nn.Sequential(nn.Sequential(nn.Dropout(0.5)), nn.Dropout(0.5))
-        self.frozen_too = nn.Dropout(0.5)
-        self.head = nn.Linear(6, 1)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        values = batch["input_ids"] if isinstance(batch, dict) else batch
-        return self.head(self.frozen(self.encoder(values))).mean()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        assert not self.encoder.training
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-PARAMETERS = 6 * 6 + 6 + 6 + 1
-
-
-def train(module: LightningModule, *callbacks: Callback, batches: list[Any] | None = None, **options: Any) -> Trainer:
-    trainer = quiet_trainer(callbacks=list(callbacks), **options)
-    loader = Loader(dict_batches() if batches is None else batches)
-    trainer.fit(module, loader, loader)
-    return trainer
-
-
-@pytest.mark.parametrize("callback", CALLBACKS)
-def test_every_callback_works_by_default_and_twice(callback: type[Callback]) -> None:
-    assert issubclass(callback, Callback)
-    assert callback.__doc__
-    instance, module = callback(), Plain()
-    bar = {"enable_progress_bar": issubclass(callback, ProgressBar)}
-    for _ in range(2):
-        trainer = train(module, instance, max_epochs=2, num_sanity_val_steps=1, **bar)
-        assert trainer.global_step == 2 * len(SIZES)
-    train(Plain(), instance, **bar)
-
-
-# ------------------------------------------------------------------ TrainMode
-
-
-class Modes(Callback):
-    def __init__(self) -> None:
-        self.training: list[dict[str, bool]] = []
-
-    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, *_: Any) -> None:
-        self.training.append({name: part.training for name, part in pl_module.named_modules()})
-
-
-def from_pretrained() -> Plain:
-    """With parts in eval mode, as transformers gives them."""
-    module = Plain()
-    for part in (module.encoder, module.frozen, module.frozen_too):
-        part.eval()
-    return module
-
-
-lightning_warns = pytest.mark.filterwarnings("ignore:Found . module.* in eval mode")
-
-
-@lightning_warns
-def test_without_it_a_part_stays_in_eval_mode() -> None:
-    modes = Modes()
-    train(from_pretrained(), modes)
-    assert not modes.training[0]["encoder.1"]
-
-
-def test_train_mode_is_on_in_every_epoch_and_every_fit(caplog: pytest.LogCaptureFixture) -> None:
-    modes, mode, module = Modes(), TrainMode(), from_pretrained()
-    train(module, mode, modes, max_epochs=2)
-    assert all(all(step.values()) for step in modes.training)
-    assert mode.switched[0] == "encoder"
-    assert len(mode.switched) == 8
-    [record] = [record for record in caplog.records if record.name.startswith("lightning_bge")]
-    assert record.getMessage() == "TrainMode: 8 modules were in eval mode (first: encoder)"
-
-    train(module, mode, modes)
-    assert mode.switched == []
-    module.encoder.eval()  # as `from_pretrained` leaves it when somebody loads new weights
-    train(module, mode, modes)
-    assert mode.switched == ["encoder", "encoder.0", "encoder.1"]
-    assert all(all(step.values()) for step in modes.training)
-
-
-@lightning_warns
-def test_kept_parts_are_left_alone_with_all_below_them() -> None:
-    modes = Modes()
-    train(from_pretrained(), TrainMode(keep=("frozen",)), modes)
-    [first, *_] = modes.training
-    off = {name for name, training in first.items() if not training}
-    assert off == {"frozen", "frozen.0", "frozen.0.0", "frozen.1"}  # not `frozen_too`, whose name begins alike
-
-
-def test_keep_must_name_parts_of_the_module() -> None:
-    with pytest.raises(ConfigError, match=r"TrainMode\.keep: Plain has no sub-module encoders, head\.x"):
-        train(Plain(), TrainMode(keep=("frozen", "head.x", "encoders")))
-
-
-def test_train_mode_reaches_what_is_built_late() -> None:
-    class Late(Plain):
-        def configure_model(self) -> None:
-            self.late = nn.Dropout(0.5).eval()
-
-    modes = Modes()
-    train(Late(), TrainMode(), modes)
-    assert modes.training[0]["late"]
-
-
-# ------------------------------------------------------------------ Throughput
 
 
 class Clock:

@@ -1,0 +1,164 @@
+"""Recompilations are counted, and one graph serves all trials of an encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+
+from lightning_bge.callbacks.compile import policy as policy_module
+from lightning_bge.callbacks.compile.callback import CompileLayers
+from lightning_bge.callbacks.compile.layers import find_layers, make_eager
+from lightning_bge.callbacks.compile.policy import (
+    CompileConfig,
+)
+from lightning_bge.models.classifier import BGEClassifier
+from lightning_bge.models.dropout import CheapDropout
+from lightning_bge.models.encoder import TextClassifier
+from lightning_bge.models.optimizer import OptimizerConfig
+from lightning_bge.runtime.compat.torch import compiled_call
+from lightning_bge.types import Batch, Schema
+from tests.helpers.small_models import Batches, cut_batch, quiet_trainer, random_sequences, small_model
+from tests.helpers.stacks import EAGER, compiled, stack, train
+
+pytestmark = [
+    pytest.mark.usefixtures("forgetful"),
+    # dynamo asks every tensor for its gradient and hides the warning of that in a way that an error filter goes around
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    # inductor of torch 2.13 imports what torch 2.13 deprecates
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
+
+
+class Words(Callback):
+    """Gives the layers another word, which a graph depends on, before each so many batches."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        for layer in pl_module.layers:
+            layer.word = "w" * (batch_idx // self.every)
+
+
+def test_recompilations_are_counted_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    callback = CompileLayers(EAGER)
+    train(stack(), callback, steps=12)
+    assert callback.graphs > 0
+    assert (callback.recompiles, callback.eager_functions) == (0, 0)
+    assert not [record for record in caplog.records if record.name.startswith("lightning_bge")]
+    train(stack(), Words(4), callback, steps=12)
+    assert callback.recompiles == 5  # two words, with and without a gradient of the input; one in validation
+    assert callback.eager_functions == 0
+    [message] = [record.getMessage() for record in caplog.records if record.name.startswith("lightning_bge")]
+    assert message.startswith("compile: 5 functions were recompiled after the warm-up, 0 could not be compiled")
+
+
+def test_functions_that_could_not_be_compiled_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    callback = CompileLayers(EAGER)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        train(stack(), Words(2), callback, steps=20)
+    assert callback.eager_functions == 1
+    assert any("1 could not be compiled and run eager" in message for message in caplog.messages)
+
+
+RATES = (0.1, 0.0, 0.3, 0.5, 0.01)
+SIZES = (6, 1, 8, 3, 5)
+SCHEMA = Schema("binary", ("no", "yes"), ("text",), 64)
+
+
+def effective_batch(size: int, seed: int, pieces: int = 2) -> Batch:
+    lengths = torch.randint(2, 12, (size,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return cut_batch(random_sequences(lengths, seed=seed), (torch.arange(size) % 2).float(), pieces)
+
+
+def set_dropout(net: nn.Module, rate: float) -> None:
+    for part in net.modules():
+        if isinstance(part, CheapDropout):
+            part.p = rate
+        if hasattr(part, "attention_dropout"):
+            part.attention_dropout = rate
+
+
+class TrialsOnOneEncoder:
+    """Trials as a search runs them: one warm encoder, its weights reset in place."""
+
+    def __init__(self, kind: str, backend: str) -> None:
+        self.net = TextClassifier(small_model(kind, dropout=0.1, vocab_size=100))
+        self.start = {name: value.clone() for name, value in self.net.state_dict().items()}
+        self.config = CompileConfig(policy="always", backend=backend)
+
+    def run(self, number: int) -> CompileLayers:
+        rate, size = RATES[number % len(RATES)], SIZES[number // 4 % len(SIZES)]
+        self.net.load_state_dict(self.start)
+        set_dropout(self.net, rate)
+        module = BGEClassifier(optimizer=OptimizerConfig(lr=1e-5 * (number + 1)), seed=number)
+        module.net = self.net
+        batches = [effective_batch(size, seed=10 * number + k, pieces=1 + k % 3) for k in range(2)]
+        callback = CompileLayers(self.config)
+        trainer = quiet_trainer(callbacks=[callback], max_epochs=2)
+        trainer.fit(module, datamodule=Batches(SCHEMA, batches, [effective_batch(4, seed=number)]))
+        assert trainer.global_step == 4
+        assert "val_loss" in trainer.callback_metrics
+        assert callback.in_effect
+        return callback
+
+
+def loss_and_gradients(net: TextClassifier) -> list[Tensor]:
+    net.train().zero_grad()
+    loss = torch.stack([net(micro).square().mean() for micro in effective_batch(7, seed=0).micro]).sum()
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
+
+
+def run_trials(kind: str, backend: str, trials: int) -> None:
+    study = TrialsOnOneEncoder(kind, backend)
+    first = study.run(0)
+    assert first.graphs > 0
+    with torch.compiler.set_stance("fail_on_recompile"):
+        later = [study.run(number) for number in range(1, trials)]
+        set_dropout(study.net, 0.0)
+        found = loss_and_gradients(study.net)
+    assert {(c.graphs, c.recompiles, c.eager_functions) for c in later} == {(0, 0, 0)}
+    make_eager(find_layers(study.net))
+    for one, other in zip(found, loss_and_gradients(study.net), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_one_graph_serves_20_trials() -> None:
+    """Another dropout, batch size, cut and learning rate in each; training and validation in turns; results equal."""
+    run_trials("bert", "aot_eager", trials=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "backend"), [("bert", "inductor"), ("modernbert", "aot_eager")])
+def test_one_graph_serves_20_trials_slow(kind: str, backend: str) -> None:
+    run_trials(kind, backend, trials=20)
+
+
+@pytest.mark.slow
+def test_auto_decides_on_this_machine() -> None:
+    """Whatever it decides, it decides within its limit, and the figures agree with the decision."""
+    module = BGEClassifier()
+    module.net = TextClassifier(small_model("bert", dropout=0.1))
+    batches = [effective_batch(6, seed=k) for k in range(14)]
+    callback = CompileLayers(CompileConfig(time_limit=100), steps_left=10**6)
+    quiet_trainer(callbacks=[callback]).fit(module, datamodule=Batches(SCHEMA, batches, batches[:1]))
+    told = callback.describe()
+    assert told["reason"].startswith("compile on: " if told["in_effect"] else "compile off: ")
+    assert told["in_effect"] is all(compiled_call(layer) is not None for layer in find_layers(module))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("policy", ["auto", "always"])
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch, policy: Any) -> None:
+    monkeypatch.setattr(policy_module, "MIN_COMPILE_S", 0.0)
+    callback, module = CompileLayers(CompileConfig(policy=policy), steps_left=10**9), stack()
+    train(module, callback, accelerator="gpu", devices=1)
+    assert callback.in_effect is all(compiled(module))
+    assert callback.recompiles == 0
