@@ -1,4 +1,4 @@
-"""Which precision pays on this machine, and the settings of torch's back ends for the length of a run."""
+"""Which precision pays on this machine, and the options of torch's back ends for the length of a run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def choose_precision(accelerator: str = "auto") -> tuple[str, str]:
         accelerator: the trainer's `accelerator`; `auto` takes CUDA where it is.
 
     Returns:
-        `bf16-mixed` or `32-true`, and the reason in words.
+        `bf16-mixed` or `32-true`, and the reason.
     """
     device = "cpu"
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
@@ -68,7 +68,7 @@ def _bf16_units(device: torch.device) -> tuple[bool, str]:
 
 
 class Setting(NamedTuple):
-    """One line of what is in effect: the setting's name, its value, and why it is so."""
+    """One line of what is in effect: the name of an option, its value, and the reason."""
 
     name: str
     value: str
@@ -76,23 +76,23 @@ class Setting(NamedTuple):
 
 
 class TorchBackends(Callback):
-    """Sets torch's back ends for the length of a run, puts everything back at its end, and says what is in effect.
+    """Sets torch's back ends for the length of a run, restores them at its end, and logs what is in effect.
 
-    What was set before is put back however the run ends: at its end, by an exception, by Ctrl-C. Runs may be nested.
+    What was set before is restored however the run ends: normally, by an exception, by Ctrl-C. Runs may be nested.
     TF32 is set by `torch.set_float32_matmul_precision`: after a change through `fp32_precision` alone the older
-    functions raise, and Lightning 2.6.6 calls them on CUDA. It advises to set it before any callback is asked; with
-    this callback that advice can be ignored.
+    functions raise, and Lightning 2.6.6 calls them on CUDA. Lightning advises to set it before any callback is called;
+    with this callback that advice can be ignored.
 
     Args:
         tf32: multiply fp32 matrices in TF32, with 10 bits of mantissa instead of 23. `auto`: on CUDA devices that can.
             False: full fp32.
-        cudnn_benchmark: let cuDNN try its convolutions out at each new shape. Unset: left as it is (torch's default
-            is off), as texts come in ever new shapes.
+        cudnn_benchmark: let cuDNN measure its convolutions at each new shape. Unset: unchanged (torch's default is
+            off), as the shapes of texts vary.
         sdpa: kernels that `scaled_dot_product_attention` may choose from: flash, mem_efficient, cudnn, math. Unset:
-            left as they are.
-        expandable_segments: let CUDA's allocator grow its segments instead of making ever new ones, so that batches of
-            changing size leave fewer holes. Unset: left as it is (torch's default is off). What is allocated before
-            the run stays where it is.
+            unchanged.
+        expandable_segments: let CUDA's allocator grow its segments instead of adding new ones, so that batches of
+            changing size leave fewer holes. Unset: unchanged (torch's default is off). What was allocated before the
+            run is not moved.
 
     Attributes:
         report: what is in effect in the current run, or was in the last one.
@@ -120,7 +120,7 @@ class TorchBackends(Callback):
         self._undo: dict[int, list[Callable[[], None]]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check what was asked against the device, then set it."""
+        """Check the arguments against the device, then set the back ends."""
         if id(trainer) in self._undo:
             return
         device = trainer.strategy.root_device
@@ -131,7 +131,7 @@ class TorchBackends(Callback):
             what = (
                 f"the run is on {device}"
                 if HAS_ALLOCATOR_SETTINGS
-                else f"torch {torch.__version__} can't be told in a run"
+                else f"torch {torch.__version__} can't change it in a run"
             )
             raise ConfigError(f"TorchBackends.expandable_segments is for CUDA's allocator, {what}: leave it out")
         if self.sdpa is not None and not (usable := _usable_kernels(device)) & set(self.sdpa):
@@ -157,7 +157,7 @@ class TorchBackends(Callback):
         if not self.report:
             self.report = self._settings(trainer, pl_module)
             text = self.describe()
-            if trainer.strategy.root_device.type != "cuda" and not self._asked:
+            if trainer.strategy.root_device.type != "cuda" and not self._has_options:
                 text = text.splitlines()[0]  # the others are CUDA's, or as they were
             if text not in _logged:
                 _logged.add(text)
@@ -166,11 +166,11 @@ class TorchBackends(Callback):
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put back what was set before."""
+        """Restore what was set before."""
         self._restore(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Put back what was set before: Lightning calls no `teardown` after an exception or Ctrl-C."""
+        """Restore what was set before: Lightning calls no `teardown` after an exception or Ctrl-C."""
         self._restore(trainer)
 
     def describe(self) -> str:
@@ -178,8 +178,8 @@ class TorchBackends(Callback):
         return "\n".join(f"{name}: {value} ({reason})" for name, value, reason in self.report)
 
     @property
-    def _asked(self) -> bool:
-        """Whether any setting was given."""
+    def _has_options(self) -> bool:
+        """Whether any argument was given."""
         given = (self.cudnn_benchmark, self.sdpa, self.expandable_segments)
         return self.tf32 != "auto" or any(value is not None for value in given)
 
@@ -190,18 +190,18 @@ class TorchBackends(Callback):
     def _settings(self, trainer: Trainer, module: LightningModule) -> tuple[Setting, ...]:
         device = trainer.strategy.root_device
         able, bf16_reason = _bf16_units(device)
-        left = "left as it was"
+        left = "unchanged"
         if device.type != "cuda":
             benchmark_reason = "no effect: cuDNN is for CUDA"
         elif not any(isinstance(part, CONVOLUTIONS) for part in module.modules()):
             benchmark_reason = "no effect: the model has no convolution"
         else:
-            benchmark_reason = left if self.cudnn_benchmark is None else "asked for"
+            benchmark_reason = left if self.cudnn_benchmark is None else "requested"
         return (
             Setting("precision", trainer.precision, f"{'bf16-mixed' if able else '32-true'} pays: {bf16_reason}"),
             Setting("fp32 matrix products", _describe_fp32(device), self._tf32_reason),
             Setting("cuDNN benchmark", "on" if _get_benchmark() else "off", benchmark_reason),
-            Setting("SDPA kernels allowed", ", ".join(_get_kernels()), left if self.sdpa is None else "asked for"),
+            Setting("SDPA kernels allowed", ", ".join(_get_kernels()), left if self.sdpa is None else "requested"),
             *self._allocator_setting(device),
         )
 
@@ -209,7 +209,7 @@ class TorchBackends(Callback):
         if device.type != "cuda" or not HAS_ALLOCATOR_SETTINGS:
             return []
         value = SEGMENTS.search(get_allocator_settings())
-        reason = "left as it was" if self.expandable_segments is None else "asked for"
+        reason = "unchanged" if self.expandable_segments is None else "requested"
         return [Setting("expandable segments", "off" if value is None or value[1] != "True" else "on", reason)]
 
 
@@ -223,7 +223,7 @@ def _name(device: torch.device) -> str:
 
 
 def _choose_fp32(tf32: bool | str, device: torch.device) -> tuple[str | None, str]:
-    """The argument of `set_float32_matmul_precision`, None to leave it as it is; and the reason."""
+    """The argument of `set_float32_matmul_precision`, None to leave it unchanged; and the reason."""
     if device.type != "cuda":
         able, reason = False, f"TF32 is for CUDA, the run is on {device.type}"
     elif os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
@@ -235,7 +235,7 @@ def _choose_fp32(tf32: bool | str, device: torch.device) -> tuple[str | None, st
     if tf32 is True and not able:
         raise ConfigError(f"TorchBackends.tf32 is true, but {reason}: set it to auto")
     if tf32 is False:
-        return "highest", "full fp32 was asked for"
+        return "highest", "full fp32 was requested"
     if not able:
         return None, reason
     if tf32 == "auto" and torch.backends.cuda.matmul.fp32_precision == "tf32":
@@ -244,7 +244,7 @@ def _choose_fp32(tf32: bool | str, device: torch.device) -> tuple[str | None, st
 
 
 def _change(get: Callable[[], Any], put: Callable[[Any], None], value: Any) -> Callable[[], None]:
-    """Set `value`; calling what is returned puts the old one back."""
+    """Set `value`; what is returned restores the old one."""
     before = get()
     put(value)
     return lambda: put(before)
@@ -260,7 +260,7 @@ def _get_fp32() -> tuple[str | None, str, str]:
     """What `set_float32_matmul_precision` changes: the overall setting, CUDA's and oneDNN's."""
     try:
         overall: str | None = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through `fp32_precision` alone: then the other two are all there is to put back
+    except RuntimeError:  # set through `fp32_precision` alone: then only the other two are to be restored
         overall = None
     mkldnn = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
     return overall, torch.backends.cuda.matmul.fp32_precision, mkldnn

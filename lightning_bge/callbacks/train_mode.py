@@ -12,10 +12,10 @@ log = logging.getLogger(__name__)
 
 
 class TrainMode(Callback):
-    """Puts every module into train mode when `fit` starts, and says which ones were not.
+    """Puts every module into train mode when `fit` starts, and logs which ones were not.
 
     `from_pretrained` returns a model in eval mode, and Lightning (since 2.2) leaves modules in the mode they are in: a
-    fine-tuned transformer then trains without dropout, after a warning that does not say so.
+    fine-tuned transformer then trains without dropout, after a warning that does not mention dropout.
 
     Args:
         keep: names of sub-modules to leave alone, with all that is below them, such as a frozen encoder that is to

@@ -235,7 +235,7 @@ class BGEClassifier(LightningModule):
 
     @contextmanager
     def trial_steps(self) -> Iterator[None]:
-        """Meanwhile steps are tried out: ranks do not wait for each other, and out-of-memory errors are raised at once.
+        """A context for trial steps: ranks do not wait for each other, and out-of-memory errors are raised at once.
 
         `MicroBatchFinder` uses it, as each rank searches on its own.
         """

@@ -49,7 +49,7 @@ class OOMRetry:
 
     First the micro-batches are halved, from the one on that did not fit. The batch source learns the new size, so that
     it makes smaller ones; those that it made before are split here. A single sequence that does not fit makes training
-    switch gradient checkpointing on. Then nothing is left, and the error says so.
+    switch gradient checkpointing on. Then nothing is left, and an error says what to change.
 
     Attributes:
         eval_size: the most tokens of a micro-batch without gradients, once one did not fit; None before.

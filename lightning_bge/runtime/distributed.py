@@ -37,7 +37,7 @@ class UnwrappedDDP(DDPStrategy):
 def choose_strategy(
     strategy: str | Strategy, devices: int | list[int] | str, num_nodes: int, accelerator: Any
 ) -> str | Strategy:
-    """`UnwrappedDDP` for several devices or nodes; a strategy that somebody made of one device, or of DDP, as it is.
+    """`UnwrappedDDP` for several devices or nodes; a strategy object for one device, or for DDP, is returned unchanged.
 
     Raises:
         ConfigError: the strategy is another one.
@@ -65,7 +65,7 @@ def _count(devices: int | list[int] | str, accelerator: Any) -> int:
 
 
 class AnotherRankFailed(Exception):
-    """Another rank failed before this one, and says why.
+    """Another rank failed before this one, and reports the reason.
 
     Attributes:
         status: its exit status.
@@ -77,11 +77,11 @@ class AnotherRankFailed(Exception):
 
 
 def end_ranks(trainer: Trainer, status: int) -> None:
-    """Call it where this rank fails: one rank alone says why, and none is left waiting for it.
+    """Call it where this rank fails: one rank alone reports the reason, and none waits for it.
 
     The first one to fail leaves a note for the others, which mostly fail in turn because it does not answer any more.
-    Rank 0 ends the processes that it started. Where it is not the first, it hears of it by the broken connection, or is
-    ended by Lightning, which looks after its processes every 5 s.
+    Rank 0 ends the processes that it started. Where it is not the first, it notices the broken connection, or is ended
+    by Lightning, which checks its processes every 5 s.
 
     Args:
         trainer: whose launcher started the ranks.

@@ -1,4 +1,4 @@
-"""Memory: the limits of this process, what it holds, and how it gives memory back."""
+"""Memory: the limits of this process, what it holds, and how it frees memory."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def format_bytes(count: float) -> str:
     raise AssertionError
 
 
-# ---------------------------------------------------------------------- what is held, and giving it back
+# ---------------------------------------------------------------------- what is held, and freeing it
 
 
 def release(host: bool = True) -> None:
-    """Give back memory that nothing uses: garbage first, then what the allocators hold back.
+    """Free memory that nothing uses: garbage first, then what the allocators hold back.
 
     Args:
         host: what the C library holds back too, from which the next allocations would be served faster.
@@ -132,13 +132,13 @@ def cache_bytes() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on memory, and what is used of it.
+    """A limit on memory, and how much of it is used.
 
     Attributes:
-        name: who set it.
+        name: what sets it.
         total: bytes.
         used: bytes, now.
-        stated: whether somebody set it, for this process; the machine's own memory is nobody's decision.
+        stated: whether it was set for this process, unlike the machine's own memory.
         raises: whether an allocation beyond it fails with an error. Else the process is killed, or others suffer.
     """
 

@@ -24,7 +24,7 @@ TEXTS = (
     "std::bad_alloc",
     "cannot allocate memory",  # ENOMEM in the system's words, as safetensors passes it on
 )
-# oneDNN does not say why: these texts count where little memory is left under a limit that makes allocations fail.
+# oneDNN gives no reason: these texts count where little memory is left under a limit that makes allocations fail.
 ONEDNN = ("could not create a primitive", "could not execute a primitive", "could not create a memory object")
 LITTLE = 2**30
 WORKER = re.compile(r"DataLoader worker \(pid.*?\) is killed by signal: Killed")
@@ -75,7 +75,7 @@ def find_oom(error: BaseException, where: str = "training") -> OutOfMemory | Non
 
     It considers the error, what it was raised from or while handling, and the `inner_exception` of a compiler's error.
     Out of memory are `torch.OutOfMemoryError`, `MemoryError`, an `OSError` ENOMEM, and a `RuntimeError` (such as
-    `torch.AcceleratorError`) whose text says so; oneDNN's texts, which never say why, where under 1 GiB is left below
+    `torch.AcceleratorError`) whose text says so; oneDNN's texts, which give no reason, where under 1 GiB is left below
     a limit such as RLIMIT_AS. Triton's `OutOfResources` is about registers and shared memory, so it does not count.
 
     Args:

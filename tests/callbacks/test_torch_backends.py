@@ -161,9 +161,9 @@ def test_what_was_asked_for_is_in_effect_and_put_back() -> None:
     assert seen == [("highest", "ieee", "ieee", False, False, False, False)]
     assert state() == (*before[:3], True, *before[4:])
     assert [(setting.name, setting.value, setting.reason) for setting in callback.report[1:]] == [
-        ("fp32 matrix products", "ieee", "full fp32 was asked for"),
+        ("fp32 matrix products", "ieee", "full fp32 was requested"),
         ("cuDNN benchmark", "off", "no effect: cuDNN is for CUDA"),
-        ("SDPA kernels allowed", "math", "asked for"),
+        ("SDPA kernels allowed", "math", "requested"),
     ]
     assert callback.report[0].value == "32-true"
 
@@ -278,13 +278,13 @@ def test_logged_once_a_process(caplog: pytest.LogCaptureFixture) -> None:
     fit(lambda: None, TorchBackends(sdpa=["math"]))
     texts = [record.getMessage() for record in caplog.records if record.name == precision_module.__name__]
     assert len(texts) == 2
-    [line] = texts[0].splitlines()  # what is CUDA's, or left as it was, is no news on a CPU
+    [line] = texts[0].splitlines()  # what is CUDA's, or unchanged, is not logged on a CPU
     assert line.startswith("precision: 32-true (")
     assert texts[1].splitlines() == [
         line,
         "fp32 matrix products: ieee (TF32 is for CUDA, the run is on cpu)",
         "cuDNN benchmark: off (no effect: cuDNN is for CUDA)",
-        "SDPA kernels allowed: math (asked for)",
+        "SDPA kernels allowed: math (requested)",
     ]
 
 
@@ -338,10 +338,10 @@ def test_gpu_gets_tf32(machine: pytest.MonkeyPatch) -> None:
     assert state() == before
 
 
-@pytest.mark.parametrize(("asked", "reason"), [(None, "left as it was"), (True, "asked for")])
-def test_model_with_a_convolution(machine: pytest.MonkeyPatch, asked: bool | None, reason: str) -> None:
+@pytest.mark.parametrize(("given", "reason"), [(None, "unchanged"), (True, "requested")])
+def test_model_with_a_convolution(machine: pytest.MonkeyPatch, given: bool | None, reason: str) -> None:
     give_gpu(machine, (9, 0))
-    callback, trainer, module = TorchBackends(cudnn_benchmark=asked), gpu_trainer(), Plain(part=nn.Conv1d(1, 1, 1))
+    callback, trainer, module = TorchBackends(cudnn_benchmark=given), gpu_trainer(), Plain(part=nn.Conv1d(1, 1, 1))
     callback.setup(trainer, module, "fit")
     callback.on_fit_start(trainer, module)
     callback.teardown(trainer, module, "fit")

@@ -41,12 +41,12 @@ _logged: dict[Hashable, bool] = {}
 
 
 class CompileLayers(Callback):
-    """Compiles the encoder's layers in place: always, never, or where a measurement says that it pays.
+    """Compiles the encoder's layers in place: always, never, or where a measurement shows that it pays.
 
-    No key, checkpoint or export changes, and a compiled layer is not compiled again. With `auto` the
-    first steps run eager and are timed. If compiling could pay, one layer's calls of one real batch are replayed,
-    forward and backward, eager and compiled, within `time_limit`; results and random numbers do not change. What
-    was measured is remembered in the process: the next trial decides by arithmetic alone.
+    No key, checkpoint or export changes, and a compiled layer is not compiled twice. With `auto` the first steps run
+    eager and are timed. If compiling could pay, one layer's calls of one real batch are replayed, forward and backward,
+    eager and compiled, within `time_limit`; results and random numbers do not change. What was measured is remembered
+    in the process: the next trial decides by arithmetic alone.
 
     Args:
         config: policy, mode, time limit, back end.

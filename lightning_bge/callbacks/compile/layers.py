@@ -22,7 +22,7 @@ def find_layers(module: nn.Module) -> list[nn.Module]:
 
 
 def compile_layers(layers: Sequence[nn.Module], config: CompileConfig) -> None:
-    """Compile layers in place, so that no key of the state dict changes; a compiled layer is not compiled again."""
+    """Compile layers in place, so that no key of the state dict changes; a compiled layer is not compiled twice."""
     for layer in layers:
         if compiled_call(layer) is None:
             # CUDA graphs are recorded for one shape each

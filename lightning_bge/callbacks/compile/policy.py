@@ -24,7 +24,7 @@ class CompileConfig:
     """When and how the encoder's layers are compiled.
 
     Attributes:
-        policy: auto measures on the real model whether compiling pays over the steps that are left, and says why;
+        policy: auto measures on the real model whether compiling pays over the steps that are left, and logs why;
             always compiles when training starts; never leaves them eager.
         mode: of torch.compile. reduce-overhead records CUDA graphs, which need static shapes: pad micro-batches to few
             token totals, as each one is compiled separately.

@@ -89,7 +89,7 @@ class Capture:
 
     @property
     def device(self) -> torch.device:
-        """Where the layer's parameters lie; the CPU where it has none."""
+        """The device of the layer's parameters; the CPU where it has none."""
         return next((p.device for p in self.layer.parameters()), torch.device("cpu"))
 
     def replay(self) -> None:

@@ -28,7 +28,7 @@ class MicroBatchFinder(Callback):
     tried; on a GPU it is then found by tries, on the host nothing beyond the margin is tried. Where the host's memory
     decides, large blocks are mapped one by one from then on (`map_large_blocks`), so that the answer holds. Nothing
     else of the run changes: weights, gradients, optimizers, schedules, random numbers, modes and what lists, dicts and
-    tensors of the module hold are put back. Each rank searches on its own, then all take the smallest size of any: a
+    tensors of the module hold are restored. Each rank searches on its own, then all take the smallest size of any: a
     module whose steps wait for other ranks has a method `trial_steps` that returns a context, in which they do not.
     What was found is cached by all that the memory of a step depends on; a second run makes no trial step.
 
@@ -45,7 +45,7 @@ class MicroBatchFinder(Callback):
         reason: why, in one line.
 
     Raises:
-        RuntimeError: at the start of training: memory was not given back after a trial step ran out of it.
+        RuntimeError: at the start of training: memory was not freed after a trial step ran out of it.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class MicroBatchFinder(Callback):
         self, trainer: Trainer, module: LightningModule, source: SupportsMicroBatchSize, known: list[Limit]
     ) -> str:
         """A key for all that the answer depends on."""
-        # not the memory of the machine: nobody has set it for this process, and others use it too
+        # not the memory of the machine: it was not set for this process, and others use it too
         totals = sorted((limit.name, limit.total) for limit in known if limit.stated or limit.raises)
         data = {name: getattr(source, f"micro_batch_size_{name}", None) for name in ("key", "step")}
         config = {name: value for name, value in asdict(self.config).items() if name != "cache"}

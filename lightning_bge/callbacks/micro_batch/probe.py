@@ -149,7 +149,7 @@ def obstacle(trainer: Trainer) -> str | None:
 
 
 class Probe:
-    """Tries training and validation steps of any size; a context that puts everything back, whatever happens.
+    """Tries training and validation steps of any size; a context that restores everything, whatever happens.
 
     On entry the smallest step is made twice: with the optimizers, so that their state is there, and without. From then
     on optimizers do not step: what a step takes does not depend on the batch. Before each step gradients are there, as
@@ -205,7 +205,7 @@ class Probe:
         return True
 
     def attempt(self, units: int, validate: bool = True) -> TrialStep | None:
-        """Make a training step, and a validation step; None: out of memory, and all of it was given back.
+        """Make a training step, and a validation step; None: out of memory, and all memory of the step was freed.
 
         Raises:
             RuntimeError: memory is still held after it ran out.
@@ -240,7 +240,7 @@ class Probe:
         meter.start()
         batch = self._move(self.make_batch(units, True))
         for parameter in self._with_gradients:
-            # written, as a page of zeros that nobody wrote takes no memory
+            # written, as a page of zeros that was never written takes no memory
             parameter.grad = torch.empty_like(parameter).zero_()
         begin = meter.now()
         model = trainer.strategy.model

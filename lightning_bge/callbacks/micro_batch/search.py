@@ -89,7 +89,7 @@ class Search:
         self.free = measure_free()
         self.default, self.step, self.noise = max(default, 1), step, noise
         self.tried: list[tuple[int, int | None, float | None]] = []
-        self._points: dict[int, TrialStep] = {}
+        self._measured: dict[int, TrialStep] = {}
         self._fitted: set[int] = set()
         self._failed: int | None = None
         self._in_a_row = 0  # steps that failed, or that fitted against the prediction
@@ -119,7 +119,7 @@ class Search:
 
     def peak(self, units: int) -> int:
         """Bytes that a size takes, as measured or predicted."""
-        found = self._points.get(units)
+        found = self._measured.get(units)
         return max(0, round(self._predict(units))) if found is None else found.peak
 
     # ------------------------------------------------------------------ speed
@@ -146,13 +146,13 @@ class Search:
         """Units a second, the better of two steps unless they are long; None: it does not fit."""
         if units not in self._fitted and not self._try(units):
             return None
-        if self._points[units].seconds > LONG_S:
-            return units / self._points[units].seconds
-        again = self.attempt(units, False)
-        if again is None:
+        if self._measured[units].seconds > LONG_S:
+            return units / self._measured[units].seconds
+        second = self.attempt(units, False)
+        if second is None:
             self._drop(units)
             return None
-        return units / max(min(self._points[units].seconds, again.seconds), 1e-9)
+        return units / max(min(self._measured[units].seconds, second.seconds), 1e-9)
 
     # ------------------------------------------------------------------ memory
 
@@ -234,13 +234,13 @@ class Search:
         return max(self._fitted, default=0)
 
     def _try(self, units: int) -> bool:
-        predicted = bool(self._points) and self.free.raising is not None and self._predict(units) <= self.free.raising
+        predicted = bool(self._measured) and self.free.raising is not None and self._predict(units) <= self.free.raising
         killing = self.free.killing
         found = self.attempt(units, True)
         self.free = self.measure_free()
         log.debug("%d units: %s", units, found)
         if found is not None:
-            self._points[units] = found
+            self._measured[units] = found
         self.tried.append((units, None if found is None else found.peak, None if found is None else found.seconds))
         if found is None or (killing is not None and found.peak > killing):
             self._drop(units)
@@ -257,9 +257,9 @@ class Search:
 
     def _line(self, noise: int = 0) -> tuple[TrialStep, float]:
         """The largest size measured, and bytes of a further unit, by a size of at most half of it."""
-        last = self._points[max(self._points)]
-        earlier = max((units for units in self._points if 2 * units <= last.units), default=0)
-        held = self._points[earlier].peak if earlier else 0
+        last = self._measured[max(self._measured)]
+        earlier = max((units for units in self._measured if 2 * units <= last.units), default=0)
+        held = self._measured[earlier].peak if earlier else 0
         slope = (last.peak - held + noise) / (last.units - earlier)
         return last, max(slope if slope > 0 else last.peak / last.units, 1.0)
 

@@ -1,4 +1,4 @@
-"""Everything that a trial step changes, kept so that it can be put back."""
+"""Everything that a trial step changes, kept so that it can be restored."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def _same(some: Any, others: Any) -> bool:
 class Kept:
     """What a module, its optimizers and its trainer were, in host memory, while trial steps run.
 
-    Callbacks and loggers are set aside meanwhile, and `log` does nothing. The weights need no copy after the first
-    steps: an optimizer without state steps once, so that its state exists, and from then on `stop_optimizers` keeps
-    all of them from stepping. So no limit is met by a copy that training would not make.
+    Until `restore` the trainer has no callbacks, and `log` and the loggers do nothing. The weights need no copy after
+    the first steps: an optimizer without state steps once, so that its state exists, and from then on `stop_optimizers`
+    keeps all of them from stepping. So no limit is reached by a copy that training would not make.
 
     Args:
         trainer: in `fit`, with optimizers.
@@ -116,7 +116,7 @@ class Kept:
         return any(not torch.equal(weight.detach().cpu(), kept) for weight, kept in self.weights or ())
 
     def restore_weights(self) -> None:
-        """Put the weights back, where there are copies."""
+        """Restore the weights, where there are copies."""
         _write(self.weights or [])
 
     def drop_state(self) -> None:
@@ -126,7 +126,7 @@ class Kept:
                 optimizer.state.clear()
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore everything."""
         self.reset()
         self.restore_weights()
         self._contexts.close()

@@ -13,7 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-un
 from lightning_bge.callbacks.throughput.flops import Work
 from lightning_bge.callbacks.throughput.monitor import Throughput
 
-STRETCH_S = 1.0  # figures of shorter stretches jump faster than anybody reads
+STRETCH_S = 1.0  # figures of shorter stretches change too fast to be read
 
 
 class ThroughputProgressBar(TQDMProgressBar):
@@ -73,7 +73,7 @@ class ThroughputProgressBar(TQDMProgressBar):
             self._mark, self._pace = done, _show(stretch, source, trainer.world_size)
 
     def on_train_start(self, *args: Any) -> None:
-        """Begin anew."""
+        """Start with no figures."""
         super().on_train_start(*args)
         self._begin()
         if self.is_enabled:
@@ -114,10 +114,10 @@ class ThroughputProgressBar(TQDMProgressBar):
         if self._writes_lines:
             self._look(trainer, 0.0)
             figures = self.get_metrics(trainer, module).items()
-            words = ", ".join(
+            text = ", ".join(
                 f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures
             )
-            self.print(f"epoch {ended}: {words}")
+            self.print(f"epoch {ended}: {text}")
         elif not self.train_progress_bar.disable:
             self.train_progress_bar.set_postfix(self.get_metrics(trainer, module))
 

@@ -21,7 +21,7 @@ class Work:
     Attributes:
         sequences: in the batches.
         tokens: real ones; a 0-d tensor where they are counted on a device.
-        squares: the sum of squared lengths, likewise; 0 where lengths are not known.
+        squares: the sum of squared lengths, also a tensor there; 0 where lengths are not known.
         computed: tokens that a forward pass computes, padding included; None: not known.
         seconds: of training on them.
         waited: of these, between the end of a batch and the start of the next one.
@@ -59,7 +59,7 @@ class Work:
         return 1 - self.tokens / self.computed if self.computed else 0.0
 
     def on_host(self) -> Work | None:
-        """The same in plain numbers; None where they lie on a GPU, which would have to be waited for."""
+        """The same in plain numbers; None where they are on a GPU, as reading them would wait for it."""
         counts = (self.tokens, self.squares)
         if any(isinstance(value, Tensor) and value.device.type != "cpu" for value in counts):
             return None
@@ -67,7 +67,7 @@ class Work:
 
 
 def count_sequences_and_tokens(batch: Any) -> tuple[int, Count]:
-    """Sequences and real tokens of a batch: ours, or a mapping with an `attention_mask` [N, T].
+    """Sequences and real tokens of a batch: a `Batch` of this package, or a mapping with an `attention_mask` [N, T].
 
     The mask's sum stays a tensor: to read it would be to wait for the device.
 
@@ -90,9 +90,9 @@ def work_of(batch: Any, encoder: Any = None, count: CountBatch = count_sequences
     """The work in a batch; no tensor is read.
 
     Args:
-        batch: ours, a mapping with an `attention_mask` [N, T], or what `count` takes. With a `count` of the user's own
-            neither padding nor squared lengths are known.
-        encoder: the part of the module that says by `computed_tokens` what it computes of a micro-batch of ours; None:
+        batch: a `Batch` of this package, a mapping with an `attention_mask` [N, T], or what `count` takes. With a
+            `count` of the user's own neither padding nor squared lengths are known.
+        encoder: the part of the module whose `computed_tokens` returns what it computes of a `MicroBatch`; None:
             padding is not known.
         count: see `Throughput`.
     """
@@ -125,7 +125,7 @@ class TrainFlops:
 
     @classmethod
     def of(cls, module: nn.Module) -> TrainFlops:
-        """Of this module as it is; parts that are computed for a sequence's first token alone count for all tokens."""
+        """The FLOPs of a module; parts that are computed for a sequence's first token alone count for all tokens."""
         tables = [part for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
         apart = {id(parameter) for table in tables for parameter in table.parameters()}
         counted = [parameter for parameter in module.parameters() if id(parameter) not in apart]

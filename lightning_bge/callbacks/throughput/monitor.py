@@ -31,12 +31,12 @@ class Throughput(Callback):
       attention's own FLOPs are left out. Of several ranks it is the mean.
     - `train_padding`, where it is known (`work_of`): the share (0 to 1) of the computed tokens that are padding, 0 for
       packed batches. Of several ranks it is the mean.
-    - `train_data_wait`, the share (0 to 1) of that time that lies between the end of a batch and the start of the next
-      one, on the host's clock. Here the loader is asked for the next batch and the batch is moved to the device; what
-      Lightning and callbacks do between batches counts too, so that this is the most that data can have cost. A GPU
-      that still has work queued up does not stand still meanwhile. Left out are the first batch of an epoch and of a
-      stretch after validation, as the clock starts with them, and whatever a module fetches inside its
-      `training_step(dataloader_iter)`. Of several ranks it is the mean.
+    - `train_data_wait`, the share (0 to 1) of that time between the end of a batch and the start of the next one, on
+      the host's clock. In it the loader returns the next batch and the batch is moved to the device; what Lightning and
+      callbacks do between batches counts too, so that this is the most that data can have cost. A GPU with queued work
+      is busy during that time. Left out are the first batch of an epoch and the first one after validation, as the
+      clock starts with them, and what a module fetches inside its `training_step(dataloader_iter)`. Of several ranks it
+      is the mean.
     - `train_balance`, where batches come with the tokens of each rank's shard, `batch.shard_tokens`: their mean divided
       by their maximum, averaged over the epoch's steps. 1 is perfect; at 0.9 a tenth of the devices' time goes by
       waiting for the rank with the longest shard, if time goes with tokens.
@@ -46,7 +46,7 @@ class Throughput(Callback):
 
     Attributes:
         peak: FLOP/s of the machine, from the start of `fit` on.
-        flops: those of the module, likewise.
+        flops: those of training the module, from the start of `fit` on.
     """
 
     def __init__(self, count: CountBatch = count_sequences_and_tokens) -> None:
@@ -62,7 +62,7 @@ class Throughput(Callback):
         self._batch_ended: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what a run that was cut off has left behind, and measure the machine's peak."""
+        """Reset what an interrupted run has left behind, and measure the machine's peak."""
         self._reset()
         self._encoder = next((part for part in pl_module.modules() if hasattr(part, "computed_tokens")), None)
         self.flops = TrainFlops.of(pl_module)

@@ -25,7 +25,7 @@ def on_before_batch_transfer(module: LightningModule, batch: Any) -> Any:
 
 @contextmanager
 def silenced(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Meanwhile the trainer has no callbacks, its loggers write nothing, and `module.log` does nothing.
+    """A context in which the trainer has no callbacks, its loggers write nothing, and `module.log` does nothing.
 
     A step made outside of Lightning's loops must not be seen by callbacks and loggers, and `log` raises there.
     """
