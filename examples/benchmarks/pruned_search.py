@@ -24,7 +24,7 @@ from common import git_commit, hardware, markdown_table, versions
 from optuna.trial import FrozenTrial, TrialState
 from record_searches import SEARCHES, add_arguments, search
 
-from lightning_bge.hpo.pruning.asha import latest_trials, parameter_set_of
+from lightning_bge.hpo.pruning.asha_trials import latest_trials, parameter_set_of
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Report
 from lightning_bge.runtime.run_folder import write_json, write_text

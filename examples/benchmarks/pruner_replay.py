@@ -23,9 +23,9 @@ import optuna
 from common import git_commit, markdown_table, versions
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner
 
+from lightning_bge.hpo.forecast.recording import Recording
 from lightning_bge.hpo.forecast.replay import (
     Policy,
-    Recording,
     Replay,
     mean_regret,
     oracle,
@@ -251,7 +251,7 @@ def measure(paths: list[Path], chosen: argparse.Namespace) -> dict[str, Any]:
         table[key] = {name: means(found) for name, found in runs.items()}
         searches[key] = {
             "trials": len(recording.trials),
-            "reports": recording.n_reports,
+            "reports": recording.n_steps,
             "hours": recording.full_seconds / 3600,
             "best": recording.best,
             "worst": min(values) if recording.direction == "maximize" else max(values),

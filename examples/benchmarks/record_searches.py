@@ -21,7 +21,7 @@ import optuna
 from common import versions
 
 from lightning_bge.cli import main as cli
-from lightning_bge.hpo.forecast.replay import record_study
+from lightning_bge.hpo.forecast.recording import record_study
 from lightning_bge.hpo.storage.journal import open_storage
 
 HERE = Path(__file__).parent

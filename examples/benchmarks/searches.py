@@ -37,7 +37,7 @@ from transformers import Trainer as TransformersTrainer
 
 import lightning_bge.cli.main
 from lightning_bge.hpo.config import JOURNAL
-from lightning_bge.hpo.pruning.asha import parameter_set_of
+from lightning_bge.hpo.pruning.asha_trials import parameter_set_of
 from lightning_bge.hpo.storage.journal import open_storage
 
 NAME = "race"

@@ -1,7 +1,7 @@
 from .analysis.history import History as History
 from .config import StudyConfig as StudyConfig
-from .forecast.replay import Recording as Recording
-from .forecast.replay import record_study as record_study
+from .forecast.recording import Recording as Recording
+from .forecast.recording import record_study as record_study
 from .pruning.asha import AshaPruner as AshaPruner
 from .pruning.callback import FoldPruningCallback as FoldPruningCallback
 from .pruning.config import PrunerConfig as PrunerConfig

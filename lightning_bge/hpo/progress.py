@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.forecast.eta import Eta, being_run, estimate_end
-from lightning_bge.hpo.pruning.asha import PAUSED_AT, RESUMES, AshaPruner, ended_parameter_sets, resumed_numbers
+from lightning_bge.hpo.forecast.eta import Eta, SearchOptions, being_run, estimate_end
+from lightning_bge.hpo.pruning.asha import AshaPruner
+from lightning_bge.hpo.pruning.asha_trials import PAUSED_AT, RESUMES, ended_parameter_sets, resumed_numbers
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import cost_of, front, maximizes, ranked, score_of
 from lightning_bge.hpo.steps import Steps
@@ -87,18 +88,10 @@ class Progress:
         steps = Steps(**study.user_attrs.get("steps", {"folds": 1, "epochs": self.n_reports}))
         trials = study.get_trials(deepcopy=False)
         direction: Any = "maximize" if maximizes(study) else "minimize"
-        return estimate_end(
-            trials,
-            self.pruner,
-            self.n_trials,
-            steps,
-            1 + len(being_run(trials)),
-            datetime.now(),
-            direction,
-            self.sampler,
-            self.seeds,
-            refit=self.refit,
+        search = SearchOptions(
+            self.pruner, self.n_trials, steps, direction, self.sampler, n_seeds=self.seeds, refit=self.refit
         )
+        return estimate_end(trials, search, 1 + len(being_run(trials)), datetime.now())
 
     def _done(self, study: optuna.Study) -> int:
         return finished(study)

@@ -19,7 +19,9 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.config import JOURNAL, StudyConfig
 from lightning_bge.hpo.progress import Progress, finished
-from lightning_bge.hpo.pruning.asha import RESUMES, AshaPruner, AshaScheduler, nothing_left
+from lightning_bge.hpo.pruning.asha import AshaPruner, nothing_left
+from lightning_bge.hpo.pruning.asha_scheduler import AshaScheduler
+from lightning_bge.hpo.pruning.asha_trials import RESUMES
 from lightning_bge.hpo.pruning.config import build_pruner
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
 from lightning_bge.hpo.space.search_space import describe_difference, parse_space, space_to_json

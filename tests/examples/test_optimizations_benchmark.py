@@ -275,11 +275,11 @@ def test_replayed_searches_agree_with_the_table_of_pruners() -> None:
 def test_fold_pruning_ends_trials_between_folds_alone() -> None:
     import optimizations_pruning
 
-    from lightning_bge.hpo.forecast.replay import Recording
+    from lightning_bge.hpo.forecast.recording import Recording
 
     search = Recording.load(optimizations_pruning.CURVES / "trecqa.json").coarser(1)
     fold = search.epochs
     for name, (_, policy) in optimizations_pruning.PRUNERS.items():
-        reports = policy(search)(search, range(len(search.trials)), "order").reports
-        assert min(reports) < search.n_reports
+        reports = policy(search)(search, range(len(search.trials)), "order").steps
+        assert min(reports) < search.n_steps
         assert all(count % fold == 0 for count in reports) is name.startswith("fold pruning")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_bge.hpo.forecast.preview import sample_curves
-from lightning_bge.hpo.forecast.replay import Recording
+from lightning_bge.hpo.forecast.recording import Recording
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Steps
 from tests.helpers.paths import ROOT

@@ -23,7 +23,7 @@ from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.forecast.replay import Recording
+from lightning_bge.hpo.forecast.recording import Recording
 from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets, parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, parse_space
 from lightning_bge.hpo.steps import Steps

@@ -15,11 +15,13 @@ from lightning_bge.advisor.plan.calibrate import Calibration
 from lightning_bge.advisor.plan.cost_model import TrialCost
 from lightning_bge.hpo.analysis.history import History
 from lightning_bge.hpo.config import BEST
-from lightning_bge.hpo.forecast.eta import refit_epochs
 from lightning_bge.hpo.forecast.preview import SIMULATED, STYLES, sample_curves
-from lightning_bge.hpo.forecast.replay import Curve, Recording, policy_of
-from lightning_bge.hpo.forecast.simulator import STARTUP, Halving, Outcome, Prices, schedule, simulate_asha, skill
+from lightning_bge.hpo.forecast.recording import Curve, Recording
+from lightning_bge.hpo.forecast.replay import policy_of
+from lightning_bge.hpo.forecast.simulator import STARTUP, Durations, Outcome, schedule, simulate_asha, skill
+from lightning_bge.hpo.forecast.trial_times import refit_epochs
 from lightning_bge.hpo.pruning.config import PrunerConfig, rungs
+from lightning_bge.hpo.pruning.halving import Halving
 from lightning_bge.hpo.space.search_space import Space
 from lightning_bge.hpo.steps import Steps
 
@@ -118,7 +120,7 @@ class Priced:
         scaled = [replace(c, train=c.train * train, validation=c.validation * validation) for c in self.costs]
         return Priced(scaled, self.first)
 
-    def prices(self, steps: Steps, at: Sequence[int], chosen: np.ndarray, trained: np.ndarray) -> Prices:
+    def prices(self, steps: Steps, at: Sequence[int], chosen: np.ndarray, trained: np.ndarray) -> Durations:
         """Of chosen points, [N], with what early stopping leaves of their folds, bool [N, R]."""
         within = np.arange(steps.total) % steps.per_fold
         runs = within < self.column("epochs")[:, None] * steps.per_epoch
@@ -128,7 +130,7 @@ class Priced:
         # at a fold's last report nothing has to be kept of it, and no fold is begun again
         inside = np.array([step % steps.per_fold > 0 for step in at], dtype=float)
         pause, resume = self.column("pause")[chosen], (self.column("resume") + fold)[chosen]
-        return Prices(self.column("visit")[chosen], reports, np.outer(pause, inside), np.outer(resume, inside))
+        return Durations(self.column("visit")[chosen], reports, np.outer(pause, inside), np.outer(resume, inside))
 
     def full(self, steps: Steps) -> float:
         """Mean seconds of a trial that runs to its end."""
@@ -164,8 +166,8 @@ def pools(study: Study) -> list[Pool]:
 def _pool(recording: Recording, study: Study) -> Pool:
     steps = study.steps
     # curves of another length are stretched: what counts is who stands above whom at which part of the whole
-    at = np.ceil(np.arange(1, steps.total + 1) * recording.n_reports / steps.total).astype(int) - 1
-    whole = [curve for curve in recording.trials if len(curve.values) == recording.n_reports]
+    at = np.ceil(np.arange(1, steps.total + 1) * recording.n_steps / steps.total).astype(int) - 1
+    whole = [curve for curve in recording.trials if len(curve.values) == recording.n_steps]
     values = recording.sign * np.array([curve.values for curve in whole])[:, at]
     values = values[np.argsort(-values[:, -1], kind="stable")]
     return Pool(values, _trained(values, steps, study.patience), recording.name)
@@ -285,13 +287,13 @@ class _Run:
         drawn = Recording("drawn", "maximize", steps.folds, steps.epochs, steps.per_epoch, {}, tuple(curves))
         name = f"run{self.random.integers(10**9)}"  # Hyperband draws a trial's bracket from it
         made = policy_of(study.pruner, study.trials, steps)(drawn, range(count), name)
-        later = self.random.choice(made.reports[count // 2 :], study.trials - count)
-        return np.concatenate([made.reports, later]).astype(int)
+        later = self.random.choice(made.steps[count // 2 :], study.trials - count)
+        return np.concatenate([made.steps, later]).astype(int)
 
-    def _all(self, prices: Prices, made: np.ndarray, share: float = 1.0) -> Outcome:
+    def _all(self, prices: Durations, made: np.ndarray, share: float = 1.0) -> Outcome:
         """Trials that are begun once, and make so many reports."""
-        spent = np.cumsum(prices.reports, axis=1)[np.arange(len(made)), made - 1]
-        seconds = (prices.begin[: len(made)] + spent) * share
+        spent = np.cumsum(prices.steps, axis=1)[np.arange(len(made)), made - 1]
+        seconds = (prices.start[: len(made)] + spent) * share
         wall = schedule(seconds.tolist(), self.study.workers)
         return Outcome(tuple(made.tolist()), (1,) * len(made), float(seconds.sum()), wall)
 
@@ -315,7 +317,7 @@ def seconds_of(
     total = calibration.start + calibration.first + calibration.finish + calibration.refit_epoch * refit_epochs
     at = rungs(pruner, steps)[0] if pruner.name == "asha" else []
     points = len({trial.number for trial in history.trials if trial.resumes is None})
-    standings = Halving(len(at), pruner.reduction_factor, points)
+    halving = Halving(len(at), pruner.reduction_factor)
     for trial in history.trials:
         cost = calibration.cost(trial.params, space, steps.epochs)
         start = 0 if trial.resumes is None else history.trials[trial.resumes].last_step
@@ -325,9 +327,11 @@ def seconds_of(
         total += (start % steps.per_fold > 0) * (cost.resume + cost.fold)
         for rung, step in enumerate(at):
             if start < step <= end:
-                place = standings.arrive(trial.number, rung, sign * trial.values[step])
+                halving.add(trial.number, rung, sign * trial.values[step], paused=True)
                 written = (
-                    trial.outcome in ("paused", "resumed") and step == end and place < points // pruner.reduction_factor
+                    trial.outcome in ("paused", "resumed")
+                    and step == end
+                    and halving.can_be_resumed(trial.number, points)
                 )
                 total += (written and step % steps.per_fold > 0) * cost.pause
     return total

@@ -12,7 +12,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.pruning.asha import PAUSED_AT, RESUMES, resumed_numbers
+from lightning_bge.hpo.pruning.asha_trials import PAUSED_AT, RESUMES, resumed_numbers
 from lightning_bge.hpo.ranking import cost_of, score_of
 from lightning_bge.hpo.steps import Report, Steps
 from lightning_bge.hpo.storage.workers import death_of

@@ -11,7 +11,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from lightning_bge.hpo.config import FINISHED, StudyConfig
-from lightning_bge.hpo.forecast.eta import Eta, being_run, estimate_end
+from lightning_bge.hpo.forecast.eta import Eta, SearchOptions, being_run, estimate_end
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Steps
 
@@ -34,16 +34,14 @@ def time_left(study: optuna.Study, seed_replicates: Sequence[FrozenTrial], optio
         return None
     maximized = study.directions[0] == StudyDirection.MAXIMIZE
     direction: Literal["maximize", "minimize"] = "maximize" if maximized else "minimize"
-    return estimate_end(
-        trials,
+    search = SearchOptions(
         PrunerConfig(**(options.get("pruner") or {})),
         n_trials,
         Steps(**study.user_attrs["steps"]),
-        len(running),
-        datetime.now(),
         direction,
         sampler=options.get("sampler", "tpe"),
-        seeds=StudyConfig(n_trials=n_trials, seed_replicates=options.get("seed_replicates")).n_seed_replicates,
-        replicated=sum(trial.state in FINISHED for trial in seed_replicates),
+        n_seeds=StudyConfig(n_trials=n_trials, seed_replicates=options.get("seed_replicates")).n_seed_replicates,
         refit=bool(options.get("refit", True)),
     )
+    n_replicated = sum(trial.state in FINISHED for trial in seed_replicates)
+    return estimate_end(trials, search, len(running), datetime.now(), n_replicated)

@@ -1,4 +1,4 @@
-"""What a pruner will do, found out before the first trial: by its rules, and on simulated learning curves."""
+"""What a pruner will do, before the first trial: by its rules, and on simulated learning curves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from functools import cache
 
 import numpy as np
 
-from lightning_bge.hpo.forecast.replay import Curve, Recording, policy_of
+from lightning_bge.hpo.forecast.recording import Curve, Recording
+from lightning_bge.hpo.forecast.replay import policy_of
 from lightning_bge.hpo.pruning.config import PrunerConfig, check_pruner, rungs, startup_trials
 from lightning_bge.hpo.steps import Steps
 
@@ -18,11 +19,11 @@ SIMULATED = 120  # trials of a simulated study at most: half a second; larger on
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a study will be like.
+    """What a pruner will do to a study.
 
     Attributes:
-        first: the report at which a trial can first be stopped; None: never, as there is no pruner.
-        brackets: for each bracket the reports at which it can stop a trial.
+        first: the step at which a trial can first be stopped; None: never, as there is no pruner.
+        brackets: for each bracket the steps at which it can stop a trial.
         pruned: trials that would be stopped, of `trials`.
         trials: all trials of the study.
         cost: the study's training over that without pruning, 0 to 1.
@@ -36,10 +37,10 @@ class Forecast:
 
 
 def forecast(config: PrunerConfig, n_trials: int, steps: Steps, seed: int = 0) -> Forecast:
-    """Work out what a pruner will do to a study.
+    """Estimate what a pruner will do to a study.
 
-    The reports at which it can stop a trial follow from its rules. How many trials it stops, and what that saves, comes
-    from running it, itself, over learning curves that are drawn at random (`sample_curves`): a rough figure, as a real
+    The steps at which it can stop a trial follow from its rules. How many trials it stops, and what that saves, comes
+    from running the pruner over learning curves that are drawn at random (`sample_curves`): a rough figure, as a real
     study's curves are not known before.
 
     Raises:
@@ -52,9 +53,9 @@ def forecast(config: PrunerConfig, n_trials: int, steps: Steps, seed: int = 0) -
     count = min(n_trials, SIMULATED)
     recording = sample_curves(count, steps, seed)
     run = policy_of(config, n_trials, steps)(recording, range(count), "simulated")
-    kept: float = sum(made == steps.total for made in run.reports)
+    kept: float = sum(made == steps.total for made in run.steps)
     cost = run.seconds / recording.full_seconds
-    if n_trials > count:  # the warm-up is of so many trials, however many follow
+    if n_trials > count:  # the number of start-up trials does not grow with the rest
         free = min(startup_trials(config, n_trials), count)
         rest = (cost * count - free) / (count - free) if count > free else 1.0
         cost = (free + rest * (n_trials - free)) / n_trials
@@ -65,30 +66,30 @@ def forecast(config: PrunerConfig, n_trials: int, steps: Steps, seed: int = 0) -
 
 
 @cache
-def simulated_reports(config: PrunerConfig, n_trials: int, steps: Steps) -> np.ndarray:
-    """How many reports the trials of a study make, in their order, on learning curves of each style: [styles, trials].
+def simulated_steps(config: PrunerConfig, n_trials: int, steps: Steps) -> np.ndarray:
+    """How many steps the trials of a study make, in their order, on learning curves of each style: [styles, trials].
 
-    For pruners that end trials for good. Of a long study the first trials are simulated, and the later ones are taken
-    to be like the second half of these.
+    For pruners that end trials for good. Of a long study the first trials are simulated, and the later ones are
+    assumed to be like the second half of these.
     """
     count = min(n_trials, SIMULATED // 2)
     if config.name == "none":
         return np.full((1, n_trials), float(steps.total))
     policy, found = policy_of(config, n_trials, steps), []
     for number, style in enumerate(STYLES):
-        made = policy(sample_curves(count, steps, number, style), range(count), style).reports
+        made = policy(sample_curves(count, steps, number, style), range(count), style).steps
         found.append([*made, *[float(np.mean(made[count // 2 :]))] * (n_trials - count)])
     return np.array(found, dtype=float)
 
 
 def sample_curves(n_trials: int, steps: Steps, seed: int = 0, style: str = "usual") -> Recording:
-    """Learning curves as they may be: saturating, of different speeds and ends, with noise, harder and easier folds.
+    """Made-up learning curves: saturating, of different speeds and ends, with noise, harder and easier folds.
 
-    One trial in five learns nothing. Every report costs one second.
+    One trial in five learns nothing. Every step takes one second.
 
     Args:
         n_trials: how many.
-        steps: what each reports.
+        steps: the steps of each.
         seed: of the random numbers.
         style: one of `STYLES`.
     """

@@ -16,7 +16,8 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, PatientPruner, PercentilePruner
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.pruning.asha import AshaPruner, rung_steps
+from lightning_bge.hpo.pruning.asha import AshaPruner
+from lightning_bge.hpo.pruning.halving import rung_steps
 from lightning_bge.hpo.pruning.pruners import FoldEndPruner, FoldWilcoxonPruner, StartupTrialsPruner, WarmupPruner
 from lightning_bge.hpo.steps import Steps
 

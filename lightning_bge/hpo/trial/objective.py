@@ -20,7 +20,8 @@ from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import INTERRUPTED
 from lightning_bge.hpo.config import BEST
-from lightning_bge.hpo.pruning.asha import RESUMES, AshaPruner
+from lightning_bge.hpo.pruning.asha import AshaPruner
+from lightning_bge.hpo.pruning.asha_trials import RESUMES
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.ranking import CostName, best_parameter_sets, cost, rank_key
 from lightning_bge.hpo.space.search_space import Space, suggest

@@ -14,9 +14,10 @@ from lightning_bge.advisor.plan.calibrate import Calibration, Draw, choose_draws
 from lightning_bge.advisor.plan.cost_model import TrialCost
 from lightning_bge.advisor.plan.predict import Priced, Study, pools, predict, seconds_of
 from lightning_bge.hpo.analysis.history import History, PastTrial, StudyGoal
-from lightning_bge.hpo.forecast.replay import Curve, Recording, replay_asha
-from lightning_bge.hpo.pruning.asha import rung_steps
+from lightning_bge.hpo.forecast.recording import Curve, Recording
+from lightning_bge.hpo.forecast.replay import replay_asha
 from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.pruning.halving import rung_steps
 from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Report, Steps
@@ -113,7 +114,7 @@ def test_the_range_holds_as_often_as_it_says(name: str) -> None:
     for _ in range(40):
         run = replay_asha(recording, rung_steps(steps.total, 1, 4), 4, random.permutation(count))
         # what a process does once is in the first recorded trial's seconds: all reports at the mean
-        truth = sum(run.reports) * mean * (1 + 0.04 * random.standard_normal())
+        truth = sum(run.steps) * mean * (1 + 0.04 * random.standard_normal())
         inside += found.low <= truth <= found.high
     assert 0.6 <= inside / 40 <= 0.97  # 0.8 in the long run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,13 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.forecast import eta as module
-from lightning_bge.hpo.forecast.eta import Eta, _best, estimate_end
-from lightning_bge.hpo.forecast.replay import Curve, Recording, replay_pruned
+from lightning_bge.hpo.forecast.eta import Eta, SearchOptions, _n_best, estimate_end
+from lightning_bge.hpo.forecast.recording import Curve, Recording
+from lightning_bge.hpo.forecast.replay import replay_pruned
 from lightning_bge.hpo.progress import Progress
-from lightning_bge.hpo.pruning.asha import (
-    PARAMETER_SET,
-    PAUSED_AT,
-    RESUMES,
-    Standings,
-    last_resumed,
-    next_resumed,
-    parameter_set_of,
-    rung_steps,
-)
+from lightning_bge.hpo.pruning.asha_trials import PARAMETER_SET, PAUSED_AT, RESUMES, parameter_set_of
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
+from lightning_bge.hpo.pruning.halving import Halving, rung_steps
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import open_study
 from tests.helpers.paths import CURVES
@@ -62,47 +56,32 @@ class Machine:
         return trial
 
 
-def searched(recording: Recording, order: Sequence[int], rungs: Sequence[int], eta: int) -> list[FrozenTrial]:
-    """The trials of a whole search with `asha`, by the plain rules of `next_resumed`."""
-    machine, there, over, latest = Machine(), {}, set(), {}
-    begun = 0
-    while (point := choose(there, over, len(rungs), eta, begun, len(order), machine.trials)) is not None:
-        begun = max(begun, point + 1)
-        curve, before = recording.trials[order[point]], latest.get(point)
+def searched(recording: Recording, order: Sequence[int], rungs: Sequence[int], factor: int) -> list[FrozenTrial]:
+    """The trials of a whole search with asha on one worker."""
+    machine, halving, latest, started = Machine(), Halving(len(rungs), factor), dict[int, FrozenTrial](), 0
+    while True:
+        number, stage = halving.next_resumed(nothing_else=started == len(order)), 0
+        if number is not None:
+            stage = halving.resume(number) + 1
+        elif started < len(order):
+            number, started = started, started + 1
+        else:
+            return machine.trials
+        curve, before = recording.trials[order[number]], latest.get(number)
+        paused = {}
+        for rung in range(stage, len(rungs)):
+            if curve.value is None and len(curve.values) <= rungs[rung]:
+                break
+            if halving.arrive(number, rung, recording.sign * curve.values[rungs[rung] - 1]):
+                paused = {PAUSED_AT: rungs[rung]}
+                break
+        complete = not paused and curve.value is not None
+        if complete:
+            halving.complete()
         start = 0 if before is None else len(before.intermediate_values)
-        stages = run_stages(curve, there, over, point, rungs, eta, recording)
-        end = [*rungs, recording.n_reports][stages] if stages < len(rungs) else len(curve.values)
-        complete = stages == len(rungs) and curve.value is not None
-        attributes = {} if before is None else {RESUMES: before.number, PARAMETER_SET: parameter_set_of(before)}
-        paused = {} if stages == len(rungs) else {PAUSED_AT: end}
-        latest[point] = machine.ran(curve, start, end, complete, **attributes, **paused)
-    return machine.trials
-
-
-def choose(
-    there: Standings, over: set[int], rungs: int, eta: int, begun: int, points: int, trials: Sequence[FrozenTrial]
-) -> int | None:
-    point = next_resumed(there, rungs, eta, over)
-    if point is None and begun < points:
-        return begun
-    complete = any(trial.state == TrialState.COMPLETE for trial in trials)
-    return last_resumed(there, over, complete) if point is None else point
-
-
-def run_stages(
-    curve: Curve, there: Any, over: set[int], point: int, rungs: Sequence[int], eta: int, recording: Recording
-) -> int:
-    """Let a point run until it pauses; return the rung, or their number at its end."""
-    stage = len(there.get(point, {}))
-    while stage < len(rungs):
-        if curve.value is None and len(curve.values) <= rungs[stage]:
-            break
-        there.setdefault(point, {})[stage] = recording.sign * curve.values[rungs[stage] - 1]
-        if next_resumed(there, len(rungs), eta, over) != point:
-            return stage
-        stage += 1
-    over.add(point)
-    return len(rungs)
+        resumed = {} if before is None else {RESUMES: before.number, PARAMETER_SET: parameter_set_of(before)}
+        end = paused.get(PAUSED_AT, len(curve.values))
+        latest[number] = machine.ran(curve, start, end, complete, **resumed, **paused)
 
 
 def recorded(name: str) -> Recording:
@@ -133,7 +112,9 @@ def test_after_a_third_of_a_recorded_search_the_rest_is_known(trials: int) -> No
             now, end = seen[-1].datetime_complete, everything[-1].datetime_complete
             assert now is not None
             assert end is not None
-            eta = estimate_end(seen, PrunerConfig(), trials, steps, 1, now, recording.direction, "random")
+            eta = estimate_end(
+                seen, SearchOptions(PrunerConfig(), trials, steps, recording.direction, "random"), 1, now
+            )
             assert eta is not None
             found.append((eta, (end - now).total_seconds()))
     mean, inside = judge(found)
@@ -148,13 +129,13 @@ def test_with_other_pruners_too(pruner: PrunerConfig) -> None:
     for order in orders(recording, trials, 6):
         run = replay_pruned(recording, build_pruner(pruner, trials, steps), order)
         machine = Machine()
-        for place, reports in zip(order, run.reports, strict=True):
+        for place, reports in zip(order, run.steps, strict=True):
             curve = recording.trials[place]
             machine.ran(curve, 0, reports, reports == steps.total and curve.value is not None)
         seen = machine.trials[: trials // 3]
         now = seen[-1].datetime_complete
         assert now is not None
-        eta = estimate_end(seen, pruner, trials, steps, 1, now)
+        eta = estimate_end(seen, SearchOptions(pruner, trials, steps), 1, now)
         assert eta is not None
         found.append((eta, (machine.now - now).total_seconds() - GAP))
     mean, inside = judge(found)
@@ -175,36 +156,36 @@ def made(count: int, seconds: float = 10.0, workers: int = 1, total: int = 4) ->
 
 
 def test_without_a_pruner_it_is_the_mean_times_what_is_left() -> None:
-    trials, none = made(8), PrunerConfig("none")
+    trials, search = made(8), SearchOptions(PrunerConfig("none"), 20, Steps(2, 2))
     now = START + timedelta(seconds=80)
-    eta = estimate_end(trials, none, 20, Steps(2, 2), 1, now)
+    eta = estimate_end(trials, search, 1, now)
     assert eta is not None
     assert eta.mid == pytest.approx(120, rel=0.03)
     assert 100 < eta.low < eta.mid < eta.high < 140
-    several = estimate_end(trials, none, 20, Steps(2, 2), 4, now)
+    several = estimate_end(trials, search, 4, now)
     assert several is not None
     assert several.mid == pytest.approx(30, rel=0.03)
     # of the best five ten runs with two other seeds, of which seven have ended; and the refit
-    further = estimate_end(trials, none, 20, Steps(2, 2), 1, now, seeds=2, replicated=7, refit=True)
+    further = estimate_end(trials, replace(search, n_seeds=2, refit=True), 1, now, n_replicated=7)
     assert further is not None
     assert further.mid == pytest.approx(158, rel=0.03)
 
 
-def test_few_trials_of_a_long_search_are_run_again() -> None:
-    # one in four goes on at each of five rungs: 2,000 / 4 ** 5
-    assert _best((), PrunerConfig(), 2000, Steps(5, 100)) == 2
-    assert _best((), PrunerConfig(), 30, Steps(5, 10)) == 1
-    assert _best(made(8), PrunerConfig("none"), 2000, Steps(2, 2)) == 5
-    assert _best(made(3), PrunerConfig("none"), 3, Steps(2, 2)) == 3
+def test_few_trials_of_a_long_search_have_seed_replicates() -> None:
+    # one in four is resumed at each of five rungs: 2,000 / 4 ** 5
+    assert _n_best((), SearchOptions(PrunerConfig(), 2000, Steps(5, 100))) == 2
+    assert _n_best((), SearchOptions(PrunerConfig(), 30, Steps(5, 10))) == 1
+    assert _n_best(made(8), SearchOptions(PrunerConfig("none"), 2000, Steps(2, 2))) == 5
+    assert _n_best(made(3), SearchOptions(PrunerConfig("none"), 3, Steps(2, 2))) == 3
 
 
-def test_a_worker_that_died_does_not_work_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_died_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     trials, now = made(8, workers=2), START + timedelta(seconds=40)
     running = create_trial(state=TrialState.RUNNING, user_attrs={"worker": {"host": "here", "pid": 1}})
     running.number, running.datetime_start = 8, now
-    alone = estimate_end([*trials], PrunerConfig("none"), 20, Steps(2, 2), 1, now)
+    alone = estimate_end([*trials], SearchOptions(PrunerConfig("none"), 20, Steps(2, 2)), 1, now)
     monkeypatch.setattr(module, "death_of", lambda trial: "process 1 is gone")
-    dead = estimate_end([*trials, running], PrunerConfig("none"), 20, Steps(2, 2), 1, now)
+    dead = estimate_end([*trials, running], SearchOptions(PrunerConfig("none"), 20, Steps(2, 2)), 1, now)
     assert alone is not None
     assert dead is not None
     assert dead.mid == pytest.approx(alone.mid, rel=0.03)
@@ -215,40 +196,46 @@ def test_what_runs_is_counted_by_what_it_has_still_to_do() -> None:
     trials = made(8, workers=2)
     running = create_trial(state=TrialState.RUNNING)
     running.number, running.datetime_start = 8, START + timedelta(seconds=32)
-    eta = estimate_end([*trials, running], PrunerConfig("none"), 10, Steps(2, 2), 2, START + timedelta(seconds=40))
+    eta = estimate_end(
+        [*trials, running], SearchOptions(PrunerConfig("none"), 10, Steps(2, 2)), 2, START + timedelta(seconds=40)
+    )
     assert eta is not None
     assert eta.mid == pytest.approx(10, rel=0.05)  # the other one begins now; this one needs 2 s more
-    alone = estimate_end([*trials, running], PrunerConfig("none"), 9, Steps(2, 2), 2, START + timedelta(seconds=40))
+    alone = estimate_end(
+        [*trials, running], SearchOptions(PrunerConfig("none"), 9, Steps(2, 2)), 2, START + timedelta(seconds=40)
+    )
     assert alone is not None
     assert 0.5 < alone.low < 2 < alone.high < 4
 
 
-def test_a_search_that_goes_on_after_a_pause_counts_no_pause() -> None:
+def test_a_search_that_was_stopped_and_continued_counts_no_pause() -> None:
     trials = made(6)
     for trial in trials[3:]:
         for name in ("datetime_start", "datetime_complete"):
             setattr(trial, name, getattr(trial, name) + timedelta(days=3))
-    eta = estimate_end(trials, PrunerConfig("none"), 12, Steps(2, 2), 1, START + timedelta(days=3, seconds=60))
+    eta = estimate_end(
+        trials, SearchOptions(PrunerConfig("none"), 12, Steps(2, 2)), 1, START + timedelta(days=3, seconds=60)
+    )
     assert eta is not None
     assert eta.mid == pytest.approx(60, rel=0.05)
 
 
-def test_nothing_is_said_before_there_is_anything_to_go_by() -> None:
+def test_nothing_is_estimated_before_a_trial_has_ended() -> None:
     running = create_trial(state=TrialState.RUNNING)
     running.datetime_start = START
     failed = create_trial(state=TrialState.FAIL)
     empty = create_trial(state=TrialState.PRUNED, value=None)
     for trials in ([], [running], [failed, empty]):
-        assert estimate_end(trials, PrunerConfig(), 12, Steps(2, 2), 1, START) is None
+        assert estimate_end(trials, SearchOptions(PrunerConfig(), 12, Steps(2, 2)), 1, START) is None
 
 
 def test_a_finished_search_has_nothing_left() -> None:
     for pruner in (PrunerConfig("none"), PrunerConfig()):
-        assert estimate_end(made(5), pruner, 5, Steps(2, 2), 1, START) == Eta(0.0, 0.0, 0.0)
+        assert estimate_end(made(5), SearchOptions(pruner, 5, Steps(2, 2)), 1, START) == Eta(0.0, 0.0, 0.0)
 
 
-def test_the_last_paused_one_still_runs_to_its_end() -> None:
-    """Three points at the rung: none is in the top quarter, so that the best goes on when all have begun."""
+def test_the_best_paused_one_still_runs_to_its_end() -> None:
+    """Three trials at the rung: none is in the top quarter, so that the best is resumed when all have started."""
     recording = Recording(
         "r",
         "minimize",
@@ -260,12 +247,13 @@ def test_the_last_paused_one_still_runs_to_its_end() -> None:
     )
     trials = searched(recording, range(3), [1], 4)
     assert [len(trial.intermediate_values) for trial in trials] == [1, 1, 1, 5]
-    eta = estimate_end(trials[:3], PrunerConfig(), 3, Steps(1, 5), 1, trials[2].datetime_complete or START, "minimize")
+    search = SearchOptions(PrunerConfig(), 3, Steps(1, 5), "minimize")
+    eta = estimate_end(trials[:3], search, 1, trials[2].datetime_complete or START)
     assert eta is not None
     assert eta.mid == pytest.approx(8 + OUTSIDE + GAP, rel=0.05)
 
 
-def test_progress_says_it_and_works_it_out_seldom(
+def test_progress_prints_the_time_left_and_estimates_it_seldom(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = {"model.optimizer.lr": {"low": 0.0, "high": 1.0}}
@@ -274,9 +262,8 @@ def test_progress_says_it_and_works_it_out_seldom(
     assert study.user_attrs["steps"] == {"folds": 2, "epochs": 2, "per_epoch": 1}
     asked = []
 
-    def fake(trials: Sequence[FrozenTrial], *rest: Any, refit: bool) -> Eta:
-        assert not refit
-        asked.append((len(trials), *rest))
+    def fake(trials: Sequence[FrozenTrial], search: SearchOptions, workers: int, now: datetime) -> Eta:
+        asked.append((len(trials), search, workers))
         return Eta(3900.0, 4800.0, 6000.0)
 
     monkeypatch.setattr("lightning_bge.hpo.progress.estimate_end", fake)
@@ -285,7 +272,7 @@ def test_progress_says_it_and_works_it_out_seldom(
         study.add_trial(trial)
     progress(study, study.trials[0])
     assert capsys.readouterr().out.rstrip().endswith("about 1:20:00 left (1:05:00 to 1:40:00)")
-    assert [(one[0], *one[1:5]) for one in asked] == [(2, PrunerConfig("none"), 9, Steps(2, 2), 1)]
+    assert asked == [(2, SearchOptions(PrunerConfig("none"), 9, Steps(2, 2)), 1)]
     progress.took = 1e6  # as if that had taken long
     progress(study, study.trials[1])
     assert len(asked) == 1
@@ -305,20 +292,21 @@ def test_several_workers_share_what_is_left() -> None:
     seen = searched(recording, range(1, 59), rung_steps(steps.total, 1, 4), 4)[:20]
     now = seen[-1].datetime_complete
     assert now is not None
-    alone, shared = (estimate_end(seen, PrunerConfig(), 58, steps, workers, now) for workers in (1, 4))
+    alone, shared = (estimate_end(seen, SearchOptions(PrunerConfig(), 58, steps), workers, now) for workers in (1, 4))
     assert alone is not None
     assert shared is not None
     assert 0.25 * alone.mid < shared.mid < 0.5 * alone.mid  # at the end some have nothing to do
 
 
-def test_better_points_go_on_more_often() -> None:
+def test_better_parameter_sets_are_resumed_more_often() -> None:
     recording = recorded("sample")
     steps = Steps(recording.folds, recording.epochs)
     seen = searched(recording, range(1, 59), rung_steps(steps.total, 1, 4), 4)[:20]
     now = seen[-1].datetime_complete
     assert now is not None
     learned, drawn = (
-        estimate_end(seen, PrunerConfig(), 58, steps, 1, now, sampler=sampler) for sampler in ("tpe", "random")
+        estimate_end(seen, SearchOptions(PrunerConfig(), 58, steps, sampler=sampler), 1, now)
+        for sampler in ("tpe", "random")
     )
     assert learned is not None
     assert drawn is not None

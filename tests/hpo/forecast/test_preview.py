@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.forecast.preview import describe_pruner, forecast, sample_curves
-from lightning_bge.hpo.pruning.asha import PAUSED_AT
+from lightning_bge.hpo.pruning.asha_trials import PAUSED_AT
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner, startup_trials
 from lightning_bge.hpo.pruning.pruners import FoldWilcoxonPruner
 from lightning_bge.hpo.steps import Steps

@@ -15,21 +15,22 @@ from optuna.trial import TrialState
 
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.forecast.preview import sample_curves
+from lightning_bge.hpo.forecast.recording import Curve, Recording, record_study
 from lightning_bge.hpo.forecast.replay import (
-    Curve,
-    Recording,
     Replay,
     mean_regret,
     oracle,
     policy_of,
-    record_study,
     regret,
     replay_asha,
     replay_pruned,
     share_to_reach,
 )
-from lightning_bge.hpo.pruning.asha import PAUSED_AT, RESUMES, AshaPruner, AshaScheduler, parameter_set_of, rung_steps
+from lightning_bge.hpo.pruning.asha import AshaPruner
+from lightning_bge.hpo.pruning.asha_scheduler import AshaScheduler
+from lightning_bge.hpo.pruning.asha_trials import PAUSED_AT, RESUMES, parameter_set_of
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
+from lightning_bge.hpo.pruning.halving import rung_steps
 from lightning_bge.hpo.steps import Steps
 from tests.helpers.small_search import make, write_files
 
@@ -55,7 +56,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> optuna.Study:
 
 def test_a_recording_holds_what_the_study_reported(searched: optuna.Study, tmp_path: Path) -> None:
     found = record_study(searched, "small", 2, 2, 2, rows=40)
-    assert (found.direction, found.n_reports, found.about) == ("minimize", 8, {"rows": 40})
+    assert (found.direction, found.n_steps, found.about) == ("minimize", 8, {"rows": 40})
     for curve, trial in zip(found.trials, searched.trials, strict=True):
         assert curve.values == pytest.approx(list(trial.intermediate_values.values()), abs=1e-6)
         assert curve.value == trial.value
@@ -106,7 +107,7 @@ def test_a_trial_that_ended_by_a_nan_is_recorded_and_replayed() -> None:
     recording = Recording("n", "maximize", 1, 4, 1, {}, (trial, Curve(1, {}, 0.4, (0.4,) * 4, (1.0,) * 4, (0.0,) * 4)))
     for run in (replay_pruned(recording, NopPruner(), [0, 1]), replay_asha(recording, [1], 2, [0, 1])):
         assert run.seconds == pytest.approx(6.4)
-        assert run.reports == (2, 4)
+        assert run.steps == (2, 4)
         assert [value for _, value in run.found] == [0.4]
 
 
@@ -128,12 +129,12 @@ def test_a_replay_equals_a_real_study(name: Any) -> None:
         return values[-1]
 
     study.optimize(objective, n_trials=40)
-    assert run.reports == tuple(trial.last_step for trial in study.trials)
+    assert run.steps == tuple(trial.last_step for trial in study.trials)
     assert [value for _, value in run.found] == [t.value for t in study.trials if t.state is TrialState.COMPLETE]
-    assert run.seconds == sum(run.reports)
+    assert run.seconds == sum(run.steps)
 
 
-def test_a_promoted_replay_equals_the_papers() -> None:
+def test_a_replay_of_asha_equals_a_plain_version_of_the_paper() -> None:
     from tests.hpo.pruning.test_asha import plain_halving
 
     recording = sample_curves(40, STEPS)
@@ -142,14 +143,14 @@ def test_a_promoted_replay_equals_the_papers() -> None:
     steps = rung_steps(12, 1, 3)
     made, ended = plain_halving([list(recording.trials[place].values) for place in order], list(steps), 3)
     run = replay_asha(recording, steps, 3, order)
-    assert run.reports == tuple(made)
+    assert run.steps == tuple(made)
     assert len(run.found) == ended
     assert run.seconds == sum(made)
 
 
-def test_a_promoted_search_has_an_end_even_where_no_trial_earned_it() -> None:
+def test_a_replay_of_asha_has_a_complete_trial_even_where_none_is_in_the_top_share() -> None:
     run = replay_asha(by_hand([[0.1] * 4, [0.2] * 4]), [1], 4, [0, 1])
-    assert run.reports == (1, 4)
+    assert run.steps == (1, 4)
     assert run.found == ((5.0, 0.2),)
 
 
@@ -162,7 +163,7 @@ def test_figures_of_a_replay_by_hand() -> None:
     assert [regret(recording, run, at) for at in (1, 2, 4, 9)] == pytest.approx([1.0, 0.5, 0.008, 0.0])
     assert mean_regret(recording, run) == pytest.approx((2 * 1.0 + 2 * 0.5 + 2 * 0.008) / 8)
     known = oracle(recording, [0, 1, 2, 3])
-    assert known.reports == (2, 2, 2, 0)
+    assert known.steps == (2, 2, 2, 0)
     assert known.seconds == 6.0
     nothing = Replay(1.0, (), (1,), (0,))
     assert share_to_reach(recording, nothing) is None
@@ -178,7 +179,7 @@ def test_the_mean_regret_is_the_integral_of_the_regret(direction: Any) -> None:
     assert mean_regret(recording, run) == pytest.approx(np.mean([regret(recording, run, x) for x in at]))
 
 
-def test_nans_among_promoted_trials_are_replayed_as_a_study_has_them(tmp_path: Path) -> None:
+def test_nans_in_a_replay_of_asha_end_trials_as_in_a_study(tmp_path: Path) -> None:
     nan = float("nan")
     rows = [[0.65] * 6, [0.9, nan], [nan], [0.6] * 6, [0.7] * 6, [0.8, 0.8, 0.8, nan], [0.5] * 6, [0.75] * 6]
     trials = tuple(
@@ -217,6 +218,6 @@ def test_nans_among_promoted_trials_are_replayed_as_a_study_has_them(tmp_path: P
     for trial in study.trials:
         at = points.index(parameter_set_of(trial))
         made[at] = (trial.last_step or 0) + ("nan" in trial.user_attrs)
-    assert run.reports == tuple(made)
+    assert run.steps == tuple(made)
     done = [trial.value for trial in study.trials if trial.state is TrialState.COMPLETE]
     assert [value for _, value in run.found] == done

@@ -15,20 +15,15 @@ from optuna.trial import FrozenTrial, TrialState
 from safetensors.torch import load_file
 
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.pruning.asha import (
+from lightning_bge.hpo.pruning.asha import AshaPruner, nothing_left
+from lightning_bge.hpo.pruning.asha_scheduler import AshaScheduler
+from lightning_bge.hpo.pruning.asha_trials import (
     PAUSED_AT,
     RESUMES,
-    AshaPruner,
-    AshaScheduler,
     ended_parameter_sets,
-    hopeless,
-    last_resumed,
-    next_resumed,
-    nothing_left,
     parameter_set_of,
+    read_halving,
     resume,
-    rung_steps,
-    standings,
 )
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Steps
@@ -120,38 +115,6 @@ def test_a_resumed_trial_stops_early_where_the_uninterrupted_one_does(folder: Pa
         assert resumed.intermediate_values == whole.intermediate_values, step
         assert resumed.value == whole.value
         assert [len(fold) for fold in resumed.user_attrs["curve"]] == trained, step
-
-
-def test_rungs() -> None:
-    assert rung_steps(18, 1, 4) == (1, 4, 16)
-    assert rung_steps(16, 1, 4) == (1, 4)
-    assert rung_steps(10, 3, 2) == (3, 6)
-    assert rung_steps(3, 3, 4) == ()
-
-
-def test_the_best_paused_point_of_the_highest_rung_is_resumed_when_it_is_in_the_top_share() -> None:
-    there = {0: {0: 0.5}, 1: {0: 0.9}, 2: {0: 0.1}}
-    assert next_resumed(there, 2, 4) is None  # three points, of which a quarter is none
-    there[3] = {0: 0.2}
-    assert next_resumed(there, 2, 4) == 1
-    assert next_resumed(there, 2, 4, {1}) is None  # it is running
-    there[1][1] = 0.95
-    assert next_resumed(there, 2, 4) is None  # the top quarter has gone on
-    there |= {4: {0: 0.91}, 5: {0: 0.3}, 6: {0: 0.3}, 7: {0: 0.3}}
-    assert next_resumed(there, 2, 4) == 4  # a late one that stands above an earlier one that was resumed
-    assert next_resumed({0: {0: 1.0, 1: 0.5}, 1: {0: 0.9, 1: 0.4}}, 2, 2) == 0  # the higher rung first
-    assert last_resumed(there, set(), complete=False) == 1
-    assert last_resumed(there, set(), complete=True) is None
-
-
-def test_what_can_never_be_resumed() -> None:
-    there = {point: {0: -float(point)} for point in range(8)}
-    # of 16 points at most 4 go on from the first rung
-    assert hopeless(there, 2, 4, 16) == {4, 5, 6, 7}
-    assert hopeless(there, 2, 4, 64) == set()
-    there[0][1] = there[1][1] = 0.0
-    assert hopeless(there, 2, 4, 16) == {4, 5, 6, 7}
-    assert hopeless(there, 2, 4, 4) == {1, *range(2, 8)}  # of four on the second rung one goes on: the earlier
 
 
 def plain_halving(curves: list[list[float]], steps: list[int], eta: int) -> tuple[list[int], int]:
@@ -249,9 +212,8 @@ def test_a_search_pauses_resumes_and_keeps_only_what_can_still_be_resumed(folder
     for trial in resumed:
         before = trials[trial.user_attrs[RESUMES]]
         assert trial.user_attrs["curve"][0][0] == before.user_attrs["curve"][0][0]
-    there = {point: values for point, values in standings(study, (1, 2), trials).items()}
-    gone = hopeless(there, 2, 2, 8)
-    assert not kept(folder) & {trial.number for trial in trials if parameter_set_of(trial) in gone}
+    resumable = read_halving(trials, (1, 2), 2, sign=-1.0).resumable(8)
+    assert kept(folder) <= {trial.number for trial in trials if parameter_set_of(trial) in resumable}
     assert not kept(folder) & {trial.user_attrs[RESUMES] for trial in resumed}
     # a search that is finished stays so
     assert len(search(folder, 8).trials) == len(trials)
