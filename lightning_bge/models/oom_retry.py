@@ -59,7 +59,6 @@ class OOMRetry:
     """
 
     def __init__(self) -> None:
-        self._unsized = _Unsized()
         self.reset()
 
     def reset(self) -> None:
@@ -70,6 +69,7 @@ class OOMRetry:
         self.where = "setup"
         self._micro: MicroBatch | None = None
         self._lowered = False
+        self._unsized = _Unsized()
 
     def at(self, where: str, micro: MicroBatch | None = None) -> None:
         """Note what is being computed."""
