@@ -1,21 +1,22 @@
-"""How well `plan` foretells a search, and the time left that a search prints: both against the clock on the wall.
+"""How accurate `plan` is, and the time left that a study prints: both against the wall clock.
 
     OMP_NUM_THREADS=2 python examples/benchmarks/plan_accuracy.py --data FOLDER
 
-Each study is `lightning-bge plan`, then `lightning-bge hpo`, each in a process of its own, and nothing else should run.
+Each study is `lightning-bge plan`, then `lightning-bge hpo`, each in a process of its own; run nothing else meanwhile.
 First studies without pruning, then with the default pruner and other seeds. Compared with the wall time of the whole
-command, from the start of its process to its end, are the plan's hours and their range; of pruned studies also what the
-plan's measurements give for the reports that the trials have really made; and the time left that was printed when a
-third of the trials had been run. A study that is in the record is not run again: a benchmark that was cut off goes on
-with the same command. With --again nothing is run: what was measured for the plans in the record is run forward once
-more, by the code as it is now. FOLDER holds `rte/train.tsv`; with --train, --columns and --label it may be any other
-file.
+command, from the start of its process to its end, are the plan's hours and their interval; for pruned studies also
+what the plan's measurement gives for the reports that the trials really made; and the time left that was printed when
+a third of the trials had ended. A study that is in the record is not run a second time, so that the same command
+resumes an interrupted benchmark. With --predict-only nothing is run: the measurements of the recorded plans are
+used for new predictions by the present code. FOLDER holds `rte/train.tsv`; with --train, --columns and --label it
+may be any other file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -30,13 +31,17 @@ import yaml
 from common import add_shared_arguments, packaged_weights, write_record
 from note import table, write_note
 
-from lightning_bge.advisor.plan.plan import POINTS, load_calibration
-from lightning_bge.advisor.plan.predict import Priced, Study, predict, seconds_of
-from lightning_bge.hpo.analysis.history import history_of
+from lightning_bge.advisor.plan.calibration import Calibration, MeasuredTrial, ParameterSets
+from lightning_bge.advisor.plan.cost_model import TrialCost
+from lightning_bge.advisor.plan.plan import DRAWN
+from lightning_bge.advisor.plan.predict import predict
+from lightning_bge.advisor.plan.scenario import Scenario, StudyCosts
+from lightning_bge.hpo.analysis.history import History, history_of
 from lightning_bge.hpo.analysis.journal import load_study
-from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.pruning.config import PrunerConfig, rungs
+from lightning_bge.hpo.pruning.halving import Halving
 from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets
-from lightning_bge.hpo.space.search_space import parse_space
+from lightning_bge.hpo.space.search_space import Space, parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.runtime.run_folder import read_json
 
@@ -51,8 +56,8 @@ EPOCHS, PRUNED_FOLDS = 2, 2
 TIME_LEFT = re.compile(r"about (\S+) left(?: \((\S+) to (\S+)\))?$")
 
 
-def settings(given: argparse.Namespace, folds: int, rows: float, seed: int, pruner: str, run_dir: Path) -> list[str]:
-    """The flags of one study."""
+def options(given: argparse.Namespace, folds: int, rows: float, seed: int, pruner: str, run_dir: Path) -> list[str]:
+    """The options of one study."""
     named = {
         "run_dir": run_dir,
         "model.name_or_path": given.model,
@@ -88,36 +93,75 @@ def study(given: argparse.Namespace, name: str, folds: int, rows: float, seed: i
     """Plan one study, run it, and compare."""
     run_dir = Path(given.work, name)
     shutil.rmtree(run_dir, ignore_errors=True)  # of a study that was cut off
-    flags = settings(given, folds, rows, seed, pruner, run_dir)
+    flags = options(given, folds, rows, seed, pruner, run_dir)
     plan_file = Path(given.work, f"{name}-plan.json")
     began, ended, _ = run("plan", [*flags, "--seconds", str(given.seconds), "--json", str(plan_file)])
     planned = read_json(plan_file)
     assert planned is not None
     found = {"folds": folds, "rows": round(rows * given.rows), "seed": seed, "pruner": pruner}
-    found |= {"plan_took": ended - began, "problems": planned["problems"]}
+    found |= {"plan_took": ended - began, "warnings": planned["warnings"]}
     found |= {name: planned["prediction"][name] for name in ("low", "mid", "high")}
     began, ended, lines = run("hpo", flags)
     found["wall"] = ended - began
     return found | {"given_reports": given_reports(run_dir, planned), "left": time_left(lines, ended)}
 
 
-def foretold(given: argparse.Namespace, one: dict[str, Any], planned: dict[str, Any]) -> dict[str, float]:
-    """What the plan says by the code as it is now, from what was measured then."""
-    space, known = parse_space(yaml.safe_load(SPACE)), load_calibration(planned["calibration"])
-    priced = Priced.of(known, draw_parameter_sets(space, [], POINTS), space, EPOCHS, 0)
-    study = Study(given.trials, Steps(one["folds"], EPOCHS), PrunerConfig(one["pruner"]))
-    found = predict(study, priced, known)
+def load_calibration(plain: dict[str, Any]) -> Calibration:
+    """The calibration of a plan's JSON."""
+    trials = [MeasuredTrial(**{**trial, "cost": TrialCost(**trial["cost"])}) for trial in plain["trials"]]
+    return Calibration(**{**plain, "trials": tuple(trials)})
+
+
+def predict_recorded(given: argparse.Namespace, one: dict[str, Any], planned: dict[str, Any]) -> dict[str, float]:
+    """A new prediction by the present code, from the measurement of a recorded plan."""
+    space = parse_space(yaml.safe_load(SPACE))
+    sets = ParameterSets(space, draw_parameter_sets(space, [], DRAWN), EPOCHS)
+    costs = StudyCosts.of(load_calibration(planned["calibration"]), sets)
+    found = predict(Scenario(given.trials, Steps(one["folds"], EPOCHS), PrunerConfig(one["pruner"])), costs)
     return {name: getattr(found, name) for name in ("low", "mid", "high")}
 
 
 def given_reports(run_dir: Path, planned: dict[str, Any]) -> float:
-    """Seconds that the plan's measurements give for the reports that the trials have made."""
+    """Seconds that the plan's measurement gives for the reports that the trials really made."""
     asked = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["hpo"]
     loaded, summary = load_study(run_dir), read_json(run_dir / "summary.json")
     assert loaded is not None
     assert summary is not None
     known, pruner = load_calibration(planned["calibration"]), PrunerConfig(**asked["pruner"])
     return seconds_of(known, parse_space(asked["space"]), pruner, history_of(*loaded, asked), summary["refit_epochs"])
+
+
+def seconds_of(
+    calibration: Calibration, space: Space, pruner: PrunerConfig, history: History, refit_epochs: int
+) -> float:
+    """Wall-clock seconds that a calibration gives for a finished study of one worker.
+
+    Args:
+        calibration: measured before the study.
+        space: the search space.
+        pruner: of the study.
+        history: of the study.
+        refit_epochs: epochs of the refit; 0: there was none.
+    """
+    steps, sign = history.steps, 1.0 if history.goal.direction == "maximize" else -1.0
+    total = calibration.start + calibration.first_trial + calibration.end + calibration.refit_epoch * refit_epochs
+    at = rungs(pruner, steps)[0] if pruner.name == "asha" else []
+    points = len({trial.number for trial in history.trials if trial.resumes is None})
+    halving = Halving(len(at), pruner.reduction_factor)
+    for trial in history.trials:
+        cost = calibration.cost(trial.params, space, steps.epochs)
+        start = 0 if trial.resumes is None else history.trials[trial.resumes].last_step
+        end = steps.total if trial.outcome == "complete" else trial.last_step
+        trained = {report.step for fold in trial.curve for report in fold}
+        total += cost.start + math.fsum(cost.reports(steps, [n + 1 in trained for n in range(steps.total)])[start:end])
+        total += (start % steps.per_fold > 0) * (cost.resume + cost.fold)
+        for rung, step in enumerate(at):
+            if start < step <= end:
+                halving.add(trial.number, rung, sign * trial.values[step], paused=True)
+                paused = trial.outcome in ("paused", "resumed") and step == end
+                written = paused and halving.can_be_resumed(trial.number, points)
+                total += (written and step % steps.per_fold > 0) * cost.pause
+    return total
 
 
 def time_left(lines: list[tuple[float, str]], ended: float) -> dict[str, float]:
@@ -135,7 +179,7 @@ def seconds(text: str) -> float:
 
 
 def studies(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """All that are to be run, by their names."""
+    """All studies by their names."""
     todo = {
         f"unpruned-{number}": {**kind, "seed": 42, "pruner": "none"}
         for number, kind in enumerate(UNPRUNED[: given.unpruned], start=1)
@@ -145,7 +189,7 @@ def studies(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def judge(done: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What was asked: errors as shares of the wall time, and how often the ranges hold."""
+    """Errors as shares of the wall time, and whether the intervals contain it."""
     unpruned = [one for one in done.values() if one["pruner"] == "none"]
     pruned = [one for one in done.values() if one["pruner"] != "none"]
     left = [one["left"] for one in done.values()]
@@ -155,10 +199,10 @@ def judge(done: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
     return {
         "unpruned": [one["mid"] / one["wall"] - 1 for one in unpruned],
-        "pruned_in_range": [within(one, one["wall"]) for one in pruned],
+        "pruned_in_interval": [within(one, one["wall"]) for one in pruned],
         "pruned_given_reports": [one["given_reports"] / one["wall"] - 1 for one in pruned],
         "left": [one["mid"] / one["true"] - 1 for one in left],
-        "left_in_range": [within(one, one["true"]) for one in left],
+        "left_in_interval": [within(one, one["true"]) for one in left],
     }
 
 
@@ -172,22 +216,24 @@ def sections(done: dict[str, dict[str, Any]], verdict: dict[str, Any]) -> list[s
         one = one["left"]
         off = f"{one['mid'] / one['true'] - 1:+.1%}"
         left.append([name, one["mid"], f"{one['low']:.0f} to {one['high']:.0f}", one["true"], off])
-    header = ["study", "folds", "rows", "planned s", "range", "wall s", "off by", "given the reports"]
+    header = ["study", "folds", "rows", "planned s", "interval", "wall s", "error", "error given the reports"]
     lines = []
     if verdict["unpruned"]:
         lines.append(f"without pruning, the largest error is {np.abs(verdict['unpruned']).max():.1%}")
-    if verdict["pruned_in_range"]:
-        inside, count = sum(verdict["pruned_in_range"]), len(verdict["pruned_in_range"])
-        lines.append(f"pruned, the range holds in {inside} of {count}")
+    if verdict["pruned_in_interval"]:
+        inside, count = sum(verdict["pruned_in_interval"]), len(verdict["pruned_in_interval"])
+        lines.append(f"with pruning, the interval contains the wall time in {inside} of {count} studies")
         largest = np.abs(verdict["pruned_given_reports"]).max()
-        lines.append(f"given the reports that pruned trials made, the largest error is {largest:.1%}")
-    inside, count = sum(verdict["left_in_range"]), len(verdict["left_in_range"])
-    lines.append(f"after a third, the range of the time left holds in {inside} of {count}")
+        lines.append(f"given the reports that the pruned trials made, the largest error is {largest:.1%}")
+    inside, count = sum(verdict["left_in_interval"]), len(verdict["left_in_interval"])
+    lines.append(
+        f"after a third of the trials, the interval of the time left contains it in {inside} of {count} studies"
+    )
     return [
         "\n".join(f"- {line}" for line in lines),
-        "## Plans\n\nThe range is to hold in eight of ten.\n\n" + table(header, rows),
+        "## Plans\n\nThe interval has a confidence of 80 %.\n\n" + table(header, rows),
         "## The time left, after a third of the trials\n\n"
-        + table(["study", "printed s", "range", "really left s", "off by"], left),
+        + table(["study", "printed s", "interval", "real s", "error"], left),
     ]
 
 
@@ -203,26 +249,28 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=12, help="of each study (default: %(default)s)")
     parser.add_argument("--unpruned", type=int, default=len(UNPRUNED), help="how many (default: %(default)s)")
     parser.add_argument("--pruned", type=int, default=10, help="how many (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="that a plan measures (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="of the measurement of a plan (default: %(default)s)"
+    )
     parser.add_argument("--work", default="runs/plan_accuracy", help="folder of the studies (default: %(default)s)")
-    parser.add_argument("--again", action="store_true", help="only foretell the studies in the record once more")
+    parser.add_argument("--predict-only", action="store_true", help="only repeat the predictions of recorded plans")
     given = parser.parse_args()
     given.model = packaged_weights() if given.model is None else given.model
     Path(given.work).mkdir(parents=True, exist_ok=True)
     done = (read_json(Path(given.out)) or {}).get("studies", {})
     todo = studies(given)
     for name, kind in todo.items():
-        if (name in done) != given.again:
+        if (name in done) != given.predict_only:
             continue
-        if given.again:
-            done[name] |= foretold(given, done[name], read_json(Path(given.work, f"{name}-plan.json")) or {})
+        if given.predict_only:
+            done[name] |= predict_recorded(given, done[name], read_json(Path(given.work, f"{name}-plan.json")) or {})
         else:
             done[name] = study(given, name, **kind)
         print(json.dumps({name: done[name]}), flush=True)
         verdict = judge(done)
         shown = argparse.Namespace(**{key: value for key, value in vars(given).items() if key != "work"})
         write_record(given.out, "plan_accuracy", shown, {"studies": done, "verdict": verdict})
-        write_note(given.out, "How well a plan foretells a search", sections(done, verdict))
+        write_note(given.out, "Accuracy of plans and of the time left", sections(done, verdict))
 
 
 if __name__ == "__main__":

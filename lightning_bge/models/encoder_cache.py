@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -46,11 +47,13 @@ class EncoderCache:
 
     Attributes:
         loads: how many times a model was read from disk.
+        load_seconds: seconds spent in `load`, reading or resetting.
         capacity: bytes that are held at the most once an encoder is handed out, but where a single one is larger.
     """
 
     def __init__(self, limit: int | None = 0, given: int | None = None) -> None:
         self.loads = 0
+        self.load_seconds = 0.0
         self._limits = partial(limits, HOST, given)
         self._shares = limit is None
         total = min((known.total for known in self._limits()), default=0)
@@ -73,6 +76,7 @@ class EncoderCache:
         **options: Any,
     ) -> TextClassifier:
         """See `load_classifier`, whose arguments these are."""
+        since = time.perf_counter()
         options["lora"] = lora
         key = repr((name_or_path, num_outputs, sorted(options.items())))
         read = partial(self._read, name_or_path, num_outputs, **options)
@@ -83,6 +87,7 @@ class EncoderCache:
         if frozen_layers is not None:
             freeze_layers(warm.net.model, frozen_layers)
         set_gradient_checkpointing(warm.net, gradient_checkpointing)
+        self.load_seconds += time.perf_counter() - since
         return warm.net
 
     def _change(self, warm: _Warm | None, key: str, make: Callable[[], _Warm]) -> _Warm:

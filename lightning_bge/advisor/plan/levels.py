@@ -1,220 +1,233 @@
-"""Hours at each optimisation level: measured where that is cheap, and said to be predicted where it is not."""
+"""The hours of a study at each optimization level."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from lightning_bge.advisor.plan.calibrate import Calibration, Draw
-from lightning_bge.advisor.plan.cost_model import (
-    HOUR,
-    Basis,
-    How,
-    Level,
-    break_even,
-    compile_balance,
-    needed_gain,
-    saved,
-)
-from lightning_bge.advisor.plan.cost_model import hours as in_words
-from lightning_bge.advisor.plan.pace import measure_pace
-from lightning_bge.advisor.plan.predict import Prediction, Priced, Study
-from lightning_bge.advisor.plan.trial_bench import Looks
+from lightning_bge.advisor.plan.calibration import MeasuredTrial
+from lightning_bge.advisor.plan.config import GivenFigures
+from lightning_bge.advisor.plan.cost_model import HOUR, break_even, compile_balance, format_hours
+from lightning_bge.advisor.plan.predict import Prediction
+from lightning_bge.advisor.plan.scenario import Scenario, StudyCosts
+from lightning_bge.advisor.plan.short_study import InEffect
+from lightning_bge.advisor.plan.step_timer import StepTimer, seconds_of, tokens_of
 from lightning_bge.callbacks.compile.policy import CompileConfig, Findings, probe_time_limit, too_short
 from lightning_bge.callbacks.torch_backends import TorchBackends
 from lightning_bge.hpo.trial.objective import Build
+from lightning_bge.runtime.memory import release
 
-LEAST, MOST, ENOUGH_S = 2, 10, 2.0  # steps to measure of each variation: those of two seconds
-CLAIMED_BF16 = 2.0  # "twice as fast", where there is no time to measure it
-PLAIN = "bf16 off, padded"
-PADDED = "padded"
+LEAST, MOST, ENOUGH_S = 2, 10, 2.0  # steps to measure of each variant: those of two seconds
+ASSUMED_BF16 = 2.0  # speed-up of bf16 where there is no time to measure it
+Basis = Literal["measured", "predicted", "in effect", "off", "not available", "unknown"]
 
 
-def measure_variants(build: Build, draw: Draw, looks: Looks, seconds: float) -> dict[str, float]:
-    """Seconds of a token without packing, and without bf16 as well, over those now; without those there is no time for.
+class Level(NamedTuple):
+    """One row of the table of levels.
+
+    Attributes:
+        name: the optimization that is added.
+        hours: of the whole study with it and all above it.
+        how: the arithmetic that leads there from the row above, or the reason why nothing changes.
+        basis: measured, predicted, in effect (its part of the hours is not known), off, not available on this machine,
+            or unknown, for another machine.
+    """
+
+    name: str
+    hours: float
+    how: str
+    basis: Basis
+
+
+class Variants(NamedTuple):
+    """Seconds of a token without some optimizations, over the seconds with them; None: not measured.
+
+    Attributes:
+        padded: without packing.
+        fp32: without packing, bf16 and TF32.
+    """
+
+    padded: float | None = None
+    fp32: float | None = None
+
+
+def measure_variants(build: Build, trial: MeasuredTrial, in_effect: InEffect, seconds: float) -> Variants:
+    """Train a few steps without packing, and a few without packing and bf16, if they are in effect and there is time.
 
     Args:
-        build: the search's.
-        draw: a point that was measured.
-        looks: what is in effect.
+        build: makes the objects of a trial.
+        trial: one that was measured.
+        in_effect: in that trial.
         seconds: about how long it may take.
     """
-    wanted: dict[str, dict[str, Any]] = {}
-    if looks.attention == "packed":
-        wanted[PADDED] = {"model.attention": "padded"}
-    if looks.precision == "bf16-mixed":
-        wanted[PLAIN] = {"model.attention": "padded", "trainer.precision": "32-true"}
-    found = {}
-    for name, settings in wanted.items():
-        steps = max(LEAST, min(MOST, int(ENOUGH_S / draw.step_s)))
-        warmup = steps // 2  # padded batches come in ever new shapes
-        likely = draw.step_s * (steps + warmup) * (2 if name == PADDED else 4)
-        if likely <= seconds:
-            full = [TorchBackends(tf32=False)] if name == PLAIN and looks.device == "cuda" else []
-            pace = measure_pace(build({**draw.params, **settings}), steps, warmup, callbacks=full)
-            found[name] = 1 / pace.tokens_per_s / draw.token_s
-            seconds -= likely
-    return found
+    steps = max(LEAST, min(MOST, int(ENOUGH_S / trial.step_s)))
+    warmup = steps // 2  # the shapes of padded batches are new for many steps
+    found: list[float | None] = []
+    padded = {"model.attention": "padded"}
+    for wanted, slower, changes in (
+        (in_effect.attention == "packed", 2, padded),
+        (in_effect.precision == "bf16-mixed", 4, {**padded, "trainer.precision": "32-true"}),
+    ):
+        likely = trial.step_s * (steps + warmup) * slower
+        if not wanted or likely > seconds:
+            found.append(None)
+            continue
+        full = in_effect.device == "cuda" and "trainer.precision" in changes
+        callbacks = [TorchBackends(tf32=False)] if full else []
+        found.append(_token_seconds(build, {**trial.params, **changes}, steps, warmup, callbacks) / trial.token_s)
+        release(host=False)  # trainer and module refer to each other until the garbage collector has run
+        seconds -= likely
+    return Variants(*found)
 
 
-def levels(
-    study: Study,
-    priced: Priced,
-    calibration: Calibration,
+def _token_seconds(build: Build, params: dict[str, Any], steps: int, warmup: int, callbacks: list[Any]) -> float:
+    """Seconds of a token in a short training, after a warm-up if the epoch has enough steps."""
+    setup, timer = build(params), StepTimer()
+    limits = {"limit_train_batches": warmup + steps, "limit_val_batches": 0, "max_epochs": 1}
+    # the timer last: work of other callbacks at the start of a batch is not a part of the step
+    trainer = setup.make_trainer(callbacks=[*callbacks, timer], **limits)
+    trainer.fit(setup.model, datamodule=setup.datamodule)
+    timed = timer.steps[warmup:] or timer.steps
+    return seconds_of(timed) / tokens_of(timed)
+
+
+def optimization_levels(
+    scenario: Scenario,
+    costs: StudyCosts,
     prediction: Prediction,
-    variants: dict[str, float],
-    looks: Looks | None,
+    variants: Variants,
+    in_effect: InEffect | None,
     compile: CompileConfig,
-    gain: float,
 ) -> list[Level]:
-    """The table, from nothing to what is planned: each row's hours follow from those of the row before.
+    """The table, from no optimization to the planned study: each row's hours follow from those of the row above.
 
     Args:
-        study: what is planned.
-        priced: what its points take.
-        calibration: what was measured.
-        prediction: of the study.
+        scenario: the planned study.
+        costs: what its parts take.
+        prediction: of its hours.
         variants: of `measure_variants`.
-        looks: what is in effect; None: of another machine, where that is not known.
+        in_effect: what is in effect in its trials; None: unknown, on another machine.
         compile: when layers are compiled.
-        gain: share by which compiled steps are taken to be shorter.
     """
-    compute = fmean(
-        (cost.train + cost.validation * study.steps.per_epoch) * min(cost.epochs, study.steps.epochs)
-        for cost in priced.costs
-    )
-    compute = compute * study.steps.folds * study.trials / HOUR
-    rest = prediction.full / HOUR - compute
-    reload = calibration.read * study.steps.folds * study.trials / HOUR
-    start, basis = _start(variants, looks)
-    trial = (compute * start + rest + reload) / study.trials
-    found = [Level("none", trial * study.trials, f"{study.trials:,} trials x {in_words(trial)}", basis)]
-    if looks is None:
-        what = "as it was where the step was timed: within the row above"
-        found += [Level(name, found[0].hours, what, "not known") for name in ("+bf16", "+TF32", "+packing")]
-    else:
-        found += _computing(compute, rest + reload, start, basis, variants, looks)
-    tried = trying_s(study, priced, calibration, prediction.share[1], compile)
-    found += _compiling(tried, compile, gain, found[-1].hours, compute)
-    now = found[-1].hours - reload
-    each = f"{study.trials:,} x {study.steps.folds} times not reading the model: {in_words(reload)} less"
-    found.append(Level("+warm start", now, each, "measured" if calibration.took else "predicted"))
-    if study.workers > 1:
-        now /= study.workers
-        found.append(Level("+workers", now, f"/ {study.workers}, each on a device of its own", "predicted"))
+    steps, n_trials = scenario.steps, scenario.n_trials
+    epochs = [min(cost.epochs, steps.epochs) for cost in costs.trials]
+    computing = [(c.train + c.validation * steps.per_epoch) * n for c, n in zip(costs.trials, epochs, strict=True)]
+    compute = fmean(computing) * steps.folds * n_trials / HOUR  # of steps and validations
+    reading = costs.calibration.read * steps.folds * n_trials / HOUR
+    hours = prediction.unpruned / HOUR + reading
+    found = _compute_levels(compute, hours - compute, variants, in_effect)
+    found[0] = found[0]._replace(how=f"{n_trials:,} trials x {format_hours(found[0].hours / n_trials)}")
+    always, tuned = compile.policy == "always", compile.mode == "max-autotune"
+    autotune = "included in +compile" if always and tuned else f"compile.policy is {compile.policy}"
+    text = compile_attempt(scenario, costs, prediction.share[1], compile)[1]
+    found += [
+        Level("+compile", hours, text, "in effect" if always else "off"),
+        Level("+zero_grad(None)", hours, "gradients are freed: included in the rows above", "in effect"),
+        Level(
+            "+max-autotune",
+            hours,
+            autotune if tuned else f"compile.mode is {compile.mode}",
+            "in effect" if always and tuned else "off",
+        ),
+    ]
+    hours -= reading
+    text = f"{n_trials:,} trials x {steps.folds} folds without reading the encoder: {format_hours(reading)} less"
+    found.append(Level("+encoder cache", hours, text, "measured" if costs.calibration.took else "predicted"))
+    if scenario.workers > 1:
+        hours /= scenario.workers
+        found.append(Level("+workers", hours, f"/ {scenario.workers} workers, each on its own device", "predicted"))
+    if scenario.pruner.name == "none" and scenario.pruned_cost is None:
+        return [*found, Level("+pruning", hours, "hpo.pruner.name is none", "off")]
     low, _, high = prediction.share
-    text = f"{prediction.search / prediction.full:.0%} of the full cost ({low:.0%} to {high:.0%})"
-    pruned = prediction.search / study.workers / HOUR
-    name = study.pruner.name
-    if name == "none" and study.survival is None:
-        found.append(Level("+pruning", now, "off: hpo.pruner.name is none", "off"))
-    else:
-        found.append(Level("+pruning", pruned, f"{name}: {text}", "predicted"))
-    return found
+    share = f"{prediction.pruned / prediction.unpruned:.0%} of the cost without pruning ({low:.0%} to {high:.0%})"
+    hours = prediction.pruned / scenario.workers / HOUR
+    return [*found, Level("+pruning", hours, f"{scenario.pruner.name}: {share}", "predicted")]
 
 
-def _start(variants: dict[str, float], looks: Looks | None) -> tuple[float, Basis]:
-    """Seconds of a token with nothing on over those now, and how that is known."""
-    if looks is None:
-        return 1.0, "not known"
-    bf16, packed = looks.precision == "bf16-mixed", looks.attention == "packed"
+def _compute_levels(compute: float, rest: float, variants: Variants, in_effect: InEffect | None) -> list[Level]:
+    """No optimization, bf16, TF32 and packing.
+
+    Args:
+        compute: hours of steps and validations with all of them.
+        rest: other hours.
+        variants: what was measured.
+        in_effect: what is in effect.
+    """
+    if in_effect is None:
+        text = "as on the machine of given.step_ms: included in the row above"
+        return [Level(name, compute + rest, text, "unknown") for name in ("none", "+bf16", "+TF32", "+packing")]
+    bf16, packed = in_effect.precision == "bf16-mixed", in_effect.attention == "packed"
+    padded = 1.0 if variants.padded is None else variants.padded
+    hours = compute * padded + rest
     if bf16:
-        claimed = variants.get(PADDED, 1.0) * CLAIMED_BF16
-        return variants.get(PLAIN, claimed), "measured" if PLAIN in variants else "predicted"
-    # without a measurement nothing is known of packing
-    return variants.get(PADDED, 1.0), "measured" if PADDED in variants or not packed else "not known"
-
-
-def _computing(
-    compute: float, rest: float, start: float, basis: Basis, variants: dict[str, float], looks: Looks
-) -> list[Level]:
-    """bf16, TF32 and packing; `rest` are the hours outside of steps and validations."""
-    found, padded = [], variants.get(PADDED, 1.0)
-    if looks.precision == "bf16-mixed":
-        what = f"steps x {padded / start:.3f}" + ("" if basis == "measured" else ": twice as fast, as is claimed")
-        found.append(Level("+bf16", compute * padded + rest, what, basis))
+        measured = variants.fp32 is not None
+        fp32 = padded * ASSUMED_BF16 if variants.fp32 is None else variants.fp32
+        basis: Basis = "measured" if measured else "predicted"
+        text = f"steps x {padded / fp32:.3f}" + ("" if measured else ": not measured, assumed to be twice as fast")
+        found = [Level("none", compute * fp32 + rest, "", basis), Level("+bf16", hours, text, basis)]
     else:
-        found.append(Level("+bf16", compute * padded + rest, f"off: trainer.precision is {looks.precision}", "off"))
-    if looks.device != "cuda":
-        tf32 = Level("+TF32", found[-1].hours, f"a format of Nvidia's GPUs; this is {looks.device}", "impossible")
-    elif torch.cuda.get_device_capability() < (8, 0):
-        tf32 = Level("+TF32", found[-1].hours, "this GPU is older than Ampere", "impossible")
-    elif not looks.tf32:
-        tf32 = Level("+TF32", found[-1].hours, "off: fp32 matrices are multiplied in fp32", "off")
+        known: Basis = "unknown" if packed and variants.padded is None else "measured"
+        text = f"trainer.precision is {in_effect.precision}"
+        found = [Level("none", hours, "", known), Level("+bf16", hours, text, "off")]
+    found.append(Level("+TF32", hours, *_tf32(in_effect)))
+    if not packed:
+        packing: tuple[str, Basis] = (f"attention is {in_effect.attention}", "off")
+    elif variants.padded is None:
+        packing = ("no time to measure it: included in the rows above", "in effect")
     else:
-        tf32 = Level("+TF32", found[-1].hours, "what remains in fp32: within the row above", "in effect")
-    found.append(tf32)
-    if looks.attention != "packed":
-        found.append(Level("+packing", compute + rest, f"off: attention is {looks.attention}", "off"))
-    elif PADDED in variants:
-        found.append(Level("+packing", compute + rest, f"steps x {1 / padded:.3f}", "measured"))
-    else:
-        found.append(Level("+packing", compute + rest, "no time to measure it: within the rows above", "in effect"))
-    return found
+        packing = (f"steps x {1 / padded:.3f}", "measured")
+    return [*found, Level("+packing", compute + rest, *packing)]
 
 
-def training_s(study: Study, priced: Priced, share: float) -> float:
-    """Seconds of optimizer steps in each worker's part of the study, of which the pruner leaves this share."""
-    trial = study.steps.folds * fmean(cost.train * min(cost.epochs, study.steps.epochs) for cost in priced.costs)
-    return study.trials * trial * share / study.workers
+def _tf32(in_effect: InEffect) -> tuple[str, Basis]:
+    """The state of TF32, and its basis."""
+    if in_effect.device != "cuda":
+        return f"needs an NVIDIA GPU; the device is {in_effect.device}", "not available"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "needs an NVIDIA GPU of compute capability 8.0 or higher", "not available"
+    if not in_effect.tf32:
+        return "fp32 matrices are multiplied in fp32", "off"
+    return "matrix products that remain in fp32: included in the row above", "in effect"
 
 
-def trying_s(
-    study: Study, priced: Priced, calibration: Calibration, share: float, compile: CompileConfig
-) -> tuple[float, str]:
-    """The most seconds that each worker spends on finding out whether compiling pays, and what is known of it now."""
+def compile_attempt(scenario: Scenario, costs: StudyCosts, share: float, compile: CompileConfig) -> tuple[float, str]:
+    """The most seconds that each worker spends on measuring whether compiling pays off, and the reason.
+
+    Args:
+        scenario: the planned study.
+        costs: what its parts take.
+        share: the part of the cost that pruning leaves.
+        compile: when layers are compiled.
+    """
     if compile.policy == "never":
         return 0.0, "compile.policy is never"
     if compile.policy == "always":
-        return 0.0, "compiled in what was measured"
-    known = Findings(graphs=2, step_s=calibration.step_s)
-    steps = training_s(study, priced, share) / calibration.step_s
+        return 0.0, "compiled in the measured trials"
+    known = Findings(graphs=2, step_s=costs.calibration.step_s)
+    steps = costs.training(scenario, share) / costs.calibration.step_s
     if (text := too_short(known, steps)) is not None:
         return 0.0, text.removeprefix("compile off: ")
     most = probe_time_limit(known, steps, compile)
-    return most, f"tried when the study starts, for {most:.0f} s at most; what it brings is not known before"
+    return most, f"measured when the study starts, in at most {most:.0f} s"
 
 
-def _compiling(
-    tried: tuple[float, str], compile: CompileConfig, gain: float, hours: float, compute: float
-) -> list[Level]:
-    most, text = tried
-    if most:
-        text += f"; steps {gain:.0%} shorter would make it {in_words(hours - saved(compute, gain, 'shorter'))}"
-    state = "in effect" if compile.policy == "always" else "off"
-    found = [Level("+compile", hours, text, state)]  # type: ignore[arg-type]
-    found.append(Level("+zero_grad(None)", hours, "gradients are freed: within the rows above", "in effect"))
-    tuned = compile.mode == "max-autotune"
-    if compile.policy == "always" and tuned:
-        found.append(Level("+max-autotune", hours, "within compile", "in effect"))
-    else:
-        text = "with compile" if tuned else f"compile.mode is {compile.mode}"
-        found.append(Level("+max-autotune", hours, text, "off"))
-    return found
+def describe_break_even(scenario: Scenario, costs: StudyCosts, share: float, given: GivenFigures) -> str:
+    """After how many optimizer steps compiling pays off, and what it saves each worker in the whole study.
 
-
-def describe_compile(
-    study: Study, priced: Priced, calibration: Calibration, prediction: Prediction, compile_s: float, gain: float
-) -> list[str]:
-    """When compiling pays, with the arithmetic; with steps this share shorter, and with steps this share faster."""
-    train = training_s(study, priced, prediction.share[1])
-    steps = train / calibration.step_s
-    needed = needed_gain(compile_s, train)
-    pays = f"pay where steps get {needed:.1%} shorter" if needed < 1 else "can't pay"
-    lines = [
-        f"each worker trains {steps:,.0f} steps of {calibration.step_s * 1000:,.0f} ms = {in_words(train / HOUR)}; "
-        f"{compile_s:g} s of compiling {pays}"
-    ]
-    kinds: Sequence[How] = ("shorter", "faster")
-    for how in kinds:
-        even = break_even(compile_s, calibration.step_s, gain, how)
-        trials = even / max(1.0, study.steps.folds * study.steps.epochs * calibration.steps)
-        net = compile_balance(train / HOUR, 1, compile_s, gain, how)
-        lines.append(
-            f"with steps {gain:.0%} {how} it has paid after {even:,.0f} steps, {trials:,.1f} whole trials; "
-            f"net: {in_words(net.saved)} - {in_words(net.overhead)} = {in_words(net.net)}"
-        )
-    return lines
+    Args:
+        scenario: the planned study.
+        costs: what its parts take.
+        share: the part of the cost that pruning leaves.
+        given: seconds of compiling, and the share by which it makes steps shorter.
+    """
+    compile_s, gain, step_s = given.compile_s, given.compile_gain, costs.calibration.step_s
+    train = costs.training(scenario, share)
+    even = break_even(compile_s, step_s, gain)
+    net = compile_balance(train / HOUR, 1, compile_s, gain, "shorter")
+    arithmetic = f"{format_hours(net.saved)} - {format_hours(net.overhead)} = {format_hours(net.net)}"
+    return (
+        f"break-even of +compile: {compile_s:g} s of compiling pay off after {even:,.0f} optimizer steps if these "
+        f"become {gain:.0%} shorter; each worker trains {train / step_s:,.0f} steps: {arithmetic}"
+    )

@@ -1,180 +1,198 @@
-"""A study's hours, with a range: what its trials take, times how far a pruner lets them go, run forward many times."""
+"""Predict the hours of a study, with an interval: simulate it many times with the costs of its trials."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
-from lightning_bge.advisor.plan.calibrate import Calibration
-from lightning_bge.advisor.plan.cost_model import TrialCost
-from lightning_bge.hpo.analysis.history import History
+from lightning_bge.advisor.plan.cost_model import HOUR
+from lightning_bge.advisor.plan.scenario import Scenario, StudyCosts
 from lightning_bge.hpo.config import BEST
 from lightning_bge.hpo.forecast.preview import SIMULATED, STYLES, sample_curves
 from lightning_bge.hpo.forecast.recording import Curve, Recording
 from lightning_bge.hpo.forecast.replay import policy_of
 from lightning_bge.hpo.forecast.simulator import STARTUP, Durations, Outcome, schedule, simulate_asha, skill
 from lightning_bge.hpo.forecast.trial_times import refit_epochs
-from lightning_bge.hpo.pruning.config import PrunerConfig, rungs
-from lightning_bge.hpo.pruning.halving import Halving
-from lightning_bge.hpo.space.search_space import Space
+from lightning_bge.hpo.pruning.config import rungs
 from lightning_bge.hpo.steps import Steps
 
 RUNS = 80
 FEW = 12  # runs with a pruner of Optuna's, each of which takes up to half a second
-CURVES = 150  # simulated ones to choose from, of each style
-# Standard deviation of a machine's speed over the hours of a study against that of the minute in which it was measured:
-# what plans missed by, given the reports that were made (docs/benchmarks/plan_accuracy.md). Machines differ in it.
+CURVES = 150  # generated ones to choose from, of each style
+# Standard deviation of a machine's speed over the hours of a study relative to the minute of the measurement: the error
+# of plans for known numbers of reports (docs/benchmarks/plan_accuracy.md). It differs between machines.
 DRIFT = 0.06
 
 
 @dataclass(frozen=True)
-class Study:
-    """What decides a study's hours, besides what its trials take.
-
-    Attributes:
-        trials: how many.
-        steps: what a trial that runs to its end reports.
-        pruner: of the search.
-        workers: processes that share it, each on a device of its own.
-        seeds: further ones, with which the best of the trials that ran to their end (`hpo.BEST`, or as many as there
-            are) run once more.
-        refit: whether a model is trained on all rows at the end.
-        learns: whether the sampler is one that learns (tpe).
-        patience: epochs without a better value after which a fold ends.
-        survival: the share of the full cost that the pruner leaves, where it is known; None: it is simulated.
-        curves: recorded learning curves; None: simulated ones.
-        compile_s: seconds that each worker compiles, or tries to.
-    """
-
-    trials: int
-    steps: Steps
-    pruner: PrunerConfig
-    workers: int = 1
-    seeds: int = 0
-    refit: bool = True
-    learns: bool = True
-    patience: int | None = None
-    survival: float | None = None
-    curves: Recording | None = None
-    compile_s: float = 0.0
-
-
-@dataclass(frozen=True)
 class Prediction:
-    """Seconds of a study; in eight of ten it takes between `low` and `high`.
+    """Seconds of a study.
 
     Attributes:
-        low: by the clock on the wall.
-        mid: likewise.
-        high: likewise.
-        full: of all trials without pruning, on one worker, besides the study's start and end.
-        search: of the trials as they are pruned, all workers together.
-        around: of start and end, and what is done once; by the clock on the wall.
-        seed_replicates: by the clock on the wall.
-        share: `search` over `full`: low, mid, high.
-        complete: trials that run to their end.
+        low: wall-clock seconds, 10 % quantile.
+        mid: wall-clock seconds, median.
+        high: wall-clock seconds, 90 % quantile.
+        unpruned: of all trials without pruning, on one worker, without the start and the end of the study.
+        pruned: of the trials with pruning, all workers together.
+        start_and_end: wall-clock seconds of start, end, and what is done once.
+        seed_replicates: wall-clock seconds.
+        share: `pruned` over `unpruned`: 10 % quantile, median, 90 % quantile.
+        complete: number of complete trials.
     """
 
     low: float
     mid: float
     high: float
-    full: float
-    search: float
-    around: float
+    unpruned: float
+    pruned: float
+    start_and_end: float
     seed_replicates: float
     share: tuple[float, float, float]
     complete: float
 
 
-@dataclass(frozen=True)
-class Priced:
-    """What each of M points of the space takes, in seconds.
+def is_late(prediction: Prediction, deadline: float) -> bool:
+    """Whether the upper end of the interval is after the deadline, in hours."""
+    return prediction.high / HOUR > deadline
 
-    Attributes:
-        costs: their parts.
-        first: the first so many are tried first, in this order; of the others each trial is one at random.
+
+def predict(scenario: Scenario, costs: StudyCosts, runs: int = RUNS, seed: int = 0) -> Prediction:
+    """Simulate a study many times.
+
+    Each simulation draws the hyperparameters of the trials, their learning curves and order, how much the sampler
+    learns, the error of the measurement, and the speed of the machine.
+
+    Args:
+        scenario: what is run.
+        costs: what its parts take.
+        runs: number of simulations; at most `FEW` with Optuna's pruners, which are slow.
+        seed: of all random numbers.
     """
-
-    costs: Sequence[TrialCost]
-    first: int = 0
-
-    @classmethod
-    def of(
-        cls, calibration: Calibration, points: Sequence[dict[str, Any]], space: Space, epochs: int, first: int
-    ) -> Priced:
-        """As the calibration has it."""
-        return cls([calibration.cost(point, space, epochs) for point in points], first)
-
-    def column(self, name: str) -> np.ndarray:
-        """One part of all points, [M]."""
-        return np.array([getattr(cost, name) for cost in self.costs], dtype=float)
-
-    def scaled(self, train: float, validation: float) -> Priced:
-        """With other numbers of rows, as shares of those now."""
-        scaled = [replace(c, train=c.train * train, validation=c.validation * validation) for c in self.costs]
-        return Priced(scaled, self.first)
-
-    def prices(self, steps: Steps, at: Sequence[int], chosen: np.ndarray, trained: np.ndarray) -> Durations:
-        """Of chosen points, [N], with what early stopping leaves of their folds, bool [N, R]."""
-        within = np.arange(steps.total) % steps.per_fold
-        runs = within < self.column("epochs")[:, None] * steps.per_epoch
-        part = (self.column("train") + self.column("epoch")) / steps.per_epoch + self.column("validation")
-        fold = self.column("fold")
-        reports = (part[:, None] * runs)[chosen] * trained + (fold[:, None] * (within == 0))[chosen]
-        # at a fold's last report nothing has to be kept of it, and no fold is begun again
-        inside = np.array([step % steps.per_fold > 0 for step in at], dtype=float)
-        pause, resume = self.column("pause")[chosen], (self.column("resume") + fold)[chosen]
-        return Durations(self.column("visit")[chosen], reports, np.outer(pause, inside), np.outer(resume, inside))
-
-    def full(self, steps: Steps) -> float:
-        """Mean seconds of a trial that runs to its end."""
-        return fmean(cost.total(steps) for cost in self.costs)
+    random, steps, known = np.random.default_rng(seed), scenario.steps, costs.calibration
+    curves = learning_curves(scenario)
+    if scenario.pruner.name not in ("asha", "none") and scenario.pruned_cost is None:
+        runs = min(runs, FEW)
+    trial = costs.complete_trial(steps)
+    unpruned = trial * scenario.n_trials
+    start_and_end = known.start + known.first_trial + known.end + costs.compile_s
+    start_and_end += known.refit_epoch * scenario.refit * refit_epochs(steps.epochs)
+    walls, shares, found, seed_replicates = [], [], [], []
+    for number in range(runs):
+        run = _simulate(scenario, costs, curves[number % len(curves)], random)
+        speed = max(0.3, (1 + known.error * random.standard_normal()) * (1 + DRIFT * random.standard_normal()))
+        replicates = min(BEST, run.complete(steps.total)) * scenario.seed_replicates
+        seed_replicates.append(trial * math.ceil(replicates / scenario.workers) + known.read * (replicates > 0))
+        walls.append((run.wall + start_and_end + seed_replicates[-1]) * speed)
+        shares.append(run.seconds / unpruned)
+        found.append(run)
+    low, mid, high = (float(value) for value in np.quantile(walls, [0.1, 0.5, 0.9]))
+    return Prediction(
+        low=low,
+        mid=mid,
+        high=high,
+        unpruned=unpruned,
+        pruned=fmean(run.seconds for run in found),
+        start_and_end=start_and_end,
+        seed_replicates=fmean(seed_replicates),
+        share=tuple(float(value) for value in np.quantile(shares, [0.1, 0.5, 0.9])),  # type: ignore[arg-type]
+        complete=fmean(run.complete(steps.total) for run in found),
+    )
 
 
-# ---------------------------------------------------------------------- curves
+# ---------------------------------------------------------------------- one simulation
+
+
+def _simulate(scenario: Scenario, costs: StudyCosts, curves: LearningCurves, random: np.random.Generator) -> Outcome:
+    """Run a study whose trials and curves are drawn at random."""
+    steps, n_trials, pruner = scenario.steps, scenario.n_trials, scenario.pruner
+    count = n_trials + scenario.workers
+    enqueued = min(costs.enqueued, count)
+    chosen = np.arange(enqueued)
+    if enqueued < count:
+        others = random.integers(costs.enqueued, len(costs.trials), count - enqueued)
+        chosen = np.concatenate([chosen, others])
+    place = random.random(count)
+    if scenario.learns:  # better curves, once the sampler has begun to learn
+        place[STARTUP:] **= skill(random)
+    place = (place * len(curves.values)).astype(int)
+    at: Sequence[int] = rungs(pruner, steps)[0] if pruner.name == "asha" else ()
+    durations = costs.durations(steps, at, chosen, curves.trained[place])
+    if scenario.pruned_cost is not None or pruner.name == "none":
+        share = 1.0 if scenario.pruned_cost is None else scenario.pruned_cost
+        return _without_pauses(durations, np.full(n_trials, steps.total), scenario.workers, share)
+    values = curves.values[place]
+    # a curve that is drawn twice must not give equal values
+    values = values + random.normal(0, 1e-3 * (float(values.std()) + 1e-9), (count, 1))
+    if pruner.name == "asha":
+        return simulate_asha(at, pruner.reduction_factor, n_trials, values, durations, scenario.workers)
+    return _without_pauses(durations, _pruned_reports(scenario, values, random), scenario.workers)
+
+
+def _pruned_reports(scenario: Scenario, values: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Number of reports of each trial under one of Optuna's pruners, int [N].
+
+    Of many trials only the first `SIMULATED` are run with the pruner. The others are drawn from their second half.
+    """
+    steps, n_trials = scenario.steps, scenario.n_trials
+    count = min(n_trials, SIMULATED)
+    ones = (1.0,) * steps.total
+    curves = [Curve(n, {}, float(row[-1]), tuple(row.tolist()), ones, ones) for n, row in enumerate(values[:count])]
+    drawn = Recording("drawn", "maximize", steps.folds, steps.epochs, steps.per_epoch, {}, tuple(curves))
+    name = f"run{random.integers(10**9)}"  # Hyperband derives the bracket of a trial from it
+    made = policy_of(scenario.pruner, n_trials, steps)(drawn, range(count), name)
+    later = random.choice(made.steps[count // 2 :], n_trials - count)
+    return np.concatenate([made.steps, later]).astype(int)
+
+
+def _without_pauses(durations: Durations, made: np.ndarray, workers: int, share: float = 1.0) -> Outcome:
+    """Trials that make so many reports without a pause, and take this share of their seconds."""
+    spent = np.cumsum(durations.steps, axis=1)[np.arange(len(made)), made - 1]
+    seconds = (durations.start[: len(made)] + spent) * share
+    wall = schedule(seconds.tolist(), workers)
+    return Outcome(tuple(made.tolist()), (1,) * len(made), float(seconds.sum()), wall)
+
+
+# ---------------------------------------------------------------------- learning curves
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Learning curves to choose from, the best end first.
+class LearningCurves:
+    """Learning curves to draw from, in the order of their last values, the best one first.
 
     Attributes:
         values: [C, R], higher is better.
-        trained: bool [C, R], which reports early stopping leaves.
-        style: their name.
+        trained: bool [C, R], whether each report is trained for, or left out by early stopping.
     """
 
     values: np.ndarray
     trained: np.ndarray
-    style: str
 
 
-def pools(study: Study) -> list[Pool]:
-    """The recorded curves, or simulated ones of each style."""
-    if study.curves is not None:
-        return [_pool(study.curves, study)]
-    count = max(20, min(CURVES, 60_000 // study.steps.total))
-    return [_pool(sample_curves(count, study.steps, seed, style), study) for seed in (0, 1) for style in STYLES]
+def learning_curves(scenario: Scenario) -> list[LearningCurves]:
+    """The recorded curves, or generated ones of each style."""
+    if scenario.curves is not None:
+        return [_fit_curves(scenario.curves, scenario)]
+    count = max(20, min(CURVES, 60_000 // scenario.steps.total))
+    samples = [sample_curves(count, scenario.steps, seed, style) for seed in (0, 1) for style in STYLES]
+    return [_fit_curves(recording, scenario) for recording in samples]
 
 
-def _pool(recording: Recording, study: Study) -> Pool:
-    steps = study.steps
-    # curves of another length are stretched: what counts is who stands above whom at which part of the whole
+def _fit_curves(recording: Recording, scenario: Scenario) -> LearningCurves:
+    """Stretch curves of another number of reports, so that ranks hold at the same part of the whole."""
+    steps = scenario.steps
     at = np.ceil(np.arange(1, steps.total + 1) * recording.n_steps / steps.total).astype(int) - 1
     whole = [curve for curve in recording.trials if len(curve.values) == recording.n_steps]
     values = recording.sign * np.array([curve.values for curve in whole])[:, at]
     values = values[np.argsort(-values[:, -1], kind="stable")]
-    return Pool(values, _trained(values, steps, study.patience), recording.name)
+    return LearningCurves(values, _trained(values, steps, scenario.patience))
 
 
 def _trained(values: np.ndarray, steps: Steps, patience: int | None) -> np.ndarray:
-    """Which reports are trained for, where a fold ends after so many epochs without a better value."""
+    """Which reports are trained for if a fold ends after so many epochs without an improvement, bool [C, R]."""
     found = np.ones(values.shape, dtype=bool)
     if patience is None:
         return found
@@ -193,145 +211,3 @@ def _trained(values: np.ndarray, steps: Steps, patience: int | None) -> np.ndarr
         found[:, first : first + steps.per_fold] = within < stopped[:, None]
         ends = ends + best[:, -1]
     return found
-
-
-# ---------------------------------------------------------------------- running it forward
-
-
-def predict(study: Study, priced: Priced, calibration: Calibration, runs: int = RUNS, seed: int = 0) -> Prediction:
-    """Hours of a study.
-
-    Drawn anew in each run are the trials' settings, their learning curves and order, how much a sampler learns, the
-    error of what was measured, and the machine's speed.
-
-    Args:
-        study: what is asked.
-        priced: what its points take.
-        calibration: what surrounds the trials, and how well it is known.
-        runs: how many; fewer with pruners of Optuna's, which are asked themselves.
-        seed: of all random numbers.
-    """
-    random = np.random.default_rng(seed)
-    curves = pools(study)
-    if study.pruner.name not in ("asha", "none") and study.survival is None:
-        runs = min(runs, FEW)
-    walls, shares, found, seed_replicates = [], [], [], []
-    full = priced.full(study.steps)
-    around = calibration.start + calibration.first + calibration.finish + study.compile_s
-    around += calibration.refit_epoch * study.refit * refit_epochs(study.steps.epochs)
-    for number in range(runs):
-        run = _Run(study, priced, curves[number % len(curves)], random).outcome
-        pace = max(0.3, (1 + calibration.error * random.standard_normal()) * (1 + DRIFT * random.standard_normal()))
-        found.append(run)
-        again = min(BEST, run.complete(study.steps.total)) * study.seeds
-        seed_replicates.append(full * math.ceil(again / study.workers) + calibration.read * (again > 0))
-        walls.append((run.wall + around + seed_replicates[-1]) * pace)
-        shares.append(run.seconds / (full * study.trials))
-    low, mid, high = (float(value) for value in np.quantile(walls, [0.1, 0.5, 0.9]))
-    return Prediction(
-        *(low, mid, high, full * study.trials),
-        search=fmean(run.seconds for run in found),
-        around=around,
-        seed_replicates=fmean(seed_replicates),
-        share=tuple(float(value) for value in np.quantile(shares, [0.1, 0.5, 0.9])),  # type: ignore[arg-type]
-        complete=fmean(run.complete(study.steps.total) for run in found),
-    )
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One study, its trials and curves drawn at random."""
-
-    study: Study
-    priced: Priced
-    pool: Pool
-    random: np.random.Generator
-
-    @cached_property
-    def outcome(self) -> Outcome:
-        """How it went."""
-        study, steps = self.study, self.study.steps
-        count = study.trials + study.workers
-        first = min(self.priced.first, count)
-        others = self.random.integers(self.priced.first, len(self.priced.costs), count - first)
-        chosen = np.concatenate([np.arange(first), others]) if first < count else np.arange(first)
-        place = self._places(count)
-        trained = self.pool.trained[place]
-        at: Sequence[int] = rungs(study.pruner, steps)[0] if study.pruner.name == "asha" else ()
-        prices = self.priced.prices(steps, at, chosen, trained)
-        if study.survival is not None:
-            return self._all(prices, np.full(study.trials, steps.total), study.survival)
-        if study.pruner.name == "none":
-            return self._all(prices, np.full(study.trials, steps.total))
-        values = self.pool.values[place]
-        # curves drawn twice would be equals
-        values = values + self.random.normal(0, 1e-3 * (float(values.std()) + 1e-9), (count, 1))
-        if study.pruner.name == "asha":
-            return simulate_asha(at, study.pruner.reduction_factor, study.trials, values, prices, study.workers)
-        return self._all(prices, self._judged(values))
-
-    def _places(self, count: int) -> np.ndarray:
-        """Which of the curves each trial has: with a sampler that learns better ones, once it has begun to."""
-        drawn = self.random.random(count)
-        if self.study.learns:
-            drawn[STARTUP:] **= skill(self.random)
-        return (drawn * len(self.pool.values)).astype(int)
-
-    def _judged(self, values: np.ndarray) -> np.ndarray:
-        """Reports of each trial under a pruner that ends trials for good, which is asked itself; of many trials the
-        later ones make as many as those of the second half of the first ones."""
-        study, steps = self.study, self.study.steps
-        count = min(study.trials, SIMULATED)
-        ones = (1.0,) * steps.total
-        curves = [Curve(n, {}, float(row[-1]), tuple(row.tolist()), ones, ones) for n, row in enumerate(values[:count])]
-        drawn = Recording("drawn", "maximize", steps.folds, steps.epochs, steps.per_epoch, {}, tuple(curves))
-        name = f"run{self.random.integers(10**9)}"  # Hyperband draws a trial's bracket from it
-        made = policy_of(study.pruner, study.trials, steps)(drawn, range(count), name)
-        later = self.random.choice(made.steps[count // 2 :], study.trials - count)
-        return np.concatenate([made.steps, later]).astype(int)
-
-    def _all(self, prices: Durations, made: np.ndarray, share: float = 1.0) -> Outcome:
-        """Trials that are begun once, and make so many reports."""
-        spent = np.cumsum(prices.steps, axis=1)[np.arange(len(made)), made - 1]
-        seconds = (prices.start[: len(made)] + spent) * share
-        wall = schedule(seconds.tolist(), self.study.workers)
-        return Outcome(tuple(made.tolist()), (1,) * len(made), float(seconds.sum()), wall)
-
-
-# ---------------------------------------------------------------------- given what the trials really did
-
-
-def seconds_of(
-    calibration: Calibration, space: Space, pruner: PrunerConfig, history: History, refit_epochs: int
-) -> float:
-    """What a study of one worker should have taken on the wall, given the reports that its trials really made.
-
-    Args:
-        calibration: measured before it.
-        space: that it searched.
-        pruner: of the search.
-        history: of the study; it is finished.
-        refit_epochs: epochs of the refit; 0: there was none.
-    """
-    steps, sign = history.steps, 1.0 if history.goal.direction == "maximize" else -1.0
-    total = calibration.start + calibration.first + calibration.finish + calibration.refit_epoch * refit_epochs
-    at = rungs(pruner, steps)[0] if pruner.name == "asha" else []
-    points = len({trial.number for trial in history.trials if trial.resumes is None})
-    halving = Halving(len(at), pruner.reduction_factor)
-    for trial in history.trials:
-        cost = calibration.cost(trial.params, space, steps.epochs)
-        start = 0 if trial.resumes is None else history.trials[trial.resumes].last_step
-        end = steps.total if trial.outcome == "complete" else trial.last_step
-        trained = {report.step for fold in trial.curve for report in fold}
-        total += cost.visit + math.fsum(cost.reports(steps, [n + 1 in trained for n in range(steps.total)])[start:end])
-        total += (start % steps.per_fold > 0) * (cost.resume + cost.fold)
-        for rung, step in enumerate(at):
-            if start < step <= end:
-                halving.add(trial.number, rung, sign * trial.values[step], paused=True)
-                written = (
-                    trial.outcome in ("paused", "resumed")
-                    and step == end
-                    and halving.can_be_resumed(trial.number, points)
-                )
-                total += (written and step % steps.per_fold > 0) * cost.pause
-    return total

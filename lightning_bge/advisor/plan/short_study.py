@@ -1,0 +1,252 @@
+"""A temporary study that runs the trials of the planned study, shortened, and times each part of them.
+
+The trials are run by the same objective as in the planned study, with a journal, checkpoints of paused trials and the
+encoder cache, so that everything that takes time in a trial is measured. Only their epochs are shorter.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_bge.advisor.plan.step_timer import Step, StepTimer, seconds_of
+from lightning_bge.advisor.report.report import write_report
+from lightning_bge.callbacks.compile.policy import CompileConfig
+from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.pruning.asha_trials import resume
+from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.results import finish_study
+from lightning_bge.hpo.space.search_space import parse_space
+from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.trial.objective import Build, Objective, TrialFiles, TrialSetup
+from lightning_bge.models.encoder_cache import EncoderCache
+from lightning_bge.models.metrics import MonitorConfig
+
+VALIDATED = 64  # rows of a short validation, or those of two batches
+MANY = 10**6  # trials of the study, so that each paused one can still be resumed
+
+_clock = time.perf_counter
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """Tokens and steps of the planned study.
+
+    Attributes:
+        train: tokens of an epoch, mean over the folds.
+        validation: tokens of a validation, mean over the folds.
+        all: tokens of all rows.
+        steps: optimizer steps of an epoch.
+    """
+
+    train: float
+    validation: float
+    all: float
+    steps: int
+
+    @classmethod
+    def of(cls, data: TextDataModule) -> DataSize:
+        """Of a data module that is set up, over all its folds."""
+        lengths = data.lengths("train")
+        train, validation = [], []
+        for fold in range(data.num_folds):
+            data.select_fold(fold)
+            train.append(lengths[data.train_rows].sum())
+            validation.append(data.lengths("val")[data.val_rows].sum())
+        steps = math.ceil(len(data.train_rows) / data.batch_size)
+        return cls(float(np.mean(train)), float(np.mean(validation)), float(lengths.sum()), steps)
+
+
+@dataclass(frozen=True)
+class TimedRun:
+    """A trial from its start, or from where it was resumed, to its pause or its end, in seconds.
+
+    Attributes:
+        wall: all of it.
+        load: reading the encoder, or resetting the cached one.
+        read: whether it was read.
+        build: from the start of the fold to the start of training, without `load`.
+        start: from there to the first batch.
+        inside: from the first batch to the end of the last validation.
+        end: from there to the end of `fit`, with the checkpoint if the trial is paused.
+        steps: all optimizer steps.
+        validation: all batches of all validations.
+        epochs: number of epochs.
+    """
+
+    wall: float
+    load: float
+    read: bool
+    build: float
+    start: float
+    inside: float
+    end: float
+    steps: tuple[Step, ...]
+    validation: tuple[Step, ...]
+    epochs: int
+
+    @property
+    def outside(self) -> float:
+        """Outside of the fold: asking for parameters, the journal, releasing memory."""
+        return self.wall - self.load - self.build - self.start - self.inside - self.end
+
+    @property
+    def between(self) -> float:
+        """The part of each epoch that is neither a step nor a batch of a validation."""
+        return (self.inside - seconds_of(self.steps) - seconds_of(self.validation)) / self.epochs
+
+
+@dataclass(frozen=True)
+class InEffect:
+    """Optimizations that were in effect in the measured trials.
+
+    Attributes:
+        device: `cpu`, `cuda` ...
+        precision: of the trainer.
+        attention: `packed` or `padded`.
+        tf32: whether a GPU multiplies fp32 matrices in TF32.
+    """
+
+    device: str
+    precision: str
+    attention: str
+    tf32: bool = False
+
+
+class _Observer(Callback):
+    """Notes what is in effect when training starts."""
+
+    def __init__(self) -> None:
+        self.found: InEffect | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        attention = getattr(pl_module.net, "attention", "unknown")
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
+        self.found = InEffect(pl_module.device.type, str(trainer.precision), str(attention), tf32)
+
+
+class ShortStudy:
+    """A temporary study of shortened trials.
+
+    Args:
+        build: makes the objects of a trial, as in the planned study.
+        hpo: the planned study.
+        objective: score of a fold: `best` or `last`.
+        compile: when layers are compiled. auto never compiles here, as its decision depends on the remaining hours.
+        encoder: loads the encoders.
+        folder: of the temporary study; files are written into it.
+
+    Attributes:
+        steps: optimizer steps of a short epoch.
+        timer: has the steps of the last run.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        hpo: StudyConfig,
+        objective: Literal["best", "last"],
+        compile: CompileConfig,
+        encoder: EncoderCache,
+        folder: Path,
+    ) -> None:
+        self.build, self.encoder, self.folder, self.refit = build, encoder, folder / "study", hpo.refit
+        self.steps, self.timer, self._observer = 2, StepTimer(), _Observer()
+        self._pauses = hpo.pruner.name == "asha"
+        # one epoch before a pause and two after it, so that one epoch follows another
+        self._epochs = 3 if self._pauses else 2
+        pruner = PrunerConfig("asha", 1000, min_resource=1) if self._pauses else PrunerConfig("none")
+        config = StudyConfig(MANY, hpo.space, pruner=pruner, sampler="random", seed_replicates=0)
+        options = {"monitor.metric": "loss", "monitor.objective": objective}  # read by the report
+        steps = Steps(1, self._epochs)
+        self._study = open_study(self.folder, config, "minimize", steps, options)
+        self._monitor = MonitorConfig("loss", objective)  # other metrics may be NaN where few rows miss a class
+        self._objective = Objective(
+            build=self.shorten,
+            space=parse_space(hpo.space),
+            monitor=self._monitor,
+            steps=steps,
+            files=TrialFiles(self.folder / "oof", self.folder / "paused"),
+            n_trials=MANY,
+            compile=replace(compile, policy="never") if compile.policy == "auto" else compile,
+            encoder=encoder,
+        )
+
+    @property
+    def in_effect(self) -> InEffect:
+        """What was in effect in the last trial that was trained."""
+        assert self._observer.found is not None
+        return self._observer.found
+
+    def shorten(self, params: dict[str, Any]) -> TrialSetup:
+        """Build a trial with short epochs and few rows to validate; the timer starts."""
+        self.timer.start()
+        setup = self.build(params)
+        data = self._data = setup.datamodule
+        limits = {"limit_train_batches": self.steps, "limit_test_batches": 1, "max_epochs": self._epochs}
+        if data.folds:
+            data.limit_validation(max(VALIDATED, 2 * data.batch_size))
+        else:
+            limits["limit_val_batches"] = 1
+
+        def make_trainer(callbacks: Sequence[Callback] = (), **changes: Any) -> Trainer:
+            return setup.make_trainer(callbacks=[self.timer, self._observer, *callbacks], **{**limits, **changes})
+
+        return replace(setup, make_trainer=make_trainer)
+
+    def run(self, params: dict[str, Any]) -> tuple[TimedRun, ...]:
+        """Run a trial, with a pause if the planned study pauses trials; empty if it ran out of memory."""
+        self._study.enqueue_trial(params)
+        runs = [self._run()]
+        [trial] = self._study.get_trials(deepcopy=False)[-1:]
+        if "oom_where" in trial.user_attrs:
+            return ()
+        if self._pauses:
+            resume(self._study, trial, [1])
+            runs.append(self._run())
+        return tuple(runs)
+
+    def _run(self) -> TimedRun:
+        loads, load_s, timer, since = self.encoder.loads, self.encoder.load_seconds, self.timer, _clock()
+        self._study.optimize(self._objective, n_trials=1)
+        wall, load_s = _clock() - since, self.encoder.load_seconds - load_s
+        began, ready, first, last, ended = timer.began, timer.ready, timer.first, timer.last, timer.ended
+        if ready is None or first is None or ended is None:  # it ran out of memory before the first step
+            ready, first, last, ended = began, began, began, began
+        return TimedRun(
+            wall,
+            load_s,
+            self.encoder.loads > loads,
+            ready - began - load_s,
+            first - ready,
+            last - first,
+            ended - last,
+            tuple(timer.steps),
+            tuple(timer.validation),
+            timer.validations,
+        )
+
+    def finish(self) -> float:
+        """End the study as the planned one ends, and return the seconds; the timer has its refit and its test."""
+        since = _clock()
+        finish_study(
+            self._study, self.folder, build=self.shorten, monitor=self._monitor, epochs=self._epochs, refit=self.refit
+        )
+        write_report(self.folder)
+        return _clock() - since
+
+    def test_tokens(self) -> int:
+        """Tokens of the test file, after `finish`; 0 if it is not scored."""
+        scored = self.refit and self._data.test_file is not None
+        return int(self._data.lengths("test").sum()) if scored else 0
