@@ -1,12 +1,12 @@
-"""Is an audit's order of gains reproducible, and does it find what was planted? The same audit twice, and three sleeps.
+"""The same audit twice, and three sleeps: do two audits order the savings alike, and do they find planted sleeps?
 
-    python examples/benchmarks/audit_twice.py CONFIG --out docs/benchmarks/audit_twice.json [--seconds 150 ...]
+    python examples/benchmarks/audit_twice.py CONFIG --out docs/benchmarks/audit_twice.json [--time_limit 150 ...]
 
-CONFIG is a YAML file as `lightning-bge audit -c` takes it; all further flags are those of the two audits. Each audit is
-the program's own, in a process of its own. A pair of rows counts where the intervals of the two gains do not overlap in
-both audits; the two are to agree on which is the larger. The sleeps are planted one at a time, in the data set, in a
-callback between the batches, and in `training_step`; what the row says is compared with what the same row says without
-a sleep.
+CONFIG is a YAML file as for `lightning-bge audit -c`; all further flags are those of the two audits. Each audit runs
+the command in a process of its own. A pair of rows counts where the intervals of the two savings do not overlap in
+either audit; the two audits are to agree on which is the larger. The sleeps are planted one at a time, in the data set,
+in a callback between the batches, and in `training_step`; the time in the row is compared with that of the same row
+without a sleep.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from common import git_commit, hardware, markdown_table, versions
 
 from lightning_bge.runtime.run_folder import write_json, write_text
 
-# the row that has to find it, and the code that plants it
+# the row that is to find a sleep -> the code that plants it
 PLANTS = {
     "data wait": """
 from lightning_bge.data.batches.micro_batches import EncodedDataset
@@ -35,7 +35,7 @@ def slow(self, rows):
     return inner(self, rows)
 EncodedDataset.__getitem__ = slow
 """,
-    "callbacks and the loop": """
+    "callbacks and loop": """
 from lightning_bge.callbacks import TorchBackends
 def slow(self, *args):
     time.sleep(SLEEP)
@@ -57,21 +57,22 @@ def audit(config: Path, plant: str = "", *flags: str) -> dict[str, Any]:
     """One audit, with its seconds."""
     with tempfile.TemporaryDirectory() as folder:
         code = f"import time\nSLEEP = {SLEEP}\n{plant}\nfrom lightning_bge.cli.main import main\nmain()"
-        words = ["audit", "-c", str(config), "--run_dir", folder, *flags]
+        arguments = ["audit", "-c", str(config), "--run_dir", folder, *flags]
         since = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
         found = json.loads((Path(folder) / "audit.json").read_text(encoding="utf-8"))
     return {"wall_seconds": time.perf_counter() - since, **found}
 
 
-def gains(found: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The measured gains of an audit by row."""
-    return {row["name"]: row["gain"] for row in found["rows"] if (row["gain"] or {}).get("kind") == "measured"}
+def savings(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The measured savings of an audit by row."""
+    by_row = {row["name"]: row["time_saved"] for row in found["rows"] if row["time_saved"]}
+    return {name: saved for name, saved in by_row.items() if saved["kind"] == "measured"}
 
 
 def compare(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Pairs of rows whose intervals do not overlap, in both audits: how many, and those that they order differently."""
-    one, two = gains(first), gains(second)
+    one, two = savings(first), savings(second)
     pairs, differ = 0, []
     for a, b in combinations(sorted(one.keys() & two.keys()), 2):
         if all(found[a]["high"] < found[b]["low"] or found[b]["high"] < found[a]["low"] for found in (one, two)):
@@ -82,17 +83,17 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def milliseconds(found: dict[str, Any], name: str) -> float:
-    """What a row about time says."""
+    """The time in a row."""
     [row] = [row for row in found["rows"] if row["name"] == name]
     return float(row["in_effect"].split()[0])
 
 
 def note(record: dict[str, Any]) -> str:
     """The Markdown beside the JSON."""
-    one, two = (gains(found) for found in record["audits"])
+    one, two = (savings(found) for found in record["audits"])
 
-    def cell(gain: dict[str, float]) -> str:
-        return f"{gain['mid']:.1%} ({gain['low']:.1%} to {gain['high']:.1%})"
+    def cell(saved: dict[str, float]) -> str:
+        return f"{saved['mid']:.1%} ({saved['low']:.1%} to {saved['high']:.1%})"
 
     rows = [[name, cell(one[name]), cell(two[name])] for name in record["agreement"]["rows"]]
     planted = [
@@ -110,11 +111,11 @@ def note(record: dict[str, Any]) -> str:
         f"Written {record['written']} at commit {record['git_commit']} by `examples/benchmarks/audit_twice.py`, on "
         f"{record['hardware']['cpu']}, {record['hardware']['threads']} threads{with_flags}. The audits took "
         f"{' and '.join(format(found['wall_seconds'], '.0f') for found in record['audits'])} s.\n\n"
-        f"Gains, shares of a step's time with their 95 % intervals. Of the {agreement['pairs']} pairs of rows whose "
-        f"intervals do not overlap in either audit, the two order {len(agreement['differ'])} differently.\n\n"
+        f"Time saved as a share of a step, with 95 % intervals. Of the {agreement['pairs']} pairs of rows whose "
+        f"intervals do not overlap in either audit, the two audits order {len(agreement['differ'])} differently.\n\n"
         f"{markdown_table(['row', 'first audit', 'second audit'], rows)}\n\n"
-        "Milliseconds a batch that the row says more than without the sleep:\n\n"
-        f"{markdown_table(['row', 'planted, ms', 'found, ms', 'of it'], planted)}\n"
+        "Milliseconds a batch in the row with the sleep, less those without it:\n\n"
+        f"{markdown_table(['row', 'planted, ms', 'found, ms', 'share'], planted)}\n"
     )
 
 
@@ -126,8 +127,7 @@ def main() -> None:
     audits = [audit(chosen.config, "", *flags), audit(chosen.config, "", *flags)]
     planted = {}
     for name, code in PLANTS.items():
-        # else the loader would measure that batches take long to assemble, and let workers do it ahead of time
-        found = milliseconds(audit(chosen.config, code, "--rounds", "0", "--data.batching.num_workers", "0"), name)
+        found = milliseconds(audit(chosen.config, code, "--rounds", "0"), name)
         planted[name] = {"found_ms": found - milliseconds(audits[0], name)}
     record = {
         "written": time.strftime("%Y-%m-%d"),

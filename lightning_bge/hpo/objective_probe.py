@@ -55,7 +55,7 @@ class ObservedTrial:
 
 
 class _Trial(optuna.Trial):
-    """A trial that notes what is asked of it."""
+    """A trial that records its reports and its calls of `should_prune`."""
 
     def __init__(self, study: optuna.Study, trial_id: int, fits: Callable[[], int]) -> None:
         super().__init__(study, trial_id)
@@ -103,7 +103,7 @@ def would_prune(
     Half of the trials learn, the other half does not: a pruner that ends none of these can never act.
 
     Args:
-        pruner: any; a copy of it is asked.
+        pruner: any; it is copied.
         steps: at which a trial reports, in order.
         n_trials: of the study; at most `MAX_SIMULATED` are simulated.
         direction: of the study.

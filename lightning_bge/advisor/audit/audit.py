@@ -138,7 +138,7 @@ def audit_run(run: TrainingRun, requested: Requested | None, config: AuditConfig
     with _quiet():
         observed = observe(run, requested)
         rules = (precision_rows, compute_rows, data_rows, loop_rows, memory_rows)
-        found = [row for rule in rules for row in rule(observed)]
+        found = [*(row for rule in rules for row in rule(observed)), *run.rows(observed)]
         ablations, timings, savings = run.ablations(observed), Timings(), {}
         if config.rounds and observed.seen.cycle_seconds:
             timings = measure_ablations(
@@ -150,7 +150,7 @@ def audit_run(run: TrainingRun, requested: Requested | None, config: AuditConfig
                 fixed=run.fixed_options(observed),
             )
             savings = run.savings(observed, config)
-        rows = [with_saving(row, ablations, timings, savings) for row in [*found, *run.rows(observed)]]
+        rows = [with_saving(row, ablations, timings, savings) for row in found]
         parts, peak, step_ms = step_parts(observed), peak_share(observed), observed.seen.cycle_seconds * 1e3
     return Audit(
         machine=describe_machine(observed.device),
@@ -159,7 +159,7 @@ def audit_run(run: TrainingRun, requested: Requested | None, config: AuditConfig
         step_ms=step_ms,
         parts=parts,
         peak=peak,
-        next=next_step(rows, parts),
+        next=next_step(rows, parts, peak),
     )
 
 

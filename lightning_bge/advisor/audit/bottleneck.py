@@ -43,12 +43,13 @@ def peak_share(run: ObservedRun) -> dict[str, Any]:
     }
 
 
-def next_step(rows: Sequence[Row], parts: Mapping[str, float]) -> str:
+def next_step(rows: Sequence[Row], parts: Mapping[str, float], peak: Mapping[str, Any]) -> str:
     """One sentence: what to do next, what it saves, how certain that is.
 
     Args:
         rows: of the audit.
         parts: milliseconds of a batch by what they are spent on.
+        peak: `peak_share` of the run.
     """
     known = [row for row in alarms(rows) if row.time_saved is not None and row.time_saved.mid > MIN_SAVING]
     in_steps = [row for row in known if row.group != "search"]
@@ -64,10 +65,11 @@ def next_step(rows: Sequence[Row], parts: Mapping[str, float]) -> str:
         return f"Next: {mismatch.name} is not in effect as requested ({mismatch.evidence}): {_fix(mismatch)}."
     most = max(parts, key=lambda part: parts[part], default="nothing")
     share = parts.get(most, 0.0) / (sum(parts.values()) or 1.0)
-    return (
-        f"No measured option saves more than {MIN_SAVING:.0%} of a step's time. Most of it is spent on {most} "
-        f"({share:.0%})."
-    )
+    text = f"No measured option saves more than {MIN_SAVING:.0%} of a step's time. "
+    text += f"Most of it is spent on {most} ({share:.0%})"
+    if peak:
+        text += f"; matrix products reach {peak['share']:.0%} of this machine's peak in {peak['dtype']}"
+    return f"{text}."
 
 
 def _fix(row: Row) -> str:

@@ -35,7 +35,7 @@ QUIET: dict[str, Any] = {
 
 
 class TrainingRun:
-    """A training run that can be repeated, and what is known of it beforehand.
+    """A training run that can be repeated, and what is known before it runs.
 
     Attributes:
         devices: that it is configured for; one of them is observed.
@@ -50,7 +50,7 @@ class TrainingRun:
 
         Args:
             options: changed ones, by their dotted names.
-            observer: to be the last callback, and its `profiler` the trainer's.
+            observer: the last callback, and its `profiler` the trainer's.
             limits: arguments of the trainer that end it early.
         """
         raise NotImplementedError

@@ -120,7 +120,7 @@ def test_no_alarm_for_an_unusual_module(kind: type[Classifier]) -> None:
     assert not found.alarms
     assert (
         found.row("padding").evidence == "56 tokens computed in one step, 54 of them without padding"
-    )  # once, and of words alone
+    )  # each text once, and no lookups of positions
 
 
 def test_a_batch_of_questions_with_several_answers_each_is_no_mismatch() -> None:

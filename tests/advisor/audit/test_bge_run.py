@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Steps
+from lightning_bge.models.encoder_cache import EncoderCache
 from tests.helpers.foreign_modules import Classifier, loader
 from tests.helpers.small_search import make, write_files
 
@@ -56,6 +58,18 @@ def test_every_optimization_has_a_row_and_none_is_an_alarm(run: BGERun) -> None:
     }
     assert found.row("attention kernel").in_effect == "packed (CPU)"
     assert found.row("padding").in_effect.startswith("0%")
+    assert found.row("encoder cache").in_effect == "yes"
+
+
+class Forgetful(EncoderCache):
+    def load(self, *args: Any, **options: Any) -> Any:
+        self.let_go()
+        return super().load(*args, **options)
+
+
+def test_an_encoder_that_is_read_for_each_run_is_an_alarm(run: BGERun) -> None:
+    found = audit_bge_run(replace(run, encoder=Forgetful()), AuditConfig(rounds=0))
+    assert [row.name for row in found.alarms] == ["encoder cache"]
 
 
 def test_savings_have_an_interval(run: BGERun) -> None:

@@ -70,8 +70,8 @@ MODULES: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", MODULES)
 def test_no_alarm_for_any_module(name: str) -> None:
-    make_module, make_loader, trainer, claims = MODULES[name]
-    found = audit(make_module(), make_loader(), {**CPU, **trainer}, claims, OBSERVE)
+    make_module, make_loader, trainer, requested = MODULES[name]
+    found = audit(make_module(), make_loader(), {**CPU, **trainer}, requested, OBSERVE)
     assert not found.alarms
 
 

@@ -60,7 +60,9 @@ def compiled(run: ObservedRun) -> Row:
         row,
         in_effect=f"{trace.flops.compiled / max(trace.flops.forward, 1):.0%} of the forward pass",
         evidence=f"{trace.compiled.regions} compiled regions ran in one step; {sum(graphs)} graphs were made in "
-        f"{len(graphs)} batches",
+        f"{len(graphs)} batches"
+        if trace.compiled.regions or sum(graphs)
+        else "no compiled code ran in one step",
     )
     if late > FIRST_GRAPHS:
         text = (

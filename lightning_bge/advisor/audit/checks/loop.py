@@ -130,8 +130,9 @@ def callbacks(run: ObservedRun) -> Row:
         for name, seconds in cycle.actions.items():
             if name.startswith("[Callback]") and "StepObserver" not in name:
                 totals[name.removeprefix("[Callback]")] += seconds  # type: ignore[assignment]
-    most = ", ".join(f"{name} {seconds / len(timed) * 1e3:.1f} ms" for name, seconds in totals.most_common(2))
-    evidence = f"{share:.1%} of the time of a batch" + f"; most of it in {most}" * bool(most)
+    means = [(name, seconds / len(timed) * 1e3) for name, seconds in totals.most_common(2)]
+    most = ", ".join(f"{name} {ms:.1f} ms" for name, ms in means if ms >= 0.1)
+    evidence = f"{share:.1%} of the time of a batch" + f"; most in {most}" * bool(most)
     row = replace(row, in_effect=f"{milliseconds(between)} a batch", evidence=evidence)
     if not is_noticeable(run, share):
         return row
@@ -159,8 +160,8 @@ def host_time(run: ObservedRun) -> Row:
     if certain < HOST_SHARE * seen.cycle_seconds or certain < HOST_SECONDS:
         return row
     text = (
-        "look for pauses, file access, logging or Python loops in training_step and its hooks; with larger "
-        "micro-batches there is less of it for each row"
+        "look for pauses, file access, logging or Python loops in training_step and its hooks; larger "
+        "micro-batches share such time among more rows"
     )
     return replace(
         row,

@@ -120,7 +120,7 @@ class ObservedRun:
 
 
 def on_off(value: bool | None) -> str:
-    """A request in words."""
+    """A request as text."""
     return NOT_STATED if value is None else "on" if value else "off"
 
 

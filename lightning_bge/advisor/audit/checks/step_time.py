@@ -11,7 +11,7 @@ from lightning_bge.advisor.audit.checks.row import ObservedRun, TimeSaved
 from lightning_bge.advisor.audit.trace.step_trace import HOST
 
 NOTICEABLE_SHARE = 0.05  # of a batch's time that is worth a change
-NOTICEABLE_SECONDS = 0.002  # and no less: Lightning's own loop takes half a millisecond
+NOTICEABLE_SECONDS = 0.002  # at least: Lightning's own loop takes half a millisecond
 
 
 def milliseconds(seconds: Sequence[float]) -> str:
