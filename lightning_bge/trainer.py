@@ -28,6 +28,14 @@ INSTEAD = {
     "accumulate_grad_batches": (1, "data.batching.max_tokens"),
 }
 
+# Warnings of Lightning on which nobody can act here.
+HARMLESS_WARNINGS = (
+    ".*does not have many workers.*",  # rows are tokenized and in memory: 0 workers are the fastest
+    ".*Checkpoint directory .* exists and is not empty.*",  # a run folder in which a run continues
+    ".*number of training batches.*smaller than the logging interval.*",
+    ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6.6 under torch 2.13
+)
+
 Precision = Literal["auto", "bf16-mixed", "32-true"]
 
 

@@ -29,7 +29,7 @@ from lightning_bge.models.metrics import MonitorConfig, check_metric
 from lightning_bge.runtime.distributed import AnotherRankFailed, end_ranks
 from lightning_bge.runtime.dotted_config import LINKS, plain_config
 from lightning_bge.runtime.memory import limit_malloc_arenas
-from lightning_bge.trainer import BGETrainer, quiet_trainer
+from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer
 from lightning_bge.types import Schema
 
 AddArguments = Callable[[LightningArgumentParser], Any]
@@ -164,10 +164,5 @@ def _quiet_libraries() -> None:
     logging.getLogger("lightning_bge").setLevel(logging.WARNING if rank else logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for pattern in (
-        ".*does not have many workers.*",  # rows are tokenized and in memory: 0 workers are the fastest
-        ".*Checkpoint directory .* exists and is not empty.*",  # a run folder in which a run continues
-        ".*number of training batches.*smaller than the logging interval.*",
-        ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6.6 under torch 2.13
-    ):
+    for pattern in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", pattern)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 import os
@@ -35,7 +36,7 @@ from lightning_bge.models.optimizer import (
     materialize_state,
 )
 from lightning_bge.runtime.micro_batch import batch_source
-from lightning_bge.runtime.nested_config import as_config
+from lightning_bge.runtime.nested_config import as_config, as_plain
 from lightning_bge.types import SCHEMA_FILE, TASKS, Batch, Schema, Task
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,9 @@ class BGEClassifier(LightningModule):
         optimizer = as_config(OptimizerConfig, optimizer, "optimizer")
         schedule = as_config(ScheduleConfig, schedule, "schedule")
         lora = as_config(LoRAConfig, lora, "lora")
+        given = locals()
+        names = inspect.signature(BGEClassifier).parameters
+        self.save_hyperparameters({name: as_plain(given[name]) for name in names}, logger=False)
         if task not in TASKS:
             raise ConfigError(f"model.task: expected one of {', '.join(TASKS)}, got {task}")
         if dropout is not None and not 0 <= dropout < 1:

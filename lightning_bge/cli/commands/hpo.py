@@ -35,4 +35,4 @@ def _hpo(cli: BGECLI) -> None:
         "--run_dir: these processes share the study",
     )
     if run_hpo(cli.experiment, cli.config_init.hpo).summary is not None:
-        print(f"  {write_report(cli.run_dir).name:<14}all of it to look at, in a browser; needs no network")
+        print(f"  {write_report(cli.run_dir).name:<14}the whole study on one page, for a browser")
