@@ -185,7 +185,7 @@ def micro_batch_sizes(run: ObservedRun) -> list[Row]:
     """A row for each size that is tried."""
     now = f"{datamodule_of(run).micro_batch_size} tokens"
     return [
-        Row("memory", name, NOT_STATED, now, "ok", f"compared with at most {tokens} tokens")
+        Row("memory", name, NOT_STATED, now, "ok", f"the alternative is at most {tokens} tokens")
         for name, tokens in other_sizes(run)
     ]
 

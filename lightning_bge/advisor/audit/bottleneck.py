@@ -66,6 +66,8 @@ def next_step(rows: Sequence[Row], parts: Mapping[str, float], peak: Mapping[str
     most = max(parts, key=lambda part: parts[part], default="nothing")
     share = parts.get(most, 0.0) / (sum(parts.values()) or 1.0)
     text = f"No measured option saves more than {MIN_SAVING:.0%} of a step's time. "
+    if not any(row.time_saved is not None and row.time_saved.kind == "measured" for row in rows):
+        text = "The observed steps show nothing to improve; no option was switched on and off. "
     text += f"Most of it is spent on {most} ({share:.0%})"
     if peak:
         text += f"; matrix products reach {peak['share']:.0%} of this machine's peak in {peak['dtype']}"

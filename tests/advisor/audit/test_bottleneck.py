@@ -34,6 +34,12 @@ def test_when_nothing_is_left_it_states_what_most_time_is_spent_on() -> None:
     assert "matrix products (75%)" in found
 
 
+def test_without_a_measured_row_it_states_that_none_was_measured() -> None:
+    assert next_step([row("a", "ok")], {"host": 1.0}, {}).startswith(
+        "The observed steps show nothing to improve; no option"
+    )
+
+
 def test_the_distance_to_the_hardwares_peak_is_part_of_the_answer() -> None:
     found = next_step([], {"attention": 1.0}, {"share": 0.33, "dtype": "bf16"})
     assert found.endswith("attention (100%); matrix products reach 33% of this machine's peak in bf16.")
