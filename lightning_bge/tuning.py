@@ -133,8 +133,7 @@ def tune(
     """Run a study with Optuna, refit the best hyperparameters on all rows, and export the model.
 
     Equal arguments and seeds give the trials of `lightning-bge hpo`. The same call continues an interrupted study, and
-    one with a higher `n_trials` a finished one; several processes may call it at once with one `run_dir`. The global
-    random state is not used.
+    one with a higher `n_trials` a finished one; several processes may call it at once with one `run_dir`.
 
     `model` and `data` are templates: each trial makes new objects from their `hparams`. As on the command line, the
     data module gets the tokenizer, task, revision and `trust_remote_code` of the model, and both get the `seed`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.space.search_space import parse_space, spec_of
 from lightning_bge.hpo.storage.journal import open_storage
+from lightning_bge.hpo.storage.workers import _start_time, this_worker
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.trainer import BGETrainer
 from lightning_bge.tuning import TuneResult, tune
@@ -140,6 +142,20 @@ def test_the_same_call_continues_and_another_study_is_refused(
         short(model, data, tmp_path, seed=1)
     with pytest.raises(StudyError, match=r"model.dropout: not searched before"):
         short(model, data, tmp_path, space=SPACE)
+
+
+def test_a_study_whose_trials_another_process_still_runs_has_no_summary_yet(
+    model: BGEClassifier, data: TextDataModule, tmp_path: Path
+) -> None:
+    study = short(model, data, tmp_path).study
+    parent = os.getppid()
+    other = study.ask()
+    other.set_user_attr("worker", {**this_worker(), "pid": parent, "start": _start_time(parent)})
+    found = short(model, data, tmp_path)
+    assert (found.summary, found.model_dir) == (None, None)
+    assert found.best_value == study.trials[2].value  # a resumed trial, the only complete one
+    study.tell(other, state=TrialState.FAIL)
+    assert short(model, data, tmp_path).summary is not None
 
 
 def test_ctrl_c_raises_and_keeps_finished_trials(

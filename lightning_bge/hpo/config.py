@@ -19,6 +19,7 @@ BEST = 5  # trials whose out-of-fold predictions are kept, and which may have se
 REPLICATED_FROM = 200  # trials of a study, from which on there are seed replicates by default: 10 are at most 5 %
 
 
+# More than 10 fields: each is an option that users type as --hpo.NAME, and a group would lengthen every one of them.
 @dataclass(frozen=True)
 class StudyConfig:
     """The options of a study.

@@ -38,7 +38,7 @@ def open_study(
     config: StudyConfig,
     direction: Literal["maximize", "minimize"],
     steps: Steps,
-    settings: dict[str, Any],
+    options: dict[str, Any],
 ) -> optuna.Study:
     """Create or resume the study of a run folder, and queue those of `config.enqueue` that are new to it.
 
@@ -49,7 +49,7 @@ def open_study(
         config: the options of the study.
         direction: of the score: `maximize` or `minimize`. A cost is the second objective.
         steps: what a trial that runs to its end reports.
-        settings: the options that must be equal for trials to be comparable, by dotted names, as plain data.
+        options: those that must be equal for trials to be comparable, by dotted names, as plain data.
 
     Raises:
         ConfigError: the space or the enqueued parameter sets are wrong; nothing is written.
@@ -71,15 +71,15 @@ def open_study(
         load_if_exists=True,
     )
     space = space_to_json(parsed)
-    settings = json.loads(json.dumps(settings))
+    options = json.loads(json.dumps(options))
     if config.cost is not None:
-        settings["hpo.cost"] = config.cost
+        options["hpo.cost"] = config.cost
     if "space" not in study.user_attrs or "settings" not in study.user_attrs:
         study.set_user_attr("space", space)
-        study.set_user_attr("settings", settings)
+        study.set_user_attr("settings", options)
     if study.user_attrs.get("steps") != asdict(steps):
         study.set_user_attr("steps", asdict(steps))
-    _check_same(run_dir, study, space, settings)
+    _check_same(run_dir, study, space, options)
     sweep(study)
     enqueue_once(study, enqueued, run_dir / JOURNAL)
     return study
@@ -89,11 +89,11 @@ def _n_trials(storage: optuna.storages.BaseStorage, name: str) -> int:
     return storage.get_n_trials(storage.get_study_id_from_name(name))
 
 
-def _check_same(run_dir: Path, study: optuna.Study, space: dict[str, Any], settings: dict[str, Any]) -> None:
+def _check_same(run_dir: Path, study: optuna.Study, space: dict[str, Any], options: dict[str, Any]) -> None:
     found = []
     if difference := describe_difference(study.user_attrs["space"], space):
         found.append(f"the search space:\n  {difference}".replace("\n", "\n  "))
-    found += differences(study.user_attrs["settings"], settings)
+    found += differences(study.user_attrs["settings"], options)
     if found:
         raise StudyError(
             f"{run_dir} holds a study whose trials can't be compared with the requested ones. Differences:\n  "

@@ -1,0 +1,103 @@
+"""The options of a study's trials: which may be searched, and what is refused before a study exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonargparse import Namespace, dict_to_namespace
+
+from lightning_bge.callbacks.compile.policy import CompileConfig
+from lightning_bge.callbacks.micro_batch.finder import MemoryConfig
+from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.experiment import Experiment
+from lightning_bge.hpo.space.search_space import parse_space
+from lightning_bge.models.metrics import MonitorConfig
+
+OPTIONS = {
+    "seed_everything": 42,
+    "model": {"name_or_path": "m", "task": "binary", "revision": None, "trust_remote_code": False, "dropout": None},
+    "data": {"split": {"folds": 2}, "batching": {}},
+    "trainer": {"max_epochs": 3},
+}
+
+
+def make(created: list[Namespace], **trainer: Any) -> Experiment:
+    def validate(config: Namespace) -> None:
+        if config["model.dropout"] is not None and config["model.dropout"] > 1:
+            raise ValueError("dropout above 1")
+
+    options = {**OPTIONS, "trainer": {**OPTIONS["trainer"], **trainer}}  # type: ignore[dict-item]
+    return Experiment(
+        config=dict_to_namespace(options),
+        create=created.append,  # type: ignore[arg-type]
+        validate=validate,
+        plain=lambda config: config.as_dict(),
+        datamodule=None,  # type: ignore[arg-type]
+        monitor=MonitorConfig("f1"),
+        compile=CompileConfig(),
+        memory=MemoryConfig(limit_gb=2.0),
+        run_dir=Path("runs/none"),
+    )
+
+
+def test_a_trial_has_its_parameters_and_what_follows_from_them() -> None:
+    created: list[Namespace] = []
+    make(created).build({"model.dropout": 0.25, "model.name_or_path": "other", "seed_everything": 7})
+    [config] = created
+    assert (config["model.dropout"], config["data.tokenizer"], config["data.batching.seed"]) == (0.25, "other", 7)
+    assert config["trainer.max_epochs"] == 3
+
+
+def test_both_ends_and_all_enqueued_sets_are_tried() -> None:
+    created: list[Namespace] = []
+    raw = {"model.dropout": {"low": 0.0, "high": 0.5}}
+    hpo = StudyConfig(space=raw, enqueue=[{"model.dropout": 0.25}])
+    make(created).check_space(hpo, parse_space(raw))
+    assert [config["model.dropout"] for config in created] == [0.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("name", "high", "says"),
+    [
+        ("model.dropout", 2.0, r"hpo.space: these options do not accept the values .*dropout above 1"),
+        ("model.rate", 1.0, r"hpo.space: there is no option model.rate. Options with such a beginning: model.dropout"),
+        ("data.tokenizer", 1.0, r"hpo.space: there is no option data.tokenizer"),
+        ("seed_everything", 1.0, r"hpo.space: there is no option seed_everything"),
+    ],
+)
+def test_an_option_that_can_not_be_searched_is_named(name: str, high: float, says: str) -> None:
+    raw = {name: {"low": 0.0, "high": high}}
+    with pytest.raises(ConfigError, match=says):
+        make([]).check_space(StudyConfig(space=raw), parse_space(raw))
+
+
+@pytest.mark.parametrize(
+    ("spec", "most"),
+    [
+        ({"low": 1, "high": 8}, 8),
+        ({"choices": [1, 2]}, 2),  # fewer than are configured
+        ({"low": 1, "high": 8, "when": {"model.dropout": 0.1}}, 8),
+        ({"low": 1, "high": 2, "when": {"model.dropout": 0.1}}, 3),  # the configured ones, in the other trials
+    ],
+)
+def test_most_epochs_are_the_highest_that_a_trial_may_draw(spec: dict[str, Any], most: int) -> None:
+    space = parse_space({"model.dropout": {"choices": [0.0, 0.1]}, "trainer.max_epochs": spec})
+    assert make([]).most_epochs(space) == most
+
+
+def test_epochs_have_to_be_known_and_folds_can_not_be_searched() -> None:
+    space = parse_space({"model.dropout": {"choices": [0.0, 0.1]}})
+    assert make([]).most_epochs(space) == 3
+    for wrong in (None, 0, -1):
+        with pytest.raises(ConfigError, match=rf"trainer.max_epochs: a study needs 1 or more, got {wrong}"):
+            make([], max_epochs=wrong).most_epochs(space)
+    with pytest.raises(ConfigError, match=r"data.split can't be searched"):
+        make([]).most_epochs(parse_space({"data.split.folds": {"choices": [2, 3]}}))
+
+
+def test_the_encoder_cache_has_the_limits_of_the_options() -> None:
+    assert make([]).encoder_cache(StudyConfig(encoder_cache_gb=0.5)).capacity == 2**29
+    assert make([]).encoder_cache(StudyConfig()).capacity == 0
