@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -163,6 +164,12 @@ class Schema:
         """Width of the model's last layer: 1 for binary and regression, else one for each label."""
         return 1 if self.task in ("binary", "regression") else len(self.labels)
 
+    @classmethod
+    def from_plain(cls, content: Mapping[str, Any]) -> Schema:
+        """From a dict of the fields, in which tuples may be lists: as JSON and checkpoints hold it."""
+        found = {**content, "labels": tuple(content["labels"]), "text_columns": tuple(content["text_columns"])}
+        return cls(**found)
+
     def save(self, folder: str | Path) -> None:
         """Write the schema into an exported model's folder."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
@@ -184,6 +191,4 @@ class Schema:
             raise ConfigError(
                 f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: update lightning-bge"
             )
-        content["labels"] = tuple(content["labels"])
-        content["text_columns"] = tuple(content["text_columns"])
-        return cls(**content)
+        return cls.from_plain(content)

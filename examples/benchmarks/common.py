@@ -183,7 +183,7 @@ def build_ours(
         dropout=dropout,
         seed=job.seed,
     )
-    module.schema = data.schema
+    module.set_schema(data.schema)
     module.configure_model()
     settings = {"max_epochs": job.epochs, "precision": precision, "accelerator": job.device, "limit_val_batches": 0}
     return quiet_trainer({**settings, "callbacks": list(callbacks)}, **options), module, data

@@ -100,7 +100,7 @@ def train_ours(bench: Bench, case: Case, clock: Clock, options: Ours) -> dict[st
     """Train under Lightning's trainer as the product does; returns the configuration."""
     kind = BGEClassifier if options.fused else ForeachAdamW
     module = kind(bench.model_folder(case.model), attention=options.attention, dropout=options.dropout)
-    module.schema = Schema("binary", ("no", "yes"), ("first", "second"), MAX_LENGTH)
+    module.set_schema(Schema("binary", ("no", "yes"), ("first", "second"), MAX_LENGTH))
     module.configure_model()
     assert module.net is not None
     callbacks: list[Callback] = [LightningClock(clock, options.tf32)]

@@ -159,7 +159,7 @@ def try_out(task: Task) -> dict[str, Any]:
     finder = MicroBatchFinder(MemoryConfig(min_speedup=None, cache=False))
     with quiet_transformers():
         module = BGEClassifier(str(Path(task.folder) / task.model))
-        module.schema = data.schema
+        module.set_schema(data.schema)
         module.configure_model()
     limit_memory(task)
     settings = {"max_epochs": 1, "precision": "bf16-mixed", "accelerator": task.device}

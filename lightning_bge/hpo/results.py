@@ -200,7 +200,7 @@ def _refit(build: Build, best: FrozenTrial, schema: Schema, epochs: int, run_dir
         trainer = setup.make_trainer(max_epochs=_refit_epochs(best), limit_val_batches=0)
         trainer.fit(model, datamodule=datamodule)
         assert model.schema is not None
-        model.schema = replace(model.schema, threshold=schema.threshold)
+        model.set_schema(replace(model.schema, threshold=schema.threshold))
         folder = model.export(run_dir / "model", datamodule.new_tokenizer())
         found: dict[str, Any] = {"model_dir": str(folder)}
         if datamodule.test_file is not None:

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import logging
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.distributed import gather, sum_gradients, sum_over_ranks, without_sync
-from lightning_bge.models.encoder import Attention, TextClassifier, load_classifier, quiet_transformers
+from lightning_bge.models.encoder import Attention, TextClassifier, build_classifier, load_classifier
+from lightning_bge.models.export import export_classifier
+from lightning_bge.models.inference import Text, TextPredictions, predict_texts
 from lightning_bge.models.losses import Loss, LossConfig
-from lightning_bge.models.memory_saving.lora import LoRAConfig, merged_weights
+from lightning_bge.models.memory_saving.lora import LoRAConfig
 from lightning_bge.models.metrics import Predictions, compute_metrics
 from lightning_bge.models.oom_retry import OOMRetry
 from lightning_bge.models.optimizer import (
@@ -35,15 +32,19 @@ from lightning_bge.models.optimizer import (
     build_schedule,
     materialize_state,
 )
+from lightning_bge.runtime.compat.lightning import estimated_steps
 from lightning_bge.runtime.micro_batch import batch_source
 from lightning_bge.runtime.nested_config import as_config, as_plain
-from lightning_bge.types import SCHEMA_FILE, TASKS, Batch, Schema, Task
-
-log = logging.getLogger(__name__)
+from lightning_bge.types import TASKS, Batch, Schema, Task
 
 T = TypeVar("T")
 
 RANK_STRIDE = 15_485_863  # ranks draw different dropout masks
+CHECKPOINT_KEY = "lightning_bge"  # of what `load_from_checkpoint` needs besides weights and arguments
+ENCODER_OPTIONS = (
+    *("attention", "dropout", "seed", "revision", "trust_remote_code"),
+    *("gradient_checkpointing", "frozen_layers", "lora"),
+)  # arguments that the function that loads the encoder gets
 SEED_STRIDE = 1_000_003  # a prime far above any number of steps keeps the steps' seeds of neighbouring runs apart
 
 
@@ -52,13 +53,17 @@ class BGEClassifier(LightningModule):
 
     A Lightning batch is one effective batch: its micro-batches go forward and backward one by one, then the optimizer
     steps once. Loss and gradient are the mean over the effective batch, however it was cut. Random numbers are drawn
-    anew from the seed and the step's number at every step, so that a resumed run goes on exactly where it stopped.
+    anew from the seed and the step's number at every step, so that a resumed run continues exactly where it stopped.
+
+    A checkpoint of a run holds the arguments, the label schema and the encoder's configuration:
+    `BGEClassifier.load_from_checkpoint(path)` returns a model that predicts, without a data module.
 
     Args:
         name_or_path: name on the hub or folder of any encoder: `BAAI/bge-small-en-v1.5`, `BAAI/bge-reranker-base`...
         task: binary (yes/no), multiclass, multilabel or regression.
-        loss: which loss, class weights, label smoothing.
-        optimizer: AdamW's settings, clipping, layer-wise decay of the learning rate.
+        loss: which loss, class weights, label smoothing. This, the next two and `lora` may be dicts of their fields,
+            such as `optimizer={"lr": 1e-4}`.
+        optimizer: options of AdamW, clipping, layer-wise decay of the learning rate.
         schedule: the learning rate over the optimizer steps.
         dropout: overrides all of the model's dropout probabilities; null keeps the checkpoint's.
         attention: packed (no padding), padded, or auto: packed where the architecture allows.
@@ -71,10 +76,19 @@ class BGEClassifier(LightningModule):
         lora: low-rank factors that train in place of the weights.
 
     Attributes:
+        hparams: the arguments as plain data; `BGEClassifier(**hparams)` is an equal module.
         load: the function that loads the encoder; `load_encoder_with` sets it.
+        schema: what the model reads and predicts: from the data module, a checkpoint or an exported model, or set by
+            `set_schema`; None until then.
+        net: the encoder with its head; None until `configure_model`, which the trainer calls.
+        predictions: of the last validation, test or prediction run of a trainer.
         oom_retry: repeats a step that ran out of memory with less, and records such failures.
+
+    Raises:
+        ConfigError: an argument has a wrong value, or excludes another.
     """
 
+    # More than 10 arguments: each is an option that users type on the command line, and the frequent ones stay flat.
     def __init__(
         self,
         name_or_path: str = "BAAI/bge-small-en-v1.5",
@@ -97,42 +111,22 @@ class BGEClassifier(LightningModule):
         schedule = as_config(ScheduleConfig, schedule, "schedule")
         lora = as_config(LoRAConfig, lora, "lora")
         given = locals()
-        names = inspect.signature(BGEClassifier).parameters
-        self.save_hyperparameters({name: as_plain(given[name]) for name in names}, logger=False)
-        if task not in TASKS:
-            raise ConfigError(f"model.task: expected one of {', '.join(TASKS)}, got {task}")
-        if dropout is not None and not 0 <= dropout < 1:
-            raise ConfigError(f"model.dropout: expected 0 to below 1, or null, got {dropout}")
-        if frozen_layers is not None and frozen_layers < 0:
-            raise ConfigError(f"model.frozen_layers: expected 0 or more, or null, got {frozen_layers}")
-        if lora.r is not None and frozen_layers is not None:
-            raise ConfigError(
-                f"model.lora.r is {lora.r}, which freezes all layers, and model.frozen_layers is {frozen_layers}: "
-                "set one of them to null"
-            )
+        arguments = {name: given[name] for name in inspect.signature(BGEClassifier).parameters}
+        _check_arguments(**arguments)
+        # no logger: the data module's `revision` and `task` have the same names, which Lightning takes for a conflict
+        self.save_hyperparameters(as_plain(arguments), logger=False)
         self.automatic_optimization = False
         self.name_or_path = name_or_path
         self.task: Task = task
-        self.loss_config = loss
-        self.optimizer_config = optimizer
-        self.schedule_config = schedule
+        self.loss_config, self.optimizer_config, self.schedule_config = loss, optimizer, schedule
         self.seed = seed
-        self._load_options: dict[str, Any] = {
-            "attention": attention,
-            "dropout": dropout,
-            "seed": seed,
-            "revision": revision,
-            "trust_remote_code": trust_remote_code,
-            "gradient_checkpointing": gradient_checkpointing,
-            "frozen_layers": frozen_layers,
-            "lora": lora,
-        }
+        self._encoder_options = {name: arguments[name] for name in ENCODER_OPTIONS}
         self.load: Callable[..., TextClassifier] = load_classifier
         self.schema: Schema | None = None
         self.class_counts: Sequence[float] | None = None
         self.net: TextClassifier | None = None
         self.loss: Loss | None = None
-        self.predictions: Predictions | None = None  # of the last validation, test or prediction run
+        self.predictions: Predictions | None = None
         self.oom_retry = OOMRetry()
         self._trial_steps = False
         self._parts: list[Predictions] = []
@@ -141,11 +135,16 @@ class BGEClassifier(LightningModule):
     # ------------------------------------------------------------------ building
 
     def configure_model(self) -> None:
-        """Load the encoder, once; the labels come from the data module (or from `self.schema`, set by the caller)."""
-        self._take_schema()
-        assert self.schema is not None
+        """Load the encoder and build the loss, once.
+
+        Without a trainer and a label schema nothing is built yet: `load_from_checkpoint` calls this first, and then
+        builds what the checkpoint describes.
+        """
+        self._find_schema()
+        if self.schema is None:
+            return
         if self.net is None:
-            net = self.load(self.name_or_path, self.schema.num_outputs, **self._load_options)
+            net = self.load(self.name_or_path, self.schema.num_outputs, **self._encoder_options)
             if self.schema.max_length > net.max_positions:
                 raise ConfigError(
                     f"data.max_length is {self.schema.max_length}, but {self.name_or_path} has positions for "
@@ -154,6 +153,14 @@ class BGEClassifier(LightningModule):
             self.net = net
         if self.loss is None:
             self.loss = Loss(self.loss_config, self.task, self.schema.num_outputs, self.class_counts)
+
+    def set_schema(self, schema: Schema) -> None:
+        """Set labels, text columns, length limit and threshold of the predictions.
+
+        Without a data module that has a `schema`, call this before training. A threshold is kept when a data module
+        brings its schema later.
+        """
+        self.schema = schema
 
     def load_encoder_with(self, load: Callable[..., TextClassifier]) -> None:
         """Load the encoder with another function than `load_classifier`, which has the same arguments.
@@ -166,30 +173,59 @@ class BGEClassifier(LightningModule):
         """Hold the encoder no longer, so that its cache can hand it out to the next trial on the same device."""
         self.net = None
 
-    def _take_schema(self) -> None:
-        datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+    def _find_schema(self) -> None:
+        """From the trainer's data module, else the one that was set, else the one beside an exported model."""
+        try:
+            trainer = self.trainer
+        except RuntimeError:  # the module is not attached to a trainer
+            trainer = None
+        datamodule = getattr(trainer, "datamodule", None)
         schema = getattr(datamodule, "schema", None)
         if schema is not None:
             self.schema = replace(schema, threshold=self.schema.threshold) if self.schema is not None else schema
             self.class_counts = getattr(datamodule, "class_counts", None)
         if self.schema is None:
+            self.schema = Schema.load(Path(self.name_or_path).expanduser())
+        if self.schema is None:
+            if trainer is None:
+                return
             raise ConfigError(
                 "BGEClassifier does not know its labels: train with a data module that has a `schema`, "
-                "or set `module.schema = Schema(task, labels, text_columns, max_length)` first"
+                "or call `module.set_schema(Schema(task, labels, text_columns, max_length))` first"
             )
         if self.schema.task != self.task:
-            raise ConfigError(f"model.task is {self.task}, but the data are for a {self.schema.task} task")
+            raise ConfigError(f"task is {self.task}, but the data are for a {self.schema.task} task: make them equal")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the label schema and the encoder's configuration, as plain data."""
+        assert self.net is not None
+        assert self.schema is not None
+        remote = self.hparams["trust_remote_code"]  # code from the hub is read from there
+        checkpoint[CHECKPOINT_KEY] = {
+            "schema": as_plain(asdict(self.schema)),
+            "class_counts": None if self.class_counts is None else [float(count) for count in self.class_counts],
+            "encoder": None if remote else as_plain(self.net.model.config.to_dict()),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build what the checkpoint describes, where nothing is built yet: in `load_from_checkpoint`."""
+        saved = checkpoint.get(CHECKPOINT_KEY)
+        if self.net is not None or saved is None:
+            return
+        self.schema, self.class_counts = Schema.from_plain(saved["schema"]), saved["class_counts"]
+        if saved["encoder"] is not None:
+            names = inspect.signature(build_classifier).parameters
+            options = {name: value for name, value in self._encoder_options.items() if name in names}
+            self.net = build_classifier(saved["encoder"], **options)
+        self.configure_model()
 
     def configure_optimizers(self) -> Any:
         """Fused AdamW and a schedule over all optimizer steps of the run."""
         assert self.net is not None
         optimizer = build_optimizer(self.net, self.optimizer_config)
-        steps = self.trainer.estimated_stepping_batches
+        steps = estimated_steps(self.trainer)
         if math.isinf(steps):
             raise ConfigError("trainer.max_epochs: a schedule needs to know its length; set it, or trainer.max_steps")
-        # To answer, the trainer makes the training loader before it restores that loader's state, and would keep it:
-        # a run resumed in the middle of an epoch would begin the epoch anew. Without it, it makes another one in time.
-        self.trainer.fit_loop._combined_loader = None
         if self.schedule_config.epochs is not None and self.trainer.max_epochs:
             steps = round(steps / self.trainer.max_epochs * self.schedule_config.epochs)
         return [optimizer], [build_schedule(optimizer, self.schedule_config, int(steps))]
@@ -363,43 +399,60 @@ class BGEClassifier(LightningModule):
         named = {f"{prefix}_{name}": value for name, value in metrics.items()}
         self.log_dict(named, batch_size=len(found.rows), sync_dist=self._ranks > 1)  # the same on all ranks
 
-    # ------------------------------------------------------------------ export
+    # ------------------------------------------------------------------ inference and export
+
+    def predict(
+        self, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase | None = None, max_tokens: int = 8192
+    ) -> TextPredictions:
+        """Scores and labels of texts, on the device of the module, without dropout.
+
+        Args:
+            texts: strings, or pairs of strings for a model of two texts.
+            tokenizer: the one that the model was trained with; None: that of `name_or_path`.
+            max_tokens: the most tokens that are computed at once.
+
+        Raises:
+            ConfigError: the module does not know its labels, or there is no tokenizer.
+            DataError: a text has the wrong form.
+        """
+        self.configure_model()
+        if self.net is None or self.schema is None:
+            raise ConfigError(
+                "this BGEClassifier has not been trained: use BGEClassifier.load_from_checkpoint(path), or "
+                "BGEClassifier(folder) with the folder of an exported model"
+            )
+        tokenizer = tokenizer or self._load_tokenizer()
+        training = self.training
+        self.eval()
+        try:
+            return predict_texts(self.net, self.schema, texts, tokenizer, max_tokens)
+        finally:
+            self.train(training)
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        name, options = self.name_or_path, self._encoder_options
+        try:
+            return AutoTokenizer.from_pretrained(
+                str(Path(name).expanduser()) if name.startswith("~") else name,
+                revision=options["revision"],
+                trust_remote_code=options["trust_remote_code"],
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{name} holds no tokenizer that can be loaded: pass `tokenizer` to predict") from error
 
     def export(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> Path:
-        """Write a folder that transformers and sentence-transformers load as it is.
-
-        The tokenizer's length limit is set to the one trained with, so that they truncate where we did. The folder
-        appears whole or not at all; an older one is replaced. LoRA's factors are merged into the weights written, not
-        into the model: training can go on.
+        """Write a folder that transformers and sentence-transformers load: see `export_classifier`.
 
         Args:
             folder: where to.
-            tokenizer: the one the texts were tokenised with; a copy with the length limit is saved.
+            tokenizer: the one the texts were tokenised with.
 
         Raises:
-            ConfigError: the folder holds something else than an exported model, which would be deleted.
+            ConfigError: the module has no weights yet, or the folder holds something else than an exported model.
         """
-        assert self.net is not None
-        assert self.schema is not None
-        folder = Path(folder)
-        if folder.exists() and not (folder / SCHEMA_FILE).is_file():
-            raise ConfigError(f"{folder} exists and is no exported model: name another folder, or delete that one")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            _describe(self.net.model.config, self.schema)
-            with quiet_transformers():
-                self.net.model.save_pretrained(draft, state_dict=merged_weights(self.net.model))
-            tokenizer = copy.deepcopy(tokenizer)
-            tokenizer.model_max_length = self.schema.max_length
-            tokenizer.save_pretrained(draft)
-            self.schema.save(draft)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(draft, folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-        return folder
+        if self.net is None or self.schema is None:
+            raise ConfigError("this BGEClassifier has no weights yet: train it, or load a checkpoint, before `export`")
+        return export_classifier(self.net, self.schema, tokenizer, folder)
 
 
 def _seed(device: torch.device, seed: int) -> None:
@@ -411,19 +464,19 @@ def _seed(device: torch.device, seed: int) -> None:
         torch.mps.manual_seed(seed)
 
 
-def _describe(config: Any, schema: Schema) -> None:
-    """Tell the peers what the outputs mean: names, and which function makes a score of a logit."""
-    config.problem_type = {
-        "binary": None,  # one logit with a sigmoid: transformers has no name for it
-        "regression": "regression",
-        "multiclass": "single_label_classification",
-        "multilabel": "multi_label_classification",
-    }[schema.task]
-    if schema.task in ("multiclass", "multilabel"):
-        config.id2label = dict(enumerate(schema.labels))
-    else:
-        config.id2label = {0: schema.labels[1] if schema.labels else "score"}
-    config.label2id = {name: number for number, name in config.id2label.items()}
-    sigmoid = schema.task in ("binary", "multilabel")
-    activation = "torch.nn.modules.activation.Sigmoid" if sigmoid else "torch.nn.modules.linear.Identity"
-    config.sentence_transformers = {"activation_fn": activation}
+def _check_arguments(
+    *, task: str, dropout: float | None, frozen_layers: int | None, lora: LoRAConfig, attention: str, **_: Any
+) -> None:
+    if task not in TASKS:
+        raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if attention not in get_args(Attention):
+        raise ConfigError(f"attention must be one of {', '.join(get_args(Attention))}, got {attention!r}")
+    if dropout is not None and not 0 <= dropout < 1:
+        raise ConfigError(f"dropout must be from 0 to below 1, or null, got {dropout}")
+    if frozen_layers is not None and frozen_layers < 0:
+        raise ConfigError(f"frozen_layers must be 0 or more, or null, got {frozen_layers}")
+    if lora.r is not None and frozen_layers is not None:
+        raise ConfigError(
+            f"lora.r={lora.r}, which freezes all layers, and frozen_layers={frozen_layers} exclude each other: "
+            "set one of them to null"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from lightning_bge.models.attention.bert_layers import BERT_LIKE, use_packed_lay
 from lightning_bge.models.attention.packed import PACKED, register_packed_attention
 from lightning_bge.models.attention.packing import Packing, pad_to_bucket
 from lightning_bge.models.dropout import use_cheap_dropout
+from lightning_bge.models.heads import PACKED_HEADS
 from lightning_bge.models.memory_saving.freezing import freeze_layers
 from lightning_bge.models.memory_saving.gradient_checkpointing import set_gradient_checkpointing
 from lightning_bge.models.memory_saving.lora import LoRAConfig, add_lora
@@ -29,27 +30,6 @@ from lightning_bge.types import MicroBatch
 log = logging.getLogger(__name__)
 
 Attention = Literal["auto", "packed", "padded"]
-
-
-def _bert_head(model: Any, pooled: Tensor) -> Tensor:
-    return model.classifier(model.dropout(model.bert.pooler(pooled[:, None])))
-
-
-def _roberta_head(model: Any, pooled: Tensor) -> Tensor:
-    return model.classifier(pooled[:, None])
-
-
-def _modernbert_head(model: Any, pooled: Tensor) -> Tensor:
-    return model.classifier(model.drop(model.head(pooled)))
-
-
-# The architectures that route through transformers' attention interface, and what follows their last layer.
-PACKED_HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "bert": _bert_head,
-    "roberta": _roberta_head,
-    "xlm-roberta": _roberta_head,
-    "modernbert": _modernbert_head,
-}
 
 
 class TextClassifier(nn.Module):
@@ -211,7 +191,58 @@ def load_classifier(
             )
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(_why_not_loaded(name_or_path, error)) from error
-    _tell_new_weights(name_or_path, report)
+    _log_new_weights(name_or_path, report)
+    return prepare_classifier(
+        model,
+        attention=attention,
+        seed=seed,
+        gradient_checkpointing=gradient_checkpointing,
+        frozen_layers=frozen_layers,
+        lora=lora,
+    )
+
+
+def build_classifier(
+    config: Mapping[str, Any],
+    *,
+    attention: Attention = "auto",
+    gradient_checkpointing: bool = False,
+    frozen_layers: int | None = None,
+    lora: LoRAConfig = LoRAConfig(),  # noqa: B008
+) -> TextClassifier:
+    """Build an encoder with a classification head, whose weights are to be loaded afterwards, in train mode.
+
+    Nothing is read from the hub or a folder.
+
+    Args:
+        config: `to_dict()` of the configuration of a model that `load_classifier` has loaded.
+        attention: see `TextClassifier`. This and the next three as in `load_classifier`.
+        gradient_checkpointing: see `set_gradient_checkpointing`.
+        frozen_layers: see `freeze_layers`; None freezes nothing.
+        lora: see `LoRAConfig`.
+    """
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    return prepare_classifier(
+        model,
+        attention=attention,
+        seed=0,
+        gradient_checkpointing=gradient_checkpointing,
+        frozen_layers=frozen_layers,
+        lora=lora,
+    )
+
+
+def prepare_classifier(
+    model: PreTrainedModel,
+    *,
+    attention: Attention,
+    seed: int,
+    gradient_checkpointing: bool,
+    frozen_layers: int | None,
+    lora: LoRAConfig,
+) -> TextClassifier:
+    """A transformers model as `load_classifier` returns it; its arguments have the same meaning here."""
     net = TextClassifier(model, attention).train()
     if lora.r is not None:
         add_lora(model, lora, seed)
@@ -229,17 +260,17 @@ def _set_dropout(config: PretrainedConfig, dropout: float | None) -> None:
             setattr(config, field, dropout)
 
 
-def _tell_new_weights(name_or_path: str, report: dict) -> None:
+def _log_new_weights(name_or_path: str, report: dict) -> None:
     new = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
     inner = [key for key in new if not any(part in key for part in ("classifier", "pooler", "score", "head"))]
     if inner:
         log.warning("%s: %d weights are not in the checkpoint and start at random: %s", name_or_path, len(inner), inner)
     elif new:
-        _say_new_head(name_or_path, ", ".join(new))
+        _log_new_head(name_or_path, ", ".join(new))
 
 
 @cache
-def _say_new_head(name_or_path: str, names: str) -> None:
+def _log_new_head(name_or_path: str, names: str) -> None:
     log.info("%s: the checkpoint has no head of this shape; these start at random: %s", name_or_path, names)
 
 
@@ -258,7 +289,7 @@ def _why_not_loaded(name_or_path: str, error: Exception) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' loading report and progress bars away; what matters of them is said by `_tell_new_weights`."""
+    """Keep transformers' loading report and progress bars away; what matters of them is said by `_log_new_weights`."""
     level = transformers_logging.get_verbosity()
     bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

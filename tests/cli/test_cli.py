@@ -141,7 +141,7 @@ MISTAKES = {
     "class": (("--model.task", "regression", "--monitor.metric", "f1"), "a regression task has spearman"),
     "name": (("--hpo.space", '{"model.optimizer.rate": {"low": 1, "high": 2}}'), "no option model.optimizer.rate"),
     "bounds": (("--hpo.space", '{"model.optimizer.lr": {"low": 0.2, "high": 0.1}}'), "swap the bounds"),
-    "value": (("--hpo.space", '{"model.dropout": {"low": 0.1, "high": 1.5}}'), "expected 0 to below 1"),
+    "value": (("--hpo.space", '{"model.dropout": {"low": 0.1, "high": 1.5}}'), "dropout must be from 0 to below 1"),
     "type": (("--hpo.space", '{"data.batch_size": {"choices": ["many"]}}'), "many"),
     "empty space": (("--hpo.space", "{}"), "at least one parameter"),
     "never prunes": (("--hpo.pruner.min_resource", "50"), "could never prune"),

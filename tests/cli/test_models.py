@@ -22,7 +22,9 @@ from transformers import AutoConfig, AutoTokenizer
 from lightning_bge.cli import main as cli
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.sample import write_sample
+from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.storage.journal import open_storage
+from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.encoder import load_classifier
 from lightning_bge.models.tiny_bert import build_tiny_bert
 
@@ -195,6 +197,26 @@ def test_alternating_models_have_the_values_that_each_has_alone(
     assert len({value for _, value, _ in values[1.0]}) == 4
 
 
+def test_every_trial_has_its_own_hyperparameters(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[dict[str, Any]] = []
+    build = Experiment.build
+
+    def record(experiment: Experiment, overrides: dict[str, Any]) -> TrialSetup:
+        setup = build(experiment, overrides)
+        found.append(dict(setup.model.hparams))
+        assert setup.datamodule.hparams["batch_size"] == overrides.get("data.batch_size", 32)
+        return setup
+
+    monkeypatch.setattr(Experiment, "build", record)
+    space = {"model.optimizer.lr": LR, "model.dropout": {"low": 0.0, "high": 0.3}, "data.batch_size": {"choices": [16]}}
+    status, _, err = search(options, n_trials=3, space=space)
+    assert status == 0, err
+    names = [(trial.params["model.optimizer.lr"], trial.params["model.dropout"]) for trial in trials(options)]
+    assert len(set(names)) == 3
+    built = [(each["optimizer"]["lr"], each["dropout"]) for each in found]
+    assert [pair for pair in dict.fromkeys(built) if pair in names] == names
+
+
 def test_values_are_checked_together_with_those_that_they_need(options: dict[str, Any]) -> None:
     options["model"]["frozen_layers"] = 1
     lora = {"choices": [None, 2]}
@@ -208,7 +230,7 @@ def test_values_are_checked_together_with_those_that_they_need(options: dict[str
     wrong = {"choices": [None, -1], "when": {"model.lora.r": 2}}
     status, _, err = search(options, space={"model.frozen_layers": wrong, "model.lora.r": lora})
     assert status == 2
-    assert "model.frozen_layers: expected 0 or more, or null, got -1" in err
+    assert "frozen_layers must be 0 or more, or null, got -1" in err
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {

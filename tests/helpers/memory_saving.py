@@ -8,7 +8,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from lightning_bge.models.encoder import PACKED_HEADS, TextClassifier
+from lightning_bge.models.encoder import TextClassifier
+from lightning_bge.models.heads import PACKED_HEADS
 from lightning_bge.models.memory_saving.freezing import freeze_layers
 from lightning_bge.models.memory_saving.gradient_checkpointing import set_gradient_checkpointing
 from lightning_bge.models.memory_saving.lora import LoRAConfig, add_lora

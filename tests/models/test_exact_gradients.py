@@ -36,7 +36,7 @@ def modules(folder: str) -> dict[tuple[torch.dtype, bool], BGEClassifier]:
         for weighted in (False, True):
             loss = LossConfig(class_weights=WEIGHTS if weighted else None)
             module = BGEClassifier(folder, "multiclass", loss, dropout=0.0)
-            module.schema = CLASSES
+            module.set_schema(CLASSES)
             module.configure_model()
             # outside of a trainer there is none to go backward for the module
             module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]

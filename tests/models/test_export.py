@@ -131,7 +131,7 @@ def test_configuration_says_what_the_outputs_are(
 
 def test_own_program_reads_it_back(tmp_path: Path) -> None:
     module, data, _ = predicted(tmp_path, "binary")
-    module.schema = replace(module.schema, threshold=0.321)
+    module.set_schema(replace(module.schema, threshold=0.321))
     folder = module.export(tmp_path / "exported", data.new_tokenizer())
     assert Schema.load(folder) == Schema("binary", ("no", "yes"), ("text_a", "text_b"), MAX_LENGTH, 0.321)
 
@@ -162,7 +162,7 @@ def test_tokenizer_is_left_as_it_was_and_its_state_is_not_exported(tmp_path: Pat
 def module(tmp_path: Path) -> BGEClassifier:
     """A module with weights, as it is after a run."""
     module = BGEClassifier(save_model(tmp_path / "start"))
-    module.schema = Schema("binary", ("0", "1"), ("text",), MAX_LENGTH)
+    module.set_schema(Schema("binary", ("0", "1"), ("text",), MAX_LENGTH))
     module.configure_model()
     return module
 
@@ -174,7 +174,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 def test_older_folder_is_replaced_whole(tmp_path: Path, module: BGEClassifier) -> None:
     folder = module.export(tmp_path / "out" / "model", word_tokenizer())
     (folder / "leftover.safetensors").write_text("old")
-    module.schema = replace(module.schema, threshold=0.9)
+    module.set_schema(replace(module.schema, threshold=0.9))
     assert module.export(str(folder), word_tokenizer()) == folder
     assert not (folder / "leftover.safetensors").exists()
     assert Schema.load(folder).threshold == 0.9
@@ -222,7 +222,7 @@ def test_export_says_nothing(tmp_path: Path, module: BGEClassifier, capfd: pytes
 def test_bf16_checkpoint_is_exported_in_fp32(tmp_path: Path) -> None:
     small_model("bert").bfloat16().save_pretrained(tmp_path / "bf16")
     module = BGEClassifier(str(tmp_path / "bf16"))
-    module.schema = Schema("binary", ("0", "1"), ("text",), MAX_LENGTH)
+    module.set_schema(Schema("binary", ("0", "1"), ("text",), MAX_LENGTH))
     module.configure_model()
     folder = module.export(tmp_path / "model", word_tokenizer())
     assert {p.dtype for p in load_classifier(str(folder), 1).parameters()} == {torch.float32}

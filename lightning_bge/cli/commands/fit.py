@@ -83,7 +83,7 @@ def _finish(cli: FitCLI, run_dir: Path) -> dict[str, Any]:
     if schema.task in ("binary", "multilabel"):
         score = scores(schema.task, predictions.logits).numpy()
         threshold = best_threshold(score, predictions.labels.numpy(), str(monitor.metric))
-        model.schema = replace(schema, threshold=threshold)
+        model.set_schema(replace(schema, threshold=threshold))
         summary["threshold"] = threshold
         summary["threshold_note"] = "chosen on the validation rows; the validation figures are at 0.5"
     if trainer.is_global_zero:

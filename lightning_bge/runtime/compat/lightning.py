@@ -117,3 +117,14 @@ def count_fits() -> Iterator[Callable[[], int]]:
         yield lambda: total
     finally:
         Trainer.fit = fit  # type: ignore[method-assign]
+
+
+def estimated_steps(trainer: Trainer) -> float:
+    """`trainer.estimated_stepping_batches`, without keeping the training loader that the trainer makes for the answer.
+
+    The trainer makes it before it restores the loader's state, and would keep it: a run resumed in the middle of an
+    epoch would begin the epoch anew. Without it, the trainer makes another one in time. No public name drops it.
+    """
+    steps = trainer.estimated_stepping_batches
+    trainer.fit_loop._combined_loader = None
+    return steps

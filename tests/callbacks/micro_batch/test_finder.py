@@ -333,7 +333,7 @@ def test_our_module_trains_the_same_after_the_search(tmp_path: Path, use: Use) -
         counted.made = made
         use(counted, 20_000)
         module, losses = BGEClassifier(folder, optimizer=OptimizerConfig(lr=1e-3)), Losses()
-        module.load = load
+        module.load_encoder_with(load)
         seed_everything(5)
         trainer = train(module, data, *finders, losses, gradient_clip_val=None)
         found.append((everything(module, trainer), losses.seen))

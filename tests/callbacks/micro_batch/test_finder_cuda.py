@@ -112,7 +112,7 @@ def train(folder: str, sequences: int) -> tuple[dict[str, Tensor], list[Any]]:
     """Three steps; the weights, on the host, and what was noted."""
     module = make_module(folder)
     batches = Loader([make_batch(sequences, seed) for seed in range(3)])
-    module.schema = SCHEMA
+    module.set_schema(SCHEMA)
     on_gpu("32-true", limit_val_batches=0).fit(module, batches)
     return {name: value.cpu() for name, value in module.state_dict().items()}, module.oom_retry.records
 

@@ -100,3 +100,18 @@ def test_fits_of_all_trainers_are_counted_and_only_meanwhile() -> None:
             quiet_trainer(limit_train_batches=1, limit_val_batches=0, max_epochs=1).fit(BoringModel())
             assert fits() == expected, MISSING.format(lightning.__version__, "Trainer.fit that can be replaced")
     assert lightning.Trainer.fit is fit
+
+
+def test_the_training_loader_made_for_an_estimate_is_dropped() -> None:
+    found = []
+
+    class Look(BoringModel):
+        def configure_optimizers(self) -> Any:
+            loop = self.trainer.fit_loop
+            name = "FitLoop._combined_loader"
+            assert hasattr(loop, "_combined_loader"), MISSING.format(lightning.__version__, name)
+            found.append((compat.estimated_steps(self.trainer), self.trainer.train_dataloader))
+            return super().configure_optimizers()
+
+    quiet_trainer(max_epochs=3, limit_train_batches=4, limit_val_batches=0).fit(Look())
+    assert found == [(12, None)]

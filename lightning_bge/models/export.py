@@ -1,0 +1,76 @@
+"""A trained classifier as a folder that transformers and sentence-transformers load without this package."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_bge.errors import ConfigError
+from lightning_bge.models.encoder import TextClassifier, quiet_transformers
+from lightning_bge.models.memory_saving.lora import merged_weights
+from lightning_bge.types import SCHEMA_FILE, Schema
+
+
+def export_classifier(
+    net: TextClassifier, schema: Schema, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+) -> Path:
+    """Write weights, configuration, tokenizer and label schema; the arguments stay unchanged.
+
+    The tokenizer's length limit is set to the one trained with, so that texts are truncated as in training. The folder
+    appears whole or not at all; an older one is replaced. LoRA's factors are merged into the weights that are written.
+
+    Args:
+        net: the encoder with its head.
+        schema: what the outputs mean; written as `lightning_bge.json`.
+        tokenizer: the one the texts were tokenised with; a copy with the length limit is saved.
+        folder: where to.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: the folder holds something else than an exported model, which would be deleted.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / SCHEMA_FILE).is_file():
+        raise ConfigError(f"{folder} exists and is no exported model: name another folder, or delete that one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _describe_outputs(net.model.config, schema)
+        with quiet_transformers():
+            net.model.save_pretrained(draft, state_dict=merged_weights(net.model))
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.model_max_length = schema.max_length
+        tokenizer.save_pretrained(draft)
+        schema.save(draft)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def _describe_outputs(config: Any, schema: Schema) -> None:
+    """Put into a model's configuration what the outputs mean: names, and which function makes a score of a logit."""
+    config.problem_type = {
+        "binary": None,  # one logit with a sigmoid: transformers has no name for it
+        "regression": "regression",
+        "multiclass": "single_label_classification",
+        "multilabel": "multi_label_classification",
+    }[schema.task]
+    if schema.task in ("multiclass", "multilabel"):
+        config.id2label = dict(enumerate(schema.labels))
+    else:
+        config.id2label = {0: schema.labels[1] if schema.labels else "score"}
+    config.label2id = {name: number for number, name in config.id2label.items()}
+    sigmoid = schema.task in ("binary", "multilabel")
+    activation = "torch.nn.modules.activation.Sigmoid" if sigmoid else "torch.nn.modules.linear.Identity"
+    config.sentence_transformers = {"activation_fn": activation}

@@ -1,0 +1,93 @@
+"""Scores and labels for texts in memory, without a data module or a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_bge.errors import DataError
+from lightning_bge.models.encoder import TextClassifier
+from lightning_bge.models.metrics import scores
+from lightning_bge.models.prediction_file import decide
+from lightning_bge.types import MicroBatch, Schema
+
+Text = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class TextPredictions:
+    """What a model predicts for texts, in their order.
+
+    Attributes:
+        scores: float32; probability of yes, [N] (binary), of each class, [N, C] (multi-class), of each label, [N, L]
+            (multi-label); the value itself, [N] (regression).
+        labels: N names: at the threshold (binary, multi-label: several joined by `|`), or of the highest score; None
+            for a regression.
+    """
+
+    scores: Tensor
+    labels: list[str] | None
+
+
+def predict_texts(
+    net: TextClassifier, schema: Schema, texts: Sequence[Text], tokenizer: Any, max_tokens: int
+) -> TextPredictions:
+    """Tokenise, compute and decide; `net` has to be in eval mode.
+
+    Args:
+        net: the encoder with its head.
+        schema: number of texts a row, length limit, label names and threshold.
+        texts: strings, or pairs of strings for a model of two texts.
+        tokenizer: of the encoder; longer texts are truncated as in training.
+        max_tokens: the most tokens that are computed at once; a longer text is computed alone.
+
+    Raises:
+        DataError: there is no text, or one has the wrong form.
+    """
+    rows = [_row(number, text, schema) for number, text in enumerate(texts)]
+    if not rows:
+        raise DataError("texts must hold at least one text, got none")
+    device = next(net.parameters()).device
+    order: list[Tensor] = []
+    logits: list[Tensor] = []
+    with torch.inference_mode():
+        for micro in _micro_batches(rows, tokenizer, schema.max_length, max_tokens):
+            order.append(micro.rows)
+            logits.append(net(micro.to(device)).float().cpu())
+    score = scores(schema.task, torch.cat(logits)[torch.cat(order).argsort()])
+    return TextPredictions(score, None if schema.task == "regression" else decide(schema, score))
+
+
+def _row(number: int, text: Text, schema: Schema) -> tuple[str, ...]:
+    row = (text,) if isinstance(text, str) else tuple(text)
+    if len(row) != len(schema.text_columns) or not all(isinstance(part, str) for part in row):
+        expected = " and ".join(schema.text_columns)
+        form = "a string" if len(schema.text_columns) == 1 else "a pair of strings"
+        raise DataError(f"texts[{number}] must be {form} ({expected}), got {text!r}")
+    return row
+
+
+def _micro_batches(
+    rows: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int, max_tokens: int
+) -> Iterator[MicroBatch]:
+    """All rows in micro-batches, longest sequences first."""
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
+    ids, types = encoded["input_ids"], encoded.get("token_type_ids")
+    order = sorted(range(len(rows)), key=lambda row: -len(ids[row]))
+    size = max(max_tokens // max(len(ids[order[0]]), 1), 1)
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        lengths = tuple(len(ids[row]) for row in part)
+        yield MicroBatch(
+            input_ids=torch.tensor([token for row in part for token in ids[row]]),
+            positions=torch.cat([torch.arange(length) for length in lengths]),
+            cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+            lengths=lengths,
+            rows=torch.tensor(part),
+            token_type_ids=None if types is None else torch.tensor([token for row in part for token in types[row]]),
+        )
