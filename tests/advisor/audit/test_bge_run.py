@@ -15,6 +15,7 @@ from lightning_bge.advisor.audit.audit import audit
 from lightning_bge.advisor.audit.bge_run import BGERun, audit_bge_run
 from lightning_bge.advisor.audit.config import AUDIT_SCHEMA, AuditConfig
 from lightning_bge.advisor.audit.console import describe_audit
+from lightning_bge.advisor.audit.trace.step_trace import PARTS
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
@@ -79,8 +80,8 @@ def test_savings_have_an_interval(run: BGERun) -> None:
         assert saved is not None
         assert saved.low <= saved.mid <= saved.high
         assert saved.kind == "measured"
-    assert 0 <= found.peak["share"] < 1
-    assert sum(found.parts.values()) == pytest.approx(found.step_ms, rel=0.3)
+    assert found.peak["share"] > 0
+    assert set(found.parts) == {*PARTS, "data wait", "callbacks and loop"}
 
 
 def test_the_report_can_be_written_and_read(run: BGERun) -> None:

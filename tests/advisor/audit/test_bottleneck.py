@@ -1,11 +1,18 @@
-"""The one sentence that names the next bottleneck."""
+"""Where a step's time goes, and the one sentence that names the next bottleneck."""
 
 from __future__ import annotations
 
+from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
-from lightning_bge.advisor.audit.bottleneck import next_step
-from lightning_bge.advisor.audit.checks.row import Fix, Row, TimeSaved
+import pytest
+
+from lightning_bge.advisor.audit.bottleneck import next_step, peak_share, step_parts
+from lightning_bge.advisor.audit.checks.row import Fix, ObservedRun, Row, TimeSaved
+from lightning_bge.advisor.audit.observation import FETCH, MOVE, RUN, Cycle, DeviceState, Observation, OptimizerSteps
+from lightning_bge.advisor.audit.requested import Requested
+from lightning_bge.advisor.audit.trace.step_trace import Flops, StepTrace
 
 
 def row(name: str, verdict: Any, mid: float | None = None, group: str = "compute", fix: Fix | None = None) -> Row:
@@ -43,3 +50,45 @@ def test_without_a_measured_row_it_states_that_none_was_measured() -> None:
 def test_the_distance_to_the_hardwares_peak_is_part_of_the_answer() -> None:
     found = next_step([], {"attention": 1.0}, {"share": 0.33, "dtype": "bf16"})
     assert found.endswith("attention (100%); matrix products reach 33% of this machine's peak in bf16.")
+
+
+# ---------------------------------------------------------------------- the parts of a step's time
+
+
+def observed(batches_per_step: int = 1, **parts: float) -> ObservedRun:
+    """Batches of 100 ms: 10 ms of data, 80 ms of forward, backward and step, 10 ms between the batches."""
+    cycle = Cycle({f"x.{FETCH}": 0.006, f"x.{MOVE}": 0.004, RUN: 0.08}, 0.1)
+    trace = StepTrace(seconds=sum(parts.values()), flops=Flops(Counter(bf16=4 * 10**9)))
+    trace.parts.update({name.replace("_", " "): seconds for name, seconds in parts.items()})
+    seen = Observation(
+        cycles=[cycle] * 5,
+        steps=OptimizerSteps(batches=Counter({batches_per_step: 3})),
+        traces=[trace],
+        device=DeviceState(peak_flops=2e11),
+    )
+    objects: Any = SimpleNamespace()
+    return ObservedRun(seen, Requested(), objects, objects)
+
+
+def test_parts_that_the_trace_slowed_down_are_scaled_to_the_time_without_one() -> None:
+    found = step_parts(observed(matrix_products=0.09, attention=0.03, host=0.02))
+    assert sum(found.values()) == pytest.approx(100)
+    assert found["matrix products"] == pytest.approx(45)
+    assert found["attention"] == pytest.approx(15)
+    assert found["host"] == pytest.approx(20)
+    assert found["data wait"] == pytest.approx(10)
+    assert found["callbacks and loop"] == pytest.approx(10)
+
+
+def test_parts_of_a_step_of_several_batches_are_those_of_one_batch() -> None:
+    found = step_parts(observed(batches_per_step=2, matrix_products=0.1, optimizer=0.02, host=0.04))
+    assert found["matrix products"] == pytest.approx(50)
+    assert found["optimizer"] == pytest.approx(10)
+    assert found["host"] == pytest.approx(20)
+
+
+def test_the_share_of_the_peak_is_of_the_whole_step() -> None:
+    found = peak_share(observed(batches_per_step=2, matrix_products=0.1))
+    assert found["achieved_gflops"] == pytest.approx(4 / 0.2)
+    assert found["share"] == pytest.approx(0.1)
+    assert found["dtype"] == "bf16"
