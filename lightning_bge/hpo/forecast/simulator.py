@@ -142,8 +142,7 @@ class AshaSimulation:
         return float(self.durations.pause[parameter_set, stage]) if writes else 0.0, None
 
     def _start(self, busy: bool) -> tuple[float, Running | None]:
-        """Seconds until a free worker reaches the next rung, and the trial that it starts; None: there is nothing to
-        do."""
+        """Seconds until a free worker reaches the next rung, and the trial that it starts; None: nothing is left."""
         durations = self.durations
         new = self.ended < self.n_trials and self.started < len(durations.start)
         parameter_set = self.halving.next_resumed(nothing_else=not new and not busy)

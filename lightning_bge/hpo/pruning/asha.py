@@ -51,8 +51,13 @@ class AshaPruner(BasePruner):
         return halving.arrive(parameter_set_of(trial), rung, value)
 
     def can_be_resumed(self, study: optuna.Study, trial: FrozenTrial, n_trials: int) -> bool:
-        """Whether a trial that pauses now may ever be resumed, in a study of so many trials: else no checkpoint is
-        written."""
+        """Whether a trial that pauses now may ever be resumed, so that it needs a checkpoint.
+
+        Args:
+            study: the study.
+            trial: the trial, which has just reported at a rung.
+            n_trials: how many parameter sets the study has in all.
+        """
         halving, rung, value = self._before(study, trial)
         halving.add(parameter_set_of(trial), rung, value, paused=True)
         return halving.can_be_resumed(parameter_set_of(trial), n_trials)

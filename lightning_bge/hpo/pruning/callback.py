@@ -1,4 +1,4 @@
-"""What a trial reports to its study while its folds train: one consecutive curve over folds and (parts of) epochs."""
+"""Reports the validations of a trial to its study: one consecutive curve over folds, epochs and parts of epochs."""
 
 import math
 import time
@@ -17,25 +17,25 @@ from lightning_bge.hpo.steps import Report
 
 
 class FoldPruningCallback(PyTorchLightningPruningCallback):
-    """Report once or several times in each epoch of one fold, and stop the fit when the study's pruner says so.
+    """Report once or several times in each epoch of one fold, and stop the fit when the study's pruner decides so.
 
     With P reports an epoch, part p (from 1) of epoch e (from 0) of fold k has step `(k * epochs + e) * P + p`, so that
     the steps of a trial run through 1..folds*epochs*P. Part p is validated after the first p/P of the epoch's batches,
-    rounded up; where an epoch has fewer batches than parts, one validation serves several. Its value is the mean over
-    the earlier folds' final scores and this fold's score so far. The pruner is not asked at the last step of all, where
-    nothing is left to save.
+    rounded up; where an epoch has fewer batches than parts, one validation counts for several steps. A step's value is
+    the mean over the earlier folds' final scores and this fold's score so far. The pruner is not asked at the last step
+    of all, where nothing is left to save.
 
-    A fold's score comes from whole epochs alone, so that it does not depend on how often is reported; within an epoch
-    the report of `best` takes the value at hand where it is better than all whole epochs before.
+    A fold's score comes from whole epochs alone, so that it does not depend on the number of reports; within an epoch
+    the objective `best` reports the present value where it is better than all whole epochs before.
 
-    A value that is NaN or infinite is not reported: the trial is pruned at once, with the user attribute `nan` holding
-    the value as text. Optuna's TPE then ranks it by its last finite report, or last of all if it has none. A pruned
-    trial carries the user attributes `pruned_at` (the step), `fold` and `epoch` (the last one trained; both from 0).
+    A value that is NaN or infinite is not reported: the trial is pruned at once, with the value as text in the user
+    attribute `nan`. Optuna's TPE then ranks it by its last finite report, or last of all if it has none. A pruned
+    trial has the user attributes `pruned_at` (the step), `fold` and `epoch` (the last one trained; both from 0).
 
-    In a study of two objectives, which Optuna gives neither reports nor a pruner, all goes on but the reports.
+    A study of two objectives, for which Optuna supports neither reports nor a pruner, is trained without reports.
 
     Works with any LightningModule that logs `monitor` in validation, in one process. Between reports of one epoch it
-    sets `trainer.val_check_batch`; early stopping goes on counting epochs.
+    sets `trainer.val_check_batch`; early stopping still counts epochs.
 
     Args:
         trial: The running trial.
@@ -47,9 +47,9 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         objective: A fold's score: its `best` epoch so far, or its `last`.
         direction: `maximize` or `minimize`.
         per_epoch: Reports in each epoch; 1 costs nothing, as that validation is made anyway.
-        pause: Called before the trial stops because the pruner says so, with the trainer, or with None where the fold
-            has made its last report: it writes what is needed to resume the trial. None: it ends for good, and
-            `paused_at` is not set.
+        pause: Called before the trial stops because the pruner decides so, with the trainer, or with None where the
+            fold has made its last report: it writes what is needed to resume the trial. None: the trial ends for good,
+            and `paused_at` is not set.
 
     Attributes:
         history: The metric's value for each whole epoch so far.
@@ -74,15 +74,21 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         pause: Callable[[pl.Trainer | None], None] | None = None,
     ) -> None:
         super().__init__(trial, monitor)
+        self.trial = trial
         if epochs < 1 or per_epoch < 1 or not 0 <= fold < folds:
             raise ConfigError(
                 f"expected epochs and per_epoch >= 1 and 0 <= fold < folds, got {epochs=}, {per_epoch=}, {fold=}, "
                 f"{folds=}."
             )
         if len(earlier) != fold:
-            raise ConfigError(f"fold {fold} needs the scores of the {fold} folds before it, got {len(earlier)}.")
+            raise ConfigError(
+                f"earlier: expected the scores of the {fold} folds before fold {fold}, got {len(earlier)}."
+            )
         if objective not in ("best", "last") or direction not in ("maximize", "minimize"):
-            raise ConfigError(f"expected best/last and maximize/minimize, got {objective!r} and {direction!r}.")
+            raise ConfigError(
+                "expected objective 'best' or 'last' and direction 'maximize' or 'minimize', "
+                f"got {objective!r} and {direction!r}."
+            )
         self.fold, self.folds, self.epochs, self.per_epoch = fold, folds, epochs, per_epoch
         self.earlier = tuple(earlier)
         self.objective, self.direction = objective, direction
@@ -91,8 +97,8 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         self._single = len(trial.study.directions) == 1
         self.history: list[float] = []
         self.curve: list[Report] = []
-        self._parts = 0  # reported of this fold
-        self._within = False  # whether the last of them lies within an epoch
+        self._parts = 0  # of this fold, reported
+        self._within = False  # whether the last of them is within an epoch
         self._since = self._validated = _clocks()
 
     @property
@@ -115,21 +121,21 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         return self._parts == self.epochs * self.per_epoch
 
     def state(self) -> dict[str, Any]:
-        """What another callback needs to go on with this fold, besides `curve`: plain data."""
+        """What another callback needs to resume this fold, besides `curve`: plain data."""
         return {"history": list(self.history), "parts": self._parts, "within": self._within}
 
     def restore(self, state: dict[str, Any], curve: Sequence[Report]) -> None:
-        """Go on with a fold of another trial, whose reports up to here this trial has already.
+        """Resume a fold of a paused trial, whose reports so far this trial has repeated already.
 
         Args:
-            state: of the callback that stopped.
-            curve: likewise.
+            state: the `state` of the callback that stopped.
+            curve: the `curve` of that callback.
         """
         self.history, self._parts, self._within = list(state["history"]), state["parts"], state["within"]
         self.curve[:] = curve
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse what cannot give one report an epoch from one process."""
+        """Refuse several processes, and more epochs than the study counts."""
         if isinstance(trainer.strategy, ParallelStrategy):
             raise ConfigError(
                 f"a search trains each trial in one process, got the strategy {type(trainer.strategy).__name__}; "
@@ -137,18 +143,19 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
             )
         if trainer.max_epochs is not None and trainer.max_epochs > self.epochs:
             raise ConfigError(
-                f"trainer.max_epochs is {trainer.max_epochs}, but the study counts {self.epochs} reports a fold."
+                f"trainer.max_epochs: expected at most epochs={self.epochs}, for which the study has steps, "
+                f"got {trainer.max_epochs}."
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Where a resumed fold stood at an epoch's end, early stopping is to look at that epoch's value."""
+        """Give early stopping the last value, where a fold is resumed at an epoch's end."""
         if self.curve:
             trainer.callback_metrics[self.monitor] = torch.tensor(self.curve[-1].value)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Let the next validation be that of the next part of the epoch."""
+        """Set the batch after which the next part of the epoch is validated."""
         if self.per_epoch == 1:
             return
         batches = trainer.num_training_batches
@@ -157,24 +164,24 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
                 f"{self.per_epoch} reports an epoch need epochs of a known length and trainer.val_check_interval 1.0, "
                 f"got {batches} batches and {trainer.val_check_interval}."
             )
-        # Lightning validates where the number of batches is a multiple of it, and none is between two of these ends
+        # Lightning validates where the number of batches so far is a multiple of this: at this end alone
         trainer.val_check_batch = next(end for end in self._ends(int(batches)) if end > batch_idx)
 
     def _ends(self, batches: int) -> list[int]:
         return [-(-batches * part // self.per_epoch) for part in range(1, self.per_epoch + 1)]
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop the clock of training."""
+        """Note the time at which training stopped."""
         self._validated = _clocks()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report the epoch or its part, and raise `optuna.TrialPruned` when the pruner says so."""
+        """Report the epoch or its part, and raise `optuna.TrialPruned` when the pruner decides so."""
         if trainer.sanity_checking or trainer.state.fn is not TrainerFn.FITTING:
             return
         if self.monitor not in trainer.callback_metrics:
             raise ConfigError(
                 f"the metric {self.monitor!r} is not logged in validation; "
-                f"there are: {', '.join(sorted(trainer.callback_metrics)) or 'none'}."
+                f"logged are: {', '.join(sorted(trainer.callback_metrics)) or 'none'}."
             )
         parts, whole = self._parts_done(trainer)
         value = float(trainer.callback_metrics[self.monitor])
@@ -187,14 +194,14 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         if whole:
             self.history.append(value)
         if not math.isfinite(value):
-            self._trial.set_user_attr("nan", str(value))
+            self.trial.set_user_attr("nan", str(value))
             self._stop(f"{self.monitor} is {value}", self._step(parts))
         seen = self.history if whole or self.objective == "last" else [*self.history, value]
         self._report(parts, value if self.objective == "last" else self._better(seen))
         self._ask(trainer)
 
     def _parts_done(self, trainer: pl.Trainer) -> tuple[int, bool]:
-        """The fold's parts that this validation completes, and whether it is that of a whole epoch."""
+        """How many parts of the fold are trained at this validation, and whether the epoch is complete."""
         epoch, batch = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx + 1
         ends = [batch] if self.per_epoch == 1 else self._ends(int(trainer.num_training_batches))
         parts = epoch * self.per_epoch + sum(end <= batch for end in ends)
@@ -206,12 +213,12 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         return parts, parts == (epoch + 1) * self.per_epoch
 
     def close_fold(self) -> float:
-        """Report the epochs that early stopping left out, at the fold's final score, and return that score.
+        """Report the epochs that early stopping left out, with the fold's final score, and return that score.
 
-        Call it after each `fit`. Without it the curve has gaps, and step-wise comparisons lose this trial.
+        Call it after each `fit`. Without it the curve has gaps, and comparisons at a step leave out this trial.
 
         Raises:
-            optuna.TrialPruned: The pruner, asked once after these reports, says so.
+            optuna.TrialPruned: The pruner, asked once after these reports, decides so.
             ConfigError: No epoch was validated.
         """
         score = self.score
@@ -226,22 +233,22 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
     def _report(self, parts: int, score: float) -> None:
         """Report this fold's score so far for all parts up to this one."""
         for part in range(self._parts + 1, parts + 1) if self._single else ():
-            self._trial.report((math.fsum(self.earlier) + score) / (self.fold + 1), step=self._step(part))
+            self.trial.report((math.fsum(self.earlier) + score) / (self.fold + 1), step=self._step(part))
         self._parts = parts
 
     def _ask(self, trainer: pl.Trainer | None = None) -> None:
         step = self._step(self._parts)
-        if step >= self._all or not self._single or not self._trial.should_prune():
+        if step >= self._all or not self._single or not self.trial.should_prune():
             return
         if self._pause is not None:
             self._pause(None if self.closed else trainer)
-            self._trial.set_user_attr("paused_at", step)
+            self.trial.set_user_attr("paused_at", step)
         self._stop("stopped by the pruner", step)
 
     def _stop(self, why: str, step: int) -> None:
         epoch = len(self.history) - 1 + self._within
         for key, value in (("pruned_at", step), ("fold", self.fold), ("epoch", epoch)):
-            self._trial.set_user_attr(key, value)
+            self.trial.set_user_attr(key, value)
         raise optuna.TrialPruned(f"{why} at step {step} of {self._all}")
 
 

@@ -207,7 +207,7 @@ def build_pruner(config: PrunerConfig, n_trials: int, steps: Steps) -> BasePrune
         steps: the steps of a trial that runs to its end.
 
     Raises:
-        ConfigError: the pruner could never prune; says why and what to change.
+        ConfigError: the pruner could never prune; the message has the reason and what to change.
     """
     check_pruner(config, n_trials, steps)
     if config.name == "none":

@@ -1,8 +1,7 @@
-"""Recordings of real searches, and replays of them against real studies and plain arithmetic."""
+"""Replays of recorded searches against real studies and plain arithmetic."""
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 from optuna.pruners import NopPruner
 from optuna.trial import TrialState
 
-from lightning_bge.errors import StudyError
 from lightning_bge.hpo.forecast.preview import sample_curves
 from lightning_bge.hpo.forecast.recording import Curve, Recording, record_study
 from lightning_bge.hpo.forecast.replay import (
@@ -32,7 +30,7 @@ from lightning_bge.hpo.pruning.asha_trials import PAUSED_AT, RESUMES, parameter_
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
 from lightning_bge.hpo.pruning.halving import rung_steps
 from lightning_bge.hpo.steps import Steps
-from tests.helpers.small_search import make, write_files
+from tests.helpers.plain_halving import plain_halving
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 STEPS = Steps(3, 2, 2)
@@ -44,54 +42,6 @@ def by_hand(values: list[list[float]], seconds: float = 1.0, direction: Any = "m
         Curve(number, {}, row[-1], tuple(row), (seconds,) * n, (0.0,) * n) for number, row in enumerate(values)
     )
     return Recording("hand", direction, 1, n, 1, {}, trials)
-
-
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> optuna.Study:
-    objective = make(write_files(tmp_path_factory.mktemp("search")), per_epoch=2)
-    study = optuna.create_study(direction="minimize", sampler=optuna.samplers.RandomSampler(seed=1), study_name="s")
-    study.optimize(objective, n_trials=3)
-    return study
-
-
-def test_a_recording_holds_what_the_study_reported(searched: optuna.Study, tmp_path: Path) -> None:
-    found = record_study(searched, "small", 2, 2, 2, rows=40)
-    assert (found.direction, found.n_steps, found.about) == ("minimize", 8, {"rows": 40})
-    for curve, trial in zip(found.trials, searched.trials, strict=True):
-        assert curve.values == pytest.approx(list(trial.intermediate_values.values()), abs=1e-6)
-        assert curve.value == trial.value
-        assert curve.params == trial.params
-        assert all(a >= b >= 0 for a, b in zip(curve.seconds, curve.validation, strict=True))
-        assert 0 < sum(curve.seconds) <= trial.duration.total_seconds()
-    assert found.best == searched.best_value
-    found.save(tmp_path / "small.json")
-    assert Recording.load(tmp_path / "small.json") == found
-
-
-def test_a_coarser_recording_is_that_of_fewer_reports(searched: optuna.Study) -> None:
-    fine = record_study(searched, "small", 2, 2, 2)
-    coarse = fine.coarser(1)
-    for curve, once in zip(fine.trials, coarse.trials, strict=True):
-        assert once.values == curve.values[1::2]
-        assert sum(once.seconds) == pytest.approx(sum(curve.seconds) - sum(curve.validation[0::2]))
-    with pytest.raises(StudyError, match="does not divide"):
-        fine.coarser(3)
-
-
-def test_what_cannot_be_recorded(searched: optuna.Study, tmp_path: Path) -> None:
-    pruned = optuna.create_study()
-    pruned.add_trial(optuna.trial.create_trial(state=TrialState.PRUNED, intermediate_values={1: 0.5}))
-    with pytest.raises(StudyError, match="was pruned: record a search without pruning"):
-        record_study(pruned, "p", 1, 2, 1)
-    old = optuna.create_study()
-    old.add_trial(optuna.trial.create_trial(value=0.5))
-    with pytest.raises(StudyError, match="no record of its seconds"):
-        record_study(old, "o", 1, 2, 1)
-    with pytest.raises(StudyError, match="expected a recording of schema version"):
-        Recording.load(tmp_path / "missing.json")
-    (tmp_path / "other.json").write_text(json.dumps({"schema_version": 99}))
-    with pytest.raises(StudyError, match="expected a recording of schema version"):
-        Recording.load(tmp_path / "other.json")
 
 
 def test_a_trial_that_ended_by_a_nan_is_recorded_and_replayed() -> None:
@@ -135,8 +85,6 @@ def test_a_replay_equals_a_real_study(name: Any) -> None:
 
 
 def test_a_replay_of_asha_equals_a_plain_version_of_the_paper() -> None:
-    from tests.hpo.pruning.test_asha import plain_halving
-
     recording = sample_curves(40, STEPS)
     order = list(range(40))
     random.Random(1).shuffle(order)
