@@ -9,9 +9,10 @@ from typing import Any
 
 import optuna
 from optuna.pruners import BasePruner, MedianPruner
+from replay_figures import share_to_reach
 
 from lightning_bge.hpo.forecast.recording import Recording
-from lightning_bge.hpo.forecast.replay import Policy, policy_of, replay_pruned, share_to_reach
+from lightning_bge.hpo.forecast.replay import Policy, policy_of, replay_pruned
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.pruning.pruners import FoldEndPruner, StartupTrialsPruner, WarmupPruner
 from lightning_bge.hpo.steps import Steps

@@ -22,18 +22,10 @@ import numpy as np
 import optuna
 from common import git_commit, markdown_table, versions
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner
+from replay_figures import mean_regret, oracle, regret, share_to_reach
 
 from lightning_bge.hpo.forecast.recording import Recording
-from lightning_bge.hpo.forecast.replay import (
-    Policy,
-    Replay,
-    mean_regret,
-    oracle,
-    policy_of,
-    regret,
-    replay_pruned,
-    share_to_reach,
-)
+from lightning_bge.hpo.forecast.replay import Policy, Replay, policy_of, replay_pruned
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.runtime.run_folder import write_json, write_text

@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from optuna.pruners import NopPruner
 
 from lightning_bge.hpo.forecast.preview import sample_curves
-from lightning_bge.hpo.forecast.recording import Recording
+from lightning_bge.hpo.forecast.recording import Curve, Recording
+from lightning_bge.hpo.forecast.replay import Replay, replay_pruned
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Steps
 from tests.helpers.paths import ROOT
@@ -75,6 +79,43 @@ def test_the_whole_table_on_simulated_curves(tmp_path: Path, monkeypatch: pytest
     text = out.with_suffix(".md").read_text()
     assert "Chosen with one search left out" in text
     assert "| asha" in text
+
+
+def by_hand(values: list[list[float]], seconds: float = 1.0, direction: Any = "maximize") -> Recording:
+    n = len(values[0])
+    trials = tuple(
+        Curve(number, {}, row[-1], tuple(row), (seconds,) * n, (0.0,) * n) for number, row in enumerate(values)
+    )
+    return Recording("hand", direction, 1, n, 1, {}, trials)
+
+
+def test_figures_of_a_replay_by_hand() -> None:
+    from replay_figures import mean_regret, oracle, regret, share_to_reach
+
+    recording = by_hand([[0.5] * 2, [0.992] * 2, [1.0] * 2, [0.2] * 2])
+    run = replay_pruned(recording, NopPruner(), [0, 1, 2, 3])
+    assert run == Replay(8.0, ((2.0, 0.5), (4.0, 0.992), (6.0, 1.0), (8.0, 0.2)), (2, 2, 2, 2), (0, 1, 2, 3))
+    assert share_to_reach(recording, run) == 0.5
+    assert share_to_reach(recording, run, within=0.001) == 0.75
+    assert [regret(recording, run, at) for at in (1, 2, 4, 9)] == pytest.approx([1.0, 0.5, 0.008, 0.0])
+    assert mean_regret(recording, run) == pytest.approx((2 * 1.0 + 2 * 0.5 + 2 * 0.008) / 8)
+    known = oracle(recording, [0, 1, 2, 3])
+    assert known.steps == (2, 2, 2, 0)
+    assert known.seconds == 6.0
+    nothing = Replay(1.0, (), (1,), (0,))
+    assert share_to_reach(recording, nothing) is None
+    assert mean_regret(recording, nothing) == 1.0
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_the_mean_regret_is_the_integral_of_the_regret(direction: Any) -> None:
+    from replay_figures import mean_regret, regret
+
+    values = np.random.default_rng(0).uniform(0.5, 1.5, (12, 3)).tolist()
+    recording = by_hand(values, 2.0, direction)
+    run = replay_pruned(recording, NopPruner(), list(range(12)))
+    at = (np.arange(7200) + 0.5) / 100
+    assert mean_regret(recording, run) == pytest.approx(np.mean([regret(recording, run, x) for x in at]))
 
 
 def test_rows_of_the_recorded_searches_are_drawn_with_a_fixed_seed(tmp_path: Path) -> None:

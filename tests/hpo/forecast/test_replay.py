@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pytest
 from optuna.pruners import NopPruner
@@ -14,16 +13,7 @@ from optuna.trial import TrialState
 
 from lightning_bge.hpo.forecast.preview import sample_curves
 from lightning_bge.hpo.forecast.recording import Curve, Recording, record_study
-from lightning_bge.hpo.forecast.replay import (
-    Replay,
-    mean_regret,
-    oracle,
-    policy_of,
-    regret,
-    replay_asha,
-    replay_pruned,
-    share_to_reach,
-)
+from lightning_bge.hpo.forecast.replay import policy_of, replay_asha, replay_pruned
 from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.asha_scheduler import AshaScheduler
 from lightning_bge.hpo.pruning.asha_trials import PAUSED_AT, RESUMES, parameter_set_of
@@ -100,31 +90,6 @@ def test_a_replay_of_asha_has_a_complete_trial_even_where_none_is_in_the_top_sha
     run = replay_asha(by_hand([[0.1] * 4, [0.2] * 4]), [1], 4, [0, 1])
     assert run.steps == (1, 4)
     assert run.found == ((5.0, 0.2),)
-
-
-def test_figures_of_a_replay_by_hand() -> None:
-    recording = by_hand([[0.5] * 2, [0.992] * 2, [1.0] * 2, [0.2] * 2])
-    run = replay_pruned(recording, NopPruner(), [0, 1, 2, 3])
-    assert run == Replay(8.0, ((2.0, 0.5), (4.0, 0.992), (6.0, 1.0), (8.0, 0.2)), (2, 2, 2, 2), (0, 1, 2, 3))
-    assert share_to_reach(recording, run) == 0.5
-    assert share_to_reach(recording, run, within=0.001) == 0.75
-    assert [regret(recording, run, at) for at in (1, 2, 4, 9)] == pytest.approx([1.0, 0.5, 0.008, 0.0])
-    assert mean_regret(recording, run) == pytest.approx((2 * 1.0 + 2 * 0.5 + 2 * 0.008) / 8)
-    known = oracle(recording, [0, 1, 2, 3])
-    assert known.steps == (2, 2, 2, 0)
-    assert known.seconds == 6.0
-    nothing = Replay(1.0, (), (1,), (0,))
-    assert share_to_reach(recording, nothing) is None
-    assert mean_regret(recording, nothing) == 1.0
-
-
-@pytest.mark.parametrize("direction", ["maximize", "minimize"])
-def test_the_mean_regret_is_the_integral_of_the_regret(direction: Any) -> None:
-    values = np.random.default_rng(0).uniform(0.5, 1.5, (12, 3)).tolist()
-    recording = by_hand(values, 2.0, direction)
-    run = replay_pruned(recording, NopPruner(), list(range(12)))
-    at = (np.arange(7200) + 0.5) / 100
-    assert mean_regret(recording, run) == pytest.approx(np.mean([regret(recording, run, x) for x in at]))
 
 
 def test_nans_in_a_replay_of_asha_end_trials_as_in_a_study(tmp_path: Path) -> None:
