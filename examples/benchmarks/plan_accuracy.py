@@ -78,7 +78,7 @@ def options(given: argparse.Namespace, folds: int, rows: float, seed: int, prune
 
 def run(command: str, flags: list[str]) -> tuple[float, float, list[tuple[float, str]]]:
     """Run the program; when it began and ended, and each line of its output with the time at which it came."""
-    words = [sys.executable, "-m", "lightning_bge.cli.main", command, *flags]
+    words = [sys.executable, "-m", "lightning_bge.cli", command, *flags]
     began, lines = time.time(), []
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as one:
         assert one.stdout is not None

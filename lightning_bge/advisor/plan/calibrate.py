@@ -87,7 +87,7 @@ def _time_trials(study: ShortStudy, sets: ParameterSets, seconds: float, most: f
         trials.append(TimedTrial(params, size, runs, repeated, data.num_folds))
         if len(trials) == 1:  # the seconds of a step are known from here on
             kinds = len({repr(features(params, sets.space)) for params in chosen})
-            study.steps = trials[0].short_epoch(took, (seconds - took) / (max(3, kinds) - 1))
+            study.shorten_epochs(trials[0].short_epoch(took, (seconds - took) / (max(3, kinds) - 1)))
     return trials, out_of_memory
 
 

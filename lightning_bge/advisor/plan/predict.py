@@ -129,11 +129,11 @@ def _simulate(scenario: Scenario, costs: StudyCosts, curves: LearningCurves, ran
     values = values + random.normal(0, 1e-3 * (float(values.std()) + 1e-9), (count, 1))
     if pruner.name == "asha":
         return simulate_asha(at, pruner.reduction_factor, n_trials, values, durations, scenario.workers)
-    return _without_pauses(durations, _pruned_reports(scenario, values, random), scenario.workers)
+    return _without_pauses(durations, _pruned_steps(scenario, values, random), scenario.workers)
 
 
-def _pruned_reports(scenario: Scenario, values: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Number of reports of each trial under one of Optuna's pruners, int [N].
+def _pruned_steps(scenario: Scenario, values: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Number of steps of each trial under one of Optuna's pruners, int [N].
 
     Of many trials only the first `SIMULATED` are run with the pruner. The others are drawn from their second half.
     """
@@ -149,7 +149,7 @@ def _pruned_reports(scenario: Scenario, values: np.ndarray, random: np.random.Ge
 
 
 def _without_pauses(durations: Durations, made: np.ndarray, workers: int, share: float = 1.0) -> Outcome:
-    """Trials that make so many reports without a pause, and take this share of their seconds."""
+    """Trials that make so many steps without a pause, and take this share of their seconds."""
     spent = np.cumsum(durations.steps, axis=1)[np.arange(len(made)), made - 1]
     seconds = (durations.start[: len(made)] + spent) * share
     wall = schedule(seconds.tolist(), workers)

@@ -148,7 +148,8 @@ class ShortStudy:
         folder: of the temporary study; files are written into it.
 
     Attributes:
-        steps: optimizer steps of a short epoch.
+        build: makes the objects of a trial in full size.
+        refit: whether the planned study refits a model at its end.
         timer: has the steps of the last run.
     """
 
@@ -161,23 +162,23 @@ class ShortStudy:
         encoder: EncoderCache,
         folder: Path,
     ) -> None:
-        self.build, self.encoder, self.folder, self.refit = build, encoder, folder / "study", hpo.refit
-        self.steps, self.timer, self._observer = 2, StepTimer(), _Observer()
-        self._pauses = hpo.pruner.name == "asha"
+        self.build, self.refit, self._encoder, self._folder = build, hpo.refit, encoder, folder / "study"
+        self.timer, self._observer = StepTimer(), _Observer()
+        self._steps, self._pauses = 2, hpo.pruner.name == "asha"
         # one epoch before a pause and two after it, so that one epoch follows another
         self._epochs = 3 if self._pauses else 2
         pruner = PrunerConfig("asha", 1000, min_resource=1) if self._pauses else PrunerConfig("none")
         config = StudyConfig(MANY, hpo.space, pruner=pruner, sampler="random", seed_replicates=0)
         options = {"monitor.metric": "loss", "monitor.objective": objective}  # read by the report
         steps = Steps(1, self._epochs)
-        self._study = open_study(self.folder, config, "minimize", steps, options)
+        self._study = open_study(self._folder, config, "minimize", steps, options)
         self._monitor = MonitorConfig("loss", objective)  # other metrics may be NaN where few rows miss a class
         self._objective = Objective(
             build=self.shorten,
             space=parse_space(hpo.space),
             monitor=self._monitor,
             steps=steps,
-            files=TrialFiles(self.folder / "oof", self.folder / "paused"),
+            files=TrialFiles(self._folder / "oof", self._folder / "paused"),
             n_trials=MANY,
             compile=replace(compile, policy="never") if compile.policy == "auto" else compile,
             encoder=encoder,
@@ -189,12 +190,16 @@ class ShortStudy:
         assert self._observer.found is not None
         return self._observer.found
 
+    def shorten_epochs(self, steps: int) -> None:
+        """Set the optimizer steps of an epoch; 2 until then."""
+        self._steps = steps
+
     def shorten(self, params: dict[str, Any]) -> TrialSetup:
         """Build a trial with short epochs and few rows to validate; the timer starts."""
         self.timer.start()
         setup = self.build(params)
         data = self._data = setup.datamodule
-        limits = {"limit_train_batches": self.steps, "limit_test_batches": 1, "max_epochs": self._epochs}
+        limits = {"limit_train_batches": self._steps, "limit_test_batches": 1, "max_epochs": self._epochs}
         if data.folds:
             data.limit_validation(max(VALIDATED, 2 * data.batch_size))
         else:
@@ -218,16 +223,16 @@ class ShortStudy:
         return tuple(runs)
 
     def _run(self) -> TimedRun:
-        loads, load_s, timer, since = self.encoder.loads, self.encoder.load_seconds, self.timer, _clock()
+        loads, load_s, timer, since = self._encoder.loads, self._encoder.load_seconds, self.timer, _clock()
         self._study.optimize(self._objective, n_trials=1)
-        wall, load_s = _clock() - since, self.encoder.load_seconds - load_s
+        wall, load_s = _clock() - since, self._encoder.load_seconds - load_s
         began, ready, first, last, ended = timer.began, timer.ready, timer.first, timer.last, timer.ended
         if ready is None or first is None or ended is None:  # it ran out of memory before the first step
             ready, first, last, ended = began, began, began, began
         return TimedRun(
             wall,
             load_s,
-            self.encoder.loads > loads,
+            self._encoder.loads > loads,
             ready - began - load_s,
             first - ready,
             last - first,
@@ -241,9 +246,9 @@ class ShortStudy:
         """End the study as the planned one ends, and return the seconds; the timer has its refit and its test."""
         since = _clock()
         finish_study(
-            self._study, self.folder, build=self.shorten, monitor=self._monitor, epochs=self._epochs, refit=self.refit
+            self._study, self._folder, build=self.shorten, monitor=self._monitor, epochs=self._epochs, refit=self.refit
         )
-        write_report(self.folder)
+        write_report(self._folder)
         return _clock() - since
 
     def test_tokens(self) -> int:
