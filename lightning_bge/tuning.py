@@ -2,68 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-import json
-import logging
-import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Unpack
 
 import optuna
-from jsonargparse import Namespace, dict_to_namespace
-from lightning.pytorch import Trainer
-from optuna.distributions import BaseDistribution
 
 from lightning_bge.advisor.report.report import write_report
-from lightning_bge.callbacks.compile.policy import CompileConfig
-from lightning_bge.callbacks.micro_batch.finder import MemoryConfig, MicroBatchFinder
 from lightning_bge.data.datamodule import TextDataModule
-from lightning_bge.errors import INTERRUPTED, ConfigError, UserError
-from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.experiment import Experiment
-from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.ranking import CostName, ranked, score_of
+from lightning_bge.hpo.ranking import ranked, score_of
 from lightning_bge.hpo.run import run_hpo
-from lightning_bge.hpo.space.search_space import spec_of
-from lightning_bge.hpo.study import quiet_optuna
-from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.classifier import BGEClassifier
-from lightning_bge.models.metrics import MonitorConfig, check_metric
-from lightning_bge.runtime.dotted_config import LINKS, with_overrides
-from lightning_bge.runtime.nested_config import as_config, as_plain
-from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer
-
-CONFIGS: dict[str, Any] = {
-    "pruner": PrunerConfig,
-    "monitor": MonitorConfig,
-    "compile": CompileConfig,
-    "memory": MemoryConfig,
-}
-SpaceLike = Mapping[str, BaseDistribution | Mapping[str, Any]]
-
-
-class StudyOptions(TypedDict, total=False):
-    """Further options of a study: fields of `StudyConfig`, and the configs of metric, compilation and memory."""
-
-    enqueue: list[dict[str, Any]]
-    pruner: PrunerConfig | dict[str, Any]
-    sampler: Literal["tpe", "random"]
-    sampler_seed: int
-    timeout: float | None
-    val_check_interval: float
-    seed_replicates: int | None
-    cost: CostName | None
-    refit: bool
-    encoder_cache_gb: float | None
-    monitor: MonitorConfig | dict[str, Any]
-    compile: CompileConfig | dict[str, Any]
-    memory: MemoryConfig | dict[str, Any]
+from lightning_bge.templates import SpaceLike, StudyOptions, errors_of_arguments, quiet_libraries, study_of_templates
 
 
 @dataclass(frozen=True)
@@ -162,161 +113,20 @@ def tune(
             message names the argument.
         KeyboardInterrupt: the study was interrupted; finished trials are kept.
     """
-    with _errors_of_arguments(), _quiet_libraries():
-        given = _checked(options)
-        own = {name: given.pop(name, kind()) for name, kind in CONFIGS.items() if name != "pruner"}
-        _check_templates(model, data)
-        grouped = data.hparams["group_column"] is not None
-        metric = check_metric(model.hparams["task"], metric or own["monitor"].metric, grouped)
-        own["monitor"] = replace(own["monitor"], metric=metric)
-        hpo = StudyConfig(n_trials=n_trials, space=_parse(space), **given)
-        template = _Template(model=model, data=data, hpo=hpo, **own)
-        config = template.config(Path(run_dir), seed, {"max_epochs": max_epochs, **(trainer or {})})
-        found = run_hpo(template.experiment(config), hpo)
+    with errors_of_arguments("finished trials are kept: the same call continues the study"), quiet_libraries():
+        experiment, hpo = study_of_templates(
+            model,
+            data,
+            space,
+            run_dir=Path(run_dir),
+            n_trials=n_trials,
+            max_epochs=max_epochs,
+            metric=metric,
+            seed=seed,
+            trainer=trainer,
+            options=options,
+        )
+        found = run_hpo(experiment, hpo)
         if found.summary is not None:
             print(f"  {write_report(Path(run_dir)).name:<14}the whole study on one page, for a browser")
         return TuneResult(found.study, Path(run_dir), found.summary)
-
-
-@dataclass(frozen=True)
-class _Template:
-    """What each trial is made from."""
-
-    model: BGEClassifier
-    data: TextDataModule
-    memory: MemoryConfig
-    monitor: MonitorConfig
-    compile: CompileConfig
-    hpo: StudyConfig
-
-    def config(self, run_dir: Path, seed: int, trainer: Mapping[str, Any]) -> Namespace:
-        """All options, by their dotted names, with the links of the command line followed."""
-        options: dict[str, Any] = {
-            "run_dir": str(run_dir),
-            "seed_everything": seed,
-            "model": copy.deepcopy(dict(self.model.hparams)),
-            "data": copy.deepcopy(dict(self.data.hparams)),
-            "trainer": _trainer_arguments(trainer),
-        }
-        return with_overrides(dict_to_namespace(options), {})
-
-    def experiment(self, config: Namespace) -> Experiment:
-        """The options of the study's trials, and how objects are made of them."""
-        trainer = quiet_trainer(config.as_dict()["trainer"])
-        if trainer.world_size > 1:
-            raise ConfigError(f"trainer: expected devices=1, as a study trains on one device, got {trainer.world_size}")
-        return Experiment(
-            config=config,
-            create=self._create,
-            validate=lambda config: None,  # the constructors check their arguments
-            plain=self._plain,
-            datamodule=self._datamodule(config),
-            monitor=self.monitor,
-            compile=self.compile,
-            memory=self.memory,
-            run_dir=Path(config.run_dir),
-        )
-
-    def _datamodule(self, config: Namespace) -> TextDataModule:
-        return type(self.data)(**config.as_dict()["data"])
-
-    def _create(self, config: Namespace) -> TrialSetup:
-        model, data = type(self.model)(**config.as_dict()["model"]), self._datamodule(config)
-        data.setup("fit")
-        finder = MicroBatchFinder(self.memory, data.cache_dir)
-        trainer = partial(quiet_trainer, config.as_dict()["trainer"], finder)
-        return TrialSetup(model, data, trainer, partial(self._fit_options, config))
-
-    def _fit_options(self, config: Namespace) -> dict[str, Any]:
-        options = self._plain(config)
-        del options["hpo"]
-        return options
-
-    def _plain(self, config: Namespace) -> dict[str, Any]:
-        """What the command line would have as its options: it reads `best.yaml`, and a report shows them."""
-        options = config.as_dict()
-        for _, target in LINKS:
-            *folders, name = target.split(".")
-            section = options
-            for folder in folders:
-                section = section[folder]
-            del section[name]
-        options |= {name: asdict(getattr(self, name)) for name in ("monitor", "compile", "memory", "hpo")}
-        return json.loads(json.dumps(as_plain(options), default=_class_path))
-
-
-def _class_path(value: Any) -> dict[str, str]:
-    return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}"}
-
-
-def _trainer_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of the trainer, with their defaults."""
-    known = {
-        name: parameter.default
-        for kind in (Trainer, BGETrainer)
-        for name, parameter in inspect.signature(kind).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise ConfigError(f"trainer: there is no argument {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    return {**known, **given}
-
-
-def _check_templates(model: Any, data: Any) -> None:
-    for name, value, kind in (("model", model, BGEClassifier), ("data", data, TextDataModule)):
-        if not isinstance(value, kind):
-            raise ConfigError(f"{name}: expected a {kind.__name__}, got {value!r}")
-
-
-def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, with dicts turned into configs."""
-    known = sorted(StudyOptions.__annotations__)
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ConfigError(f"tune: there is no argument {', '.join(unknown)}; further options are {', '.join(known)}")
-    return {
-        name: as_config(CONFIGS[name], value, name) if name in CONFIGS else value for name, value in options.items()
-    }
-
-
-def _parse(space: SpaceLike) -> dict[str, dict[str, Any]]:
-    if not isinstance(space, Mapping):
-        raise ConfigError(
-            "hpo.space: expected a dict from dotted names to distributions of optuna.distributions, got "
-            f"{space!r}. For a condition write a dict like {{'low': 0.5, 'high': 5.0, 'when': {{name: value}}}}"
-        )
-    return {name: dict(spec) if isinstance(spec, Mapping) else spec_of(name, spec) for name, spec in space.items()}
-
-
-@contextmanager
-def _errors_of_arguments() -> Iterator[None]:
-    """Errors that name arguments of `tune`, whose names are those of the command line without `hpo.`."""
-    try:
-        yield
-    except UserError as error:
-        raise type(error)(re.sub(r"\bhpo\.", "", str(error))) from error
-    except SystemExit as stop:
-        # 1 is what Lightning's `fit` makes of Ctrl-C
-        if stop.code in (1, INTERRUPTED):
-            raise KeyboardInterrupt("finished trials are kept: the same call continues the study") from None
-        raise
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Of the libraries' messages only those on which a user can act, for the length of a call."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels, verbosity = [logger.level for logger in loggers], optuna.logging.get_verbosity()
-    try:
-        with warnings.catch_warnings():
-            for pattern in HARMLESS_WARNINGS:
-                warnings.filterwarnings("ignore", pattern)
-            for logger in loggers:
-                logger.setLevel(logging.WARNING)
-            quiet_optuna()
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        optuna.logging.set_verbosity(verbosity)
