@@ -12,10 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bge.models.metrics import Predictions
+from lightning_bge.runtime.compat.torch import copy_all
 
 BUCKET_BYTES = 32 * 2**20  # large enough for the network's full speed, small beside the model
 
@@ -44,9 +44,10 @@ def sum_gradients(parameters: Iterable[nn.Parameter], idle: bool) -> None:
             if somewhere and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
     for bucket in _buckets([parameter.grad for parameter in trained if parameter.grad is not None]):
-        flat = _flatten_dense_tensors(bucket)
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
         dist.all_reduce(flat)
-        torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        copy_all(bucket, [part.view_as(gradient) for part, gradient in zip(parts, bucket, strict=True)])
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -82,7 +82,7 @@ class CheapDropout(nn.Dropout):
     @p.setter
     def p(self, value: float) -> None:
         self._p = float(value)
-        if "rate" not in self._buffers:
+        if not hasattr(self, "rate"):
             self.register_buffer("rate", torch.empty(()), persistent=False)
             # Lightning builds modules under `with device`
             self.host_rate = torch.empty((), dtype=torch.float64, device="cpu")

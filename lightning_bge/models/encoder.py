@@ -25,6 +25,7 @@ from lightning_bge.models.heads import PACKED_HEADS
 from lightning_bge.models.memory_saving.freezing import freeze_layers
 from lightning_bge.models.memory_saving.gradient_checkpointing import set_gradient_checkpointing
 from lightning_bge.models.memory_saving.lora import LoRAConfig, add_lora
+from lightning_bge.runtime.compat.transformers import attention_implementation
 from lightning_bge.types import MicroBatch
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class TextClassifier(nn.Module):
     @property
     def attention(self) -> str:
         """The attention implementation in use, as transformers names it."""
-        return str(self.model.config._attn_implementation)
+        return str(attention_implementation(self.model))
 
     @property
     def max_positions(self) -> int:

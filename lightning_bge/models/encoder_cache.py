@@ -16,6 +16,7 @@ from lightning_bge.models.encoder import TextClassifier, load_classifier
 from lightning_bge.models.memory_saving.freezing import freeze_layers
 from lightning_bge.models.memory_saving.gradient_checkpointing import set_gradient_checkpointing
 from lightning_bge.models.memory_saving.lora import LoRAConfig
+from lightning_bge.runtime.compat.torch import copy_all
 from lightning_bge.runtime.memory import limits, register_cache, release
 
 # Of the host's memory. An encoder in training takes five times its weights and its activations: the weights and their
@@ -192,7 +193,7 @@ class _Warm:
         if self.weights[0].device != device:
             self.weights = [weight.to(device) for weight in self.weights]
         with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.weights)
+            copy_all(self.parameters, self.weights)
         for parameter, trained in zip(self.parameters, self.trained, strict=True):
             parameter.grad, parameter.requires_grad = None, trained
         self.net.train()

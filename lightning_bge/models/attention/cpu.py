@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_bge.models.dropout import keep_bits, keep_scale, masked
+from lightning_bge.runtime.compat.torch import softmax_backward
 
 
 class CpuAttention(torch.autograd.Function):
@@ -44,7 +45,7 @@ class CpuAttention(torch.autograd.Function):
         for a, b, raw, soft in zip(*parts, strict=True):
             torch.bmm(a, b.transpose(1, 2), out=raw)
             _hide(raw, window)
-            torch._softmax(raw, -1, False, out=soft)
+            torch.softmax(raw, -1, out=soft)
         bits = keep_bits(len(weights), dropout, weights.dtype) if dropout > 0 else None
         used = weights if bits is None else masked(weights, bits, out=scores)
         output = torch.empty_like(q)
@@ -72,7 +73,7 @@ class CpuAttention(torch.autograd.Function):
             d_v *= keep_scale(ctx.dropout)
         parts = (_by_head(q, asked), _by_head(k, lengths), _flat(weights, shapes), _flat(d_weights, shapes))
         for a, b, soft, d_soft, d_a, d_b in zip(*parts, _by_head(d_q, asked), _by_head(d_k, lengths), strict=True):
-            d_scores = torch._softmax_backward_data(d_soft, soft, -1, soft.dtype)
+            d_scores = softmax_backward(d_soft, soft, -1, soft.dtype)
             d_a.copy_(torch.bmm(d_scores, b))
             d_b.copy_(torch.bmm(d_scores.transpose(1, 2), a))
         return d_q.mul_(ctx.scale), d_k, d_v, None, None, None, None

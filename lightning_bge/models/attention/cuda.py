@@ -18,19 +18,10 @@ from torch import Tensor
 
 from lightning_bge.models.attention.cpu import window_mask
 from lightning_bge.models.attention.packing import Packing
+from lightning_bge.runtime.compat.torch import flash_attention_backward, flash_attention_forward, has_flash_attention
 
 # What the flash kernels' backward takes on every GPU that has them; the forward goes up to 256.
 FLASH_HEAD_DIM = 192
-
-_FORWARD_POSITIONAL = (
-    *("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k"),
-    *("dropout_p", "is_causal", "return_debug_mask"),
-)
-_FORWARD_KEYWORDS = ("scale", "window_size_left", "window_size_right")
-_BACKWARD_POSITIONAL = (
-    *("grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k"),
-    *("dropout_p", "is_causal", "rng_state", "unused"),
-)
 
 
 @dataclass(frozen=True)
@@ -55,25 +46,9 @@ def capabilities(device: torch.device) -> Capabilities:
     nvidia = device.type == "cuda" and torch.version.hip is None
     return Capabilities(
         compute=torch.cuda.get_device_capability(device) if nvidia else (0, 0),
-        flash=_has_signature("_flash_attention_forward", _FORWARD_POSITIONAL, _FORWARD_KEYWORDS, returns=5)
-        and _has_signature("_flash_attention_backward", _BACKWARD_POSITIONAL, _FORWARD_KEYWORDS, returns=3),
+        flash=has_flash_attention(),
         varlen=find_spec("torch.nn.attention.varlen") is not None,
         nested=hasattr(torch.nested, "nested_tensor_from_jagged"),
-    )
-
-
-def _has_signature(name: str, positional: tuple[str, ...], keywords: tuple[str, ...], returns: int) -> bool:
-    """Whether an operator takes these arguments, in this order, and needs no others."""
-    operator = getattr(torch.ops.aten, name, None)
-    if operator is None or "default" not in operator.overloads():
-        return False
-    schema = operator.default._schema
-    first, others = schema.arguments[: len(positional)], schema.arguments[len(positional) :]
-    return (
-        tuple(argument.name for argument in first) == positional
-        and {argument.name for argument in others} >= set(keywords)
-        and all(argument.has_default_value() for argument in others)
-        and len(schema.returns) == returns
     )
 
 
@@ -109,7 +84,7 @@ def flash(
     `varlen_attn` wraps this very operator in Python, without dropout: its calls cost the host several times as long,
     which counts where a step of a small encoder lasts milliseconds.
     """
-    return torch.ops.aten._flash_attention_forward.default(
+    return flash_attention_forward(
         q, k, v, *_places(q, k, packing), dropout, False, False, **_options(scale, _reach(window))
     )[0]
 
@@ -199,7 +174,7 @@ def _flash_at_rate(
     q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, rate: Tensor, *numbers: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     max_q, max_k, scale, reach = numbers
-    return torch.ops.aten._flash_attention_forward.default(
+    return flash_attention_forward(
         q, k, v, starts_q, starts_k, max_q, max_k, rate.item(), False, False, **_options(scale, reach)
     )[:3]
 
@@ -221,7 +196,7 @@ def _flash_at_rate_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, rng_state: Tensor, *places: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     starts_q, starts_k, rate, max_q, max_k, scale, reach = places
-    return torch.ops.aten._flash_attention_backward.default(
+    return flash_attention_backward(
         *(grad, q, k, v, out, logsumexp, starts_q, starts_k, max_q, max_k, rate.item(), False, rng_state),
         q.new_empty(0),
         **_options(scale, reach),

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_bge.errors import ConfigError
-
-RECOMPUTE = partial(checkpoint, use_reentrant=False)
+from lightning_bge.runtime.compat.transformers import set_recomputed
 
 
 def supports_gradient_checkpointing(net: nn.Module) -> bool:
@@ -29,9 +25,6 @@ def set_gradient_checkpointing(net: nn.Module, on: bool) -> None:
     Costs one more forward pass (Chen et al., arXiv:1604.06174); gradients stay the same, with dropout as well. It may
     be switched between any two training steps.
 
-    Done through the flag of transformers' layers. Its `gradient_checkpointing_enable` would also make the embeddings'
-    output need a gradient, so that frozen layers would keep activations.
-
     A layer that torch.compile compiles is recomputed as part of its graph. Where the graph breaks within the layer, as
     it does around packed attention on a CPU, torch runs the whole layer eager as long as this is on.
 
@@ -49,8 +42,7 @@ def set_gradient_checkpointing(net: nn.Module, on: bool) -> None:
             "set it to false"
         )
     for layer in layers:
-        layer._gradient_checkpointing_func = RECOMPUTE
-        layer.gradient_checkpointing = on
+        set_recomputed(layer, on)
 
 
 def _layers(net: nn.Module) -> list[GradientCheckpointingLayer]:

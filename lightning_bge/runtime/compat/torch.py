@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree
 
@@ -142,3 +142,58 @@ def compare_and_set(key: str, expected: str, desired: str) -> str:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store().compare_set(key, expected, desired).decode()
+
+
+# ---------------------------------------------------------------------- tensors and kernels
+
+softmax_backward: Callable[[Tensor, Tensor, int, torch.dtype], Tensor] = torch._softmax_backward_data
+"""Gradient of the weights, the weights, dimension, dtype -> gradient of the scores. The public softmax has it in its
+graph alone, which attention with a backward pass of its own does not record."""
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy each source into its target, on a GPU in few kernels; the public call would be one kernel a tensor."""
+    torch._foreach_copy_(targets, sources)
+
+
+def _operator(name: str) -> Any:
+    packet = getattr(torch.ops.aten, name, None)
+    return packet.default if packet is not None and "default" in packet.overloads() else None
+
+
+flash_attention_forward = _operator("_flash_attention_forward")
+"""The flash kernel over packed sequences, with dropout; None where this torch has none. The public
+`torch.nn.attention.varlen.varlen_attn` calls it without dropout. Call it only if `has_flash_attention()`."""
+flash_attention_backward = _operator("_flash_attention_backward")
+"""Its derivative."""
+
+FORWARD_ARGUMENTS = (
+    *("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k"),
+    *("dropout_p", "is_causal", "return_debug_mask"),
+)
+BACKWARD_ARGUMENTS = (
+    *("grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k"),
+    *("dropout_p", "is_causal", "rng_state", "unused"),
+)
+FLASH_OPTIONS = ("scale", "window_size_left", "window_size_right")
+
+
+def has_flash_attention() -> bool:
+    """Whether both flash operators have the arguments that they are called with."""
+    return _has_signature(flash_attention_forward, FORWARD_ARGUMENTS, returns=5) and _has_signature(
+        flash_attention_backward, BACKWARD_ARGUMENTS, returns=3
+    )
+
+
+def _has_signature(operator: Any, positional: tuple[str, ...], returns: int) -> bool:
+    """Whether an operator takes these arguments, in this order, and needs no others but `FLASH_OPTIONS`."""
+    if operator is None:
+        return False
+    schema = operator._schema
+    first, others = schema.arguments[: len(positional)], schema.arguments[len(positional) :]
+    return (
+        tuple(argument.name for argument in first) == positional
+        and {argument.name for argument in others} >= set(FLASH_OPTIONS)
+        and all(argument.has_default_value() for argument in others)
+        and len(schema.returns) == returns
+    )

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+RECOMPUTE = partial(checkpoint, use_reentrant=False)
 
 
 def attention_implementation(model: Any) -> str | None:
@@ -11,3 +17,13 @@ def attention_implementation(model: Any) -> str | None:
     `set_attn_implementation` is public, but nothing public reads what was set.
     """
     return getattr(model.config, "_attn_implementation", None)
+
+
+def set_recomputed(layer: GradientCheckpointingLayer, on: bool) -> None:
+    """Compute a layer again in the backward pass, or keep its activations.
+
+    The public `gradient_checkpointing_enable` of a model would also make the embeddings' output need a gradient, so
+    that frozen layers would keep activations.
+    """
+    layer._gradient_checkpointing_func = RECOMPUTE
+    layer.gradient_checkpointing = on

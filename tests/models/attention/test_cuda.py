@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
-from lightning_bge.models.attention import cuda as attention_cuda
 from lightning_bge.models.attention import packed as attention
 from lightning_bge.models.attention.cuda import (
     Capabilities,
@@ -29,6 +28,7 @@ from lightning_bge.models.attention.cuda import (
 from lightning_bge.models.attention.packed import Kind, backends_in_use, choose_backend, packed_attention
 from lightning_bge.models.attention.packing import Packing
 from lightning_bge.models.dropout import CheapDropout, use_cheap_dropout
+from lightning_bge.runtime.compat import torch as compat
 
 LENGTHS = (7, 5, 5, 5, 1)
 HEADS, DIM = 2, 8
@@ -168,10 +168,10 @@ def test_this_torch_has_what_is_called() -> None:
 
 
 def test_an_operator_that_asks_for_more_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_cuda, "_FORWARD_POSITIONAL", ("query", "key", "something_new"))
+    monkeypatch.setattr(compat, "FORWARD_ARGUMENTS", ("query", "key", "something_new"))
     assert not capabilities(CPU).flash
     monkeypatch.undo()
-    monkeypatch.setattr(attention_cuda, "_FORWARD_KEYWORDS", ("scale", "gone"))
+    monkeypatch.setattr(compat, "FLASH_OPTIONS", ("scale", "gone"))
     assert not capabilities(CPU).flash
 
 

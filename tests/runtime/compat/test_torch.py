@@ -130,3 +130,29 @@ def test_a_module_wrapped_by_torch_compile_is_unwrapped() -> None:
     needs(wrapped, "_orig_mod")
     assert compat.uncompiled(wrapped) is layer
     assert compat.uncompiled(layer) is layer
+
+
+# ---------------------------------------------------------------------- tensors and kernels
+
+
+def test_the_derivative_of_softmax_is_that_of_autograd() -> None:
+    needs(torch, "_softmax_backward_data")
+    scores = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    weights, gradient = scores.softmax(-1), torch.randn(3, 4, 5, dtype=torch.float64)
+    [expected] = torch.autograd.grad(weights, scores, gradient)
+    torch.testing.assert_close(compat.softmax_backward(gradient, weights.detach(), -1, torch.float64), expected)
+
+
+def test_tensors_are_copied_into_their_targets() -> None:
+    needs(torch, "_foreach_copy_")
+    targets, sources = [torch.zeros(2, 3), torch.zeros(4)], [torch.randn(2, 3), torch.randn(4)]
+    compat.copy_all(targets, sources)
+    assert all(torch.equal(target, source) for target, source in zip(targets, sources, strict=True))
+
+
+def test_the_flash_operators_have_the_arguments_that_they_are_called_with() -> None:
+    for name in ("_flash_attention_forward", "_flash_attention_backward"):
+        needs(torch.ops.aten, name)
+        needs(getattr(torch.ops.aten, name).default, "_schema")
+    found = "torch.ops.aten._flash_attention_forward and _backward with the arguments of `FORWARD_ARGUMENTS`"
+    assert compat.has_flash_attention(), MISSING.format(torch.__version__, found)
