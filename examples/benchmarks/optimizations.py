@@ -6,7 +6,7 @@
 Each optimization is a short training of MiniLM-L6 on the first pairs of RTE, once without it and once with it: a
 warm-up step, then the timed steps. The two sides take turns in one process, in the opposite order in every second
 round. Pruning is replayed from the studies recorded in docs/benchmarks/curves. Optimizations that this machine does
-not support are listed with the reason. Number of threads: OMP_NUM_THREADS. Run nothing else meanwhile.
+not support are listed with the reason. Number of threads: OMP_NUM_THREADS. Run nothing else.
 
 A machine with CUDA fills the GPU columns. The tables of `docs/optimizations.md` are written from both records.
 """
@@ -45,7 +45,7 @@ from optimizations_training import (
 
 DOCS = Path(__file__).parents[2] / "docs"
 RECORDS = {"CPU": DOCS / "benchmarks" / "optimizations.json", "GPU": DOCS / "benchmarks" / "optimizations_gpu.json"}
-SEARCHES = "searches"
+PRUNING = "pruning"
 ROWS = 256  # pairs of RTE to draw from, or as many as the steps need
 Side = Callable[[ShortTraining], float]
 
@@ -93,7 +93,7 @@ OPTIMIZATIONS = {
         partial(step, precision="32-true", tf32=True),
         "TF32 needs a CUDA device",
     ),
-    "fused": Optimization("fused AdamW", "5-10 %", ("a parameter at a time", "fused"), partial(step, adamw=LOOP), step),
+    "fused": Optimization("fused AdamW", "5-10 %", ("loop over parameters", "fused"), partial(step, adamw=LOOP), step),
     "fused_foreach": Optimization("fused AdamW", "5-10 %", ("foreach", "fused"), partial(step, adamw=FOREACH), step),
     "set_to_none": Optimization(
         "zero_grad(set_to_none=True)", "2-5 %", ("filled with zeros", "None"), partial(step, fill_zeros=True), step
@@ -205,12 +205,12 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile-limit", type=float, default=120.0, help="seconds a layer (default: 120)")
     parser.add_argument("--orders", type=int, default=100, help="of a replayed study (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42)
-    known = ", ".join([*OPTIMIZATIONS, SEARCHES])
+    known = ", ".join([*OPTIMIZATIONS, PRUNING])
     parser.add_argument("--only", help=f"measure only these, separated by commas: {known}. Needs its own --out")
     parser.add_argument("--page", help="whose tables are replaced (default: docs/optimizations.md; with --only: none)")
     given = parser.parse_args(args)
     check_shared_arguments(given)
-    unknown = sorted({*(given.only or SEARCHES).split(",")} - {*OPTIMIZATIONS, SEARCHES})
+    unknown = sorted({*(given.only or PRUNING).split(",")} - {*OPTIMIZATIONS, PRUNING})
     if unknown:
         raise SystemExit(f"--only: unknown optimization {', '.join(unknown)}; known: {known}")
     if given.only and not given.out:
@@ -223,7 +223,7 @@ def main(args: list[str] | None = None) -> None:
     given = parse(args)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it logs the hardware on each fit
     machine = "CPU" if given.device == "cpu" else "GPU"
-    asked = given.only.split(",") if given.only else [*OPTIMIZATIONS, SEARCHES]
+    asked = given.only.split(",") if given.only else [*OPTIMIZATIONS, PRUNING]
     names = [name for name in OPTIMIZATIONS if name in asked]
     job = rte_job(given, rows=max(ROWS, (1 + given.steps) * given.pairs), batch=given.pairs)
     with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(sys.stderr):
@@ -237,7 +237,7 @@ def main(args: list[str] | None = None) -> None:
         "rounds": given.rounds,
         "not_measured": unavailable,
         "summary": summarize(runs),
-        "searches": replay(given.orders, given.seed) if SEARCHES in asked else None,
+        "pruning": replay(given.orders, given.seed) if PRUNING in asked else None,
         "runs": runs,
     }
     save(given, machine, record)

@@ -49,9 +49,9 @@ def tables(optimizations: Mapping[str, Row], records: Mapping[str, Record | None
         for name, row in optimizations.items()
     ]
     columns = ["pruning", "expected", "study", "whole study", "until within 1 % of the best", "reached"]
-    searches = next((record["searches"] for record in records.values() if record and record["searches"]), None)
+    studies = next((record["pruning"] for record in records.values() if record and record["pruning"]), None)
     where = [_describe(machine, record) for machine, record in records.items() if record]
-    return "\n\n".join([markdown_table(header, rows), markdown_table(columns, _search_rows(searches)), *where])
+    return "\n\n".join([markdown_table(header, rows), markdown_table(columns, _pruning_rows(studies)), *where])
 
 
 def _step_cells(record: Record | None, name: str) -> tuple[str, str]:
@@ -65,15 +65,15 @@ def _step_cells(record: Record | None, name: str) -> tuple[str, str]:
     return f"**{ratio['of_medians']:.2f}** ({low:.2f} to {high:.2f})", f"{found['without']:.3g} / {found['with']:.3g}"
 
 
-def _search_rows(searches: dict[str, Any] | None) -> list[tuple[str, ...]]:
+def _pruning_rows(studies: dict[str, Any] | None) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name, (expected, _) in PRUNERS.items():
-        if searches is None:
+        if studies is None:
             rows.append((name, expected, "", NOT_YET, "", ""))
             continue
-        for search, values in searches[name].items():
+        for study, values in studies[name].items():
             spans = (_span(values["whole"]), _span(values["to_reach"]), f"{values['reached']:.0%}")
-            rows.append((name, expected, search, *spans))
+            rows.append((name, expected, study, *spans))
     return rows
 
 

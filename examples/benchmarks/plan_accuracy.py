@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python examples/benchmarks/plan_accuracy.py --data FOLDER
 
-Each study is `lightning-bge plan`, then `lightning-bge hpo`, each in a process of its own; run nothing else meanwhile.
+Each study is `lightning-bge plan`, then `lightning-bge hpo`, each in its own process; run nothing else.
 First studies without pruning, then with the default pruner and other seeds. Compared with the wall time of the whole
 command, from the start of its process to its end, are the plan's hours and their interval; for pruned studies also
 what the plan's measurement gives for the reports that the trials really made; and the time left that was printed when
@@ -146,7 +146,7 @@ def seconds_of(
     steps, sign = history.steps, 1.0 if history.goal.direction == "maximize" else -1.0
     total = calibration.start + calibration.first_trial + calibration.end + calibration.refit_epoch * refit_epochs
     at = rungs(pruner, steps)[0] if pruner.name == "asha" else []
-    points = len({trial.number for trial in history.trials if trial.resumes is None})
+    parameter_sets = len({trial.number for trial in history.trials if trial.resumes is None})
     halving = Halving(len(at), pruner.reduction_factor)
     for trial in history.trials:
         cost = calibration.cost(trial.params, space, steps.epochs)
@@ -159,7 +159,7 @@ def seconds_of(
             if start < step <= end:
                 halving.add(trial.number, rung, sign * trial.values[step], paused=True)
                 paused = trial.outcome in ("paused", "resumed") and step == end
-                written = paused and halving.can_be_resumed(trial.number, points)
+                written = paused and halving.can_be_resumed(trial.number, parameter_sets)
                 total += (written and step % steps.per_fold > 0) * cost.pause
     return total
 

@@ -84,7 +84,7 @@ def test_from_the_command_line_to_the_page(
     ]  # whose workers take seconds to start
     sizes = ["--rounds", "1", "--steps", "1", "--pairs", "4", "--orders", "2", "--device", "cpu"]
     files = ["--model", str(folder / "model"), "--data", str(folder), "--out", str(out), "--page", str(page)]
-    optimizations.main([*files, *sizes, "--only", ",".join([*names, "searches"])])
+    optimizations.main([*files, *sizes, "--only", ",".join([*names, "pruning"])])
 
     record, text = json.loads(out.read_text()), page.read_text()
     assert record["hardware"]["cores"] >= 1
@@ -254,7 +254,7 @@ def test_persistent_workers_are_switched(folder: Path, tmp_path: Path, monkeypat
     assert all(one["epochs"] == 2 for one in asked)
 
 
-# ------------------------------------------------------------------ searches
+# ------------------------------------------------------------------ pruning
 
 
 def test_replayed_searches_agree_with_the_table_of_pruners() -> None:
@@ -263,12 +263,12 @@ def test_replayed_searches_agree_with_the_table_of_pruners() -> None:
     found = optimizations_pruning.replay(20, 7)
     table = json.loads((ROOT / "docs" / "benchmarks" / "pruner_replay.json").read_text())["table"]
     rows = {"Hyperband": "hyperband, not between folds", "`asha`": "asha"}
-    for name, searches in found.items():
+    for name, studies in found.items():
         theirs = next((row for start, row in rows.items() if name.startswith(start)), None)
-        for search, values in searches.items():
+        for study, values in studies.items():
             assert len(values["whole"]) == len(values["to_reach"]) == 20
             if theirs is not None:
-                share = table[f"{search}, 1 report an epoch"][theirs]["in_all"]
+                share = table[f"{study}, 1 report an epoch"][theirs]["in_all"]
                 assert median(values["whole"]) == pytest.approx(1 / share, rel=0.1)
 
 
@@ -277,9 +277,9 @@ def test_fold_pruning_ends_trials_between_folds_alone() -> None:
 
     from lightning_bge.hpo.forecast.recording import Recording
 
-    search = Recording.load(optimizations_pruning.CURVES / "trecqa.json").coarser(1)
-    fold = search.epochs
+    study = Recording.load(optimizations_pruning.CURVES / "trecqa.json").coarser(1)
+    fold = study.epochs
     for name, (_, policy) in optimizations_pruning.PRUNERS.items():
-        reports = policy(search)(search, range(len(search.trials)), "order").steps
-        assert min(reports) < search.n_steps
+        reports = policy(study)(study, range(len(study.trials)), "order").steps
+        assert min(reports) < study.n_steps
         assert all(count % fold == 0 for count in reports) is name.startswith("fold pruning")

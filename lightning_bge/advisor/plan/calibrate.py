@@ -200,12 +200,18 @@ class TimedTrial:
             reset: of the cached encoder.
             cold: the first run is the first one of its process.
         """
-        warm = self.runs[1:] if cold and not self.repeated and len(self.runs) > 1 else self.runs
-        fresh, last = warm[0], self.runs[-1]
+        typical = self.runs[1:] if cold and not self.repeated and len(self.runs) > 1 else self.runs
+        fresh, last = typical[0], self.runs[-1]
         # the micro-batch size may be searched in the first run; later ones find it in its cache
-        fold = fresh.build + reset + min(run.start for run in warm) + fmean(self.excess(run) for run in warm) + last.end
+        fold = (
+            fresh.build
+            + reset
+            + min(run.start for run in typical)
+            + fmean(self.excess(run) for run in typical)
+            + last.end
+        )
         return {
-            "start": fmean(run.outside for run in warm),
+            "start": fmean(run.outside for run in typical),
             "fold": fold,
             "epoch": last.between,
             "pause": self.runs[0].end if len(self.runs) > 1 else 0.0,

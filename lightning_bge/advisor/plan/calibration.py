@@ -28,13 +28,13 @@ class ParameterSets:
 
     Attributes:
         space: the search space.
-        points: the parameter sets.
+        params: the parameter sets.
         epochs: of a fold, where they are not searched.
         enqueued: the first so many are tried first, in this order; other trials have random ones.
     """
 
     space: Space
-    points: Sequence[dict[str, Any]]
+    params: Sequence[dict[str, Any]]
     epochs: int
     enqueued: int = 0
 
@@ -151,8 +151,8 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
 def choose_different(sets: ParameterSets, count: int) -> list[dict[str, Any]]:
     """Choose so many parameter sets, the first one and then always the one most different from those chosen."""
     space = sets.space
-    chosen, rest = [sets.points[0]], list(sets.points[1:])
-    near = [distance(features(point, space), features(chosen[0], space)) for point in rest]
+    chosen, rest = [sets.params[0]], list(sets.params[1:])
+    near = [distance(features(params, space), features(chosen[0], space)) for params in rest]
     while rest and len(chosen) < count:
         at = int(np.argmax(near))
         chosen.append(rest.pop(at))

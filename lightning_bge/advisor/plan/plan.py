@@ -56,8 +56,8 @@ def make_plan(experiment: Experiment, hpo: StudyConfig, options: PlanConfig, pro
     steps = Steps(data.num_folds, experiment.most_epochs(space), hpo.reports_per_epoch)
     warnings, pruner = check_study(hpo, steps)
     enqueued = parse_enqueued(hpo.enqueue, space)
-    points = draw_parameter_sets(space, enqueued, DRAWN + len(enqueued))
-    sets = ParameterSets(space, points, experiment.config["trainer.max_epochs"] or steps.epochs, len(enqueued))
+    drawn = draw_parameter_sets(space, enqueued, DRAWN + len(enqueued))
+    sets = ParameterSets(space, drawn, experiment.config["trainer.max_epochs"] or steps.epochs, len(enqueued))
     in_effect, variants, load = None, Variants(), OtherLoad()
     start = process_s * (1 + ENDS)
     if given.step_ms is None:
@@ -140,6 +140,6 @@ def _as_given(size: DataSize, given: GivenFigures, sets: ParameterSets) -> Calib
     train = size.steps * step_s
     validation = train / size.train * size.validation / 3 if given.validation_s is None else given.validation_s
     cost = TrialCost(0.0, 1.0 if given.fold_s is None else given.fold_s, 0.0, train, validation, epochs=sets.epochs)
-    params = sets.points[0]
+    params = sets.params[0]
     trial = MeasuredTrial(params, features(params, sets.space), cost, step_s, train / size.train, 0.0)
     return Calibration((trial,), refit_epoch=train / size.train * size.all, steps=size.steps)

@@ -65,7 +65,7 @@ class StudyCosts:
     @classmethod
     def of(cls, calibration: Calibration, sets: ParameterSets) -> StudyCosts:
         """Estimate the costs of these parameter sets."""
-        trials = [calibration.cost(params, sets.space, sets.epochs) for params in sets.points]
+        trials = [calibration.cost(params, sets.space, sets.epochs) for params in sets.params]
         return cls(trials, calibration, sets.enqueued)
 
     def column(self, name: str) -> np.ndarray:

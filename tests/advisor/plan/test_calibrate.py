@@ -166,8 +166,8 @@ def failing(build: Build, rates: tuple[float, ...]) -> Build:
 
 def test_trials_that_run_out_of_memory_are_counted(tmp_path: Path, clock: Clock) -> None:
     study = study_of(tmp_path, clock, failing(slow_build(tmp_path, clock), (0.0,)))
-    points = [{"lr": 1e-3, "dropout": rate} for rate in (0.0, 0.1, 0.3)]
-    found = calibrate(study, ParameterSets(parse_space(SPACE), points, 2), 1000.0)
+    parameter_sets = [{"lr": 1e-3, "dropout": rate} for rate in (0.0, 0.1, 0.3)]
+    found = calibrate(study, ParameterSets(parse_space(SPACE), parameter_sets, 2), 1000.0)
     assert (len(found.trials), found.out_of_memory) == (2, 1)
 
 

@@ -33,34 +33,34 @@ SPACE = parse_space(
 
 
 def test_hyperparameters_without_effect_on_the_cost_are_no_features() -> None:
-    point = {"model.optimizer.lr": 1e-4, "model.dropout": 0.1, "data.batch_size": 16, "data.max_length": 512}
-    point |= {"model.loss.name": "focal", "model.frozen_layers": 1}
-    found = features(point, SPACE)
+    params = {"model.optimizer.lr": 1e-4, "model.dropout": 0.1, "data.batch_size": 16, "data.max_length": 512}
+    params |= {"model.loss.name": "focal", "model.frozen_layers": 1}
+    found = features(params, SPACE)
     assert set(found) == {"model.dropout", "data.batch_size", "data.max_length", "model.frozen_layers"}
     assert found["model.dropout"] is True
     assert found["data.batch_size"] == 0.0
     assert found["data.max_length"] == 1.0
     assert found["model.frozen_layers"] == 0.25
     assert distance(found, found) == 0
-    other = features(point | {"data.batch_size": 32, "data.max_length": 64, "model.frozen_layers": None}, SPACE)
+    other = features(params | {"data.batch_size": 32, "data.max_length": 64, "model.frozen_layers": None}, SPACE)
     assert distance(found, other) == 3
 
 
 def test_measured_trials_cover_what_decides_the_cost() -> None:
     chosen = choose_different(ParameterSets(SPACE, draw_parameter_sets(SPACE, [], 200), 2), 8)
-    seen = {(point["model.dropout"] > 0, point["data.batch_size"]) for point in chosen}
+    seen = {(params["model.dropout"] > 0, params["data.batch_size"]) for params in chosen}
     assert seen == {(False, 16), (False, 32), (True, 16), (True, 32)}
-    lengths = [features(point, SPACE)["data.max_length"] for point in chosen]
+    lengths = [features(params, SPACE)["data.max_length"] for params in chosen]
     assert min(lengths) < 0.1
     assert max(lengths) > 0.9
 
 
 def test_the_cost_is_that_of_the_most_similar_measured_trials() -> None:
-    points = [{"data.batch_size": size} for size in (16, 32)]
+    parameter_sets = [{"data.batch_size": size} for size in (16, 32)]
     space = parse_space({"data.batch_size": {"choices": [16, 32]}, "trainer.max_epochs": {"low": 1, "high": 5}})
     trials = tuple(
-        MeasuredTrial(point, features(point, space), replace(COST, train=train), 1.0, 0.01, 0.1)
-        for point, train in zip(points, (100.0, 200.0), strict=True)
+        MeasuredTrial(params, features(params, space), replace(COST, train=train), 1.0, 0.01, 0.1)
+        for params, train in zip(parameter_sets, (100.0, 200.0), strict=True)
     )
     known = Calibration(trials)
     assert known.cost({"data.batch_size": 16, "trainer.max_epochs": 3}, space, 9).train == pytest.approx(100, rel=0.02)
