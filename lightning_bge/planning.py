@@ -60,15 +60,12 @@ def plan(
     """
     with errors_of_arguments("nothing is kept"), quiet_libraries():
         experiment, hpo = study_of_templates(
-            model,
-            data,
-            space,
+            *(model, data, space),
             run_dir=Path(run_dir),
             n_trials=n_trials,
-            max_epochs=max_epochs,
             metric=metric,
             seed=seed,
-            trainer=trainer,
+            trainer={"max_epochs": max_epochs, **(trainer or {})},
             options=options,
         )
         if isinstance(config, Mapping) and "given" in config:

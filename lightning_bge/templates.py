@@ -71,13 +71,14 @@ def study_of_templates(
     *,
     run_dir: Path,
     n_trials: int,
-    max_epochs: int,
     metric: str | None,
     seed: int,
-    trainer: Mapping[str, Any] | None,
+    trainer: Mapping[str, Any],
     options: StudyOptions,
 ) -> tuple[Experiment, StudyConfig]:
     """Check the arguments of `tune`, which are described there, and return what the study varies and its options.
+
+    `trainer` has `max_epochs` besides.
 
     Raises:
         ConfigError: an argument is wrong; names of options of the study begin with `hpo.`.
@@ -90,7 +91,7 @@ def study_of_templates(
     own["monitor"] = replace(own["monitor"], metric=metric)
     hpo = StudyConfig(n_trials=n_trials, space=_parse(space), **given)
     template = _Template(model=model, data=data, hpo=hpo, **own)
-    return template.experiment(template.config(run_dir, seed, {"max_epochs": max_epochs, **(trainer or {})})), hpo
+    return template.experiment(template.config(run_dir, seed, trainer)), hpo
 
 
 @dataclass(frozen=True)

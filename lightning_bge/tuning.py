@@ -115,15 +115,12 @@ def tune(
     """
     with errors_of_arguments("finished trials are kept: the same call continues the study"), quiet_libraries():
         experiment, hpo = study_of_templates(
-            model,
-            data,
-            space,
+            *(model, data, space),
             run_dir=Path(run_dir),
             n_trials=n_trials,
-            max_epochs=max_epochs,
             metric=metric,
             seed=seed,
-            trainer=trainer,
+            trainer={"max_epochs": max_epochs, **(trainer or {})},
             options=options,
         )
         found = run_hpo(experiment, hpo)

@@ -59,15 +59,13 @@ def make_plan(experiment: Experiment, hpo: StudyConfig, options: PlanConfig, pro
     drawn = draw_parameter_sets(space, enqueued, DRAWN + len(enqueued))
     sets = ParameterSets(space, drawn, experiment.config["trainer.max_epochs"] or steps.epochs, len(enqueued))
     in_effect, variants, load = None, Variants(), OtherLoad()
-    start = process_s * (1 + ENDS)
     if given.step_ms is None:
         calibration, in_effect, variants = _measure(experiment, hpo, options, sets)
-        calibration = _with_given(replace(calibration, start=start + calibration.start), given)
         warnings += load.warnings()
     else:
-        calibration = replace(_as_given(DataSize.of(data), given, sets), start=start)
-    if given.start_s is not None:
-        calibration = replace(calibration, start=given.start_s)
+        calibration = _as_given(DataSize.of(data), given, sets)
+    start = process_s * (1 + ENDS) + calibration.start if given.start_s is None else given.start_s
+    calibration = replace(calibration, start=start)
     warnings += check_calibration(calibration)
     scenario = Scenario(
         n_trials=hpo.n_trials,
@@ -119,7 +117,7 @@ def _measure(
         encoder.let_go()
         left = max(0.0, options.seconds - found.took)
         variants = measure_variants(experiment.build, found.trials[0], study.in_effect, left)
-    return replace(found, start=start), study.in_effect, variants
+    return _with_given(replace(found, start=start), options.given), study.in_effect, variants
 
 
 def _with_given(calibration: Calibration, given: GivenFigures) -> Calibration:
