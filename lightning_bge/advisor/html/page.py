@@ -162,16 +162,15 @@ def meter(share: float) -> Raw:
     return Raw(f'<span>{share:.0%}<span class="meter"><i style="width:{width:.1f}%"></i></span></span>')
 
 
-def code(text: str, key: str, label: str = "Copy") -> str:
+def code(text: str, key: str) -> str:
     """Text with a button that copies it.
 
     Args:
         text: plain text.
         key: the id of its element, unique in the page.
-        label: of the button.
     """
     return (
-        f'<div class="copied"><button type="button" hidden data-copies="{key}">{html.escape(label)}</button>'
+        f'<div class="copied"><button type="button" hidden data-copies="{key}">Copy</button>'
         f'<pre id="{key}" tabindex="0">{html.escape(text)}</pre></div>'
     )
 

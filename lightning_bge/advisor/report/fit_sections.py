@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import html
+from collections.abc import Sequence
 from statistics import median
 
+import plotly.graph_objects as go
+
 from lightning_bge.advisor.html.page import Section, cards, paragraph, plot, table
+from lightning_bge.advisor.report.figure_style import SERIES, figure, integer_ticks, rounded
 from lightning_bge.advisor.report.run_data import RunData
 
-MAX_METRICS = 4  # validation metrics that are drawn
+MAX_METRICS = len(SERIES)  # validation metrics that are drawn
 
 
 def fit_sections(run: RunData) -> list[Section]:
@@ -52,8 +57,6 @@ def _metrics_table(validation: dict[str, float], test: dict[str, float] | None) 
 def _learning_curves(run: RunData) -> str:
     if not run.epochs:
         return paragraph("logs/version_*/metrics.csv is missing: the run used another logger than CSVLogger.")
-    from lightning_bge.advisor.report.figures.fit import by_epoch
-
     logged = {name for epoch in run.epochs for name in epoch}
     metric = f"val_{run.metric}"
     others = sorted(name for name in logged if name.startswith("val_") and name not in (metric, "val_loss"))
@@ -61,10 +64,10 @@ def _learning_curves(run: RunData) -> str:
     found = ""
     if losses:
         text = "The training loss is computed with dropout, the validation loss without."
-        found += plot(by_epoch(run.epochs, losses, "loss"), "losses", text)
+        found += plot(_by_epoch(run.epochs, losses, "loss"), "losses", text)
     if names := [name for name in (metric, *others) if name in logged][:MAX_METRICS]:
         text = "Validation metrics after each epoch; the thick line is the metric that the run is judged by."
-        found += plot(by_epoch(run.epochs, names, "validation"), "metrics", text)
+        found += plot(_by_epoch(run.epochs, names, "validation"), "metrics", text)
     return found
 
 
@@ -72,8 +75,6 @@ def _throughput(run: RunData) -> str:
     logged = [epoch for epoch in run.epochs if "train_tokens_per_s" in epoch]
     if not logged:
         return paragraph("Tokens per second are not recorded: the run had no throughput callback.")
-    from lightning_bge.advisor.report.figures.fit import by_epoch
-
     text = "Tokens per second in training, without padding."
     for name, sentence in (
         ("train_data_wait", "Waiting for data took at most {:.1%} of the training time of an epoch."),
@@ -84,4 +85,21 @@ def _throughput(run: RunData) -> str:
     used = [epoch["train_utilisation"] for epoch in logged if "train_utilisation" in epoch]
     if used:
         text += f" Matrix products reached {median(used):.0%} of the measured peak of this machine (median epoch)."
-    return plot(by_epoch(logged, ["train_tokens_per_s"], "tokens per second"), "tokens", text)
+    return plot(_by_epoch(logged, ["train_tokens_per_s"], "tokens per second"), "tokens", text)
+
+
+def _by_epoch(epochs: Sequence[dict[str, float]], names: Sequence[str], title: str) -> go.Figure:
+    """Logged metrics by epoch; the first is drawn thicker. An epoch without a metric is left out of its line."""
+    fig = figure(320, {"title": "epoch", **integer_ticks(1, len(epochs))}, {"title": title})
+    for name, mark in zip(names, SERIES, strict=False):
+        logged = [epoch for epoch in epochs if name in epoch]
+        fig.add_scatter(
+            x=[int(epoch["epoch"]) + 1 for epoch in logged],
+            y=rounded([epoch[name] for epoch in logged]),
+            mode="lines+markers" if len(logged) <= 60 else "lines",
+            name=html.escape(name),
+            line={"color": mark.color, "dash": mark.dash, "width": 3 if name == names[0] else 1.5},
+            marker={"symbol": mark.symbol, "size": 8},
+            hovertemplate=f"{html.escape(name)}, epoch %{{x}}: %{{y:.4g}}<extra></extra>",
+        )
+    return fig

@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 from lightning_bge.advisor.report.run_data import RunData
-from lightning_bge.hpo.analysis.history import History
+from lightning_bge.hpo.analysis.history import OUTCOMES, History, PastTrial
+from lightning_bge.hpo.forecast.eta import Eta
 
-# outcomes of a trial with their meaning, in the order in which they are listed
-OUTCOME_TEXT = {
-    "complete": "complete",
-    "paused": "paused: stopped at a rung, and may be resumed later",
-    "resumed": "resumed: paused, and continued as a later trial",
-    "pruned": "pruned: stopped early for good",
-    "diverged": "diverged: the metric became NaN or infinite",
-    "out of memory": "out of memory: did not fit even in the smallest micro-batches",
-    "failed": "failed: ended by an error",
-    "interrupted": "interrupted: its process was stopped or died",
-    "running": "running",
-    "waiting": "waiting to run",
-}
 RESUME = "run the same command to resume it"
 
 
@@ -37,7 +25,28 @@ def format_number(value: float) -> str:
 
 def outcome_counts(history: History) -> list[tuple[str, int]]:
     """The outcomes that the study has, each with its number of trials."""
-    return [(outcome, history.counts[outcome]) for outcome in OUTCOME_TEXT if history.counts[outcome]]
+    return [(outcome, history.counts[outcome]) for outcome in OUTCOMES if history.counts[outcome]]
+
+
+def name_trial(trial: PastTrial) -> str:
+    """The trial's number, and that of the trial that it resumes."""
+    return f"trial {trial.number}" + ("" if trial.resumes is None else f" (resumes trial {trial.resumes})")
+
+
+def describe_trial(trial: PastTrial, history: History) -> str:
+    """The outcome of a trial in one line, with its score, or with its last step and the value there."""
+    metric, step = history.goal.metric, trial.last_step
+    if trial.value is not None:
+        return f"{name_trial(trial)}: complete, {metric} {trial.value:.4f}"
+    value = f", {metric} {trial.values[step]:.4f}" if step in trial.values else ""
+    note = f" ({trial.note})" if trial.note else ""
+    return f"{name_trial(trial)}: {trial.outcome} at step {step} of {history.steps.total}{value}{note}"
+
+
+def format_time_left(eta: Eta) -> tuple[str, str]:
+    """The estimate of the time left, and its interval."""
+    low, mid, high = (format_duration(seconds / 3600) for seconds in (eta.low, eta.mid, eta.high))
+    return mid, f"80 % interval: {low} to {high}"
 
 
 def describe_study(history: History) -> str:

@@ -9,10 +9,8 @@ import yaml
 
 from lightning_bge.advisor.audit.page import audit_section
 from lightning_bge.advisor.html.page import Section, code, paragraph, table, write_page
-from lightning_bge.advisor.report.fit_sections import fit_sections
 from lightning_bge.advisor.report.format import describe_state, describe_study
 from lightning_bge.advisor.report.run_data import RunData, read_run
-from lightning_bge.advisor.report.study_sections import study_sections
 
 
 def write_report(run_dir: Path) -> Path:
@@ -31,6 +29,10 @@ def write_report(run_dir: Path) -> Path:
         ConfigError: it is not a run folder.
         StudyError: its journal is corrupt.
     """
+    # imported here, as plotly takes a quarter of a second, and a long run needs it only at its end
+    from lightning_bge.advisor.report.fit_sections import fit_sections
+    from lightning_bge.advisor.report.study_sections import study_sections
+
     run = read_run(run_dir)
     sections = [*(study_sections(run) if run.is_study else fit_sections(run)), _scorecard(run)]
     if run.best is not None:

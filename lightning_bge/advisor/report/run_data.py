@@ -14,8 +14,8 @@ from lightning_bge.advisor.audit.config import AUDIT_SCHEMA
 from lightning_bge.advisor.report.secrets import hide_secrets, hide_secrets_in_command, hide_secrets_in_yaml
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.analysis.history import History, history_of
+from lightning_bge.hpo.analysis.hours import time_left
 from lightning_bge.hpo.analysis.journal import load_study
-from lightning_bge.hpo.analysis.time_left import time_left
 from lightning_bge.hpo.forecast.eta import Eta
 from lightning_bge.runtime.run_folder import read_json
 

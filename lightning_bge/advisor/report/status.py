@@ -7,7 +7,15 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from lightning_bge.advisor.report.format import describe_state, format_duration, format_number, outcome_counts
+from lightning_bge.advisor.report.format import (
+    describe_state,
+    describe_trial,
+    format_duration,
+    format_number,
+    format_time_left,
+    name_trial,
+    outcome_counts,
+)
 from lightning_bge.advisor.report.run_data import RunData, read_run
 from lightning_bge.hpo.analysis.history import History, PastTrial
 from lightning_bge.hpo.analysis.hours import StudyClock, hours_saved
@@ -86,9 +94,8 @@ def _describe_study(run: RunData, history: History) -> list[str]:
         lines += [f"  and {len(running) - MAX_RUNNING} more"] if len(running) > MAX_RUNNING else []
     ended = sorted((trial.end, trial.number) for trial in history.trials if trial.end is not None)
     if ended:
-        by_number = {trial.number: trial for trial in history.trials}
-        lines += ["", "last trials"]
-        lines += [f"  {_ended(by_number[number], history)}" for _, number in reversed(ended[-MAX_ENDED:])]
+        last = [history.trials[number] for _, number in reversed(ended[-MAX_ENDED:])]
+        lines += ["", "last trials", *(f"  {describe_trial(trial, history)}" for trial in last)]
     return lines
 
 
@@ -109,20 +116,15 @@ def _hours(history: History) -> str:
 def _time_left(eta: Eta | None) -> str:
     if eta is None:
         return "not known before the first trial has ended"
-    low, mid, high = (format_duration(seconds / 3600) for seconds in (eta.low, eta.mid, eta.high))
-    end = datetime.now() + timedelta(seconds=eta.mid)
-    return f"about {mid} (80 % interval: {low} to {high}), until {end:%Y-%m-%d %H:%M}"
-
-
-def _name(trial: PastTrial) -> str:
-    return f"trial {trial.number}" + ("" if trial.resumes is None else f" (resumes trial {trial.resumes})")
+    mid, interval = format_time_left(eta)
+    return f"about {mid} ({interval}), until {datetime.now() + timedelta(seconds=eta.mid):%Y-%m-%d %H:%M}"
 
 
 def _running(trial: PastTrial, history: History) -> str:
     assert trial.start is not None
     steps, step = history.steps, trial.last_step
     age = format_duration((history.read_at - trial.start).total_seconds() / 3600)
-    text = f"{_name(trial)}, for {age}"
+    text = f"{name_trial(trial)}, for {age}"
     if history.goal.cost is not None:  # such a study reports nothing before a trial's end
         return text
     # it now works on what follows its last step
@@ -131,15 +133,6 @@ def _running(trial: PastTrial, history: History) -> str:
     value = f", {history.goal.metric} {trial.values[step]:.4f}" if step in trial.values else ""
     epoch = f"epoch {part // steps.per_epoch + 1} of {steps.epochs}"
     return f"{text}: {in_fold}{epoch}, step {step} of {steps.total}{value}"
-
-
-def _ended(trial: PastTrial, history: History) -> str:
-    if trial.value is not None:
-        return f"{_name(trial)}: complete, {history.goal.metric} {trial.value:.4f}"
-    step = trial.last_step
-    value = f", {history.goal.metric} {trial.values[step]:.4f}" if step in trial.values else ""
-    note = f" ({trial.note})" if trial.note else ""
-    return f"{_name(trial)}: {trial.outcome} at step {step} of {history.steps.total}{value}{note}"
 
 
 # ---------------------------------------------------------------------- a training run

@@ -1,17 +1,24 @@
-"""The sections of a study's report: results, timeline, learning curves, hours, hyperparameters, folds and seeds."""
+"""The sections of a study's report: results, timeline, learning curves, hours, hyperparameters, best trials, seeds."""
 
 from __future__ import annotations
 
-from statistics import median
+from collections import defaultdict
+from statistics import median, stdev
 from typing import Any
 
-from lightning_bge.advisor.html.page import Section, cards, paragraph, plot, table
-from lightning_bge.advisor.report.format import OUTCOME_TEXT, format_duration, format_number, outcome_counts
+from lightning_bge.advisor.html.page import Section, cards, meter, paragraph, plot, table
+from lightning_bge.advisor.report.figure_style import MAX_SINGLE
+from lightning_bge.advisor.report.format import format_duration, format_number, format_time_left, outcome_counts
 from lightning_bge.advisor.report.run_data import RunData
-from lightning_bge.hpo.analysis.history import History
+from lightning_bge.advisor.report.secrets import hide_secrets
+from lightning_bge.advisor.report.study_figures import best_value, learning_curves, pareto_front, timeline
+from lightning_bge.hpo.analysis.history import OUTCOMES, History
 from lightning_bge.hpo.analysis.hours import StudyClock, hours_saved
 from lightning_bge.hpo.analysis.importance import parameter_importance
 
+MAX_BEST = 10  # best trials that are listed
+# outcome -> the part of the hours that its trials belong to; all other trials have no result
+HOURS = {"complete": "complete"} | dict.fromkeys(("paused", "resumed", "pruned"), "paused or pruned")
 SECONDS = ("train_seconds", "val_seconds")
 NONE_COMPLETE = "No trial is complete yet."
 
@@ -32,8 +39,7 @@ def study_sections(run: RunData) -> list[Section]:
         sections.append(Section("Hours saved by pruning", _hours_saved(history)))
     sections += [
         Section("Importance of hyperparameters", _importance(history)),
-        Section("Hyperparameters and scores", _parallel(history)),
-        Section("Scores by fold", _fold_scores(history)),
+        Section("Best trials", _best_trials(history)),
     ]
     if replicates:
         sections.append(Section("Seed replicates", _seed_replicates(replicates, history.goal.metric)))
@@ -60,7 +66,7 @@ def _results(run: RunData, history: History) -> str:
     text = "" if history.best is not None else paragraph(NONE_COMPLETE)
     if summary.get("threshold_note"):
         text += paragraph(f"Threshold: {summary['threshold_note']}.", "muted")
-    rows = [(OUTCOME_TEXT[outcome], f"{number:,}") for outcome, number in outcome_counts(history)]
+    rows = [(OUTCOMES[outcome], f"{number:,}") for outcome, number in outcome_counts(history)]
     return cards(figures) + text + table(["trials", "number"], rows, (1,)) + _pareto_front(history)
 
 
@@ -77,29 +83,25 @@ def _progress(run: RunData, history: History) -> list[tuple[str, str]]:
         text = f"saved by pruning, {share:.0%} of the time without pruning (estimate)"
         figures.append((format_duration(savings.saved), text))
     if (eta := run.time_left) is not None:
-        low, mid, high = (format_duration(seconds / 3600) for seconds in (eta.low, eta.mid, eta.high))
-        figures.append((mid, f"left; 80 % interval: {low} to {high}"))
+        mid, interval = format_time_left(eta)
+        figures.append((mid, f"left; {interval}"))
     return figures
 
 
 def _pareto_front(history: History) -> str:
     if history.goal.cost is None or not history.ranked:
         return ""
-    from lightning_bge.advisor.report.figures.scores import pareto_front
-
     text = "Each mark is a complete trial. No other trial is better in both score and cost than one of the front."
     return plot(pareto_front(history), "front", text)
 
 
 def _timeline(history: History) -> str:
-    from lightning_bge.advisor.report.figures.timeline import timeline
-    from lightning_bge.advisor.report.figures.traces import MAX_SINGLE
-
+    text = "Each line is a trial, from its start to its end. Colour, dashes and the mark at the end show the outcome."
     if len(history.trials) > MAX_SINGLE:
-        text = "Each trial from its start to its end, in one lane for each outcome. The shortest trials are drawn a "
-        text += "little longer, so that they are visible."
-    else:
-        text = "Each bar is a trial, from its start to its end. Colour and pattern show the outcome."
+        text = (
+            "Each line is a trial, from its start to its end. Colour and dashes show the outcome. The shortest trials "
+        )
+        text += "are drawn a little longer, so that they are visible."
     if history.counts["resumed"]:
         text += " A resumed trial was paused, and continued later as a trial with another number."
     steps = [one for trial in history.trials for fold in trial.curve for one in fold]
@@ -112,17 +114,12 @@ def _timeline(history: History) -> str:
 def _best_value(history: History) -> str:
     if history.best is None:
         return paragraph(NONE_COMPLETE)
-    from lightning_bge.advisor.report.figures.scores import best_value
-
     text = "Time counts while at least one trial is running; pauses between two starts of the study are left out. Only "
     text += "complete trials are shown, as the values of other trials are not final."
     return plot(best_value(history), "best", text)
 
 
 def _learning_curves(history: History) -> str:
-    from lightning_bge.advisor.report.figures.curves import learning_curves
-    from lightning_bge.advisor.report.figures.traces import MAX_SINGLE
-
     if not any(trial.values or trial.curve for trial in history.trials):
         return paragraph("No trial has reported a value yet.")
     if history.goal.cost is not None:
@@ -140,9 +137,6 @@ def _learning_curves(history: History) -> str:
 
 
 def _hours_saved(history: History) -> str:
-    from lightning_bge.advisor.report.figures.curves import where_ended
-    from lightning_bge.advisor.report.figures.hours import hours_spent_and_saved
-
     savings = hours_saved(history)
     if not savings.trials and savings.unknown:
         return paragraph(f"{savings.unknown} trials were ended early, but their training times are not recorded.")
@@ -155,50 +149,43 @@ def _hours_saved(history: History) -> str:
     )
     if savings.unknown:
         text += f" {savings.unknown:,} more trials are left out, as their training times are not recorded."
-    ended = "Number of trials by the step at which they ended; 0 is before the first step. Resumed trials are left out."
-    saved = plot(hours_spent_and_saved(history, savings), "hours", text)
-    return saved + plot(where_ended(history), "ended", ended)
+    hours: defaultdict[str, float] = defaultdict(float)
+    for trial in history.trials:
+        if trial.start and trial.end:
+            hours[HOURS.get(trial.outcome, "no result")] += (trial.end - trial.start).total_seconds() / 3600
+    hours["saved (estimate)"] = savings.saved
+    rows = [(name, format_duration(part), meter(part / sum(hours.values()))) for name, part in hours.items()]
+    return table(["trials", "time", "share of the time without pruning"], rows, (1,)) + paragraph(text, "muted")
 
 
 def _importance(history: History) -> str:
     shares, note = parameter_importance(history)
     if not shares:
         return paragraph(note)
-    from lightning_bge.advisor.report.figures.parameters import importance
-
     text = f"The share of the score's variance that each hyperparameter explains (fANOVA). {note}"
-    return plot(importance(shares), "importance", text)
+    rows = [(name, meter(share)) for name, share in shares.items()]
+    return table(["hyperparameter", "share of the variance"], rows) + paragraph(text, "muted")
 
 
-def _parallel(history: History) -> str:
-    from lightning_bge.advisor.report.figures.parameters import ended_early, parallel
-
-    if not any(trial.params for trial in history.trials):
-        return paragraph("No trial has hyperparameters yet.")
-    text = "Each line is a trial: it crosses the axis of each hyperparameter at the trial's value, down to the score. "
-    text += "Trials with the same choice are spread a little around it."
-    if any("when" in spec for spec in history.space.values()):
-        text += " None: the trial does not use that hyperparameter."
-    if ended_early(history):
-        text += " The lines of trials that were ended early stop above the score, as their values are not final."
-    elif history.counts["paused"] or history.counts["pruned"]:
-        text += " Trials that were ended early are left out, as there are too many of them."
-    return plot(parallel(history), "parallel", text)
-
-
-def _fold_scores(history: History) -> str:
-    if history.steps.folds == 1:
-        return paragraph("The study uses a single split, so each trial has one score.")
-    done = [trial for trial in history.ranked if trial.fold_scores]
-    if not done:
+def _best_trials(history: History) -> str:
+    if not history.ranked:
         return paragraph(NONE_COMPLETE)
-    from lightning_bge.advisor.report.figures.scores import MAX_FOLD_SCORES, fold_scores
+    rows = []
+    for trial in history.ranked[:MAX_BEST]:
+        params = "; ".join(f"{name} {_format_value(value)}" for name, value in hide_secrets(trial.params).items())
+        scores = [f"{score:.4f}" for score in trial.fold_scores]
+        spread = f"{stdev(trial.fold_scores):.4f}" if len(scores) > 1 else ""
+        rows.append((f"trial {trial.number}", f"{trial.value:.4f}", spread, ", ".join(scores), params))
+    text = (
+        "Trials whose scores differ by less than the standard deviation over the folds are not clearly apart, although "
+    )
+    text += "all of them use the same folds."
+    head = ["trial", history.goal.metric, "standard deviation over the folds", "score of each fold", "hyperparameters"]
+    return table(head, rows, (1, 2)) + (paragraph(text, "muted") if history.steps.folds > 1 else "")
 
-    shown = min(len(done), MAX_FOLD_SCORES)
-    text = f"The best {shown} trials, the best one first. " if shown > 1 else ""
-    text += "The line is the standard deviation over the folds. Trials whose means differ by less are not clearly "
-    text += "apart, although all of them use the same folds."
-    return plot(fold_scores(history), "folds", text)
+
+def _format_value(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _seed_replicates(replicates: dict[str, Any], metric: str) -> str:

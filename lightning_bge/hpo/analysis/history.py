@@ -17,19 +17,19 @@ from lightning_bge.hpo.ranking import cost_of, score_of
 from lightning_bge.hpo.steps import Report, Steps
 from lightning_bge.hpo.storage.workers import death_of
 
-# `resumed`: it was paused, and a later trial resumes it; `diverged`: its metric became NaN or infinite
-Outcome = Literal[
-    "complete",
-    "paused",
-    "resumed",
-    "pruned",
-    "diverged",
-    "out of memory",
-    "failed",
-    "interrupted",
-    "running",
-    "waiting",
-]
+# outcomes of a trial with their meaning, in the order in which they are listed
+OUTCOMES = {
+    "complete": "complete",
+    "paused": "paused: stopped at a rung, and may be resumed later",
+    "resumed": "resumed: paused, and continued as a later trial",
+    "pruned": "pruned: stopped early for good",
+    "diverged": "diverged: the metric became NaN or infinite",
+    "out of memory": "out of memory: did not fit even in the smallest micro-batches",
+    "failed": "failed: ended by an error",
+    "interrupted": "interrupted: its process was stopped or died",
+    "running": "running",
+    "waiting": "waiting to run",
+}
 ENDED = ("complete", "paused", "resumed", "pruned", "diverged", "out of memory")
 
 
@@ -54,7 +54,7 @@ class PastTrial:
 
     Attributes:
         number: from 0.
-        outcome: how it ended, or that it has not ended.
+        outcome: how it ended, or that it has not ended; one of `OUTCOMES`.
         start: local time; None while it waits.
         end: local time; None while it has not ended, or where its process died and no other has recorded the end.
         result: of a complete trial, else None.
@@ -67,7 +67,7 @@ class PastTrial:
     """
 
     number: int
-    outcome: Outcome
+    outcome: str
     start: datetime | None = None
     end: datetime | None = None
     result: TrialResult | None = None
@@ -230,7 +230,7 @@ def _past_trial(trial: FrozenTrial, resumed: bool) -> PastTrial:
     )
 
 
-def _outcome(trial: FrozenTrial, resumed: bool) -> tuple[Outcome, str]:
+def _outcome(trial: FrozenTrial, resumed: bool) -> tuple[str, str]:
     """The outcome of a trial, and the note on it."""
     known = trial.user_attrs
     if trial.state == TrialState.COMPLETE:

@@ -1,13 +1,23 @@
-"""The hours of a study: how long it ran, when it found its best values, and what pruning saved."""
+"""The hours of a study: how long it ran, when it found its best values, what pruning saved, and the time left."""
 
 from __future__ import annotations
 
 from bisect import bisect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import accumulate
+from typing import Any
+
+import optuna
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
 
 from lightning_bge.hpo.analysis.history import History, PastTrial
+from lightning_bge.hpo.config import FINISHED, StudyConfig
+from lightning_bge.hpo.forecast.eta import Eta, SearchOptions, being_run, estimate_end
+from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.steps import Steps
 
 
 class StudyClock:
@@ -80,3 +90,32 @@ def hours_saved(history: History) -> Savings:
     known = [trial for trial in early if trial.last_step and trial.curve_seconds]
     saved = sum((history.steps.total - trial.last_step) * trial.curve_seconds / trial.last_step for trial in known)
     return Savings(spent / 3600, saved / 3600, len(known), len(early) - len(known))
+
+
+def time_left(study: optuna.Study, seed_replicates: Sequence[FrozenTrial], options: Mapping[str, Any]) -> Eta | None:
+    """Estimate how long a running study still takes, seed replicates and refit included.
+
+    Args:
+        study: of `lightning-bge hpo`.
+        seed_replicates: the trials of its seed replicates.
+        options: the section `hpo` of the run's config.yaml; empty where there is none.
+
+    Returns:
+        None where nothing is running, no trial has ended, or the options do not have the number of trials.
+    """
+    trials = study.get_trials(deepcopy=False)
+    running = being_run([*trials, *seed_replicates])
+    n_trials = options.get("n_trials")
+    if not running or n_trials is None:
+        return None
+    search = SearchOptions(
+        PrunerConfig(**(options.get("pruner") or {})),
+        n_trials,
+        Steps(**study.user_attrs["steps"]),
+        "maximize" if study.directions[0] == StudyDirection.MAXIMIZE else "minimize",
+        sampler=options.get("sampler", "tpe"),
+        n_seeds=StudyConfig(n_trials=n_trials, seed_replicates=options.get("seed_replicates")).n_seed_replicates,
+        refit=bool(options.get("refit", True)),
+    )
+    n_replicated = sum(trial.state in FINISHED for trial in seed_replicates)
+    return estimate_end(trials, search, len(running), datetime.now(), n_replicated)

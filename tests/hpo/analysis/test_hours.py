@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 
 import optuna
 import pytest
+from optuna.trial import TrialState, create_trial
 
 from lightning_bge.hpo.analysis.history import PastTrial
-from lightning_bge.hpo.analysis.hours import StudyClock, best_over_hours, hours_saved
+from lightning_bge.hpo.analysis.hours import StudyClock, best_over_hours, hours_saved, time_left
+from lightning_bge.hpo.analysis.journal import load_study
+from lightning_bge.hpo.forecast.eta import Eta
 from lightning_bge.hpo.steps import Report
-from tests.helpers.made_study import START
-from tests.helpers.past_study import complete, past, study_of
+from tests.helpers.made_study import START, make_study, new_study
+from tests.helpers.past_study import complete, options_of, past, study_of
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -52,3 +56,21 @@ def test_hours_saved_are_the_missing_steps_at_the_seconds_per_step_of_each_trial
     # two steps share one validation where an epoch has fewer batches than parts
     skipped = past(0, "paused", values={1: 0.1, 2: 0.1}, curve=curve(3600, 2))
     assert hours_saved(study_of(skipped)).saved == pytest.approx(4 * 0.5)
+
+
+def left(run_dir: Path) -> Eta | None:
+    loaded = load_study(run_dir)
+    assert loaded is not None
+    return time_left(*loaded, options_of(run_dir))
+
+
+def test_the_time_left_is_known_when_something_runs_and_something_has_ended(tmp_path: Path) -> None:
+    eta = left(make_study(tmp_path / "running", 40, running=True))
+    assert eta is not None
+    assert 0 < eta.low <= eta.mid <= eta.high
+    assert left(make_study(tmp_path / "ended", 10)) is None
+    (tmp_path / "running" / "config.yaml").write_text("hpo: {}")
+    assert left(tmp_path / "running") is None
+    study = new_study(tmp_path / "first", 5)
+    study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={"worker": {"host": "another"}}))
+    assert left(tmp_path / "first") is None

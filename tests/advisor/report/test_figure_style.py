@@ -3,16 +3,16 @@ from __future__ import annotations
 import pytest
 
 from lightning_bge.advisor.html.theme import DARK
-from lightning_bge.advisor.report.figures.style import OUTCOMES, SERIES, integer_ticks
-from lightning_bge.advisor.report.format import OUTCOME_TEXT
+from lightning_bge.advisor.report.figure_style import OUTCOME_MARKS, SERIES, integer_ticks
+from lightning_bge.hpo.analysis.history import OUTCOMES
 
 
 def test_outcomes_and_series_differ_without_colour() -> None:
-    for marks in (list(OUTCOMES.values()), list(SERIES)):
+    for marks in (list(OUTCOME_MARKS.values()), list(SERIES)):
         assert len({mark.symbol for mark in marks}) == len(marks)
-        assert len({(mark.pattern, mark.color) for mark in marks}) == len(marks)
+        assert len({mark.color for mark in marks}) == len(marks)
         assert all(mark.color in DARK for mark in marks)
-    assert set(OUTCOME_TEXT) == {*OUTCOMES, "waiting"}
+    assert set(OUTCOMES) == {*OUTCOME_MARKS, "waiting"}
 
 
 def _luminance(color: str) -> float:
@@ -23,7 +23,7 @@ def _luminance(color: str) -> float:
 
 def test_marks_stand_out_from_the_paper_in_both_schemes() -> None:
     """WCAG 2.1 asks for a contrast of 3 for graphics."""
-    for mark in (*OUTCOMES.values(), *SERIES):
+    for mark in (*OUTCOME_MARKS.values(), *SERIES):
         for color, paper in ((mark.color, "#ffffff"), (DARK[mark.color], DARK["#ffffff"])):
             bright, dim = sorted((_luminance(color), _luminance(paper)), reverse=True)
             assert (bright + 0.05) / (dim + 0.05) >= 3
