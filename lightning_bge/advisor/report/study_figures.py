@@ -29,12 +29,16 @@ EARLY = ("paused", "pruned", "diverged", "out of memory")
 
 
 def timeline(history: History) -> go.Figure:
-    """A line for each trial from its start to its end; up to `MAX_SINGLE` trials have a mark at the end."""
+    """When each trial ran and how it ended.
+
+    Up to `MAX_SINGLE` trials have a line each, with a mark at the end; more trials share a row for each outcome.
+    """
     few = len(history.trials) <= MAX_SINGLE
     height = min(max(16 * len(history.trials), 140), 480)
+    ticks = {"title": "trial", **integer_ticks(0, len(history.trials))} if few else {"type": "category"}
     dates = {"type": "date", "nticks": 4, "tickangle": 0, "showgrid": True}
-    y = {"title": "trial", "autorange": "reversed", "showgrid": False, **integer_ticks(0, len(history.trials))}
-    fig = figure(160 + height, dates, y)
+    fig = figure((160 if few else -160) + height, dates, {"autorange": "reversed", "showgrid": False, **ticks})
+    fig.update_layout(showlegend=few)
     started = [trial for trial in history.trials if trial.start and (trial.end or trial.outcome == "running")]
     spans = {trial.number: (_ms(trial.start), _ms(trial.end or history.read_at)) for trial in started if trial.start}
     moments = [moment for span in spans.values() for moment in span]
@@ -43,20 +47,19 @@ def timeline(history: History) -> go.Figure:
         trials = [trial for trial in started if trial.outcome == outcome]
         if not trials:
             continue
-        x: list[float | None] = []
-        for start, end in (spans[trial.number] for trial in trials):
-            x += [start, max(end, start + least), None]
-        size = max(4, min(9, height // len(history.trials)))
+        name = f"{outcome} ({len(trials):,})"
+        ends = [spans[trial.number] for trial in trials]
+        rows = [trial.number if few else name for trial in trials]
         add_trials(
             fig,
             history,
             [trial for trial in trials for _ in range(3)] if few else [],
-            x=x,
-            y=[number for trial in trials for number in (trial.number, trial.number, None)],
+            x=[x for start, end in ends for x in (start, max(end, start + least), None)],
+            y=[y for row in rows for y in (row, row, None)],
             mode="lines+markers" if few else "lines",
-            line={"color": mark.color, "width": 3, "dash": mark.dash},
-            marker={"symbol": mark.symbol, "color": mark.color, "size": [0, size, 0] * len(trials), "opacity": 1},
-            name=f"{outcome} ({len(trials):,})",
+            line={"color": mark.color, "width": 3, "dash": mark.dash} if few else {"color": mark.color, "width": 18},
+            marker={"symbol": mark.symbol, "color": mark.color, "size": [0, 9, 0] * len(trials), "opacity": 1},
+            name=name,
         )
     return fig
 
@@ -160,9 +163,7 @@ def learning_curves(history: History) -> go.Figure:
 
 
 def _curve(trial: PastTrial) -> dict[int, float]:
-    """Step -> value as reported; where a cost is minimized nothing is reported, then the validations of each fold."""
-    found = trial.values or {one.step: one.value for fold in trial.curve for one in fold}
-    return {step: value for step, value in found.items() if math.isfinite(value)}
+    return {step: value for step, value in trial.values.items() if math.isfinite(value)}
 
 
 def _add_curves(fig: go.Figure, history: History, trials: Sequence[PastTrial], outcome: str) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from statistics import median, stdev
+from statistics import stdev
 from typing import Any
 
 from lightning_bge.advisor.html.page import Section, cards, meter, paragraph, plot, table
 from lightning_bge.advisor.report.figure_style import MAX_SINGLE
-from lightning_bge.advisor.report.format import format_duration, format_number, format_time_left, outcome_counts
+from lightning_bge.advisor.report.format import format_duration, format_time_left, outcome_counts
 from lightning_bge.advisor.report.run_data import RunData
 from lightning_bge.advisor.report.secrets import hide_secrets
 from lightning_bge.advisor.report.study_figures import best_value, learning_curves, pareto_front, timeline
@@ -17,9 +16,6 @@ from lightning_bge.hpo.analysis.hours import StudyClock, hours_saved
 from lightning_bge.hpo.analysis.importance import parameter_importance
 
 MAX_BEST = 10  # best trials that are listed
-# outcome -> the part of the hours that its trials belong to; all other trials have no result
-HOURS = {"complete": "complete"} | dict.fromkeys(("paused", "resumed", "pruned"), "paused or pruned")
-SECONDS = ("train_seconds", "val_seconds")
 NONE_COMPLETE = "No trial is complete yet."
 
 
@@ -104,10 +100,6 @@ def _timeline(history: History) -> str:
         text += "are drawn a little longer, so that they are visible."
     if history.counts["resumed"]:
         text += " A resumed trial was paused, and continued later as a trial with another number."
-    steps = [one for trial in history.trials for fold in trial.curve for one in fold]
-    if steps:
-        train, val = (format_number(median(getattr(one, name) for one in steps)) for name in SECONDS)
-        text += f" A step takes {train} s of training and {val} s of validation (medians over all trials)."
     return plot(timeline(history), "timeline", text)
 
 
@@ -138,8 +130,6 @@ def _learning_curves(history: History) -> str:
 
 def _hours_saved(history: History) -> str:
     savings = hours_saved(history)
-    if not savings.trials and savings.unknown:
-        return paragraph(f"{savings.unknown} trials were ended early, but their training times are not recorded.")
     if not savings.trials:
         return paragraph("No trial has been ended early so far.")
     text = (
@@ -147,15 +137,9 @@ def _hours_saved(history: History) -> str:
         "trials did not train, times the mean seconds per step of the same trial. This is an estimate, as it is not "
         "known which folds would have stopped early. Hours of trials that ran at the same time are added up."
     )
-    if savings.unknown:
-        text += f" {savings.unknown:,} more trials are left out, as their training times are not recorded."
-    hours: defaultdict[str, float] = defaultdict(float)
-    for trial in history.trials:
-        if trial.start and trial.end:
-            hours[HOURS.get(trial.outcome, "no result")] += (trial.end - trial.start).total_seconds() / 3600
-    hours["saved (estimate)"] = savings.saved
+    hours = {"trials so far": savings.spent, "saved (estimate)": savings.saved}
     rows = [(name, format_duration(part), meter(part / sum(hours.values()))) for name, part in hours.items()]
-    return table(["trials", "time", "share of the time without pruning"], rows, (1,)) + paragraph(text, "muted")
+    return table(["", "time", "share of the time without pruning"], rows, (1,)) + paragraph(text, "muted")
 
 
 def _importance(history: History) -> str:

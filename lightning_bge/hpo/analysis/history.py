@@ -60,7 +60,8 @@ class PastTrial:
         result: of a complete trial, else None.
         params: the values of its hyperparameters by their dotted names.
         values: step, from 1 -> the value reported to the pruner: the mean over the folds so far. A trial that resumes
-            another one has the values of that one too.
+            another one has the values of that one too. Where a cost is minimized nothing is reported: then the values
+            of `curve`.
         curve: the validations of each fold; empty before the trial's end.
         resumes: the number of the paused trial that it resumes; None: it resumes none.
         note: why it was interrupted, the value that was not finite, or where memory ran out; empty otherwise.
@@ -95,7 +96,7 @@ class PastTrial:
     @property
     def last_step(self) -> int:
         """The last step that it reported; 0 before the first."""
-        return max(self.values, default=0) or max((one.step for fold in self.curve for one in fold), default=0)
+        return max(self.values, default=0)
 
     @property
     def curve_seconds(self) -> float:
@@ -214,6 +215,7 @@ def _past_trial(trial: FrozenTrial, resumed: bool) -> PastTrial:
     known = trial.user_attrs
     outcome, note = _outcome(trial, resumed)
     score, result = score_of(trial), None
+    curve = tuple(tuple(Report(*report) for report in fold) for fold in known.get("curve", ()))
     if trial.state == TrialState.COMPLETE and score is not None:  # of a pruned trial Optuna has its last value here
         result = TrialResult(score, cost_of(trial), tuple(known.get("fold_scores", ())))
     return PastTrial(
@@ -223,8 +225,9 @@ def _past_trial(trial: FrozenTrial, resumed: bool) -> PastTrial:
         end=trial.datetime_complete,
         result=result,
         params=dict(trial.params),
-        values=dict(sorted(trial.intermediate_values.items())),
-        curve=tuple(tuple(Report(*report) for report in fold) for fold in known.get("curve", ())),
+        values=dict(sorted(trial.intermediate_values.items()))
+        or {one.step: one.value for fold in curve for one in fold},
+        curve=curve,
         resumes=known.get(RESUMES),
         note=note,
     )

@@ -73,23 +73,20 @@ class Savings:
         saved: hours that the pruned trials, and the paused ones that were not resumed, would have taken further: the
             steps that are missing, times the trial's own mean seconds per step. An estimate, as nobody knows which of
             these folds would have stopped early.
-        trials: number of the trials that `saved` covers.
-        unknown: number of further pruned or paused trials whose seconds are not recorded.
+        trials: number of these trials.
     """
 
     spent: float
     saved: float
     trials: int
-    unknown: int
 
 
 def hours_saved(history: History) -> Savings:
     """Estimate the hours that pruning has saved so far."""
     spent = sum((trial.end - trial.start).total_seconds() for trial in history.trials if trial.end and trial.start)
-    early = [trial for trial in history.trials if trial.outcome in ("paused", "pruned")]
-    known = [trial for trial in early if trial.last_step and trial.curve_seconds]
-    saved = sum((history.steps.total - trial.last_step) * trial.curve_seconds / trial.last_step for trial in known)
-    return Savings(spent / 3600, saved / 3600, len(known), len(early) - len(known))
+    early = [trial for trial in history.trials if trial.outcome in ("paused", "pruned") and trial.last_step]
+    saved = sum((history.steps.total - trial.last_step) * trial.curve_seconds / trial.last_step for trial in early)
+    return Savings(spent / 3600, saved / 3600, len(early))
 
 
 def time_left(study: optuna.Study, seed_replicates: Sequence[FrozenTrial], options: Mapping[str, Any]) -> Eta | None:

@@ -29,7 +29,7 @@ def parameter_importance(history: History) -> tuple[dict[str, float], str]:
     """
     done = [(trial.params, trial.result.value) for trial in history.ranked if trial.result is not None]
     if len(done) < MIN_TRIALS:
-        return {}, f"Importance needs {MIN_TRIALS} complete trials; so far there {_are(len(done))}."
+        return {}, f"Importance needs {MIN_TRIALS} complete trials; the study has {len(done)}."
     if done[0][1] == done[-1][1]:
         return {}, f"All {len(done)} complete trials have the same score, so no importance can be computed."
     spaces = {name: _distribution(spec) for name, spec in history.space.items()}
@@ -61,10 +61,6 @@ def _quiet_study(direction: Literal["maximize", "minimize"]) -> optuna.Study:
         return optuna.create_study(direction=direction)
     finally:
         optuna.logging.set_verbosity(verbosity)
-
-
-def _are(count: int) -> str:
-    return "is 1" if count == 1 else f"are {count}"
 
 
 def _distribution(spec: dict[str, object]) -> BaseDistribution:

@@ -48,11 +48,10 @@ def test_hours_saved_are_the_missing_steps_at_the_seconds_per_step_of_each_trial
     one = past(0, "paused", values={1: 0.1, 2: 0.2}, curve=curve(3600, 1, 2))  # 4 of 6 are missing, an hour each
     two = past(1, "pruned", values={3: 0.1}, curve=curve(1800, 1, 2, 3))  # 3 of 6, half an hour each
     on = past(2, "resumed", values={1: 0.1}, curve=curve(3600, 1))
-    unknown = past(3, "paused", values={1: 0.1})
     oom = past(4, "out of memory", values={1: 0.1}, curve=curve(3600, 1))
-    found = hours_saved(study_of(one, two, on, unknown, oom, complete(5, 0.1), PastTrial(6, "running", START)))
+    found = hours_saved(study_of(one, two, on, oom, complete(5, 0.1), PastTrial(6, "running", START)))
     assert found.saved == pytest.approx(4 * 1 + 3 * 0.5)
-    assert (found.spent, found.trials, found.unknown) == (pytest.approx(6), 2, 1)
+    assert (found.spent, found.trials) == (pytest.approx(5), 2)
     # two steps share one validation where an epoch has fewer batches than parts
     skipped = past(0, "paused", values={1: 0.1, 2: 0.1}, curve=curve(3600, 2))
     assert hours_saved(study_of(skipped)).saved == pytest.approx(4 * 0.5)

@@ -24,6 +24,6 @@ def test_importance_finds_the_hyperparameter_that_matters_and_gives_a_reason_whe
     assert "Left out, as some complete trials do not use them: model.loss.focal_gamma" in note
     assert parameter_importance(history) == (shares, note)  # a fixed seed
     few = replace(history, trials=tuple(history.ranked[:9]))
-    assert parameter_importance(few) == ({}, "Importance needs 10 complete trials; so far there are 9.")
+    assert parameter_importance(few) == ({}, "Importance needs 10 complete trials; the study has 9.")
     flat = tuple(replace(trial, result=TrialResult(0.5)) for trial in history.ranked)
     assert "have the same score" in parameter_importance(replace(history, trials=flat))[1]
