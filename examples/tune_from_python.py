@@ -6,10 +6,10 @@ python examples/tune_from_python.py
 
 from __future__ import annotations
 
-from lightning_bge.tuning import TuneResult
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from lightning_bge import BGEClassifier, TextDataModule, tune
+from lightning_bge.tuning import TuneResult
 
 
 def main(
