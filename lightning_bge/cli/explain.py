@@ -14,7 +14,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left on the disk ({error}). Finished work is kept: free some space and run this command again"
     # torch is imported only here: a command that can run out of memory has imported it already
-    from lightning_bge.models.oom_retry import REMEDIES
+    from lightning_bge.models.memory_saving.oom_retry import REMEDIES
     from lightning_bge.runtime.oom import find_oom
 
     failed = find_oom(error)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lightning_bge.errors import DataError
+from lightning_bge.errors import ConfigError, DataError
 from lightning_bge.models.encoder import TextClassifier
 from lightning_bge.models.metrics import scores
 from lightning_bge.models.prediction_file import decide
@@ -34,9 +35,9 @@ class TextPredictions:
 
 
 def predict_texts(
-    net: TextClassifier, schema: Schema, texts: Sequence[Text], tokenizer: Any, max_tokens: int
+    net: TextClassifier, schema: Schema, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> TextPredictions:
-    """Tokenise, compute and decide; `net` has to be in eval mode.
+    """Tokenise, compute in eval mode, and decide.
 
     Args:
         net: the encoder with its head.
@@ -54,12 +55,30 @@ def predict_texts(
     device = next(net.parameters()).device
     order: list[Tensor] = []
     logits: list[Tensor] = []
-    with torch.inference_mode():
-        for micro in _micro_batches(rows, tokenizer, schema.max_length, max_tokens):
-            order.append(micro.rows)
-            logits.append(net(micro.to(device)).float().cpu())
+    training = net.training
+    net.eval()
+    try:
+        with torch.inference_mode():
+            for micro in _micro_batches(rows, tokenizer, schema.max_length, max_tokens):
+                order.append(micro.rows)
+                logits.append(net(micro.to(device)).float().cpu())
+    finally:
+        net.train(training)
     score = scores(schema.task, torch.cat(logits)[torch.cat(order).argsort()])
     return TextPredictions(score, None if schema.task == "regression" else decide(schema, score))
+
+
+def tokenizer_of(name_or_path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of an encoder.
+
+    Raises:
+        ConfigError: there is none that can be loaded.
+    """
+    name = str(Path(name_or_path).expanduser()) if name_or_path.startswith("~") else name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name} holds no tokenizer that can be loaded: pass `tokenizer` to predict") from error
 
 
 def _row(number: int, text: Text, schema: Schema) -> tuple[str, ...]:
@@ -72,7 +91,7 @@ def _row(number: int, text: Text, schema: Schema) -> tuple[str, ...]:
 
 
 def _micro_batches(
-    rows: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int, max_tokens: int
+    rows: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, max_length: int, max_tokens: int
 ) -> Iterator[MicroBatch]:
     """All rows in micro-batches, longest sequences first."""
     columns = [list(column) for column in zip(*rows, strict=True)]

@@ -16,7 +16,7 @@ from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import TextClassifier, load_classifier
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.memory_saving.lora import LoRAConfig
-from lightning_bge.models.oom_retry import OOMRetry
+from lightning_bge.models.memory_saving.oom_retry import OOMRetry
 from lightning_bge.runtime.memory import Limit, cache_bytes, live_bytes, shrink_caches
 from tests.helpers.short_training import train
 from tests.helpers.small_models import cut_batch, random_sequences, small_model

@@ -9,7 +9,7 @@ import torch
 
 from lightning_bge.models.encoder import TextClassifier, load_classifier
 from lightning_bge.models.memory_saving.gradient_checkpointing import uses_gradient_checkpointing
-from lightning_bge.models.oom_retry import OOMRetry
+from lightning_bge.models.memory_saving.oom_retry import OOMRetry
 from lightning_bge.runtime.oom import OutOfMemoryError
 from lightning_bge.types import Batch
 from tests.helpers.small_models import cut_batch, random_sequences, save_model

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from lightning_bge.models.encoder import TextClassifier
+from torch import nn
+
 from lightning_bge.models.memory_saving.gradient_checkpointing import (
     set_gradient_checkpointing,
     supports_gradient_checkpointing,
@@ -76,7 +77,7 @@ class OOMRetry:
         self.where, self._micro = where, micro
 
     def run(
-        self, compute: Callable[[Batch], T], batch: Batch, net: TextClassifier, *, source: Sized | None, training: bool
+        self, compute: Callable[[Batch], T], batch: Batch, net: nn.Module, *, source: Sized | None, training: bool
     ) -> T:
         """`compute(batch)`, repeated with less memory as long as it runs out of it.
 
@@ -113,7 +114,7 @@ class OOMRetry:
             self._save_memory(failed, failing, net, sized if training else None)
 
     def _save_memory(
-        self, failed: OutOfMemory, failing: MicroBatch | None, net: TextClassifier, sized: Sized | None
+        self, failed: OutOfMemory, failing: MicroBatch | None, net: nn.Module, sized: Sized | None
     ) -> None:
         """Take the next measure; `sized` is None in evaluation."""
         if failing is not None and len(failing.lengths) > 1:
