@@ -167,14 +167,12 @@ def try_out(task: Task) -> dict[str, Any]:
         {**settings, "callbacks": [Timer(watch), finder, watch]}, val_check_interval=1, limit_val_batches=1
     )
     trainer.fit(module, datamodule=data)
-    found = finder.describe()
     return {
         "fraction": task.fraction,
-        "micro_batch_size": found["micro_batch_size"],
-        "reason": found["reason"],
+        "micro_batch_size": finder.micro_batch_size,
+        "reason": finder.reason,
         "search_s": watch.search_s,
-        "tries": len(found["tried"]),
-        "predicted_bytes": found["peak"],
+        "tries": len(finder.tried),
         "peak_gib": None if watch.peak is None else watch.peak / 2**30,
         "runs": task.runs,
         "failed_runs": sum(watch.failed[: task.runs]),

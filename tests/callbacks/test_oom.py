@@ -171,7 +171,7 @@ def test_the_order_of_callbacks_changes_nothing(
 ) -> None:
     cache.forget()
     handler, finder = OOMHandler(), MicroBatchFinder(MemoryConfig(min_speedup=None), cache_dir=tmp_path)
-    monkeypatch.setattr(finder, "_find", lambda *_: FoundSize(16, "found", [(16, 1, 1.0)]))
+    monkeypatch.setattr(finder, "_find", lambda *_: FoundSize(16, "found"))
     known = [handler, finder, Stops(), Throughput(count=lambda batch: (len(batch), len(batch)))]
     before, data, error = live_bytes(), SizedData(), torch.OutOfMemoryError(TEXT)
     with pytest.raises(torch.OutOfMemoryError):

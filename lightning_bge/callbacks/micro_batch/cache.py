@@ -1,18 +1,15 @@
-"""Micro-batch sizes that were found, kept for this process and, in a file, for others."""
+"""Micro-batch sizes that were found, kept for this process and, in a file each, for others."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import os
 import platform
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_bge.runtime.compat.torch import compiled_call
@@ -20,7 +17,7 @@ from lightning_bge.runtime.run_folder import create_run_dir, read_json, write_js
 
 log = logging.getLogger(__name__)
 
-FILE = "micro_batch_sizes.json"
+FOLDER = "micro_batch_sizes"
 IRRELEVANT = ("params", "lr", "initial_lr", "weight_decay")  # of an optimizer's options
 
 _known: dict[str, FoundSize] = {}
@@ -40,80 +37,47 @@ def forget() -> None:
     _logged.clear()
 
 
-@dataclass(frozen=True)
-class FoundSize:
-    """A micro-batch size, and how it was found. Memory is in bytes above what is held between steps.
-
-    Attributes:
-        micro_batch_size: the size.
-        reason: why, in one line.
-        tried: (size, peak, seconds) of each trial step; peak and seconds are None where it failed.
-        fits: whether memory is known to suffice for it.
-        mapped: whether that holds only after `map_large_blocks`.
-        peak: what a step of that size takes.
-        limit: the name of the tightest limit.
-        limit_bytes: that limit.
-    """
+class FoundSize(NamedTuple):
+    """A micro-batch size, and why it is this one, in one line."""
 
     micro_batch_size: int
     reason: str
-    tried: list[tuple[int, int | None, float | None]] = field(default_factory=list)
-    fits: bool = True
-    mapped: bool = False
-    peak: int | None = None
-    limit: str | None = None
-    limit_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        if type(self.micro_batch_size) is not int or self.micro_batch_size < 0:
-            raise ValueError(f"a micro-batch size is a whole number, got {self.micro_batch_size!r}")
 
 
 class MicroBatchSizes:
     """Found sizes by key.
 
     Args:
-        folder: where `micro_batch_sizes.json` is; None: this process alone.
+        folder: a cache folder; None: this process alone.
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+        self.folder = None if folder is None else folder / FOLDER
 
     def get(self, key: str) -> FoundSize | None:
         """The smallest size that is known, as another process may have lowered it; None where the key is not known."""
-        found = [size for size in (_known.get(key), self._read().get(key)) if size is not None]
-        return min(found, key=lambda size: size.micro_batch_size, default=None)
+        return min((found for found in (_known.get(key), self._read(key)) if found is not None), default=None)
 
     def put(self, key: str, found: FoundSize) -> None:
-        """Keep a size; what other processes have written stays."""
+        """Keep a size."""
         _known[key] = found
-        if self.folder is None:
-            return
-        try:
-            with FileLock(create_run_dir(self.folder) / f"{FILE}.lock", mode=0o600):
-                sizes = {name: asdict(size) for name, size in {**self._read(), key: found}.items()}
-                write_json(self.folder / FILE, {"sizes": sizes})
-        except OSError as error:
-            text = f"micro-batch sizes can't be kept in {self.folder} ({error}): each process finds its own"
-            log_once(text, logging.WARNING)
+        if self.folder is not None:
+            try:
+                write_json(create_run_dir(self.folder) / f"{key}.json", found._asdict())
+            except OSError as error:
+                text = f"micro-batch sizes can't be kept in {self.folder} ({error}): each process finds its own"
+                log_once(text, logging.WARNING)
 
-    def _read(self) -> dict[str, FoundSize]:
+    def _read(self, key: str) -> FoundSize | None:
         if self.folder is None:
-            return {}
-        path = self.folder / FILE
+            return None
+        path = self.folder / f"{key}.json"
         try:
             content = read_json(path)
-            return {} if content is None else {key: FoundSize(**size) for key, size in content["sizes"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            aside = path.with_suffix(".damaged")
-            try:
-                os.replace(path, aside)
-            except FileNotFoundError:
-                return {}  # another process was faster
-            log_once(f"{path} can't be read ({error}): it is renamed to {aside.name}", logging.WARNING)
-        except OSError as error:
-            log_once(f"{path} can't be read ({error})", logging.WARNING)
-        return {}
+            return None if content is None else FoundSize(int(content["micro_batch_size"]), str(content["reason"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log_once(f"{path} can't be read ({error}): the size is found anew", logging.WARNING)
+            return None
 
 
 def describe_step(trainer: Trainer, module: LightningModule) -> dict[str, Any]:

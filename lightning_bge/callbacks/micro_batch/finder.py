@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_bge.callbacks.micro_batch.cache import FoundSize, MicroBatchSizes, describe_step, digest, log_once
 from lightning_bge.callbacks.micro_batch.config import MemoryConfig
-from lightning_bge.callbacks.micro_batch.probe import Probe, make_meter, map_large_blocks, obstacle
-from lightning_bge.callbacks.micro_batch.search import FreeMemory, Search
+from lightning_bge.callbacks.micro_batch.probe import Probe, make_meter
+from lightning_bge.callbacks.micro_batch.search import Search
 from lightning_bge.runtime.cache_dir import default_cache_dir
-from lightning_bge.runtime.memory import Limit, cache_bytes, format_bytes, limits, release
+from lightning_bge.runtime.memory import Limit, cache_bytes, format_bytes, limits
 from lightning_bge.runtime.micro_batch import SupportsMicroBatchSize, batch_source
+
+NOT_EVEN = "not even this fits"
 
 
 class MicroBatchFinder(Callback):
@@ -24,12 +26,12 @@ class MicroBatchFinder(Callback):
 
     By then precision, attention, compiled layers, train mode, weights and optimizers are those of the run. Trial steps
     of growing size go through the module's own `training_step` (forward, backward, clipping; the optimizers' state is
-    there) and `validation_step`. Sizes are doubled while that brings speed. What fits is predicted from the sizes
-    tried; on a GPU it is then found by tries, on the host nothing beyond the margin is tried. Where the host's memory
-    decides, large blocks are mapped one by one from then on (`map_large_blocks`), so that the answer holds. Nothing
-    else of the run changes: weights, gradients, optimizers, schedules, random numbers, modes and what lists, dicts and
-    tensors of the module hold are restored. Each rank searches on its own, then all take the smallest size of any: a
-    module whose steps wait for other ranks has a method `trial_steps` that returns a context, in which they do not.
+    there) and `validation_step`. Sizes are doubled while that brings speed. On a GPU what fits is then found by
+    bisection; on the host, and under `limit_gb`, it is predicted from the sizes tried, and nothing beyond the margin is
+    tried. Nothing else of the run changes: weights, gradients, optimizers, schedules, random numbers, modes and what
+    lists, dicts and tensors of the module hold are restored. Each rank searches on its own, then all take the smallest
+    size of any: a module whose steps wait for other ranks has a method `trial_steps` that returns a context, in which
+    they do not.
     What was found is cached by all that the memory of a step depends on; a second run makes no trial step.
 
     The batch source (see `SupportsMicroBatchSize`) is the trainer's data module, or else the LightningModule. On a CPU
@@ -38,11 +40,14 @@ class MicroBatchFinder(Callback):
 
     Args:
         config: limit, margin, when to stop.
-        cache_dir: folder of `micro_batch_sizes.json`. None: the environment variable LIGHTNING_BGE_CACHE, else
+        cache_dir: folder in which `micro_batch_sizes` is made. None: the environment variable LIGHTNING_BGE_CACHE, else
             ~/.cache/lightning-bge.
 
     Attributes:
+        micro_batch_size: the size in effect; None before training, and where this callback does not set it.
         reason: why, in one line.
+        tried: (size, peak, seconds) of each trial step; peak (bytes above what is held anyway) and seconds are None
+            where it failed. Empty where the size was cached.
 
     Raises:
         RuntimeError: at the start of training: memory was not freed after a trial step ran out of it.
@@ -59,25 +64,11 @@ class MicroBatchFinder(Callback):
         self._reset()
 
     def _reset(self, reason: str = "no training step was made") -> None:
+        self.micro_batch_size: int | None = None
         self.reason = reason
+        self.tried: list[tuple[int, int | None, float | None]] = []
         self._source: SupportsMicroBatchSize | None = None
         self._key = ""
-        self._found: FoundSize | None = None
-        self._from_cache = False
-
-    @property
-    def micro_batch_size(self) -> int | None:
-        """The size in effect; None before training, and where this callback does not set it."""
-        return None if self._found is None else self._found.micro_batch_size
-
-    def describe(self) -> dict[str, Any]:
-        """Size and reason, and the figures behind them as plain data; memory in bytes, above what is held anyway.
-
-        `tried` lists (size, peak, seconds) of each trial step, None where it failed; `peak` is the size's own.
-        """
-        found = self._found or FoundSize(0, self.reason)
-        figures = {"safety_margin": self.config.safety_margin, "from_cache": self._from_cache}
-        return {**asdict(found), "micro_batch_size": self.micro_batch_size, **figures}
 
     # ------------------------------------------------------------------ finding
 
@@ -97,18 +88,16 @@ class MicroBatchFinder(Callback):
         known = limits(pl_module.device, self.config.limit_bytes)
         self._key = self._make_key(trainer, pl_module, source, known)
         found = self._sizes.get(self._key)
-        self._from_cache = found is not None
+        is_new = found is None
         if found is None:
             found = self._find(trainer, pl_module, source, known)
-        elif found.mapped:
-            map_large_blocks()
-        found = replace(found, micro_batch_size=_smallest(found.micro_batch_size, pl_module.device))
-        self._found, self._source, self.reason = found, source, found.reason
-        source.set_micro_batch_size(found.micro_batch_size)
-        if not self._from_cache and found.tried:
-            self._sizes.put(self._key, found)
-        level = logging.INFO if found.fits else logging.WARNING
-        log_once(f"micro-batch size {found.micro_batch_size:,}: {found.reason}", level)
+        size, self.reason, self._source = _smallest(found.micro_batch_size, pl_module.device), found.reason, source
+        self.micro_batch_size = size
+        source.set_micro_batch_size(size)
+        if is_new and self.tried:
+            self._sizes.put(self._key, FoundSize(size, self.reason))
+        level = logging.WARNING if self.reason.startswith(NOT_EVEN) else logging.INFO
+        log_once(f"micro-batch size {size:,}: {self.reason}", level)
 
     def _make_key(
         self, trainer: Trainer, module: LightningModule, source: SupportsMicroBatchSize, known: list[Limit]
@@ -126,61 +115,35 @@ class MicroBatchFinder(Callback):
     def _find(
         self, trainer: Trainer, module: LightningModule, source: SupportsMicroBatchSize, known: list[Limit]
     ) -> FoundSize:
-        meter = make_meter(module.device, address_space=any(limit.raises for limit in known))
-        hindrance = obstacle(trainer)
-        if module.device.type == "cpu" and not any(limit.stated for limit in known):
-            hindrance = "no limit on memory is stated (memory.limit_gb, control group, RLIMIT)"
-        elif hindrance is None and isinstance(meter, str):
-            hindrance = meter
-        if hindrance is not None or isinstance(meter, str):
-            return FoundSize(self.config.default_size, str(hindrance))
+        config, device = self.config, module.device
+        meter = make_meter(trainer, device, address_space=any(limit.raises for limit in known))
+        if device.type == "cpu" and not any(limit.stated for limit in known):
+            meter = "no limit on memory is stated (memory.limit_gb, control group, RLIMIT)"
+        if isinstance(meter, str):
+            return FoundSize(config.default_size, meter)
         step = getattr(source, "micro_batch_size_step", 1)
         with Probe(trainer, module, lambda units, train: source.worst_case_batch(units * step, train), meter) as probe:
             if probe.prepare():
-                return self._search(probe, module.device, step)
+                search = Search(
+                    probe.attempt,
+                    lambda: _untried_bytes(limits(device, config.limit_bytes), device.type == "cpu"),
+                    margin=config.safety_margin,
+                    min_speedup=config.min_speedup,
+                    default=config.default_size // step,
+                    step=step,
+                    noise=meter.noise,
+                )
+                answer = search.run()
+                self.tried = [(units * step, peak, seconds) for units, peak, seconds in search.tried]
+                if answer.units:
+                    peak = _describe_peak(answer.peak, limits(device, config.limit_bytes)[0])
+                    return FoundSize(answer.units * step, f"{answer.reason}; {peak}")
+        self.tried = self.tried or [(step, None, None)]
         reason = (
-            f"not even this fits ({probe.failure}); gradient checkpointing, a shorter maximum length or a smaller "
-            "model save memory"
+            f"{NOT_EVEN} ({probe.failure or 'its peak is above the limit'}); gradient checkpointing, a shorter maximum "
+            "length or a smaller model save memory"
         )
-        return FoundSize(step, reason, [(step, None, None)], fits=False)
-
-    def _search(self, probe: Probe, device: torch.device, step: int) -> FoundSize:
-        """Where there is plenty of memory speed decides; else the host's blocks are mapped, so that answers hold."""
-        config, tried, on_host = self.config, [], device.type == "cpu"
-
-        def free_memory() -> FreeMemory:
-            return _free_memory(limits(device, config.limit_bytes), on_host)
-
-        for plenty in (True, False) if on_host else (False,):
-            if not plenty and on_host:
-                map_large_blocks()
-                release()
-            search = Search(
-                probe.attempt,
-                free_memory,
-                config.safety_margin,
-                config.min_speedup,
-                config.default_size // step,
-                step=step,
-                noise=probe.meter.noise,
-            )
-            answer = search.run_if_plenty() if plenty else search.run()
-            tried += [(units * step, peak, seconds) for units, peak, seconds in search.tried]
-            if answer is not None:
-                break
-        assert answer is not None
-        units, limit = max(answer.units, 1), limits(device, config.limit_bytes)[0]
-        peak = search.peak(units)
-        return FoundSize(
-            units * step,
-            f"{answer.reason}; {_describe_peak(peak, limit)}",
-            tried,
-            fits=answer.units > 0,
-            mapped=on_host and not plenty,
-            peak=peak,
-            limit=limit.name,
-            limit_bytes=limit.total,
-        )
+        return FoundSize(step, reason)
 
     # ------------------------------------------------------------------ after an out-of-memory error
 
@@ -190,11 +153,11 @@ class MicroBatchFinder(Callback):
         Args:
             size: one that is expected to fit.
         """
-        if self._found is None or size >= self._found.micro_batch_size:
+        if self.micro_batch_size is None or size >= self.micro_batch_size:
             return
-        self.reason = f"lowered from {self._found.micro_batch_size:,} after an OOM"
-        self._found = replace(self._found, micro_batch_size=size, reason=self.reason)
-        self._sizes.put(self._key, self._found)
+        self.reason = f"lowered from {self.micro_batch_size:,} after an OOM"
+        self.micro_batch_size = size
+        self._sizes.put(self._key, FoundSize(size, self.reason))
 
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
         """Keep the size in effect where it was lowered."""
@@ -211,16 +174,15 @@ def _describe_peak(peak: int, limit: Limit) -> str:
     return f"peak about {used} of {format_bytes(limit.total)} ({limit.name})"
 
 
-def _free_memory(known: list[Limit], on_host: bool) -> FreeMemory:
-    """On the host nothing is tried beyond a limit, even where that raises an error.
+def _untried_bytes(known: list[Limit], on_host: bool) -> int | None:
+    """Free bytes below the limits that must not be tried; None where each limit raises an error without harm.
 
-    Where an allocation of oneDNN fails, it can make no new kernel in that thread for the rest of the process. What
-    caches may yet fill of the host's memory is left to them, so that answers hold when they do.
+    On the host no limit is tried: where an allocation of oneDNN fails, it can make no new kernel in that thread for the
+    rest of the process. What caches may yet fill of the host's memory is left to them, so that answers hold when they
+    do.
     """
     promised = cache_bytes()[0] if on_host else 0
-    raising = [limit.free for limit in known if limit.raises and not on_host]
-    killing = [max(limit.free - promised, 0) for limit in known if not limit.raises or on_host]
-    return FreeMemory(min(raising, default=None), min(killing, default=None))
+    return min((max(limit.free - promised, 0) for limit in known if on_host or not limit.raises), default=None)
 
 
 def _smallest(size: int, device: torch.device) -> int:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import inspect
-import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,12 +23,9 @@ from lightning_bge.runtime.compat.lightning import on_before_batch_transfer
 from lightning_bge.runtime.memory import format_bytes, live_bytes, process_bytes, release
 from lightning_bge.runtime.oom import find_oom
 
-log = logging.getLogger(__name__)
-
 _clock = time.perf_counter
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # resets VmHWM, see proc_pid_clear_refs(5)
-_M_MMAP_THRESHOLD, _LARGE = -3, 2**20  # of mallopt(3)
 
 
 class Meter(Protocol):
@@ -108,13 +102,16 @@ class CudaMeter:
         return _clock()
 
 
-def make_meter(device: torch.device, address_space: bool = False) -> Meter | str:
-    """What measures on a device; or why nothing does.
+def make_meter(trainer: Trainer, device: torch.device, address_space: bool = False) -> Meter | str:
+    """What measures trial steps on a device; or why none can be made or measured.
 
     Args:
+        trainer: whose steps are to be tried outside of Lightning's loops.
         device: the training device.
         address_space: whether the host's address space is limited.
     """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        return f"a step can't be tried alone under {type(trainer.strategy).__name__}"
     if device.type == "cuda":
         return CudaMeter(device)
     if device.type != "cpu" or sys.platform != "linux":
@@ -125,27 +122,6 @@ def make_meter(device: torch.device, address_space: bool = False) -> Meter | str
     except OSError as error:
         return f"the peak of memory can't be measured: {error}"
     return meter
-
-
-@cache
-def map_large_blocks() -> None:
-    """Have glibc map each large block by itself from now on, so that a freed one goes back to the system at once.
-
-    Otherwise blocks of up to 32 MiB are on the heap, with holes between them: what fits then depends on all that was
-    allocated before, and may be half as much. It costs a page fault for each page of a fresh block: 10 to 35 % of the
-    speed of a small encoder on one core.
-    """
-    try:
-        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, _LARGE)
-    except (OSError, AttributeError):
-        log.info("this C library has no mallopt: how much memory is free may change from step to step")
-
-
-def obstacle(trainer: Trainer) -> str | None:
-    """Why a trial step can't be made outside of Lightning's loops; None: it can."""
-    if isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        return None
-    return f"a step can't be tried alone under {type(trainer.strategy).__name__}"
 
 
 class Probe:

@@ -32,12 +32,11 @@ def forgetful(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Use:
-    """A machine of so much memory; nothing is mapped in another way for the tests after this one."""
+    """A machine of so much memory, of which the batches of `data` take their share."""
 
-    def choose(data: Any, total: int | None, raises: bool = True) -> None:
-        known = [] if total is None else [Limit("RLIMIT_AS", total, 0, raises=raises)]
+    def choose(data: Any, total: int | None) -> None:
+        known = [] if total is None else [Limit("RLIMIT_AS", total, 0, raises=True)]
         monkeypatch.setattr(finder_module, "limits", lambda *_: known)
         monkeypatch.setattr(finder_module, "make_meter", lambda *_, **__: FakeMeter(data))
-        monkeypatch.setattr(finder_module, "map_large_blocks", lambda: None)
 
     return choose

@@ -52,7 +52,7 @@ def test_sizes_that_do_not_fit_are_found_by_bisection(error: Exception, use: Use
     assert 0.9 * most / 1.05 - 1 <= data.micro_batch_size <= 0.9 * most
     assert trainer.global_step == 12
     assert data.set == [data.micro_batch_size]
-    failed = [size for size, peak, _ in finder.describe()["tried"] if peak is None]
+    failed = [size for size, peak, _ in finder.tried if peak is None]
     assert failed
     assert min(failed) > most
 
@@ -72,7 +72,6 @@ def test_what_stays_held_after_an_oom_is_an_error(use: Use, monkeypatch: pytest.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finder_module, "limits", lambda *_: [Limit("RLIMIT_AS", 10**6, 0, raises=True)])
         patch.setattr(finder_module, "make_meter", lambda *_, **__: FakeMeter(data))
-        patch.setattr(finder_module, "map_large_blocks", lambda: None)
         finder = MicroBatchFinder(MemoryConfig(min_speedup=None, cache=False))
         with pytest.raises(RuntimeError, match=r"\(4000 bytes\) are still held after a trial step of"):
             train(module, data, finder)
@@ -173,7 +172,7 @@ class Rows(LightningDataModule):
     def set_micro_batch_size(self, size):
         self.micro_batch_size = size
     def train_dataloader(self):
-        return Batches([lambda: self.micro_batch_size] * 10 + [lambda: int(1.35 * self.micro_batch_size)])
+        return Batches([lambda: self.micro_batch_size] * 10 + [lambda: 4 * self.micro_batch_size])
     def val_dataloader(self):
         return Batches([lambda: 2 * self.micro_batch_size] * 2)
 
@@ -189,12 +188,13 @@ try:
     trainer.fit(module, datamodule=data)
 except Exception as error:
     end = "oom" if find_oom(error) else repr(error)
-print(json.dumps({"batch": trainer.fit_loop.epoch_loop.batch_idx, "end": end, **finder.describe()}))
+print(json.dumps({"batch": trainer.fit_loop.epoch_loop.batch_idx, "end": end, "tried": finder.tried,
+                  "micro_batch_size": finder.micro_batch_size, "reason": finder.reason}))
 """
 
 
 def run_limited(room: int, width: int, kind: str, tmp_path: Path) -> dict[str, Any]:
-    """Search, train 10 steps at the answer with validation, and one at 1.35 times the answer."""
+    """Search, train 10 steps at the answer with validation, and one at four times the answer."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LIGHTNING_BGE_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", SCRIPT, str(room), str(width), kind]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True)
@@ -202,7 +202,7 @@ def run_limited(room: int, width: int, kind: str, tmp_path: Path) -> dict[str, A
 
 
 def check_limited(found: dict[str, Any]) -> None:
-    assert found["limit"] == "RLIMIT_AS"
+    assert "(RLIMIT_AS)" in found["reason"]
     assert found["micro_batch_size"] > 1000
     assert len(found["tried"]) < 15
     assert (found["batch"], found["end"]) == (10, "oom"), found  # the first ten fit, the larger one does not

@@ -15,7 +15,6 @@ from lightning_bge.callbacks.micro_batch import finder as finder_module
 from lightning_bge.callbacks.micro_batch.config import MemoryConfig
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.callbacks.micro_batch.probe import HostMeter
-from lightning_bge.callbacks.micro_batch.search import FreeMemory
 from lightning_bge.errors import ConfigError
 from lightning_bge.runtime.memory import Limit, process_bytes, register_cache
 from tests.helpers.trial_steps import HELD, ROW, Foreign, Rows, SimpleCache, Use, search, train
@@ -73,9 +72,10 @@ def test_the_meter_sees_address_space_that_nobody_has_written() -> None:
 
 def test_what_may_be_tried_is_tried_on_a_gpu_only() -> None:
     known = [Limit("a", 100, 0, raises=True), Limit("b", 75, 0), Limit("c", 90, 20, raises=True)]
-    assert finder_module._free_memory(known, on_host=False) == FreeMemory(70, 75)
-    assert finder_module._free_memory(known, on_host=True) == FreeMemory(None, 70)
-    assert finder_module._free_memory([], on_host=True) == FreeMemory(None, None)
+    assert finder_module._untried_bytes(known, on_host=False) == 75
+    assert finder_module._untried_bytes(known[:1], on_host=False) is None
+    assert finder_module._untried_bytes(known, on_host=True) == 70
+    assert finder_module._untried_bytes([], on_host=True) is None
 
 
 def test_what_others_may_yet_take_to_save_time_is_left_to_them(use: Use) -> None:
@@ -83,24 +83,23 @@ def test_what_others_may_yet_take_to_save_time_is_left_to_them(use: Use) -> None
     spare = SimpleCache(capacity=4000, nbytes=1000)
     register_cache(spare)
     known = [Limit("a", 10_000, 0)]
-    assert finder_module._free_memory(known, on_host=True) == FreeMemory(None, 7000)
-    assert finder_module._free_memory(known, on_host=False) == FreeMemory(None, 10_000)
-    assert finder_module._free_memory([Limit("a", 2000, 0)], on_host=True) == FreeMemory(None, 0)
+    assert finder_module._untried_bytes(known, on_host=True) == 7000
+    assert finder_module._untried_bytes(known, on_host=False) == 10_000
+    assert finder_module._untried_bytes([Limit("a", 2000, 0)], on_host=True) == 0
     first, finder = search(use)
-    assert not finder.describe()["from_cache"]  # what was found without it would be too much
+    assert finder.tried  # what was found without it would be too much
     assert HELD + ROW * first.micro_batch_size <= 7000 < HELD + ROW * free.micro_batch_size
     spare.nbytes = 4000
     again, finder = search(use)
-    assert finder.describe()["from_cache"]
+    assert not finder.tried
     assert again.micro_batch_size == first.micro_batch_size
     del spare
-    assert finder_module._free_memory(known, on_host=True) == FreeMemory(None, 10_000)
+    assert finder_module._untried_bytes(known, on_host=True) == 10_000
 
 
 @linux
-def test_a_given_limit_is_searched_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_given_limit_is_searched_on_a_cpu() -> None:
     """With real memory: at least 12,000 bytes of a row's activations, of a validation batch of two, and 40 MiB."""
-    monkeypatch.setattr(finder_module, "map_large_blocks", lambda: None)
     data = Rows(step=64)
     finder = MicroBatchFinder(MemoryConfig(limit_gb=used_gb() + 40 / 1024, min_speedup=None, cache=False))
 
@@ -111,9 +110,9 @@ def test_a_given_limit_is_searched_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> 
             self.frozen = nn.Sequential()
 
     train(Wide(), data, finder)
-    assert finder.describe()["limit"] == "memory.limit_gb"
+    assert "(memory.limit_gb)" in finder.reason
     assert 800 < data.micro_batch_size < 3400
-    assert finder.describe()["peak"] < 40 * 2**20
+    assert all(peak is None or peak < 40 * 2**20 for _, peak, _ in finder.tried)
 
 
 def used_gb() -> float:

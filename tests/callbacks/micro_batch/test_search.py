@@ -7,15 +7,17 @@ import random
 
 import pytest
 
-from lightning_bge.callbacks.micro_batch.search import Answer, FreeMemory, Search, TrialStep
+from lightning_bge.callbacks.micro_batch.search import Answer, Search, TrialStep
 from tests.helpers.trial_steps import HELD, ROW
 
 
 class Machine:
-    """Steps that take `HELD + ROW * units` bytes, of which a limit that raises sees `factor` times as many."""
+    """Steps that take `HELD + ROW * units` bytes and fail beyond `raising`; beyond `killing` the test fails."""
 
-    def __init__(self, free: FreeMemory, factor: float = 1.0, constant: float = 0.0, noise: float = 0.0) -> None:
-        self.free, self.factor, self.constant, self.noise = free, factor, constant, noise
+    def __init__(
+        self, raising: float = math.inf, killing: int | None = None, *, constant: float = 0.0, noise: float = 0.0
+    ) -> None:
+        self.raising, self.killing, self.constant, self.noise = raising, killing, constant, noise
         self.random = random.Random(0)
         self.tried: list[int] = []
 
@@ -24,60 +26,56 @@ class Machine:
 
     def __call__(self, units: int, validate: bool) -> TrialStep | None:
         self.tried.append(units)
-        assert self.free.killing is None or self.bytes(units) <= self.free.killing, f"{units} units: killed"
-        if self.free.raising is not None and self.bytes(units) * self.factor > self.free.raising:
+        assert self.killing is None or self.bytes(units) <= self.killing, f"{units} units: killed"
+        if self.bytes(units) > self.raising:
             return None
         peak = self.bytes(units) + self.random.uniform(-self.noise, self.noise)
         return TrialStep(units, round(peak), (self.constant + 0.1 * units) / 1000)
 
-    def search(self, margin: float = 0.1, min_speedup: float | None = None, enough: int = 16) -> tuple[Answer, Search]:
-        search = Search(self, lambda: self.free, margin, min_speedup, enough, step=4, noise=round(2 * self.noise))
-        return search.run(), search
+    def search(self, margin: float = 0.1, min_speedup: float | None = None, default: int = 16) -> Answer:
+        options = {"step": 4, "noise": round(2 * self.noise)}
+        return Search(
+            self, lambda: self.killing, margin=margin, min_speedup=min_speedup, default=default, **options
+        ).run()
 
 
-@pytest.mark.parametrize("factor", [0.6, 0.9, 1.0, 1.1, 1.7, 3.0])
+@pytest.mark.parametrize("default", [1, 16, 8192])
 @pytest.mark.parametrize("free", [1_000, 7_777, 123_456, 10_000_000])
-def test_what_raises_is_tried_up_to_the_limit_and_the_margin_is_left(free: int, factor: float) -> None:
-    machine = Machine(FreeMemory(free, None), factor)
-    answer, search = machine.search()
-    most = (free / factor - HELD) / ROW
-    assert answer.units <= 0.9 * most + 1
-    if most > 20:
-        assert answer.units >= 0.9 * most / 1.05 - 1
-        assert machine.bytes(1.35 * answer.units) * factor > free
-    assert answer.units in [units for units, peak, _ in search.tried if peak is not None]
-    assert len(machine.tried) <= 6 + math.log(most + 2, 8) + (12 if factor != 1 else 0)
+def test_what_raises_is_tried_up_to_the_limit_and_the_margin_is_left(free: int, default: int) -> None:
+    machine = Machine(free)
+    answer = machine.search(default=default)
+    most = (free - HELD) / ROW
+    assert 0.9 * most / 1.05 - 1 <= answer.units <= 0.9 * most
+    assert answer.peak == pytest.approx(machine.bytes(answer.units), abs=1)
+    assert len(machine.tried) <= 8 + math.log2(most)
     assert "are left free" in answer.reason
 
 
 @pytest.mark.parametrize(("noise", "free"), [(0, 900), (9, 900), (0, 7_777), (50, 7_777), (HELD, 10**5), (HELD, 10**7)])
 def test_beyond_a_limit_that_kills_nothing_is_tried(free: int, noise: float) -> None:
-    machine = Machine(FreeMemory(None, free), noise=noise)
-    answer, search = machine.search()
+    machine = Machine(killing=free, noise=noise)
+    answer = machine.search()
     most = (free - HELD) / ROW
     assert max(machine.tried) <= 0.95 * most  # and `Machine` makes sure of it
     assert 0.8 * most - 1 <= answer.units <= 0.92 * most
-    assert search.peak(answer.units) <= free
+    assert answer.peak <= free
     assert answer.reason == "as much as the limit is predicted to allow, less 10% of the activations"
 
 
 def test_of_two_limits_the_tighter_one_counts() -> None:
-    assert Machine(FreeMemory(10_000, 5_000)).search()[0].units == pytest.approx(0.9 * 470, rel=0.01)
-    assert Machine(FreeMemory(5_000, 10_000)).search()[0].units == pytest.approx(0.9 * 470, rel=0.05)
+    assert Machine(10_000, 5_000).search().units == pytest.approx(0.9 * 470, rel=0.05)
+    assert Machine(5_000, 10_000).search().units == pytest.approx(0.9 * 470, rel=0.05)
 
 
 @pytest.mark.parametrize(("free", "units"), [(305, 0), (315, 1), (321, 2), (400, 10)])
 def test_little_memory(free: int, units: int) -> None:
-    assert Machine(FreeMemory(free, None)).search(margin=0.0)[0].units == units
-    reason = Machine(FreeMemory(free, None)).search(margin=0.5, min_speedup=0.05)[0].reason
+    assert Machine(free).search(margin=0.0).units == units
+    reason = Machine(free).search(margin=0.5, min_speedup=0.05).reason
     assert reason == "not even 4 fits" if units == 0 else "fitted" in reason
 
 
 def test_one_unit_may_be_beyond_a_limit_that_kills() -> None:
-    machine = Machine(FreeMemory(None, 299))
-    machine.bytes = lambda units: 250.0  # type: ignore[method-assign]
-    assert machine.search()[0].units >= 1
-    search = Search(lambda units, _: TrialStep(units, 400, 1.0), lambda: FreeMemory(None, 300), 0.1, None, 1)
+    search = Search(lambda units, _: TrialStep(units, 400, 1.0), lambda: 300, margin=0.1, min_speedup=None, default=1)
     assert search.run() == Answer(0, "not even 1 fits")
 
 
@@ -91,8 +89,8 @@ def test_room_that_steps_take_away_is_counted() -> None:
         left[0] -= 100
         return TrialStep(units, peak, 1.0)
 
-    answer = Search(attempt, lambda: FreeMemory(None, left[0]), 0.1, None, 1).run()
-    assert 0.75 * (left[0] - HELD) / ROW <= answer.units <= 0.9 * (left[0] + 100 - HELD) / ROW
+    answer = Search(attempt, lambda: left[0], margin=0.1, min_speedup=None, default=1).run()
+    assert 0.75 * (left[0] - HELD) / ROW <= answer.units <= 0.9 * (left[0] + 200 - HELD) / ROW
 
 
 def gain(units: int, constant: float) -> float:
@@ -100,60 +98,53 @@ def gain(units: int, constant: float) -> float:
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.5, 3.0, 20.0])
-@pytest.mark.parametrize("free", [FreeMemory(None, None), FreeMemory(10**7, None), FreeMemory(None, 10**7)])
-def test_growth_ends_where_speed_does(free: FreeMemory, constant: float) -> None:
-    machine = Machine(free, constant=constant)
-    answer, _ = machine.search(min_speedup=0.05)
+@pytest.mark.parametrize("limits", [(math.inf, None), (10**7, None), (math.inf, 10**7)])
+def test_growth_ends_where_speed_does(limits: tuple[float, int | None], constant: float) -> None:
+    machine = Machine(*limits, constant=constant)
+    answer = machine.search(min_speedup=0.05)
     if answer.units > 16:
         assert gain(answer.units, constant) >= 0.05
-    assert gain(2 * answer.units, constant) < 0.05 or gain(answer.units, constant) < 0.05
+    assert gain(2 * answer.units, constant) < 0.05
     assert answer.reason.endswith("units a second over half of it")
-    assert machine.tried[:3] == [1, 2, 8]  # half of enough is the first that is timed
-    assert all(machine.tried.count(units) == 2 for units in machine.tried[3:])
+    assert machine.tried[:3] == [1, 2, 16]  # the default is the first that is timed
+    assert all(machine.tried.count(units) == 2 for units in machine.tried[2:])
 
 
-def test_memory_may_end_growth_before_speed_does() -> None:
-    for free in (FreeMemory(1_500, None), FreeMemory(None, 1_500)):
-        machine = Machine(free, constant=100.0)
-        answer, _ = machine.search(min_speedup=0.05)
-        assert answer.units == pytest.approx(0.9 * 120, rel=0.05)
-    tiny = Machine(FreeMemory(400, None), constant=100.0).search(min_speedup=0.05)[0]
-    assert tiny.units == 9  # less than enough
+@pytest.mark.parametrize("limits", [(1_500, None), (math.inf, 1_500)])
+def test_memory_may_end_growth_before_speed_does(limits: tuple[float, int | None]) -> None:
+    assert Machine(*limits, constant=100.0).search(min_speedup=0.05).units == pytest.approx(0.9 * 120, rel=0.05)
+    assert Machine(400, constant=100.0).search(min_speedup=0.05).units == 9  # less than the default
+
+
+def test_a_large_margin_is_left_where_speed_ends_growth() -> None:
+    answer = Machine(10**7).search(margin=0.8, min_speedup=0.05)
+    assert answer.units == 6  # a fifth of the 32 that fitted
 
 
 def test_a_size_that_fits_only_once_is_given_up() -> None:
-    machine = Machine(FreeMemory(10**7, None), constant=100.0)
+    machine = Machine(10**7, constant=100.0)
 
-    def moody(units: int, validate: bool) -> TrialStep | None:
+    def attempt(units: int, validate: bool) -> TrialStep | None:
         return None if units > 30 and not validate else machine(units, validate)
 
-    answer = Search(moody, lambda: machine.free, 0.1, 0.05, 16).run()
+    answer = Search(attempt, lambda: None, margin=0.1, min_speedup=0.05, default=16).run()
     assert 16 <= answer.units < 32
 
 
-def test_better_of_two_steps_is_timed() -> None:
+@pytest.mark.parametrize(("scale", "is_long"), [(1e-4, False), (1.0, True)])
+def test_better_of_two_steps_is_timed_unless_they_are_long(scale: float, is_long: bool) -> None:
     """The first step of a size is slow where something is compiled for it."""
-    seen: set[int] = set()
+    seen: list[int] = []
 
     def attempt(units: int, validate: bool) -> TrialStep:
-        first = units not in seen
-        seen.add(units)
-        return TrialStep(units, 100, scale * (1.0 + 0.1 * units + 1000 * first))
+        seen.append(units)
+        return TrialStep(units, 100, scale * (1.0 + 0.1 * units + 1000 * (seen.count(units) == 1)))
 
-    scale = 1e-4
-    assert Search(attempt, lambda: FreeMemory(None, None), 0.1, 0.05, 16).run().units == 128
-    seen.clear()
-    scale = 1.0  # a long step is made once
-    assert Search(attempt, lambda: FreeMemory(None, None), 0.1, 0.05, 16).run().units > 128
+    found = Search(attempt, lambda: None, margin=0.1, min_speedup=0.05, default=16).run().units
+    assert found > 128 if is_long else found == 128
+    assert seen.count(16) == (1 if is_long else 2)
 
 
-def test_where_there_is_plenty_memory_is_not_looked_at() -> None:
-    for free in (FreeMemory(10**4, None), FreeMemory(None, 10**4), FreeMemory(10**9, 10**4)):
-        machine = Machine(free)
-        assert Search(machine, lambda free=free: free, 0.1, 0.05, 16).run_if_plenty() is not None
-        assert machine.tried == [1, 2, 8, 8, 16, 16]
-        machine = Machine(free, constant=1000.0)  # more and more would pay
-        assert Search(machine, lambda free=free: free, 0.1, 0.05, 16).run_if_plenty() is None
-        assert machine.bytes(max(machine.tried)) <= 0.5 * 10**4
-        assert Search(machine, lambda free=free: free, 0.1, None, 16).run_if_plenty() is None
-    assert Search(Machine(FreeMemory(305, None)), lambda: FreeMemory(305, None), 0.1, 0.05, 16).run_if_plenty() is None
+def test_sizes_that_never_fail_are_not_doubled_for_ever() -> None:
+    answer = Search(lambda units, _: TrialStep(units, 100, 1.0), lambda: None, margin=0.1, min_speedup=None, default=1)
+    assert answer.run().units == 2**30
