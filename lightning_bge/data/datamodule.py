@@ -34,13 +34,13 @@ _TABLE, _SPLIT, _BATCHING = TableConfig(), SplitConfig(), BatchingConfig()
 
 
 class TextDataModule(LightningDataModule):
-    """Rows of one or two texts from files, tokenised once, split into folds, in effective batches.
+    """Rows of one or two texts from files, tokenized once, split into folds, in effective batches.
 
     Args:
         tokenizer: name or folder of the tokenizer; the command line takes the model's.
         task: binary, multiclass, multilabel or regression.
         train_file: rows to learn from (.csv, .tsv, .jsonl, .parquet).
-        val_file: rows to validate on; unset: they are split off the training file.
+        val_file: rows to validate on; unset: a part of train_file.
         test_file: rows to test on.
         predict_file: rows to predict; needs no labels.
         text_columns: one or two columns with text.
@@ -48,7 +48,7 @@ class TextDataModule(LightningDataModule):
         group_column: rows of a group stay on one side of a split. Unset: rows are independent.
         max_length: longest sequence in tokens, special tokens counted; longer ones are truncated, the longer text
             first.
-        batch_size: rows of an effective batch, which is what one optimizer step sees.
+        batch_size: rows of an effective batch: those of one optimizer step.
         cache_dir: folder for token ids. Unset: the environment variable LIGHTNING_BGE_CACHE, else
             ~/.cache/lightning-bge.
         table: how files are read. This and the next two may be dicts of their fields, such as `split={"folds": 3}`.
@@ -134,12 +134,12 @@ class TextDataModule(LightningDataModule):
             raise ConfigError(f"batching.balanced needs classes, the task is {self.task}: set it to false")
 
     def prepare_data(self) -> None:
-        """Read and tokenise in one process of each machine, which Lightning picks; the others then read its cache."""
+        """Read and tokenize in one process of each machine, which Lightning picks; the others then read its cache."""
         if self.trainer is not None:
             self.setup(self.trainer.state.fn)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, tokenise and split what the stage (fit, validate, test, predict; None: fit) needs; once.
+        """Read, tokenize and split what the stage (fit, validate, test, predict; None: fit) needs; once.
 
         Raises:
             UserError: an argument, a file or its content is wrong.

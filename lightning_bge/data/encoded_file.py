@@ -1,4 +1,4 @@
-"""One file, read and tokenised; kept by the process, so that the trials of a study read each file once."""
+"""One file, read and tokenized; kept by the process, so that the trials of a study read each file once."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _tokenizer(key: TokenizerKey) -> Any:
 
 @lru_cache(maxsize=16)  # a study over four models and four lengths has as many
 def load_file(source: Source) -> EncodedFile:
-    """Read and tokenise a file."""
+    """Read and tokenize a file."""
     table = read_table(
         source.path,
         source.text_columns,
@@ -124,7 +124,7 @@ def load_file(source: Source) -> EncodedFile:
 
 @lru_cache(maxsize=16)
 def load_training_file(source: Source, task: Task, split: SplitConfig | None) -> TrainingFile:
-    """Read and tokenise a training file, find its labels and, with `split`, its folds."""
+    """Read and tokenize a training file, find its labels and, with `split`, its folds."""
     file = load_file(source)
     raw, separator = file.raw_labels or [], source.table.label_separator
     names = fit_labels(raw, task, source.table.labels, separator)

@@ -23,13 +23,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Which loss, and its settings.
+    """The loss and its options.
 
     Attributes:
         name: `auto` takes the task's usual one: bce (binary, multilabel), cross_entropy (multiclass), mse (regression).
             `focal` (Lin et al. 2017, arXiv:1708.02002) down-weights easy examples.
-        focal_gamma: how strongly `focal` does so; 2 is the paper's choice.
-        label_smoothing: share of the target that is spread evenly over the classes, 0 to below 1.
+        focal_gamma: focusing parameter gamma of `focal`; 2 as in the paper.
+        label_smoothing: fraction of the target distributed evenly over the classes, 0 to below 1.
         class_weights: `balanced` (n / (classes * count), from the training rows), or a weight for each class in the
             order of the labels (binary: negative, positive), or null. Multi-label: weights of the positives.
     """

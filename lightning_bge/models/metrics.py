@@ -27,12 +27,12 @@ LOWER_IS_BETTER = ("loss", "mse", "mae")
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """What a run is judged by.
+    """The metric of a run, and which epoch's value is its score.
 
     Attributes:
-        metric: the metric that is watched; null takes the task's usual one: f1, or spearman for a regression.
-        objective: a run's score is that of its `best` epoch, or of its `last` one.
-        patience: stop a run after this many epochs without a better value; null never stops early.
+        metric: metric for early stopping, checkpoints and the study; null: f1, or spearman for a regression.
+        objective: the score of a run is the value of its `best` or of its `last` epoch.
+        patience: stop after this many epochs without a better value; null: never stop early.
     """
 
     metric: str | None = None

@@ -31,15 +31,15 @@ class OptimizerConfig:
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101), by the fused kernel where it is torch's.
 
     Attributes:
-        name: adamw, or adamw_8bit (Dettmers et al., arXiv:2110.02861), which keeps its two running means in 8 bits for
-            every parameter of 4096 numbers or more: 2 bytes a number instead of 8. By bitsandbytes; not by torchao,
-            whose state Lightning 2.6.6 can't load from a checkpoint.
+        name: adamw, or adamw_8bit (Dettmers et al., arXiv:2110.02861), which stores both moments in 8 bits for every
+            parameter of at least 4096 elements: 2 bytes an element instead of 8. It needs bitsandbytes (torchao's
+            state can't be loaded from a checkpoint by Lightning 2.6.6).
         lr: peak learning rate.
-        weight_decay: on matrices alone; norms and biases are never decayed.
-        beta1: decay of the gradient's running mean.
-        beta2: decay of its running square.
-        eps: added to the denominator.
-        layer_decay: each layer's learning rate is this times the next higher layer's; 1 means all alike.
+        weight_decay: applies to weight matrices only, not to norms and biases.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
+        eps: added to the denominator for numerical stability.
+        layer_decay: factor between the learning rates of a layer and of the layer above; 1: the same for all layers.
         max_grad_norm: gradients are clipped to this norm; null switches clipping off.
     """
 
@@ -78,14 +78,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How the learning rate goes over the optimizer steps of a run.
+    """The learning rate over the optimizer steps of a run.
 
     Attributes:
         name: linear (to 0), cosine (to 0), cosine_with_restarts, or constant; each after the warm-up.
-        warmup: steps from 0 to the peak; below 1 it is a share of all steps.
-        cycles: number of restarts of `cosine_with_restarts`.
-        epochs: the run length that the schedule is laid out for; null: the trainer's max_epochs. A refit that stops
-            at an earlier epoch sets this, so that it goes the way that the folds went.
+        warmup: warm-up steps; below 1: a fraction of all steps.
+        cycles: number of cosine cycles of `cosine_with_restarts`.
+        epochs: number of epochs that the schedule covers; null: trainer.max_epochs. A refit that stops at an earlier
+            epoch sets it, so that its learning rates equal those of the folds.
     """
 
     name: Literal["linear", "cosine", "cosine_with_restarts", "constant"] = "linear"

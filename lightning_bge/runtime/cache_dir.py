@@ -1,4 +1,4 @@
-"""Where this program keeps what later runs can use: tokenised texts, micro-batch sizes."""
+"""Where this program keeps what later runs can use: tokenized texts, micro-batch sizes."""
 
 from __future__ import annotations
 

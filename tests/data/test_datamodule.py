@@ -116,7 +116,7 @@ def test_a_second_data_module_reads_nothing(make: Make, monkeypatch: pytest.Monk
     make().setup("fit")
 
     def refuse(*args: Any) -> None:
-        raise AssertionError("read, tokenised or split a second time")
+        raise AssertionError("read, tokenized or split a second time")
 
     for name in ("read_table", "tokenize_cached", "hash_texts", "load_tokenizer", "make_folds", "encode_labels"):
         monkeypatch.setattr(encoded_file, name, refuse)

@@ -92,10 +92,10 @@ def test_an_effective_batch_of_64_is_64_rows_and_the_last_window_is_stepped_and_
     assert not any(seen.left)  # nothing leaks into the next step or epoch
 
 
-# ---------------------------------------------------------------------- every trial built and tokenised everything
+# ---------------------------------------------------------------------- every trial built and tokenized everything
 
 
-def test_a_search_reads_its_model_and_tokenises_its_texts_once_and_computes_no_padding(
+def test_a_search_reads_its_model_and_tokenizes_its_texts_once_and_computes_no_padding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_files(tmp_path)
@@ -112,7 +112,7 @@ def test_a_search_reads_its_model_and_tokenises_its_texts_once_and_computes_no_p
         study = optuna.create_study(direction="minimize", sampler=optuna.samplers.RandomSampler(seed=1))
         study.optimize(objective, n_trials=4)
     assert objective.encoder.loads == 1
-    assert caplog.text.count("tokenising 40 rows") == 1
+    assert caplog.text.count("tokenizing 40 rows") == 1
     assert len(list((folder / "cache").rglob("*.arrow"))) == 1
     # 4 trials x 2 folds x 2 epochs of 20 rows, of at most 11 tokens each: nothing near 32, the limit
     assert sum(computed) < 4 * 2 * 2 * 20 * 12

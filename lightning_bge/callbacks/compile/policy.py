@@ -26,11 +26,11 @@ class CompileConfig:
     Attributes:
         policy: auto measures on the real model whether compiling pays over the steps that are left, and logs why;
             always compiles when training starts; never leaves them eager.
-        mode: of torch.compile. reduce-overhead records CUDA graphs, which need static shapes: pad micro-batches to few
+        mode: mode of torch.compile. reduce-overhead records CUDA graphs, which need static shapes: pad micro-batches to few
             token totals, as each one is compiled separately.
-        time_limit: the most seconds that auto spends on its measurement. 120, as one layer of MiniLM took 17 to 50 s on
-            a CPU.
-        backend: of torch.compile.
+        time_limit: maximum seconds for the measurement of auto. 120, because one layer of MiniLM took 17 to 50 s on a
+            CPU.
+        backend: back end of torch.compile.
     """
 
     policy: Policy = "auto"

@@ -17,16 +17,15 @@ class BatchingConfig:
     """How rows become batches.
 
     Args:
-        max_tokens: the most tokens of a training micro-batch (real tokens, there is no padding). It changes memory and
-            speed, not the result. auto: 8192, until a search for a better one (`MicroBatchFinder`) or running out of
-            memory changes it.
-        eval_max_tokens: the most tokens of a micro-batch without gradients. auto: twice that of training.
+        max_tokens: maximum number of tokens of a training micro-batch, padding not counted. It changes memory and speed,
+            not the result. auto: found by `MicroBatchFinder`, 8192 until then; running out of memory lowers it.
+        eval_max_tokens: maximum number of tokens of a micro-batch without gradients. auto: twice max_tokens.
         balanced: draw every class with equal probability, with replacement.
-        seed: of the training order; apart from the other seeds so that trials can be compared pair by pair.
-        num_workers: processes that assemble batches. 0, the training process, is the fastest for tokenised rows in
+        seed: seed of the order of training rows, separate from the other seeds so that trials are compared in pairs.
+        num_workers: processes that assemble batches. 0, the training process, is the fastest for tokenized rows in
             memory: assembling a batch of 32 rows takes less than 0.1 ms, receiving it from a worker about 2 ms.
         pin_memory: copy batches into page-locked memory. Unset: where CUDA is available.
-        persistent_workers: keep the processes between epochs; of no effect with 0 workers.
+        persistent_workers: keep the worker processes between epochs; no effect with 0 workers.
         multiprocessing_context: how processes start. Unset: forkserver where the platform has it, else spawn; a fork of
             a process that runs threads may hang.
     """

@@ -66,7 +66,7 @@ class BatchLoader:
         self.workers_reason = (
             "as data.batching.num_workers says"
             if config.num_workers
-            else "rows are tokenised and in memory, and are assembled faster than a worker could hand them over"
+            else "rows are tokenized and in memory, and are assembled faster than a worker could hand them over"
         )
         self._remaining = _Remaining(sampler)
         self._loader = self._data_loader(dataset, config.multiprocessing_context)

@@ -37,11 +37,11 @@ class TableConfig:
     Args:
         format: file format; auto: by the ending (.csv, .tsv and .txt, .jsonl, .json and .ndjson, .parquet).
         quoting: whether a double quote encloses a field of CSV or TSV. Unset: CSV yes, TSV no, because the TSV files
-            of public data sets hold bare quotes.
+            of public data sets contain unpaired quotes.
         max_rows: read only the first rows of the training file, for a quick trial. Unset: all rows.
         labels: label names in the order of the model's outputs (binary: the negative one first). Unset: found in the
-            training file and sorted.
-        label_separator: stands between several labels in one cell (multi-label tasks).
+            training file and sorted. In YAML, quote names that it reads as booleans or numbers: '["no", "yes"]'.
+        label_separator: separates several labels in one cell (multi-label tasks).
     """
 
     format: Format = "auto"

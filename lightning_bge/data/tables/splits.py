@@ -28,11 +28,11 @@ class SplitConfig:
     Args:
         folds: number of folds; 1 is a single split (not needed where data.val_file is given).
         fold: which fold `fit` validates on, counted from 0.
-        val_fraction: validation part of a single split, above 0 and at most 0.5. With groups it is one of k equal
-            parts, k being 1 / val_fraction to the nearest number.
-        stratified: every class has the same part in each fold, as far as groups allow; ignored for regression and
-            multi-label.
-        seed: of the shuffling.
+        val_fraction: fraction of the rows that validate in a single split, above 0 and at most 0.5. With groups it is
+            one of k equal parts, k = round(1 / val_fraction).
+        stratified: every class has the same proportion in each fold, as far as groups allow; ignored for regression
+            and multi-label.
+        seed: seed of the shuffling.
     """
 
     folds: int = 1

@@ -1,4 +1,4 @@
-"""Tokenise once: token ids in Arrow files that are named by their content and memory-mapped by every reader."""
+"""Tokenize once: token ids in Arrow files that are named by their content and memory-mapped by every reader."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def tokenize_cached(
             return open_tokens(path, rows=len(texts))
         except (pa.ArrowException, OSError, ValueError) as error:
             log.warning("token cache %s cannot be read (%s): it is written once more", path, error)
-    log.info("tokenising %d rows into %s", len(texts), path)
+    log.info("tokenizing %d rows into %s", len(texts), path)
     _write(path, _tokenize(texts, tokenizer, max_length))
     return open_tokens(path, rows=len(texts))
 

@@ -99,7 +99,7 @@ def test_the_number_of_workers_is_logged_once_with_its_reason(
     for workers in (0, 0, 2, 2):
         train_loader(dataset, num_workers=workers)
     assert [record.getMessage() for record in caplog.records] == [
-        "num_workers 0: rows are tokenised and in memory, and are assembled faster than a worker could hand them over",
+        "num_workers 0: rows are tokenized and in memory, and are assembled faster than a worker could hand them over",
         "num_workers 2: as data.batching.num_workers says",
     ]
 

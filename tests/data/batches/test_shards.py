@@ -157,7 +157,7 @@ def test_a_loader_of_a_rank_resumes_within_an_epoch(data: TextDataModule) -> Non
     assert [rows_of(batch) for batch in resumed] == whole[3:]
 
 
-def test_one_process_of_a_machine_tokenises_for_all(data: TextDataModule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_of_a_machine_tokenizes_for_all(data: TextDataModule, monkeypatch: pytest.MonkeyPatch) -> None:
     data.prepare_data()
     assert data.schema is None  # without a trainer there is nothing to prepare for
     data.trainer = trainer(0, 2)
