@@ -112,7 +112,7 @@ def train_ours(bench: Bench, case: Case, clock: Clock, options: Ours) -> dict[st
     return {
         **asdict(options),
         "attention": module.net.attention,
-        "compile": callbacks[-1].describe() if isinstance(callbacks[-1], CompileLayers) else None,
+        "compile": callbacks[-1].reason if isinstance(callbacks[-1], CompileLayers) else None,
         "optimizer": asdict(module.optimizer_config),
         "schedule": asdict(module.schedule_config),
     }

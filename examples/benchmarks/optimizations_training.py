@@ -165,7 +165,7 @@ def try_compiling(training: ShortTraining, mode: Any = "default") -> str | None:
     """Compile a layer within the limit, whose graph later fits reuse. Returns why that failed, or None."""
     attempt = CompileLayers(CompileConfig("auto", mode, training.compile_limit, BACKEND), steps_left=10**9)
     fit(training.of(*TRIED), Seconds(None), [attempt])
-    return attempt.describe()["reason"] if attempt.describe()["compile_s"] is None else None
+    return attempt.reason if attempt.found.measured is None else None
 
 
 def worker_epoch(training: ShortTraining, persistent: bool) -> float:

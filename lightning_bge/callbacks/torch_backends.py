@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -13,12 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.runtime.compat.torch import (
-    HAS_ALLOCATOR_SETTINGS,
-    cpu_bf16_units,
-    get_allocator_settings,
-    set_allocator_settings,
-)
+from lightning_bge.runtime.compat.torch import cpu_bf16_units
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +84,6 @@ class TorchBackends(Callback):
             off), as the shapes of texts vary.
         sdpa: kernels that `scaled_dot_product_attention` may choose from: flash, mem_efficient, cudnn, math. Unset:
             unchanged.
-        expandable_segments: let CUDA's allocator grow its segments instead of adding new ones, so that batches of
-            changing size leave fewer holes. Unset: unchanged (torch's default is off). What was allocated before the
-            run is not moved.
 
     Attributes:
         report: what is in effect in the current run, or was in the last one.
@@ -106,7 +97,6 @@ class TorchBackends(Callback):
         tf32: bool | Literal["auto"] = "auto",
         cudnn_benchmark: bool | None = None,
         sdpa: Sequence[SdpaKernel] | None = None,
-        expandable_segments: bool | None = None,
     ) -> None:
         if tf32 not in (True, False, "auto"):
             raise ConfigError(f"TorchBackends.tf32 must be auto, true or false, got {tf32!r}")
@@ -114,7 +104,6 @@ class TorchBackends(Callback):
         if sdpa is not None and (isinstance(sdpa, str) or not sdpa or not set(sdpa) <= set(known)):
             raise ConfigError(f"TorchBackends.sdpa must be a list of {', '.join(known)}, got {sdpa!r}")
         self.tf32, self.cudnn_benchmark, self.sdpa = tf32, cudnn_benchmark, sdpa
-        self.expandable_segments = expandable_segments
         self.report: tuple[Setting, ...] = ()
         self._tf32_reason = ""
         self._undo: dict[int, list[Callable[[], None]]] = {}
@@ -127,13 +116,6 @@ class TorchBackends(Callback):
         precision, self._tf32_reason = _choose_fp32(self.tf32, device)
         if self.cudnn_benchmark and device.type != "cuda":
             raise ConfigError(f"TorchBackends.cudnn_benchmark: cuDNN is for CUDA, the run is on {device}: leave it out")
-        if self.expandable_segments is not None and (device.type != "cuda" or not HAS_ALLOCATOR_SETTINGS):
-            what = (
-                f"the run is on {device}"
-                if HAS_ALLOCATOR_SETTINGS
-                else f"torch {torch.__version__} can't change it in a run"
-            )
-            raise ConfigError(f"TorchBackends.expandable_segments is for CUDA's allocator, {what}: leave it out")
         if self.sdpa is not None and not (usable := _usable_kernels(device)) & set(self.sdpa):
             raise ConfigError(
                 f"TorchBackends.sdpa: {_name(device)} has {', '.join(sorted(usable))}, got {', '.join(self.sdpa)}: "
@@ -147,10 +129,6 @@ class TorchBackends(Callback):
             undo.append(_change(_get_benchmark, _put_benchmark, self.cudnn_benchmark))
         if self.sdpa is not None:
             undo.append(_change(_get_kernels, _put_kernels, list(self.sdpa)))
-        if self.expandable_segments is not None:
-            undo.append(
-                _change(get_allocator_settings, set_allocator_settings, _with_segments(self.expandable_segments))
-            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report what is in effect, once a run: only now is the model complete. It is logged once a process."""
@@ -180,8 +158,7 @@ class TorchBackends(Callback):
     @property
     def _has_options(self) -> bool:
         """Whether any argument was given."""
-        given = (self.cudnn_benchmark, self.sdpa, self.expandable_segments)
-        return self.tf32 != "auto" or any(value is not None for value in given)
+        return self.tf32 != "auto" or self.cudnn_benchmark is not None or self.sdpa is not None
 
     def _restore(self, trainer: Trainer) -> None:
         for undo in reversed(self._undo.pop(id(trainer), [])):
@@ -202,18 +179,8 @@ class TorchBackends(Callback):
             Setting("fp32 matrix products", _describe_fp32(device), self._tf32_reason),
             Setting("cuDNN benchmark", "on" if _get_benchmark() else "off", benchmark_reason),
             Setting("SDPA kernels allowed", ", ".join(_get_kernels()), left if self.sdpa is None else "requested"),
-            *self._allocator_setting(device),
         )
 
-    def _allocator_setting(self, device: torch.device) -> list[Setting]:
-        if device.type != "cuda" or not HAS_ALLOCATOR_SETTINGS:
-            return []
-        value = SEGMENTS.search(get_allocator_settings())
-        reason = "unchanged" if self.expandable_segments is None else "requested"
-        return [Setting("expandable segments", "off" if value is None or value[1] != "True" else "on", reason)]
-
-
-SEGMENTS = re.compile(r",?expandable_segments:(\w+)")
 
 _logged: set[str] = set()
 
@@ -283,12 +250,6 @@ def _get_benchmark() -> bool:
 
 def _put_benchmark(value: bool) -> None:
     torch.backends.cudnn.benchmark = value
-
-
-def _with_segments(on: bool) -> str:
-    """The allocator's settings with this one changed: those left out would be reset."""
-    others = SEGMENTS.sub("", get_allocator_settings()).strip(",")
-    return ",".join(part for part in (others, f"expandable_segments:{on}") if part)
 
 
 def _usable_kernels(device: torch.device) -> set[str]:

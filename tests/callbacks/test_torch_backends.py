@@ -17,7 +17,6 @@ from torch.profiler import profile
 from lightning_bge.callbacks import torch_backends as precision_module
 from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precision
 from lightning_bge.errors import ConfigError
-from lightning_bge.runtime.compat.torch import get_allocator_settings, set_allocator_settings
 from tests.helpers.small_models import Loader, quiet_trainer
 
 # ------------------------------------------------------------------ choose_precision
@@ -298,10 +297,6 @@ def test_unknown_values(bad: dict[str, Any]) -> None:
     ("asked", "text"),
     [
         ({"tf32": True}, r"tf32 is true, but TF32 is for CUDA, the run is on cpu: set it to auto"),
-        (
-            {"expandable_segments": True},
-            r"expandable_segments is for CUDA's allocator, the run is on cpu: leave it out",
-        ),
         ({"cudnn_benchmark": True}, r"cudnn_benchmark: cuDNN is for CUDA, the run is on cpu: leave it out"),
         ({"sdpa": ["cudnn"], "tf32": False}, r"sdpa: a cpu device has flash, math, got cudnn: add one that it has"),
     ],
@@ -405,26 +400,3 @@ def test_tf32_is_really_used() -> None:
         trainer.fit(Plain(step), BATCHES, BATCHES)
     assert errors[0] > 20 * errors[1]
     assert torch.get_float32_matmul_precision() == "highest"
-
-
-@pytest.mark.parametrize(
-    ("before", "expected"),
-    [
-        ("", "expandable_segments:True"),
-        ("max_split_size_mb:64", "max_split_size_mb:64,expandable_segments:True"),
-        ("expandable_segments:False,max_split_size_mb:64", "max_split_size_mb:64,expandable_segments:True"),
-        ("max_split_size_mb:64,expandable_segments:False", "max_split_size_mb:64,expandable_segments:True"),
-    ],
-)
-def test_other_settings_of_the_allocator_stay(before: str, expected: str) -> None:
-    kept = get_allocator_settings()
-    try:
-        set_allocator_settings(before)
-        undo = precision_module._change(
-            get_allocator_settings, set_allocator_settings, precision_module._with_segments(on=True)
-        )
-        assert get_allocator_settings() == expected
-        undo()
-        assert get_allocator_settings() == before
-    finally:
-        set_allocator_settings(kept)

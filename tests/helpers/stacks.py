@@ -112,4 +112,4 @@ def fake(monkeypatch: pytest.MonkeyPatch, *results: Measured | BaseException) ->
 
 
 def findings(**changes: Any) -> Findings:
-    return Findings(**{"graphs": 2, "step_s": 0.031, **changes})
+    return Findings(**{"layers": 3, "graphs": 2, "step_s": 0.031, **changes})

@@ -126,11 +126,12 @@ class BGERun(TrainingRun):
     def _compile_saving(self, run: ObservedRun, time_limit: float) -> TimeSaved | str:
         probe = CompileLayers(replace(self.compile, policy="auto", time_limit=time_limit), steps_left=ENDLESS)
         self._train(self.fixed_options(run), None, {"limit_train_batches": PROBED, "max_epochs": 1}, probe)
-        found = probe.describe()
-        if found["saved_ms"] is None or not found["step_ms"]:
+        found = probe.found
+        if found.measured is None or not found.step_s:
             return f"a trial on one layer gave no figure ({probe.reason})"
-        share = found["saved_ms"] / found["step_ms"]
-        text = f"one layer of a batch, run eager and compiled ({found['compile_s']:.0f} s to compile); {probe.reason}"
+        share = found.saved_s / found.step_s
+        seconds = found.measured.compile_s
+        text = f"one layer of a batch, run eager and compiled ({seconds:.0f} s to compile); {probe.reason}"
         return TimeSaved(min(0.0, share), share, max(0.0, share), "predicted", text)
 
 

@@ -205,7 +205,7 @@ def compile_attempt(scenario: Scenario, costs: StudyCosts, share: float, compile
         return 0.0, "compile.policy is never"
     if compile.policy == "always":
         return 0.0, "compiled in the measured trials"
-    known = Findings(graphs=2, step_s=costs.calibration.step_s)
+    known = Findings(layers=1, graphs=2, step_s=costs.calibration.step_s)
     steps = costs.training(scenario, share) / costs.calibration.step_s
     if (text := too_short(known, steps)) is not None:
         return 0.0, text.removeprefix("compile off: ")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
@@ -13,8 +12,6 @@ from torch import nn
 
 from lightning_bge.callbacks.compile.layers import compile_layers, find_layers, signature
 from lightning_bge.callbacks.compile.policy import (
-    MAX_PROBE_SHARE,
-    SAFETY_FACTOR,
     CompileConfig,
     Findings,
     decide,
@@ -57,6 +54,7 @@ class CompileLayers(Callback):
     Attributes:
         in_effect: whether the layers are compiled now.
         reason: why, in one line.
+        found: what this process knows of such layers; with the policy auto it is filled as it is measured.
         graphs: graphs that were compiled during this `fit`.
         recompiles: functions that were recompiled in a loop that had all its graphs, during this `fit`.
         eager_functions: functions that torch.compile could not compile (its limit of recompilations, or code that it
@@ -82,32 +80,13 @@ class CompileLayers(Callback):
         self.graphs = self.recompiles = self.eager_functions = 0
         self._layers: list[nn.Module] = []
         self._key: Hashable = None
-        self._found = Findings(graphs=0)
-        self._phase: Literal["new", "warm-up", "timing", "capture", "done"] = "done"
+        self.found = Findings(layers=0, graphs=0)
+        self._phase: Literal["new", "timing", "capture", "done"] = "done"
         self._capture: Capture | None = None
         self._seen = dynamo_counts()
-        self._first_step = self._start = self._batches = 0
+        self._first_step = self._batches = 0
         self._seconds = 0.0
         self._since: float | None = None
-
-    def describe(self) -> dict[str, Any]:
-        """Policy, what is in effect and why, and the figures, as plain data; None where nothing was measured."""
-        found = _findings.get(self._key)
-        measured = found.measured if found else None
-        return {
-            "policy": self.config.policy,
-            "mode": self.config.mode,
-            "backend": self.config.backend,
-            "in_effect": self.in_effect,
-            "reason": self.reason,
-            "layers": len(self._layers),
-            "step_ms": found.step_s * 1000 if found and found.step_s is not None else None,
-            "compile_s": measured.compile_s if measured else None,
-            "saved_ms": found.saved_s(len(self._layers)) * 1000 if found and measured else None,
-            "graphs": self.graphs,
-            "recompiles": self.recompiles,
-            "eager_functions": self.eager_functions,
-        }
 
     # ------------------------------------------------------------------ deciding
 
@@ -121,10 +100,10 @@ class CompileLayers(Callback):
         kinds = tuple(dict.fromkeys(signature(layer) for layer in self._layers))
         config = self.config
         self._key = (len(self._layers), kinds, str(pl_module.device), trainer.precision, config.mode, config.backend)
-        self._found = _findings.setdefault(self._key, Findings(graphs=2 * len(kinds)))
+        self.found = _findings.setdefault(self._key, Findings(len(self._layers), 2 * len(kinds)))
         obstacle = self._obstacle(trainer, pl_module)
         if self._layers and all(compiled_call(layer) is not None for layer in self._layers):
-            self._decide(True, self._found.decided or "compile on: the layers are compiled already")
+            self._decide(True, self.found.decided or "compile on: the layers are compiled already")
         elif config.policy == "always":
             if obstacle is not None:
                 raise ConfigError(f"compile.policy is always, but {obstacle}; or set the policy to auto or never")
@@ -157,18 +136,18 @@ class CompileLayers(Callback):
 
     def _consider(self, trainer: Trainer) -> None:
         """Decide by what is known, or start the next measurement."""
-        found, steps = self._found, self._steps(trainer)
+        found, steps = self.found, self._steps(trainer)
         if found.decided is not None:
             self._decide(True, found.decided)
         elif found.step_s is None:
-            self._phase = "warm-up"
+            self._phase = "timing"
         elif found.measured is not None:
-            on, reason = decide(found, len(self._layers), steps)
+            on, reason = decide(found, steps)
             found.decided = reason if on else None
             self._decide(on, reason)
         elif (text := too_short(found, steps)) is not None:
             self._decide(False, text)
-        elif found.failed is not None and probe_time_limit(found, steps, self.config) < SAFETY_FACTOR * found.tried_s:
+        elif found.failed is not None:
             self._decide(False, f"compile off: {found.failed}")
         else:
             self._phase = "capture"
@@ -184,39 +163,36 @@ class CompileLayers(Callback):
     def _probe(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure one layer and decide."""
         assert self._capture is not None
-        capture, self._capture, found, steps = self._capture, None, self._found, self._steps(trainer)
+        capture, self._capture, found, steps = self._capture, None, self.found, self._steps(trainer)
         limit = probe_time_limit(found, steps, self.config)
         log.info("compile: measuring one of %d layers for at most %s", len(self._layers), format_seconds(limit))
-        self._mark()
+        self._seen = dynamo_counts()
         try:
             found.measured = measure(capture, lambda layer: compile_layers([layer], self.config), limit, _clock)
-            found.failed = None
         except TimeLimitExceeded:
-            why = "" if limit == self.config.time_limit else f", {MAX_PROBE_SHARE:.0%} of the time that is left"
-            found.failed, found.tried_s = f"one layer was not compiled within {format_seconds(limit)}{why}", limit
+            found.failed = f"one layer was not compiled within {format_seconds(limit)}"
         except Exception as error:
             summary = (str(error).strip().splitlines() or [""])[0]
-            found.failed, found.tried_s = f"measuring it failed: {type(error).__name__}: {summary}", math.inf
+            found.failed = f"measuring it failed: {type(error).__name__}: {summary}"
             log.warning("compile: measuring it failed", exc_info=error)
         self._count(None)
         self._consider(trainer)
         if not self.in_effect:
             stop_compile_workers()
 
-    # ------------------------------------------------------------------ timing
+    # ------------------------------------------------------------------ measuring
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start the clock, or watch a layer's calls, where something has to be measured."""
+        """Start the clock, or record a layer's calls, where something has to be measured."""
         if self._phase == "new":
             self._first_step = trainer.global_step
             self._consider(trainer)
-            self._restart(trainer)
-        if self._phase == "timing" and self._since is None:
+        if self._phase == "timing" and trainer.global_step - self._first_step >= WARM_UP_STEPS:
             wait_for(pl_module.device)
             self._since = _clock()
         elif self._phase == "capture":
             self._capture = Capture(self._layers[(len(self._layers) - 1) // 2])
-        self._mark()
+        self._seen = dynamo_counts()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -226,48 +202,21 @@ class CompileLayers(Callback):
         if self._capture is not None:
             self._capture.close()
             self._probe(trainer, pl_module)
-        if self._phase not in ("warm-up", "timing"):
-            return
-        self._batches += 1
-        steps = trainer.global_step - self._start
-        if self._phase == "warm-up" and steps >= WARM_UP_STEPS:
-            self._restart(trainer)
-            self._phase = "timing"
-        elif self._phase == "timing" and steps >= TIMED_STEPS:
-            self._stop(pl_module)
-            self._found.step_s, self._found.batches = self._seconds / steps, self._batches / steps
-            self._consider(trainer)
-
-    def _restart(self, trainer: Trainer) -> None:
-        self._start, self._batches = trainer.global_step, 0
-        self._seconds, self._since = 0.0, None
-
-    def _stop(self, module: LightningModule) -> None:
-        if self._phase == "timing" and self._since is not None:
-            wait_for(module.device)
-            self._seconds += _clock() - self._since
-            self._since = None
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock between epochs."""
-        self._stop(pl_module)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock while validating."""
-        self._stop(pl_module)
-
-    # ------------------------------------------------------------------ counting
+        elif self._since is not None:
+            wait_for(pl_module.device)
+            self._seconds, self._since, self._batches = self._seconds + _clock() - self._since, None, self._batches + 1
+            steps = trainer.global_step - self._first_step - WARM_UP_STEPS
+            if steps >= TIMED_STEPS:
+                self.found.step_s, self.found.batches = self._seconds / steps, self._batches / steps
+                self._consider(trainer)
 
     def on_validation_batch_start(self, *_: Any, **__: Any) -> None:
         """Count from here."""
-        self._mark()
+        self._seen = dynamo_counts()
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         """Count what was compiled."""
         self._count("validate")
-
-    def _mark(self) -> None:
-        self._seen = dynamo_counts()
 
     def _count(self, loop: str | None) -> None:
         """Count what was compiled since the last mark; `loop` None: by the probe."""
@@ -275,8 +224,8 @@ class CompileLayers(Callback):
         self.graphs += graphs
         self.eager_functions += functions - done
         if loop is not None and self.in_effect:
-            self.recompiles += functions if loop in self._found.warm else 0
-            self._found.warm.add(loop)
+            self.recompiles += functions if loop in self.found.warm else 0
+            self.found.warm.add(loop)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what was compiled after the warm-up."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_bge.callbacks.compile.policy import CompileConfig
-from lightning_bge.runtime.compat.torch import compiled_call, set_compiled_call
+from lightning_bge.runtime.compat.torch import compiled_call
 
 
 def find_layers(module: nn.Module) -> list[nn.Module]:
@@ -27,12 +27,6 @@ def compile_layers(layers: Sequence[nn.Module], config: CompileConfig) -> None:
         if compiled_call(layer) is None:
             # CUDA graphs are recorded for one shape each
             layer.compile(dynamic=config.mode != "reduce-overhead", mode=config.mode, backend=config.backend)
-
-
-def make_eager(layers: Sequence[nn.Module]) -> None:
-    """Undo `compile_layers`."""
-    for layer in layers:
-        set_compiled_call(layer, None)
 
 
 def signature(layer: nn.Module) -> Hashable:

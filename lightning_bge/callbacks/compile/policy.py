@@ -53,29 +53,31 @@ class Findings:
     """What this process knows of one kind of layers on one device; it outlives the callback, so one trial pays for all.
 
     Attributes:
+        layers: their number.
         graphs: graphs that the layers need: one to train and one to evaluate, for each different layer.
         step_s: seconds of an optimizer step with eager layers; None: not timed yet.
         batches: Lightning batches in an optimizer step.
         measured: what the probe measured, or None.
-        failed: why the probe measured nothing.
-        tried_s: the longest that the probe was given.
+        failed: why the probe measured nothing; it is not repeated.
         decided: why compiling was decided on; its cost is paid then, so that it stays on. None: it was not.
         warm: loops that have their graphs; what is compiled in them from then on is a recompilation.
     """
 
+    layers: int
     graphs: int
     step_s: float | None = None
     batches: float = 1.0
     measured: Measured | None = None
     failed: str | None = None
-    tried_s: float = 0.0
     decided: str | None = None
     warm: set[str] = field(default_factory=set)
 
-    def saved_s(self, layers: int) -> float:
-        """Seconds saved in an optimizer step by compiling so many layers."""
-        assert self.measured is not None
-        return layers * self.batches * (self.measured.eager_s - self.measured.compiled_s)
+    @property
+    def saved_s(self) -> float:
+        """Seconds saved in an optimizer step by compiling all layers; 0 where nothing was measured."""
+        if self.measured is None:
+            return 0.0
+        return self.layers * self.batches * (self.measured.eager_s - self.measured.compiled_s)
 
 
 def too_short(found: Findings, steps: float) -> str | None:
@@ -103,10 +105,10 @@ def probe_time_limit(found: Findings, steps: float, config: CompileConfig) -> fl
     return min(config.time_limit, MAX_PROBE_SHARE * steps * found.step_s)
 
 
-def decide(found: Findings, layers: int, steps: float) -> tuple[bool, str]:
-    """Whether to compile so many layers for so many optimizer steps, and the arithmetic in one line."""
+def decide(found: Findings, steps: float) -> tuple[bool, str]:
+    """Whether to compile the layers for so many optimizer steps, and the arithmetic in one line."""
     assert found.measured is not None
-    saved, cost = found.saved_s(layers), found.graphs * found.measured.compile_s
+    saved, cost = found.saved_s, found.graphs * found.measured.compile_s
     if saved <= 0:
         times = f"{format_seconds(found.measured.compiled_s)} compiled, {format_seconds(found.measured.eager_s)} eager"
         return False, f"compile off: a layer's part of a batch takes {times}: nothing to save"

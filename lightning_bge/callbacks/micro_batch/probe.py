@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -28,31 +28,15 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # resets VmHWM, see proc_pid_clear_refs(5)
 
 
-class Meter(Protocol):
-    """Measures the memory and time of a step on a device.
-
-    Attributes:
-        noise: bytes by which a peak may be wrong.
-    """
-
-    noise: int
-
-    def start(self) -> None:
-        """Reset the peak; from here on count above what is held now."""
-
-    def peak(self) -> int:
-        """Bytes at the peak since `start`, above what was held then."""
-
-    def now(self) -> float:
-        """Seconds, when all work that was queued is done."""
-
-
 class HostMeter:
-    """Memory of this process, as Linux counts it.
+    """Measures the memory of this process, as Linux counts it, and the time of a step.
 
     Args:
         address_space: whether address space is limited, of which a process takes more than becomes resident. Its peak
             can't be reset: it counts where it is a new one, as it is near the limit in a search that goes upwards.
+
+    Attributes:
+        noise: bytes by which a peak may be wrong.
     """
 
     noise = 4 * 2**20  # code that is run for the first time becomes resident, too
@@ -67,7 +51,7 @@ class HostMeter:
         self._before = process_bytes()
 
     def peak(self) -> int:
-        """VmHWM above VmRSS at the start, or VmPeak above VmSize then, whichever is more."""
+        """Bytes: VmHWM above VmRSS at the start, or VmPeak above VmSize then, whichever is more."""
         before, now = self._before, process_bytes()
         resident = now["VmHWM"] - before["VmRSS"]
         is_new = self._address_space and now["VmPeak"] > before["VmPeak"]
@@ -79,7 +63,7 @@ class HostMeter:
 
 
 class CudaMeter:
-    """What torch's allocator reserves, which is what the GPU lacks, and more than tensors fill."""
+    """As `HostMeter`, of what torch's allocator reserves, which is what the GPU lacks, and more than tensors fill."""
 
     noise = 2 * 2**20  # the allocator's smallest segment
 
@@ -100,6 +84,9 @@ class CudaMeter:
         """Wait for the device."""
         torch.cuda.synchronize(self._device)
         return _clock()
+
+
+Meter = HostMeter | CudaMeter
 
 
 def make_meter(trainer: Trainer, device: torch.device, address_space: bool = False) -> Meter | str:

@@ -104,20 +104,6 @@ def clear_cublas_workspaces() -> None:
     torch._C._cuda_clearCublasWorkspaces()
 
 
-HAS_ALLOCATOR_SETTINGS = hasattr(torch._C, "_accelerator_getAllocatorSettings")
-"""Whether the settings of CUDA's allocator can be read and changed after the start of the process."""
-
-
-def get_allocator_settings() -> str:
-    """The allocator's settings as in the environment variable PYTORCH_ALLOC_CONF, which is read at the start only."""
-    return torch._C._accelerator_getAllocatorSettings()
-
-
-def set_allocator_settings(settings: str) -> None:
-    """Change the allocator's settings; those left out are reset."""
-    torch._C._accelerator_setAllocatorSettings(settings)
-
-
 def cpu_bf16_units() -> list[str]:
     """Names of the CPU's units that multiply bf16 matrices: `amx_bf16`, `avx512_bf16`.
 

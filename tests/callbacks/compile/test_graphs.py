@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_bge.callbacks.compile import policy as policy_module
 from lightning_bge.callbacks.compile.callback import CompileLayers
-from lightning_bge.callbacks.compile.layers import find_layers, make_eager
+from lightning_bge.callbacks.compile.layers import find_layers
 from lightning_bge.callbacks.compile.policy import (
     CompileConfig,
 )
@@ -20,7 +20,7 @@ from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.dropout import CheapDropout
 from lightning_bge.models.encoder import TextClassifier
 from lightning_bge.models.optimizer import OptimizerConfig
-from lightning_bge.runtime.compat.torch import compiled_call
+from lightning_bge.runtime.compat.torch import compiled_call, set_compiled_call
 from lightning_bge.types import Batch, Schema
 from tests.helpers.small_models import Batches, cut_batch, quiet_trainer, random_sequences, small_model
 from tests.helpers.stacks import EAGER, compiled, stack, train
@@ -124,7 +124,8 @@ def run_trials(kind: str, backend: str, trials: int) -> None:
         set_dropout(study.net, 0.0)
         found = loss_and_gradients(study.net)
     assert {(c.graphs, c.recompiles, c.eager_functions) for c in later} == {(0, 0, 0)}
-    make_eager(find_layers(study.net))
+    for layer in find_layers(study.net):
+        set_compiled_call(layer, None)
     for one, other in zip(found, loss_and_gradients(study.net), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -148,9 +149,8 @@ def test_auto_decides_on_this_machine() -> None:
     batches = [effective_batch(6, seed=k) for k in range(14)]
     callback = CompileLayers(CompileConfig(time_limit=100), steps_left=10**6)
     quiet_trainer(callbacks=[callback]).fit(module, datamodule=Batches(SCHEMA, batches, batches[:1]))
-    told = callback.describe()
-    assert told["reason"].startswith("compile on: " if told["in_effect"] else "compile off: ")
-    assert told["in_effect"] is all(compiled_call(layer) is not None for layer in find_layers(module))
+    assert callback.reason.startswith("compile on: " if callback.in_effect else "compile off: ")
+    assert callback.in_effect is all(compiled_call(layer) is not None for layer in find_layers(module))
 
 
 @pytest.mark.gpu

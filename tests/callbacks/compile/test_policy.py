@@ -69,19 +69,19 @@ MEASURED = Measured(compile_s=17.0, eager_s=0.0050, compiled_s=0.0030)
     ],
 )
 def test_compiling_must_pay_by_a_margin(steps: float, on: bool, text: str) -> None:
-    found, reason = decide(findings(measured=MEASURED), 6, steps)
+    found, reason = decide(findings(layers=6, measured=MEASURED), steps)
     assert found is on
     assert reason.startswith(text)
 
 
 def test_nothing_to_save() -> None:
-    on, reason = decide(findings(measured=Measured(17.0, 0.003, 0.0031)), 6, math.inf)
+    on, reason = decide(findings(measured=Measured(17.0, 0.003, 0.0031)), math.inf)
     assert not on
     assert reason == "compile off: a layer's part of a batch takes 3.1 ms compiled, 3 ms eager: nothing to save"
 
 
 def test_batches_of_a_step_count() -> None:
-    assert findings(measured=MEASURED, batches=4).saved_s(6) == pytest.approx(0.048)
+    assert findings(layers=6, measured=MEASURED, batches=4).saved_s == pytest.approx(0.048)
 
 
 def test_times_are_readable() -> None:

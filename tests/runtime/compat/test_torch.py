@@ -99,15 +99,6 @@ def test_cublas_workspaces_can_be_freed() -> None:
     needs(torch._C, "_cuda_clearCublasWorkspaces")
 
 
-def test_the_allocator_s_settings_have_both_functions_or_none() -> None:
-    if not compat.HAS_ALLOCATOR_SETTINGS:
-        pytest.skip("this version of torch has neither")
-    needs(torch._C, "_accelerator_setAllocatorSettings")
-    before = compat.get_allocator_settings()
-    compat.set_allocator_settings(before)
-    assert compat.get_allocator_settings() == before
-
-
 def test_the_cpu_s_units_are_known() -> None:
     assert hasattr(torch.cpu, "get_capabilities") or hasattr(torch.cpu, "_is_avx512_bf16_supported"), MISSING.format(
         torch.__version__, "torch.cpu.get_capabilities, nor torch.cpu._is_avx512_bf16_supported"
