@@ -17,7 +17,7 @@ from tests.helpers.paths import ROOT
 @pytest.mark.slow
 def test_the_quickstart_prunes_fails_nothing_and_beats_the_majority_by_far(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LIGHTNING_BGE_CACHE": str(tmp_path / "cache")}
-    program = [sys.executable, "-m", "lightning_bge.cli.main"]
+    program = [sys.executable, "-m", "lightning_bge.cli"]
     config = str(ROOT / "configs" / "quickstart.yaml")
     for command in (["sample", "runs/sample"], ["hpo", "-c", config]):
         subprocess.run([*program, *command], cwd=tmp_path, env=environment, check=True, timeout=900)

@@ -340,7 +340,7 @@ def test_options_of_the_command_line(tokenizer_dir: str) -> None:
     assert (data.text_columns, data.table.labels, data.batching.max_tokens) == (("q", "d"), ("n", "y"), 100)
     help_text = parser.format_help()
     for option in (
-        "the most tokens of a training micro-batch",
+        "maximum number of tokens of a training micro-batch",
         "rows of an effective batch",
         "several labels in one cell",
     ):

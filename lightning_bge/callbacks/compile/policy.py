@@ -26,8 +26,8 @@ class CompileConfig:
     Attributes:
         policy: auto measures on the real model whether compiling pays over the steps that are left, and logs why;
             always compiles when training starts; never leaves them eager.
-        mode: mode of torch.compile. reduce-overhead records CUDA graphs, which need static shapes: pad micro-batches to few
-            token totals, as each one is compiled separately.
+        mode: mode of torch.compile. reduce-overhead records CUDA graphs, which need static shapes: pad micro-batches to
+            few token totals, as each one is compiled separately.
         time_limit: maximum seconds for the measurement of auto. 120, because one layer of MiniLM took 17 to 50 s on a
             CPU.
         backend: back end of torch.compile.

@@ -17,7 +17,7 @@ class BatchingConfig:
     """How rows become batches.
 
     Args:
-        max_tokens: maximum number of tokens of a training micro-batch, padding not counted. It changes memory and speed,
+        max_tokens: maximum number of tokens of a training micro-batch, without padding. It changes memory and speed,
             not the result. auto: found by `MicroBatchFinder`, 8192 until then; running out of memory lowers it.
         eval_max_tokens: maximum number of tokens of a micro-batch without gradients. auto: twice max_tokens.
         balanced: draw every class with equal probability, with replacement.
