@@ -14,6 +14,8 @@ from lightning_bge.advisor.report.run_data import RunData
 
 MAX_METRICS = len(SERIES)  # validation metrics that are drawn
 
+PARTS = {"validation": "validation", "test": "test file, evaluated once"}
+
 
 def fit_sections(run: RunData) -> list[Section]:
     """The sections of a training run, as far as its files have content for them."""
@@ -30,7 +32,7 @@ def fit_sections(run: RunData) -> list[Section]:
 def _results(run: RunData) -> str:
     summary, metric = run.summary or {}, run.metric
     figures = []
-    for part, text in (("validation", "validation"), ("test", "test file, evaluated once")):
+    for part, text in PARTS.items():
         value = (summary.get(part) or {}).get(metric)
         if value is not None:
             figures.append((f"{value:.4f}", f"{metric}, {text}"))
@@ -42,16 +44,11 @@ def _results(run: RunData) -> str:
     if summary.get("threshold") is not None:
         figures.append((f"{summary['threshold']:.3f}", "decision threshold"))
     note = paragraph(f"Threshold: {summary['threshold_note']}.", "muted") if summary.get("threshold_note") else ""
-    return cards(figures) + note + _metrics_table(summary.get("validation") or {}, summary.get("test"))
-
-
-def _metrics_table(validation: dict[str, float], test: dict[str, float] | None) -> str:
-    if not validation:
-        return ""
-    if test is None:
-        return table(["metric", "validation"], [(name, f"{value:.4f}") for name, value in validation.items()], (1,))
-    rows = [(name, f"{value:.4f}", f"{test[name]:.4f}") for name, value in validation.items() if name in test]
-    return table(["metric", "validation", "test file"], rows, (1, 2)) if rows else ""
+    parts = [summary[part] for part in ("validation", "test") if summary.get(part)]
+    names = [name for name in (parts[0] if parts else ()) if all(name in part for part in parts)]
+    rows = [(name, *(f"{part[name]:.4f}" for part in parts)) for name in names]
+    head = ["metric", *(title for part, title in PARTS.items() if summary.get(part))]
+    return cards(figures) + note + (table(head, rows, (1, 2)) if rows else "")
 
 
 def _learning_curves(run: RunData) -> str:

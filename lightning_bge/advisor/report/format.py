@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_bge.advisor.report.run_data import RunData
-from lightning_bge.hpo.analysis.history import OUTCOMES, History, PastTrial
+from lightning_bge.hpo.analysis.history import History, PastTrial
 from lightning_bge.hpo.forecast.eta import Eta
 
 RESUME = "run the same command to resume it"
@@ -21,11 +21,6 @@ def format_duration(hours: float) -> str:
 def format_number(value: float) -> str:
     """A number with three significant digits."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def outcome_counts(history: History) -> list[tuple[str, int]]:
-    """The outcomes that the study has, each with its number of trials."""
-    return [(outcome, history.counts[outcome]) for outcome in OUTCOMES if history.counts[outcome]]
 
 
 def name_trial(trial: PastTrial) -> str:

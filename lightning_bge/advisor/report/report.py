@@ -36,7 +36,8 @@ def write_report(run_dir: Path) -> Path:
     run = read_run(run_dir)
     sections = [*(study_sections(run) if run.is_study else fit_sections(run)), _scorecard(run)]
     if run.best is not None:
-        sections.append(_best_hyperparameters(run, run.best))
+        text = "<p>The complete configuration, for <code>lightning-bge fit -c best.yaml</code>:</p>"
+        sections.append(Section("Best hyperparameters", text + code(run.best, "winner")))
     sections.append(Section("How to repeat this run", _how_to_repeat(run)))
     if run.config:
         config = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
@@ -54,14 +55,6 @@ def _scorecard(run: RunData) -> Section:
     text = "This run has no audit. The following command measures which optimizations are in effect, and what could "
     text += "still be gained."
     return Section("Scorecard", paragraph(text) + code(command, "audit"))
-
-
-def _best_hyperparameters(run: RunData, best: str) -> Section:
-    params = (run.summary or {}).get("best_params") or {}
-    rows = [(name, f"{value:.6g}" if isinstance(value, float) else str(value)) for name, value in params.items()]
-    text = "<p>The complete configuration with these values, for <code>lightning-bge fit -c best.yaml</code>:</p>"
-    found = table(["hyperparameter", "best value"], rows) if rows else ""
-    return Section("Best hyperparameters", found + text + code(best, "winner"))
 
 
 def _how_to_repeat(run: RunData) -> str:

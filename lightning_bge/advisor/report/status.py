@@ -14,7 +14,6 @@ from lightning_bge.advisor.report.format import (
     format_number,
     format_time_left,
     name_trial,
-    outcome_counts,
 )
 from lightning_bge.advisor.report.run_data import RunData, read_run
 from lightning_bge.hpo.analysis.history import History, PastTrial
@@ -76,7 +75,7 @@ def _describe(run: RunData) -> str:
 
 def _describe_study(run: RunData, history: History) -> list[str]:
     planned = "" if history.n_trials is None else f" of {history.n_trials:,}"
-    counts = [f"{number:,} {outcome}" for outcome, number in outcome_counts(history) if outcome != "resumed"]
+    counts = [f"{number:,} {outcome}" for outcome, number in history.counts.items() if outcome != "resumed"]
     resumed = f"; {history.counts['resumed']:,} paused trials were resumed" if history.counts["resumed"] else ""
     lines = [
         f"trials     {history.n_finished:,}{planned} finished: {', '.join(counts)}{resumed}",

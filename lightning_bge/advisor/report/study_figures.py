@@ -42,13 +42,14 @@ def timeline(history: History) -> go.Figure:
     started = [trial for trial in history.trials if trial.start and (trial.end or trial.outcome == "running")]
     spans = {trial.number: (_ms(trial.start), _ms(trial.end or history.read_at)) for trial in started if trial.start}
     moments = [moment for span in spans.values() for moment in span]
-    least = (max(moments) - min(moments)) / 700 if moments else 0.0  # about a pixel
+    least = (max(moments) - min(moments)) / 400 if moments else 0.0  # a pixel or two
     for outcome, mark in OUTCOME_MARKS.items():
         trials = [trial for trial in started if trial.outcome == outcome]
         if not trials:
             continue
         name = f"{outcome} ({len(trials):,})"
         ends = [spans[trial.number] for trial in trials]
+        line = {"width": 3, "dash": mark.dash} if few else {"width": 18, "simplify": False}
         rows = [trial.number if few else name for trial in trials]
         add_trials(
             fig,
@@ -57,7 +58,7 @@ def timeline(history: History) -> go.Figure:
             x=[x for start, end in ends for x in (start, max(end, start + least), None)],
             y=[y for row in rows for y in (row, row, None)],
             mode="lines+markers" if few else "lines",
-            line={"color": mark.color, "width": 3, "dash": mark.dash} if few else {"color": mark.color, "width": 18},
+            line={"color": mark.color, **line},
             marker={"symbol": mark.symbol, "color": mark.color, "size": [0, 9, 0] * len(trials), "opacity": 1},
             name=name,
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_bge.advisor.html.page import Section, cards, meter, paragraph, plot, table
 from lightning_bge.advisor.report.figure_style import MAX_SINGLE
-from lightning_bge.advisor.report.format import format_duration, format_time_left, outcome_counts
+from lightning_bge.advisor.report.format import format_duration, format_time_left
 from lightning_bge.advisor.report.run_data import RunData
 from lightning_bge.advisor.report.secrets import hide_secrets
 from lightning_bge.advisor.report.study_figures import best_value, learning_curves, pareto_front, timeline
@@ -62,7 +62,7 @@ def _results(run: RunData, history: History) -> str:
     text = "" if history.best is not None else paragraph(NONE_COMPLETE)
     if summary.get("threshold_note"):
         text += paragraph(f"Threshold: {summary['threshold_note']}.", "muted")
-    rows = [(OUTCOMES[outcome], f"{number:,}") for outcome, number in outcome_counts(history)]
+    rows = [(OUTCOMES[outcome], f"{number:,}") for outcome, number in history.counts.items()]
     return cards(figures) + text + table(["trials", "number"], rows, (1,)) + _pareto_front(history)
 
 
@@ -94,10 +94,7 @@ def _pareto_front(history: History) -> str:
 def _timeline(history: History) -> str:
     text = "Each line is a trial, from its start to its end. Colour, dashes and the mark at the end show the outcome."
     if len(history.trials) > MAX_SINGLE:
-        text = (
-            "Each line is a trial, from its start to its end. Colour and dashes show the outcome. The shortest trials "
-        )
-        text += "are drawn a little longer, so that they are visible."
+        text = "Each line is a trial, from its start to its end, in the row of its outcome."
     if history.counts["resumed"]:
         text += " A resumed trial was paused, and continued later as a trial with another number."
     return plot(timeline(history), "timeline", text)
@@ -112,7 +109,7 @@ def _best_value(history: History) -> str:
 
 
 def _learning_curves(history: History) -> str:
-    if not any(trial.values or trial.curve for trial in history.trials):
+    if not any(trial.values for trial in history.trials):
         return paragraph("No trial has reported a value yet.")
     if history.goal.cost is not None:
         text = "The value of each validation, fold by fold."
@@ -156,20 +153,17 @@ def _best_trials(history: History) -> str:
         return paragraph(NONE_COMPLETE)
     rows = []
     for trial in history.ranked[:MAX_BEST]:
-        params = "; ".join(f"{name} {_format_value(value)}" for name, value in hide_secrets(trial.params).items())
+        params = "; ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in hide_secrets(trial.params).items()
+        )
         scores = [f"{score:.4f}" for score in trial.fold_scores]
         spread = f"{stdev(trial.fold_scores):.4f}" if len(scores) > 1 else ""
         rows.append((f"trial {trial.number}", f"{trial.value:.4f}", spread, ", ".join(scores), params))
-    text = (
-        "Trials whose scores differ by less than the standard deviation over the folds are not clearly apart, although "
-    )
-    text += "all of them use the same folds."
-    head = ["trial", history.goal.metric, "standard deviation over the folds", "score of each fold", "hyperparameters"]
+    text = "Trials whose scores differ by less than the standard deviation over the folds are not clearly apart, "
+    text += "although all of them use the same folds."
+    head = ["trial", history.goal.metric, "standard deviation", "folds", "parameters"]
     return table(head, rows, (1, 2)) + (paragraph(text, "muted") if history.steps.folds > 1 else "")
-
-
-def _format_value(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _seed_replicates(replicates: dict[str, Any], metric: str) -> str:
@@ -182,11 +176,9 @@ def _seed_replicates(replicates: dict[str, Any], metric: str) -> str:
         rows.append((f"trial {one['trial']}", mean, spread, values, winner))
     text = (
         f"The best trials were trained with {len(replicates['seeds'])} other seeds on the same folds. The winner has "
-    )
-    text += (
         f"the best mean {metric} over its seeds, which a single lucky seed does not decide. The first value is that "
+        "of the trial itself."
     )
-    text += "of the trial itself."
     if replicates.get("missing"):
         text += f" {replicates['missing']} runs are missing, and may change the winner."
     head = ["trial", "mean", "standard deviation", "values", ""]

@@ -9,11 +9,10 @@ from datetime import datetime
 from typing import Any, Literal
 
 import optuna
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.hpo.pruning.asha_trials import PAUSED_AT, RESUMES, resumed_numbers
-from lightning_bge.hpo.ranking import cost_of, score_of
+from lightning_bge.hpo.ranking import cost_of, maximizes, score_of
 from lightning_bge.hpo.steps import Report, Steps
 from lightning_bge.hpo.storage.workers import death_of
 
@@ -147,8 +146,8 @@ class History:
 
     @property
     def counts(self) -> Counter[str]:
-        """Number of trials by outcome."""
-        return Counter(trial.outcome for trial in self.trials)
+        """Number of trials by outcome, in the order of `OUTCOMES`."""
+        return Counter(sorted((trial.outcome for trial in self.trials), key=[*OUTCOMES].index))
 
     @property
     def n_finished(self) -> int:
@@ -200,7 +199,7 @@ def _goal(study: optuna.Study) -> StudyGoal:
     settings = study.user_attrs["settings"]
     return StudyGoal(
         metric=settings["monitor.metric"],
-        direction="maximize" if study.directions[0] == StudyDirection.MAXIMIZE else "minimize",
+        direction="maximize" if maximizes(study) else "minimize",
         epoch=settings.get("monitor.objective", "best"),
         cost=settings.get("hpo.cost"),
     )

@@ -10,13 +10,13 @@ from itertools import accumulate
 from typing import Any
 
 import optuna
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from lightning_bge.hpo.analysis.history import History, PastTrial
 from lightning_bge.hpo.config import FINISHED, StudyConfig
 from lightning_bge.hpo.forecast.eta import Eta, SearchOptions, being_run, estimate_end
 from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.ranking import maximizes
 from lightning_bge.hpo.steps import Steps
 
 
@@ -109,7 +109,7 @@ def time_left(study: optuna.Study, seed_replicates: Sequence[FrozenTrial], optio
         PrunerConfig(**(options.get("pruner") or {})),
         n_trials,
         Steps(**study.user_attrs["steps"]),
-        "maximize" if study.directions[0] == StudyDirection.MAXIMIZE else "minimize",
+        "maximize" if maximizes(study) else "minimize",
         sampler=options.get("sampler", "tpe"),
         n_seeds=StudyConfig(n_trials=n_trials, seed_replicates=options.get("seed_replicates")).n_seed_replicates,
         refit=bool(options.get("refit", True)),
