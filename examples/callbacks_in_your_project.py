@@ -3,7 +3,7 @@
 An optimizer step sees 64 rows whatever memory there is; the data module cuts them into micro-batches of as many rows as
 `MicroBatchFinder` found to fit and to pay.
 
-python examples/own_project.py
+python examples/callbacks_in_your_project.py
 """
 
 from __future__ import annotations

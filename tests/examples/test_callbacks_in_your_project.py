@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +12,7 @@ from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.callbacks.torch_backends import TorchBackends
 from lightning_bge.callbacks.train_mode import TrainMode
-from tests.helpers.paths import EXAMPLES
+from tests.examples.test_examples import load
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
@@ -24,12 +23,7 @@ pytestmark = [
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setenv("LIGHTNING_BGE_CACHE", str(tmp_path))
-    spec = importlib.util.spec_from_file_location("own_project", EXAMPLES / "own_project.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("callbacks_in_your_project")
 
 
 def get(trainer: Any, kind: type) -> Any:
