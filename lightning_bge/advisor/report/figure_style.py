@@ -44,7 +44,7 @@ class Mark(NamedTuple):
 # by the outcome of a trial
 OUTCOME_MARKS = {
     "complete": Mark(theme.BLUE, "circle", "solid"),
-    "paused": Mark(theme.AMBER, "line-ns-open", "dot"),
+    "paused": Mark(theme.AMBER, "triangle-up-open", "dot"),
     "resumed": Mark(theme.TEAL, "triangle-right", "dash"),
     "pruned": Mark(theme.PURPLE, "x-thin-open", "dot"),
     "diverged": Mark(theme.ROSE, "cross", "dashdot"),

@@ -42,6 +42,7 @@ def timeline(history: History) -> go.Figure:
     started = [trial for trial in history.trials if trial.start and (trial.end or trial.outcome == "running")]
     spans = {trial.number: (_ms(trial.start), _ms(trial.end or history.read_at)) for trial in started if trial.start}
     moments = [moment for span in spans.values() for moment in span]
+    size = max(4, min(9, height // max(1, len(history.trials))))
     least = (max(moments) - min(moments)) / 400 if moments else 0.0  # a pixel or two
     for outcome, mark in OUTCOME_MARKS.items():
         trials = [trial for trial in started if trial.outcome == outcome]
@@ -59,7 +60,7 @@ def timeline(history: History) -> go.Figure:
             y=[y for row in rows for y in (row, row, None)],
             mode="lines+markers" if few else "lines",
             line={"color": mark.color, **line},
-            marker={"symbol": mark.symbol, "color": mark.color, "size": [0, 9, 0] * len(trials), "opacity": 1},
+            marker={"symbol": mark.symbol, "color": mark.color, "size": [0, size, 0] * len(trials), "opacity": 1},
             name=name,
         )
     return fig
