@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+import traceback
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -12,6 +12,16 @@ from lightning_bge.runtime.micro_batch import batch_source
 from lightning_bge.runtime.oom import OutOfMemory, clean_up, record_oom
 
 log = logging.getLogger(__name__)
+
+PLACES = {  # by the name of the innermost function on the stack that has one of these
+    "training_step": "forward",
+    "backward": "backward",
+    "optimizer_step": "optimizer",
+    "validation_step": "validation",
+    "setup": "setup",
+    "configure_model": "setup",
+    "configure_optimizers": "setup",
+}
 
 
 class OOMHandler(Callback):
@@ -29,39 +39,14 @@ class OOMHandler(Callback):
 
     def __init__(self) -> None:
         self.records: list[OutOfMemory] = []
-        self._where = "setup"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the run before."""
-        self.records, self._where = [], "setup"
-
-    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
-        """What follows is a training step."""
-        self._where = "forward"
-
-    def on_before_backward(self, *_: Any, **__: Any) -> None:
-        """What follows is the backward pass."""
-        self._where = "backward"
-
-    def on_before_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """What follows is the optimizer's step."""
-        self._where = "optimizer"
-
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        """What follows is the next batch."""
-        self._where = "data"
-
-    def on_validation_batch_start(self, *_: Any, **__: Any) -> None:
-        """What follows is a validation step."""
-        self._where = "validation"
-
-    def on_validation_end(self, *_: Any, **__: Any) -> None:
-        """What follows is the next batch."""
-        self._where = "data"
+        self.records = []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Note what failed, with the error too, and free what it held; other errors are left alone."""
-        record = record_oom(exception, self._where)
+        record = record_oom(exception, _find_place(exception))
         if record is None:
             return
         self.records.append(record)
@@ -76,3 +61,9 @@ class OOMHandler(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, MicroBatchFinder):
                 callback.lower(source.micro_batch_size)
+
+
+def _find_place(error: BaseException) -> str:
+    """What was being done when an error was raised; `data` where it was none of `PLACES`."""
+    names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((PLACES[name] for name in reversed(names) if name in PLACES), "data")

@@ -55,10 +55,7 @@ class CompileLayers(Callback):
         in_effect: whether the layers are compiled now.
         reason: why, in one line.
         found: what this process knows of such layers; with the policy auto it is filled as it is measured.
-        graphs: graphs that were compiled during this `fit`.
-        recompiles: functions that were recompiled in a loop that had all its graphs, during this `fit`.
-        eager_functions: functions that torch.compile could not compile (its limit of recompilations, or code that it
-            can't trace) and that run eager.
+        graphs: graphs that torch compiled in this process during this `fit`, at its end.
 
     Raises:
         ConfigError: at the start of `fit`: policy always where there are no layers, or no compiler.
@@ -77,13 +74,12 @@ class CompileLayers(Callback):
 
     def _reset(self) -> None:
         self.in_effect, self.reason = False, "no training step was made"
-        self.graphs = self.recompiles = self.eager_functions = 0
+        self.graphs, self._graphs_before = 0, dynamo_counts()[-1]
         self._layers: list[nn.Module] = []
         self._key: Hashable = None
         self.found = Findings(layers=0, graphs=0)
         self._phase: Literal["new", "timing", "capture", "done"] = "done"
         self._capture: Capture | None = None
-        self._seen = dynamo_counts()
         self._first_step = self._batches = 0
         self._seconds = 0.0
         self._since: float | None = None
@@ -166,7 +162,6 @@ class CompileLayers(Callback):
         capture, self._capture, found, steps = self._capture, None, self.found, self._steps(trainer)
         limit = probe_time_limit(found, steps, self.config)
         log.info("compile: measuring one of %d layers for at most %s", len(self._layers), format_seconds(limit))
-        self._seen = dynamo_counts()
         try:
             found.measured = measure(capture, lambda layer: compile_layers([layer], self.config), limit, _clock)
         except TimeLimitExceeded:
@@ -175,7 +170,6 @@ class CompileLayers(Callback):
             summary = (str(error).strip().splitlines() or [""])[0]
             found.failed = f"measuring it failed: {type(error).__name__}: {summary}"
             log.warning("compile: measuring it failed", exc_info=error)
-        self._count(None)
         self._consider(trainer)
         if not self.in_effect:
             stop_compile_workers()
@@ -192,13 +186,11 @@ class CompileLayers(Callback):
             self._since = _clock()
         elif self._phase == "capture":
             self._capture = Capture(self._layers[(len(self._layers) - 1) // 2])
-        self._seen = dynamo_counts()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Start the next measurement when enough steps were made."""
-        self._count("train")
         if self._capture is not None:
             self._capture.close()
             self._probe(trainer, pl_module)
@@ -210,25 +202,8 @@ class CompileLayers(Callback):
                 self.found.step_s, self.found.batches = self._seconds / steps, self._batches / steps
                 self._consider(trainer)
 
-    def on_validation_batch_start(self, *_: Any, **__: Any) -> None:
-        """Count from here."""
-        self._seen = dynamo_counts()
-
-    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
-        """Count what was compiled."""
-        self._count("validate")
-
-    def _count(self, loop: str | None) -> None:
-        """Count what was compiled since the last mark; `loop` None: by the probe."""
-        functions, done, graphs = (now - seen for now, seen in zip(dynamo_counts(), self._seen, strict=True))
-        self.graphs += graphs
-        self.eager_functions += functions - done
-        if loop is not None and self.in_effect:
-            self.recompiles += functions if loop in self.found.warm else 0
-            self.found.warm.add(loop)
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of what was compiled after the warm-up."""
+        """Count the graphs."""
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -239,11 +214,4 @@ class CompileLayers(Callback):
         if self._capture is not None:
             self._capture.close()
             self._capture = None
-        self._phase = "done"
-        if self.recompiles or self.eager_functions:
-            log.warning(
-                "compile: %d functions were recompiled after the warm-up, %d could not be compiled and run eager; "
-                "TORCH_LOGS=recompiles prints the reasons",
-                self.recompiles,
-                self.eager_functions,
-            )
+        self._phase, self.graphs = "done", dynamo_counts()[-1] - self._graphs_before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lightning_bge.callbacks.compile.probe import Measured
@@ -60,7 +60,6 @@ class Findings:
         measured: what the probe measured, or None.
         failed: why the probe measured nothing; it is not repeated.
         decided: why compiling was decided on; its cost is paid then, so that it stays on. None: it was not.
-        warm: loops that have their graphs; what is compiled in them from then on is a recompilation.
     """
 
     layers: int
@@ -70,7 +69,6 @@ class Findings:
     measured: Measured | None = None
     failed: str | None = None
     decided: str | None = None
-    warm: set[str] = field(default_factory=set)
 
     @property
     def saved_s(self) -> float:

@@ -48,9 +48,6 @@ class MicroBatchFinder(Callback):
         reason: why, in one line.
         tried: (size, peak, seconds) of each trial step; peak (bytes above what is held anyway) and seconds are None
             where it failed. Empty where the size was cached.
-
-    Raises:
-        RuntimeError: at the start of training: memory was not freed after a trial step ran out of it.
     """
 
     def __init__(

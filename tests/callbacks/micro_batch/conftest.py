@@ -20,8 +20,7 @@ from tests.helpers.trial_steps import FakeMeter, Use
 @pytest.fixture
 def forgetful(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("LIGHTNING_BGE_CACHE", str(tmp_path / "cache"))
-    # slow; what stays held is tested below
-    monkeypatch.setattr(probe_module, "live_bytes", lambda: 0)
+    # slow
     monkeypatch.setattr(probe_module, "release", lambda: None)
     monkeypatch.setattr(probe_module, "gc", SimpleNamespace(collect=lambda: 0, get_freeze_count=lambda: 1))
     monkeypatch.setattr("lightning_bge.runtime.memory._caches", WeakSet())

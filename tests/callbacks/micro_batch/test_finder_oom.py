@@ -16,11 +16,8 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from lightning_bge.callbacks.micro_batch import cache as cache_module
-from lightning_bge.callbacks.micro_batch import finder as finder_module
-from lightning_bge.callbacks.micro_batch.config import MemoryConfig
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
-from lightning_bge.runtime.memory import Limit
-from tests.helpers.trial_steps import ALL, OPTIMIZERS, FakeMeter, Foreign, Rows, Use, assert_same, train
+from tests.helpers.trial_steps import ALL, OPTIMIZERS, Foreign, Rows, Use, assert_same, train
 
 pytestmark = [
     pytest.mark.usefixtures("forgetful"),
@@ -55,31 +52,6 @@ def test_sizes_that_do_not_fit_are_found_by_bisection(error: Exception, use: Use
     failed = [size for size, peak, _ in finder.tried if peak is None]
     assert failed
     assert min(failed) > most
-
-
-def test_what_stays_held_after_an_oom_is_an_error(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    kept: list[Tensor] = []
-
-    class Leaks(Foreign):
-        def forward(self, values: Tensor) -> Tensor:
-            if len(values) > 50:
-                kept.append(torch.empty(1000))
-            return super().forward(values)
-
-    module, data = Leaks(), Rows()
-    module.largest = 50
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finder_module, "limits", lambda *_: [Limit("RLIMIT_AS", 10**6, 0, raises=True)])
-        patch.setattr(finder_module, "make_meter", lambda *_, **__: FakeMeter(data))
-        finder = MicroBatchFinder(MemoryConfig(min_speedup=None, cache=False))
-        with pytest.raises(RuntimeError, match=r"\(4000 bytes\) are still held after a trial step of"):
-            train(module, data, finder)
-        cache_module.forget()
-        module = Foreign()
-        module.largest = 50  # what it keeps as an attribute is put back, so that nothing is held
-        train(module, data, finder)
-    assert data.micro_batch_size <= 22
 
 
 def test_not_even_the_smallest_fits(use: Use, caplog: pytest.LogCaptureFixture) -> None:
