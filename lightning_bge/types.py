@@ -1,4 +1,4 @@
-"""The words that the rooms share: what travels from `data` to `models`, and what a model predicts."""
+"""Types that all packages share: the batches that `data` gives to `models`, and what a model predicts."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Sequences laid end to end, without padding: N sequences, T tokens in all, longest sequence first.
+    """Sequences one after another, without padding: N sequences, T tokens in all, longest sequence first.
 
     Attributes:
         input_ids: int64 [T].
         positions: int64 [T], counted from 0 anew in each sequence.
         cu_seqlens: int32 [N + 1], where each sequence starts, and T at the end.
-        lengths: N Python ints, known on the host so that no kernel has to be waited for.
+        lengths: N Python ints, known on the host, so that nothing waits for a kernel.
         token_type_ids: int64 [T], or None where the tokenizer makes none.
         labels: float32 [N] (binary, regression), int64 [N] (multi-class), float32 [N, L] (multi-label), or None.
         rows: int64 [N], each sequence's row in its file; stays on the host.
@@ -46,7 +46,7 @@ class MicroBatch:
     groups: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
-        """A copy whose model inputs and labels lie on `device`."""
+        """A copy whose model inputs and labels are on `device`."""
 
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
@@ -54,11 +54,11 @@ class MicroBatch:
         return self._map(move)
 
     def pin_memory(self) -> MicroBatch:
-        """A copy in page-locked memory; the DataLoader calls this where `pin_memory` is on."""
+        """A copy in page-locked memory; the DataLoader calls this if `pin_memory` is on."""
         return self._map(lambda tensor: None if tensor is None else tensor.pin_memory())
 
     def split(self, tokens: int) -> tuple[MicroBatch, ...]:
-        """The same sequences in micro-batches of at most `tokens` tokens, in order; a longer sequence stays alone."""
+        """The same sequences in micro-batches of at most `tokens` tokens, in order; a longer one is alone."""
         if sum(self.lengths) <= tokens or len(self.lengths) == 1:
             return (self,)
         starts, used = [0], 0
@@ -111,7 +111,7 @@ class Batch:
     shard_tokens: tuple[int, ...] = ()
 
     def split(self, tokens: int | None) -> Batch:
-        """The same batch in micro-batches of at most `tokens` tokens; None: as it is."""
+        """The same batch in micro-batches of at most `tokens` tokens; None: unchanged."""
         if tokens is None:
             return self
         return replace(self, micro=tuple(part for micro in self.micro for part in micro.split(tokens)))
@@ -150,7 +150,7 @@ class Schema:
         labels: names in the order of the model's outputs; binary: (negative, positive); regression: ().
         text_columns: one or two column names.
         max_length: the longest sequence in tokens, special tokens counted.
-        threshold: a binary or multi-label score at or above it is a yes.
+        threshold: a binary or multi-label score at or above it counts as a yes.
     """
 
     task: Task

@@ -46,7 +46,7 @@ def test_moving_a_batch_leaves_rows_and_groups_on_the_host() -> None:
         ("multilabel", ("a", "ä", "c"), 3),
     ],
 )
-def test_schema_comes_back_as_it_was(tmp_path: Path, task: Task, labels: tuple[str, ...], outputs: int) -> None:
+def test_a_saved_schema_is_loaded_unchanged(tmp_path: Path, task: Task, labels: tuple[str, ...], outputs: int) -> None:
     schema = Schema(task, labels, ("text_a", "text_b"), 77, threshold=0.1 + 0.2)
     schema.save(tmp_path)
     assert Schema.load(tmp_path) == schema

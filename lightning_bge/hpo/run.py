@@ -102,7 +102,7 @@ def _finish(
             "the study"
         )
         return None
-    objective.encoder.let_go()
+    objective.encoder.clear()
     summary = finish_study(
         study,
         experiment.run_dir,

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.effective_batch import EffectiveBatchModule
-from lightning_bge.models.encoder import Attention, TextClassifier, build_classifier, load_classifier
+from lightning_bge.models.encoder import Attention, TextClassifier, build_classifier, expand_home, load_classifier
 from lightning_bge.models.export import export_classifier
 from lightning_bge.models.inference import Text, TextPredictions, predict_texts, tokenizer_of
 from lightning_bge.models.losses import Loss, LossConfig
@@ -158,7 +158,7 @@ class BGEClassifier(EffectiveBatchModule):
             self.schema = replace(schema, threshold=self.schema.threshold) if self.schema is not None else schema
             self.class_counts = getattr(datamodule, "class_counts", None)
         if self.schema is None:
-            self.schema = Schema.load(Path(self.name_or_path).expanduser())
+            self.schema = Schema.load(expand_home(self.name_or_path))
         if self.schema is None:
             if trainer is None:
                 return

@@ -1,7 +1,7 @@
-"""What the processes of a distributed run tell each other: sums of gradients, and predictions.
+"""What the processes of a distributed run exchange: sums of gradients, and predictions.
 
 Gradients are added up once a step, after the last micro-batch, and not while they are computed: ranks may cut their
-shares into different numbers of micro-batches, and a rank whose memory runs out may begin its share anew, alone.
+shards into different numbers of micro-batches, and a rank whose memory runs out may repeat its shard alone.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter], idle: bool) -> None:
     Args:
         parameters: in the same order on all ranks. What has a gradient on none stays without, so that an optimizer
             leaves it alone, as in one process.
-        idle: whether some rank's share was empty. Such a rank has no gradients and takes part with zeros, so the ranks
-            first tell each other which there are. Without one they have the same.
+        idle: whether some rank's shard was empty. Such a rank has no gradients and takes part with zeros, so the ranks
+            first exchange which ones exist. Otherwise all ranks have the same.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if idle and trained:
@@ -66,7 +66,7 @@ def gather(parts: list[Predictions]) -> list[Predictions]:
     """All ranks' predictions, on each of them, on the host; a rank may have none."""
     found: list[list[Predictions]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, [Predictions.collect(parts)] if parts else [])
-    return [part for share in found for part in share]
+    return [part for parts_of_rank in found for part in parts_of_rank]
 
 
 def without_sync(model: nn.Module | None) -> AbstractContextManager[None]:

@@ -68,7 +68,7 @@ class CheapDropout(nn.Dropout):
     """`nn.Dropout`, which draws as `keep_bits` does where the input is on a CPU, and whose rate may change at any time.
 
     In a compiled graph the rate is read from a buffer, so that one graph serves all rates. `p` reads as 0 there:
-    attention, to which transformers passes it, reads `host_rate` in a graph, and asks `rate_of` outside of it.
+    attention, to which transformers passes it, reads `host_rate` in a graph, and calls `rate_of` outside of it.
     """
 
     rate: Tensor
@@ -112,9 +112,9 @@ def use_cheap_dropout(model: nn.Module) -> None:
             module.p = value
 
 
-def rate_of(attention: nn.Module, given: float) -> float:
-    """How much of its weights an attention layer drops now: as its dropout module says, else as transformers gave."""
+def rate_of(attention: nn.Module, default: float) -> float:
+    """The rate at which an attention layer drops weights now: that of its dropout module, else the default."""
     dropout = getattr(attention, "dropout", None)
     if isinstance(dropout, CheapDropout):
         return dropout.p if attention.training else 0.0
-    return given
+    return default

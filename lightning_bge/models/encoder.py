@@ -37,16 +37,16 @@ class TextClassifier(nn.Module):
     """A `...ForSequenceClassification` model that reads micro-batches, packed where its architecture allows.
 
     Args:
-        model: the transformers model; it is used as it is, so that what is saved is what transformers loads.
+        model: the transformers model; its parameters and keys do not change, so that transformers loads what is saved.
         attention: `packed` (no padding), `padded` (every architecture), or `auto`: packed where that is possible.
 
     Attributes:
-        packed: whether it is.
+        packed: whether sequences are computed without padding.
         token_bucket: round a packed micro-batch's tokens up to a multiple of this with dummy sequences, as CUDA graphs
-            want few shapes; None, the default: not at all.
+            need few shapes; None, the default, does not round.
 
     Raises:
-        ConfigError: `packed` was asked of an architecture that does not route through the attention interface.
+        ConfigError: `packed` with an architecture that does not route through the attention interface.
     """
 
     def __init__(self, model: PreTrainedModel, attention: Attention = "auto") -> None:
@@ -74,10 +74,10 @@ class TextClassifier(nn.Module):
 
     @property
     def max_positions(self) -> int:
-        """The longest sequence in tokens that the model's table of positions has room for; no table, no limit."""
+        """The longest sequence in tokens that fits into the model's table of positions; no table, no limit."""
         for name, module in self.model.named_modules():
             if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-                # RoBERTa and its like count from behind the padding's index, and give the table a padding index
+                # RoBERTa and XLM-RoBERTa count from behind the padding's index, and give the table a padding index
                 return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
         return sys.maxsize
 
@@ -155,7 +155,7 @@ def load_classifier(
     """Load an encoder with a classification head from the hub or a folder, in fp32 and in train mode.
 
     fp32 whatever the checkpoint's dtype: a bf16 checkpoint would train without master weights. Train mode because
-    `from_pretrained` returns eval mode and Lightning leaves that as it is: dropout would be silently off.
+    `from_pretrained` returns eval mode and Lightning does not change it: dropout would be silently off.
 
     Args:
         name_or_path: hub name or folder.
@@ -164,7 +164,7 @@ def load_classifier(
         dropout: overrides every dropout probability of the model's configuration; None keeps them.
         seed: what a new head, and LoRA's factors, are drawn from.
         revision: branch, tag or commit on the hub.
-        trust_remote_code: whether code from the hub may run; off unless the user says so.
+        trust_remote_code: whether code from the hub may run; off by default.
         gradient_checkpointing: see `set_gradient_checkpointing`.
         frozen_layers: see `freeze_layers`; None freezes nothing.
         lora: see `LoRAConfig`.
@@ -173,11 +173,10 @@ def load_classifier(
         ConfigError: there is no such model, it can't be reached, or it has no sequence-classification form; or
             the architecture does not support gradient checkpointing, frozen layers or LoRA.
     """
-    if name_or_path.startswith("~"):
-        name_or_path = str(Path(name_or_path).expanduser())
+    name_or_path = expand_home(name_or_path)
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-        config.num_labels = num_outputs
+        config = AutoConfig.from_pretrained(name_or_path, num_labels=num_outputs, **source)
         _set_dropout(config, dropout)
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(seed)
@@ -185,8 +184,7 @@ def load_classifier(
                 name_or_path,
                 config=config,
                 dtype=torch.float32,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
+                **source,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
@@ -253,6 +251,11 @@ def prepare_classifier(
     return net
 
 
+def expand_home(name_or_path: str) -> str:
+    """A folder that begins with `~` as an absolute path; other names are unchanged."""
+    return str(Path(name_or_path).expanduser()) if name_or_path.startswith("~") else name_or_path
+
+
 def _set_dropout(config: PretrainedConfig, dropout: float | None) -> None:
     if dropout is None:
         return
@@ -290,7 +293,7 @@ def _why_not_loaded(name_or_path: str, error: Exception) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' loading report and progress bars away; what matters of them is said by `_log_new_weights`."""
+    """Suppress transformers' loading report and progress bars; `_log_new_weights` logs what matters in them."""
     level = transformers_logging.get_verbosity()
     bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

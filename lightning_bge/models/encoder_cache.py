@@ -1,4 +1,4 @@
-"""Live encoders for many trials: reset in place instead of loaded anew."""
+"""Encoders that serve many trials: reset in place instead of read from disk."""
 
 from __future__ import annotations
 
@@ -20,46 +20,45 @@ from lightning_bge.runtime.compat.torch import copy_all
 from lightning_bge.runtime.memory import limits, register_cache, release
 
 # Of the host's memory. An encoder in training takes five times its weights and its activations: the weights and their
-# first values, which are counted here, and gradients and AdamW's two moments, which are not.
-SHARE = 0.25
+# initial values, which are counted here, and gradients and AdamW's two moments, which are not.
+HOST_FRACTION = 0.25
 HOST = torch.device("cpu")
 
 
 class EncoderCache:
-    """Loads as `load_classifier` does, but hands out an encoder that it has, with its first weights copied back.
+    """Loads as `load_classifier` does, but returns an encoder that it holds, with its initial weights copied back.
 
-    Equal to a fresh load bit for bit; what was compiled stays so, and the weights stay on the device where they are.
-    What was handed out before must no longer be in use. Another model, head, attention or LoRA is loaded from disk;
-    another seed too, for its head, and for architectures other than BERT's another dropout, as they are built by it.
-    Frozen layers and gradient checkpointing are set in place.
+    Equal to a fresh load bit for bit. What was compiled stays compiled, and the weights stay on their device. The
+    encoder that was returned before must no longer be in use. Another model, head, attention or LoRA is read from disk;
+    so is another seed, for its head, and for architectures other than BERT's another dropout, as these are built with
+    it. Frozen layers and gradient checkpointing are set in place.
 
-    Within `limit` those that are not in use are kept as well, for when they are asked for again. They wait in the
-    host's memory, whatever the device, and hold their first weights alone. Before another one is read the least
-    recently used are dropped until it fits beside the rest; what was never read is taken to be as large as the largest
-    one held, and once it is there, its own size counts. The one in use is kept even where it alone is larger. Where a
-    step runs out of memory, all that wait are dropped.
+    Within `limit` encoders that are not in use are kept as well, in the host's memory whatever the device, with their
+    initial weights alone. Before another one is read, the least recently used ones are dropped until it fits beside the
+    rest; what was never read is assumed to be as large as the largest one held, and once it is read, its own size
+    counts. The one in use is kept even if it alone is larger. If a step runs out of memory, all others are dropped.
 
     Args:
-        limit: bytes of all that is held, the one in use counted with its weights and their first values. 0: only the
-            one in use. None: `SHARE` of the host's memory, or of what limits on this process allow where that is less,
-            and never more than half of what is free, counted with what is held, as other processes do the same. Where
-            no limit is known, as on macOS, that is 0.
-        given: bytes that the user grants this process; one of those limits.
+        limit: bytes of all that is held; the one in use counts with its weights and their initial values. 0: only the
+            one in use. None: `HOST_FRACTION` of the host's memory, or of what limits on this process allow if that is
+            less, and never more than half of what is free, counted with what is held, as other processes do the same.
+            Where no limit is known, as on macOS, that is 0.
+        granted: bytes that the user grants this process; one of those limits.
 
     Attributes:
         loads: how many times a model was read from disk.
         load_seconds: seconds spent in `load`, reading or resetting.
-        capacity: bytes that are held at the most once an encoder is handed out, but where a single one is larger.
+        capacity: the most bytes that are held once an encoder is returned, unless a single one is larger.
     """
 
-    def __init__(self, limit: int | None = 0, given: int | None = None) -> None:
+    def __init__(self, limit: int | None = 0, granted: int | None = None) -> None:
         self.loads = 0
         self.load_seconds = 0.0
-        self._limits = partial(limits, HOST, given)
-        self._shares = limit is None
+        self._limits = partial(limits, HOST, granted)
+        self._automatic = limit is None
         total = min((known.total for known in self._limits()), default=0)
-        self.capacity = int(SHARE * total) if limit is None else limit
-        self._held: list[_Warm] = []  # the least recently used first; the last one is in use
+        self.capacity = int(HOST_FRACTION * total) if limit is None else limit
+        self._entries: list[_CachedEncoder] = []  # the least recently used first; the last one is in use
         self._sizes: dict[str, int] = {}  # of all that were read
         if self.capacity > 0:
             register_cache(self)
@@ -81,80 +80,82 @@ class EncoderCache:
         options["lora"] = lora
         key = repr((name_or_path, num_outputs, sorted(options.items())))
         read = partial(self._read, name_or_path, num_outputs, **options)
-        warm = next((one for one in self._held if one.serves(key, dropout)), None)
-        if warm is None or warm is not self._held[-1]:
-            warm = self._change(warm, key, partial(_Warm, key, read, dropout, seed))
-        warm.reset(read, dropout, seed)
+        entry = next((each for each in self._entries if each.serves(key, dropout)), None)
+        if entry is None or entry is not self._entries[-1]:
+            entry = self._put_into_use(entry, key, partial(_CachedEncoder, key, read, dropout, seed))
+        entry.reset(read, dropout, seed)
         if frozen_layers is not None:
-            freeze_layers(warm.net.model, frozen_layers)
-        set_gradient_checkpointing(warm.net, gradient_checkpointing)
+            freeze_layers(entry.net.model, frozen_layers)
+        set_gradient_checkpointing(entry.net, gradient_checkpointing)
         self.load_seconds += time.perf_counter() - since
-        return warm.net
+        return entry.net
 
-    def _change(self, warm: _Warm | None, key: str, make: Callable[[], _Warm]) -> _Warm:
-        """Put another encoder into use; `make` reads it where it is not there."""
-        room = self._room()
-        largest = max((one.size for one in self._held), default=0)
-        if warm is not None:
-            self._held.remove(warm)
-        self._drop(room - self._sizes.get(key, largest))  # before the next one is there
-        for idle in self._held:
-            idle.park()
-        if warm is None:
-            warm = make()
-            self._sizes[key] = warm.size
-            self._drop(room - warm.size)
-        self._held.append(warm)
-        return warm
+    def _put_into_use(
+        self, entry: _CachedEncoder | None, key: str, make: Callable[[], _CachedEncoder]
+    ) -> _CachedEncoder:
+        """Make another encoder the one in use; `make` reads it if it is not held."""
+        free = self._free_capacity()
+        largest = max((each.size for each in self._entries), default=0)
+        if entry is not None:
+            self._entries.remove(entry)
+        self._drop(free - self._sizes.get(key, largest))  # before the next one is read
+        for idle in self._entries:
+            idle.make_idle()
+        if entry is None:
+            entry = make()
+            self._sizes[key] = entry.size
+            self._drop(free - entry.size)
+        self._entries.append(entry)
+        return entry
 
-    def _drop(self, room: int) -> None:
-        """Drop waiting ones until they fit."""
-        before = len(self._held)
-        while self._held and sum(one.idle_size for one in self._held) > room:
-            del self._held[0]
-        if len(self._held) < before:
+    def _drop(self, free: int) -> None:
+        """Drop idle encoders until they fit."""
+        before = len(self._entries)
+        while self._entries and sum(each.idle_size for each in self._entries) > free:
+            del self._entries[0]
+        if len(self._entries) < before:
             release(host=False)
 
-    def _room(self) -> int:
-        if not self._shares or self.capacity == 0:
+    def _free_capacity(self) -> int:
+        if not self._automatic or self.capacity == 0:
             return self.capacity
-        held = sum(one.nbytes for one in self._held if one.on_host)
+        held = sum(each.nbytes for each in self._entries if each.on_host)
         return min(self.capacity, (min(limit.free for limit in self._limits()) + held) // 2)
 
     def shrink(self) -> None:
         """Drop all but the one in use."""
-        del self._held[:-1]
+        del self._entries[:-1]
 
-    def let_go(self) -> None:
+    def clear(self) -> None:
         """Hold nothing; the next load reads from disk."""
-        self._held.clear()
+        self._entries.clear()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that are held: parameters, buffers, and the parameters' first values."""
-        return sum(one.nbytes for one in self._held)
+        """Bytes of the tensors that are held: parameters, buffers, and the parameters' initial values."""
+        return sum(each.nbytes for each in self._entries)
 
     def _read(self, *args: Any, **options: Any) -> TextClassifier:
         self.loads += 1
         return load_classifier(*args, **options)
 
 
-class _Warm:
-    """One encoder and what it takes to reset it."""
+class _CachedEncoder:
+    """An encoder, and what is needed to reset it."""
 
     def __init__(self, key: str, read: Callable[..., TextClassifier], dropout: float | None, seed: int) -> None:
         self.key, self.dropout, self.seed = key, dropout, seed
         self.net = read(seed=seed)
-        self.rates = _rates(self.net)  # the checkpoint's, where they can be set in place
+        self.rates = _rates(self.net)  # the checkpoint's, if they can be set in place
         if self.rates is None and dropout is not None:
             self.net = read(dropout=dropout, seed=seed)
         # buffers are not listed: these encoders' are constants
         self.parameters: list[Tensor] = list(self.net.parameters())
         self.trained = [one.requires_grad for one in self.parameters]  # whether each is where no layers are frozen
-        self.weights = [one.detach() for one in self.parameters]  # the parameters' first values
-        self.parked = True
+        self.weights = [one.detach() for one in self.parameters]  # the parameters' initial values
+        self.idle = True
         self.idle_size = self.nbytes
-        self.unpark()
+        self.make_ready()
         self.size = self.nbytes
 
     def serves(self, key: str, dropout: float | None) -> bool:
@@ -169,23 +170,23 @@ class _Warm:
     def on_host(self) -> bool:
         return self.parameters[0].device == HOST
 
-    def park(self) -> None:
-        """Wait in the host's memory, with the first weights for parameters: one copy instead of two."""
-        if self.parked:
+    def make_idle(self) -> None:
+        """Move to the host's memory, with the initial weights as parameters: one copy instead of two."""
+        if self.idle:
             return
         self.weights = [weight.to(HOST) for weight in self.weights]
         for parameter, weight in zip(self.parameters, self.weights, strict=True):
             parameter.grad, parameter.data = None, weight
         self.net.to(HOST)  # the buffers
-        self.parked = True
+        self.idle = True
 
-    def unpark(self) -> None:
-        if self.parked:
+    def make_ready(self) -> None:
+        if self.idle:
             self.weights = [weight.clone() for weight in self.weights]
-            self.parked = False
+            self.idle = False
 
     def reset(self, read: Callable[..., TextClassifier], dropout: float | None, seed: int) -> None:
-        self.unpark()
+        self.make_ready()
         if seed != self.seed:
             self.weights = [one.detach() for one in read(dropout=dropout, seed=seed).parameters()]
             self.seed = seed

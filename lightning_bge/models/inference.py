@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_bge.errors import ConfigError, DataError
-from lightning_bge.models.encoder import TextClassifier
+from lightning_bge.models.encoder import TextClassifier, expand_home
 from lightning_bge.models.metrics import scores
 from lightning_bge.models.prediction_file import decide
 from lightning_bge.types import MicroBatch, Schema
@@ -74,7 +73,7 @@ def tokenizer_of(name_or_path: str, revision: str | None, trust_remote_code: boo
     Raises:
         ConfigError: there is none that can be loaded.
     """
-    name = str(Path(name_or_path).expanduser()) if name_or_path.startswith("~") else name_or_path
+    name = expand_home(name_or_path)
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ from torchmetrics.retrieval import RetrievalMAP, RetrievalMRR
 from lightning_bge.errors import ConfigError
 from lightning_bge.types import Schema, Task
 
-# Each task's metrics; the first is the one that is watched by default.
+# Each task's metrics; the first is monitored by default.
 METRICS: dict[str, tuple[str, ...]] = {
     "binary": ("f1", "accuracy", "precision", "recall", "auroc", "average_precision", "map", "mrr", "loss"),
     "multiclass": ("f1", "accuracy", "precision", "recall", "auroc", "average_precision", "loss"),
@@ -46,7 +46,7 @@ class MonitorConfig:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of some rows.
+    """A model's outputs for some rows.
 
     Attributes:
         rows: int64 [N], row numbers in the file, ascending.
@@ -76,12 +76,12 @@ class Predictions:
 
 
 def metric_direction(metric: str) -> Literal["maximize", "minimize"]:
-    """`maximize` or `minimize`, in Optuna's words."""
+    """`maximize` or `minimize`, as Optuna names them."""
     return "minimize" if metric in LOWER_IS_BETTER else "maximize"
 
 
 def check_metric(task: Task, metric: str | None, grouped: bool = True) -> str:
-    """The metric to watch: the task's first where None is asked.
+    """The metric to monitor: the task's first if it is None.
 
     Raises:
         ConfigError: the task has no such metric, or it needs groups where there are none.
@@ -96,7 +96,7 @@ def check_metric(task: Task, metric: str | None, grouped: bool = True) -> str:
 
 
 def scores(task: Task, logits: Tensor) -> Tensor:
-    """Logits [N, outputs] as a user reads them.
+    """Logits [N, outputs] as scores.
 
     Probability of yes, [N] (binary), of each class, [N, C] (multi-class), of each label, [N, L] (multi-label);
     the value itself, [N] (regression).
@@ -115,8 +115,8 @@ def compute_metrics(schema: Schema, predictions: Predictions, per_class: bool = 
     """All metrics of the task. Multi-class and multi-label figures are macro averages over the classes.
 
     Ranking metrics (auroc, average_precision) are left out where only one class is present, and `map` and `mrr` where
-    there are no groups; groups without a yes are passed over, as TREC's evaluation does. Where a logit is not finite,
-    every metric is NaN: a model that has diverged is no model that says no.
+    there are no groups; groups without a yes are left out, as TREC's evaluation does. Where a logit is not finite,
+    every metric is NaN: a model that has diverged must not count as one that answers no.
 
     Args:
         schema: task, label names and threshold.
@@ -199,7 +199,7 @@ def best_threshold(score: np.ndarray, labels: np.ndarray, metric: str = "f1") ->
     Args:
         score: [N] or [N, L] probabilities; several labels are taken together.
         labels: 0 or 1, of the same shape.
-        metric: `accuracy`, or anything else for F1, which is what a yes/no decision is usually judged by.
+        metric: `accuracy`, or anything else for F1, the usual measure of a yes/no decision.
     """
     order = np.argsort(-score.ravel(), kind="stable")
     ranked, truth = score.ravel()[order], labels.ravel()[order] > 0.5
@@ -219,7 +219,7 @@ def cross_fitted_decisions(
 ) -> np.ndarray:
     """Yes/no for every row, each fold's at the threshold that is best on the *other* folds.
 
-    So the threshold is judged on rows that it has not seen. `folds` hold positions in `score`.
+    So the threshold is evaluated on rows that it was not chosen on. `folds` hold positions in `score`.
     """
     decided = np.zeros(score.shape, dtype=np.int64)
     for fold in folds:

@@ -118,7 +118,7 @@ def materialize_state(optimizer: Optimizer) -> None:
     """Make the state that the first step would make, so that a step has nothing left to allocate for it.
 
     For optimizers of `build_optimizer`, once the parameters are on their device; others are left alone. State that is
-    there, from a checkpoint say, stays as it is; a first step afterwards is the same, bit for bit.
+    already there, for example from a checkpoint, is kept; a first step afterwards is the same, bit for bit.
     """
     for number, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):

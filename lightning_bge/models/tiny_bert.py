@@ -35,11 +35,11 @@ def build_tiny_bert(
     Nothing is pre-trained. From plain random weights a transformer does not find out, in the hundred steps that a quick
     trial has, that it should compare two texts: measured on the generated sample, it stays at the majority class. So
     the weights start near the identity, as in "Mimetic Initialization of Self-Attention Layers" (Trockman and Kolter,
-    2023), with the two texts told apart: in the first layer a token attends to equal tokens, in later ones to the other
-    text. What counts as evidence is still to be learned.
+    2023), with the two texts distinguished: in the first layer a token attends to equal tokens, in later ones to the
+    other text. What counts as evidence is still to be learned.
 
     Args:
-        folder: where to; it is made if need be.
+        folder: where to; it is created.
         texts: what the tokenizer's vocabulary is learned from.
         vocab_size: the most entries that the vocabulary may have.
         hidden_size: width, a multiple of `heads`; the feed-forward layers are as wide, to be fast.
@@ -74,9 +74,9 @@ def build_tiny_bert(
 
 
 def _vocabulary(texts: Iterable[str], size: int) -> dict[str, int]:
-    """Special tokens, letters, then whole words, the commonest first; other words are spelt out.
+    """Special tokens, letters, then whole words, the commonest first; other words are split into letters.
 
-    Not the trainer of `tokenizers`: it breaks ties by hash order, so that each run would number the words anew.
+    Not the trainer of `tokenizers`: it breaks ties by hash order, so that each run would number the words differently.
     """
     splitter = BertWordPieceTokenizer(lowercase=True)
     words = Counter(
@@ -98,7 +98,7 @@ def _start_by_comparing(model: BertModel) -> None:
     text[::head_dim] = 1
     embeddings = model.embeddings
     embeddings.word_embeddings.weight *= 1 - text
-    embeddings.position_embeddings.weight *= 0.1  # an equal word elsewhere should look equal
+    embeddings.position_embeddings.weight *= 0.1  # an equal word elsewhere should have nearly the same embedding
     embeddings.token_type_embeddings.weight.copy_(5 * INIT_STD * torch.stack((text, -text)))
     for number, layer in enumerate(model.encoder.layer):
         attention = layer.attention.self
@@ -113,4 +113,4 @@ def _start_by_comparing(model: BertModel) -> None:
             (attention.value, torch.eye(hidden)),
             (layer.attention.output.dense, torch.eye(hidden)),
         ):
-            linear.weight.mul_(0.5).add_(identity)  # with less noise nearly every seed learns, not only lucky ones
+            linear.weight.mul_(0.5).add_(identity)  # with less noise nearly every seed learns

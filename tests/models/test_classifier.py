@@ -204,7 +204,7 @@ def test_predictions_are_sorted_and_those_of_the_model(folder: str) -> None:
     torch.testing.assert_close(module.predictions.logits, found.logits)
 
 
-def test_later_runs_go_on_with_the_trained_weights(folder: str) -> None:
+def test_later_runs_start_from_the_trained_weights(folder: str) -> None:
     batches = learnable()
     data = Batches(BINARY, batches, batches)
     module = BGEClassifier(folder, optimizer=FAST)
@@ -214,7 +214,7 @@ def test_later_runs_go_on_with_the_trained_weights(folder: str) -> None:
     assert found["val_loss"] == pytest.approx(float(trainer.callback_metrics["val_loss"]), rel=1e-6)
 
 
-def test_validation_that_was_cut_off_leaves_nothing_behind(folder: str) -> None:
+def test_an_interrupted_validation_leaves_nothing_behind(folder: str) -> None:
     class CutOff(Callback):
         def on_validation_batch_end(self, *_: Any) -> None:
             raise RuntimeError("out of memory")
@@ -351,7 +351,7 @@ def test_threshold_of_an_own_schema_is_kept(folder: str) -> None:
         ({"optimizer": {"lr": -1.0}}, r"optimizer\.lr: expected more than 0"),
     ],
 )
-def test_settings_out_of_range(options: dict[str, Any], message: str) -> None:
+def test_values_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         BGEClassifier(**options)
 

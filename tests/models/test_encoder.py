@@ -67,7 +67,7 @@ def assert_same_gradients(ours: dict[str, Tensor | None], theirs: dict[str, Tens
         if expected is None:
             continue
         assert found is not None
-        # A key's bias adds the same to all scores of a query, which softmax takes away again: its gradient is zero
+        # A key's bias adds the same to all scores of a query, which softmax removes: its gradient is zero
         # by mathematics, and what is left is rounding, which can only be compared with the whole gradient.
         scale = whole if name.endswith(("key.bias", "k.bias", "key_proj.bias")) else expected.norm()
         assert (found - expected).norm() <= tolerance * scale, name
@@ -182,7 +182,7 @@ def test_head_that_fits_is_kept(tmp_path: Path) -> None:
     assert all(torch.equal(value, loaded[name]) for name, value in stored.items())
 
 
-def test_says_once_that_the_head_is_new_and_nothing_else(
+def test_a_new_head_is_logged_once_and_nothing_else_is(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     save_model(tmp_path, outputs=2)

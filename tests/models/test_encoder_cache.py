@@ -33,25 +33,25 @@ def saved(tmp_path: Path) -> Saved:
 
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta", "modernbert", "deberta-v2"])
 def test_every_trial_equals_a_fresh_load_bit_for_bit(saved: Saved, kind: str) -> None:
-    folder, warm = saved(kind), EncoderCache()
+    folder, cache = saved(kind), EncoderCache()
     for dropout in (None, 0.4, 0.0, None):
         expected = train(load_classifier(folder, 1, dropout=dropout, seed=3))
-        net = warm.load(folder, 1, dropout=dropout, seed=3)
+        net = cache.load(folder, 1, dropout=dropout, seed=3)
         assert net.training
         for found, wanted in zip(train(net), expected, strict=True):
             assert torch.equal(found, wanted)
 
 
-def test_one_encoder_is_read_once_and_handed_out_again(saved: Saved) -> None:
-    folder, warm = saved("bert"), EncoderCache()
-    first = warm.load(folder, 1, dropout=0.3)
+def test_one_encoder_is_read_once_and_reused(saved: Saved) -> None:
+    folder, cache = saved("bert"), EncoderCache()
+    first = cache.load(folder, 1, dropout=0.3)
     first.model.base_model.embeddings.requires_grad_(False)
     first.eval()
     layer = first.model.base_model.encoder.layer[0]
     layer.compile(backend="eager")
-    second = warm.load(folder, 1)
+    second = cache.load(folder, 1)
     assert second is first
-    assert warm.loads == 1
+    assert cache.loads == 1
     assert second.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in second.parameters())
     assert {module.p for module in second.modules() if isinstance(module, CheapDropout)} == {0.2}
@@ -59,10 +59,10 @@ def test_one_encoder_is_read_once_and_handed_out_again(saved: Saved) -> None:
 
 
 def test_another_seed_draws_the_head_that_a_fresh_load_draws(saved: Saved) -> None:
-    folder, warm = saved("bert"), EncoderCache()
+    folder, cache = saved("bert"), EncoderCache()
     heads = []
     for seed in (1, 2, 1):
-        net = warm.load(folder, 1, seed=seed)
+        net = cache.load(folder, 1, seed=seed)
         fresh = load_classifier(folder, 1, seed=seed)
         for (name, found), wanted in zip(net.state_dict().items(), fresh.state_dict().values(), strict=True):
             assert torch.equal(found, wanted), name
@@ -71,13 +71,13 @@ def test_another_seed_draws_the_head_that_a_fresh_load_draws(saved: Saved) -> No
 
 
 def test_another_model_or_head_is_read_anew(saved: Saved) -> None:
-    warm = EncoderCache()
+    cache = EncoderCache()
     one, other = saved("bert"), saved("roberta")
-    assert warm.load(one, 1).model.config.model_type == "bert"
-    assert warm.load(other, 1).model.config.model_type == "roberta"
-    assert warm.load(other, 3).model.config.num_labels == 3
-    assert warm.load(other, 3, attention="padded").packed is False
-    assert warm.loads == 4
+    assert cache.load(one, 1).model.config.model_type == "bert"
+    assert cache.load(other, 1).model.config.model_type == "roberta"
+    assert cache.load(other, 3).model.config.num_labels == 3
+    assert cache.load(other, 3, attention="padded").packed is False
+    assert cache.loads == 4
 
 
 # LoRA, frozen layers and gradient checkpointing change from trial to trial
@@ -93,41 +93,41 @@ TRIALS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert", "distilbert"])
 def test_every_trial_that_saves_memory_equals_a_fresh_load_bit_for_bit(saved: Saved, kind: str) -> None:
-    folder, warm = saved(kind), EncoderCache()
+    folder, cache = saved(kind), EncoderCache()
     for number, options in enumerate(TRIALS):
         fresh = load_classifier(folder, 1, seed=3, **options)
-        net = warm.load(folder, 1, seed=3, **options)
+        net = cache.load(folder, 1, seed=3, **options)
         needs = {name: parameter.requires_grad for name, parameter in fresh.named_parameters()}
         assert {name: parameter.requires_grad for name, parameter in net.named_parameters()} == needs
         assert recomputed(net) == recomputed(fresh) == {options.get("gradient_checkpointing", False)}
         for found, wanted in zip(train(net), train(fresh), strict=True):
             assert torch.equal(found, wanted)
         set_gradient_checkpointing(net, True)  # as a trial that ran out of memory would
-        assert warm.loads == (1, 1, 2, 2, 3, 3)[number]
+        assert cache.loads == (1, 1, 2, 2, 3, 3)[number]
 
 
 def recomputed(net: TextClassifier) -> set[bool]:
     return {layer.gradient_checkpointing for layer in net.modules() if isinstance(layer, GradientCheckpointingLayer)}
 
 
-def test_what_a_model_itself_does_not_train_stays_so(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameters_that_a_model_itself_freezes_stay_frozen(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: Any, **options: Any) -> TextClassifier:
         net = load_classifier(*args, **options)
         net.model.base_model.embeddings.position_embeddings.requires_grad_(False)
         return net
 
     monkeypatch.setattr("lightning_bge.models.encoder_cache.load_classifier", load)
-    warm = EncoderCache()
-    net = warm.load(saved("bert"), 1)
+    cache = EncoderCache()
+    net = cache.load(saved("bert"), 1)
     net.requires_grad_(True)
-    fixed = {name for name, parameter in warm.load(saved("bert"), 1).named_parameters() if not parameter.requires_grad}
+    fixed = {name for name, parameter in cache.load(saved("bert"), 1).named_parameters() if not parameter.requires_grad}
     assert fixed == {"model.bert.embeddings.position_embeddings.weight"}
-    assert warm.loads == 1
+    assert cache.loads == 1
 
 
 def test_another_seed_draws_the_factors_that_a_fresh_load_draws(saved: Saved) -> None:
-    folder, warm, lora = saved("bert"), EncoderCache(), LoRAConfig(2)
+    folder, cache, lora = saved("bert"), EncoderCache(), LoRAConfig(2)
     for seed in (1, 2):
-        net = warm.load(folder, 1, seed=seed, lora=lora)
+        net = cache.load(folder, 1, seed=seed, lora=lora)
         fresh = load_classifier(folder, 1, seed=seed, lora=lora).state_dict()
         assert all(torch.equal(value, fresh[name]) for name, value in net.state_dict().items())

@@ -1,4 +1,4 @@
-"""Several warm encoders within a limit: the same results as fresh loads, few loads, the least recently used dropped."""
+"""Several encoders within a limit: the same results as fresh loads, few loads, the least recently used dropped."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def folder(tmp_path: Path) -> Folder:
     return save
 
 
-def assert_as_fresh(warm: EncoderCache, path: str, **options: object) -> None:
+def assert_as_fresh(cache: EncoderCache, path: str, **options: object) -> None:
     expected = train(load_classifier(path, 1, **options))  # type: ignore[arg-type]
-    for found, wanted in zip(train(warm.load(path, 1, **options)), expected, strict=True):  # type: ignore[arg-type]
+    for found, wanted in zip(train(cache.load(path, 1, **options)), expected, strict=True):  # type: ignore[arg-type]
         assert torch.equal(found, wanted)
 
 
@@ -46,165 +46,165 @@ def assert_as_fresh(warm: EncoderCache, path: str, **options: object) -> None:
 def test_alternating_models_equal_fresh_loads_bit_for_bit_and_are_read_once(
     folder: Folder, kinds: tuple[str, str]
 ) -> None:
-    warm = EncoderCache(PLENTY)
+    cache = EncoderCache(PLENTY)
     for kind in (*kinds, *kinds, kinds[1], kinds[0]):
-        assert_as_fresh(warm, folder(kind))
-    assert warm.loads == 2
+        assert_as_fresh(cache, folder(kind))
+    assert cache.loads == 2
 
 
 def test_dropout_seeds_lora_and_frozen_layers_change_between_models(folder: Folder) -> None:
-    warm = EncoderCache(PLENTY)
+    cache = EncoderCache(PLENTY)
     one, other = folder(name="a"), folder(name="b")
-    assert_as_fresh(warm, one, dropout=0.4, seed=1)
-    assert_as_fresh(warm, other, frozen_layers=1, gradient_checkpointing=True)
-    assert_as_fresh(warm, one)  # another seed
-    assert_as_fresh(warm, one, lora=LoRAConfig(2))
-    assert_as_fresh(warm, other)
-    assert warm.loads == 4
-    assert_as_fresh(warm, one, lora=LoRAConfig(2))
-    assert_as_fresh(warm, one, dropout=0.0)
-    assert warm.loads == 4
+    assert_as_fresh(cache, one, dropout=0.4, seed=1)
+    assert_as_fresh(cache, other, frozen_layers=1, gradient_checkpointing=True)
+    assert_as_fresh(cache, one)  # another seed
+    assert_as_fresh(cache, one, lora=LoRAConfig(2))
+    assert_as_fresh(cache, other)
+    assert cache.loads == 4
+    assert_as_fresh(cache, one, lora=LoRAConfig(2))
+    assert_as_fresh(cache, one, dropout=0.0)
+    assert cache.loads == 4
 
 
 def test_other_dropout_of_an_architecture_that_is_built_by_it_is_kept_beside(folder: Folder) -> None:
-    warm = EncoderCache(PLENTY)
+    cache = EncoderCache(PLENTY)
     path = folder("modernbert")
     for dropout in (0.1, 0.3, 0.1, None, 0.3):
-        assert_as_fresh(warm, path, dropout=dropout)
-    assert warm.loads == 2 + 2 + 1  # where dropout is set, it is read once more to find out how it is built
+        assert_as_fresh(cache, path, dropout=dropout)
+    assert cache.loads == 2 + 2 + 1  # where dropout is set, it is read once more to find out how it is built
 
 
-def test_by_default_only_the_one_in_use_is_held(folder: Folder) -> None:
-    warm = EncoderCache()
-    first = weakref.ref(warm.load(folder(name="a"), 1))
-    one = warm.nbytes
-    warm.load(folder(name="b"), 1)
+def test_by_default_only_the_one_in_use_is_entries(folder: Folder) -> None:
+    cache = EncoderCache()
+    first = weakref.ref(cache.load(folder(name="a"), 1))
+    one = cache.nbytes
+    cache.load(folder(name="b"), 1)
     assert first() is None
-    assert warm.nbytes == one
-    warm.load(folder(name="a"), 1)
-    assert warm.loads == 3
+    assert cache.nbytes == one
+    cache.load(folder(name="a"), 1)
+    assert cache.loads == 3
 
 
 def sizes(folder: Folder, path: str) -> tuple[int, int]:
     """Bytes of a waiting encoder, and of one in use."""
-    warm = EncoderCache(PLENTY)
-    warm.load(path, 1)
-    used = warm.nbytes
-    assert warm._held[0].idle_size * 2 == pytest.approx(used, rel=0.02)  # but for buffers
-    return warm._held[0].idle_size, used
+    cache = EncoderCache(PLENTY)
+    cache.load(path, 1)
+    used = cache.nbytes
+    assert cache._entries[0].idle_size * 2 == pytest.approx(used, rel=0.02)  # but for buffers
+    return cache._entries[0].idle_size, used
 
 
 def test_the_least_recently_used_is_dropped_first_until_the_limit_holds(folder: Folder) -> None:
     idle, used = sizes(folder, folder(name="a"))
-    warm = EncoderCache(used + 2 * idle)
+    cache = EncoderCache(used + 2 * idle)
     for name in "abc":
-        warm.load(folder(name=name), 1)
-        assert warm.nbytes <= warm.capacity
-    assert warm.nbytes == warm.capacity
-    warm.load(folder(name="a"), 1)  # now b is the oldest
-    assert warm.loads == 3
-    dropped = weakref.ref(warm._held[0].net)
-    warm.load(folder(name="d"), 1)
+        cache.load(folder(name=name), 1)
+        assert cache.nbytes <= cache.capacity
+    assert cache.nbytes == cache.capacity
+    cache.load(folder(name="a"), 1)  # now b is the oldest
+    assert cache.loads == 3
+    dropped = weakref.ref(cache._entries[0].net)
+    cache.load(folder(name="d"), 1)
     assert dropped() is None
-    assert warm.nbytes == warm.capacity
+    assert cache.nbytes == cache.capacity
     for name in "acd":
-        warm.load(folder(name=name), 1)
-    assert warm.loads == 4
-    warm.load(folder(name="b"), 1)
-    assert warm.loads == 5
+        cache.load(folder(name=name), 1)
+    assert cache.loads == 4
+    cache.load(folder(name="b"), 1)
+    assert cache.loads == 5
 
 
 def test_one_byte_less_and_one_fewer_is_kept(folder: Folder) -> None:
     idle, used = sizes(folder, folder(name="a"))
-    warm = EncoderCache(used + 2 * idle - 1)
+    cache = EncoderCache(used + 2 * idle - 1)
     for name in "abca":
-        warm.load(folder(name=name), 1)
-    assert warm.loads == 4
-    assert warm.nbytes == used + idle
+        cache.load(folder(name=name), 1)
+    assert cache.loads == 4
+    assert cache.nbytes == used + idle
 
 
 def test_an_encoder_larger_than_the_limit_works_alone(folder: Folder) -> None:
     small, large = folder(name="a"), folder(name="b", hidden_size=64)
     idle, used = sizes(folder, small)
-    warm = EncoderCache(used + idle)
+    cache = EncoderCache(used + idle)
     for path in (small, large, small):
-        assert_as_fresh(warm, path)
-        assert len(warm._held) == 1
-    assert warm.loads == 3
+        assert_as_fresh(cache, path)
+        assert len(cache._entries) == 1
+    assert cache.loads == 3
 
 
 def test_no_second_encoder_is_there_while_one_is_read_that_does_not_fit_beside_it(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     idle, used = sizes(folder, folder(name="a"))
-    warm, held = EncoderCache(used + idle - 1), []
+    cache, held = EncoderCache(used + idle - 1), []
 
     def load(*args: object, **options: object) -> TextClassifier:
-        held.append(warm.nbytes)
+        held.append(cache.nbytes)
         return load_classifier(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "load_classifier", load)
     for name in "aba":
-        warm.load(folder(name=name), 1)
+        cache.load(folder(name=name), 1)
     assert held == [0, 0, 0]
 
 
 def test_a_waiting_encoder_holds_its_first_weights_alone_and_no_gradients(folder: Folder) -> None:
     idle, used = sizes(folder, folder(name="a"))
     gc.collect()
-    warm, before = EncoderCache(PLENTY), live_bytes()
-    net = warm.load(folder(name="a"), 1)
+    cache, before = EncoderCache(PLENTY), live_bytes()
+    net = cache.load(folder(name="a"), 1)
     net(cut_batch(random_sequences((3,), seed=1), torch.zeros(1), 3).micro[0]).sum().backward()
-    warm.load(folder(name="b"), 1)
+    cache.load(folder(name="b"), 1)
     del net
     gc.collect()
-    assert warm.nbytes == idle + used
-    assert live_bytes() - before - warm.nbytes <= 2**10
+    assert cache.nbytes == idle + used
+    assert live_bytes() - before - cache.nbytes <= 2**10
 
 
-def test_what_was_compiled_stays_so(folder: Folder) -> None:
-    warm = EncoderCache(PLENTY)
-    layer = warm.load(folder(name="a"), 1).model.base_model.encoder.layer[0]
+def test_compiled_layers_stay_compiled(folder: Folder) -> None:
+    cache = EncoderCache(PLENTY)
+    layer = cache.load(folder(name="a"), 1).model.base_model.encoder.layer[0]
     layer.compile(backend="eager")
-    warm.load(folder(name="b"), 1)
-    assert warm.load(folder(name="a"), 1).model.base_model.encoder.layer[0] is layer
+    cache.load(folder(name="b"), 1)
+    assert cache.load(folder(name="a"), 1).model.base_model.encoder.layer[0] is layer
     assert layer._compiled_call_impl is not None
 
 
 def test_a_model_that_is_not_there_leaves_the_others(folder: Folder, tmp_path: Path) -> None:
-    warm = EncoderCache(PLENTY)
+    cache = EncoderCache(PLENTY)
     for name in "ab":
-        warm.load(folder(name=name), 1)
+        cache.load(folder(name=name), 1)
     with pytest.raises(UserError, match="nowhere"):
-        warm.load(str(tmp_path / "nowhere"), 1)
-    loads = warm.loads
-    assert_as_fresh(warm, folder(name="b"))
-    assert_as_fresh(warm, folder(name="a"))
-    assert warm.loads == loads
+        cache.load(str(tmp_path / "nowhere"), 1)
+    loads = cache.loads
+    assert_as_fresh(cache, folder(name="b"))
+    assert_as_fresh(cache, folder(name="a"))
+    assert cache.loads == loads
 
 
 # ---------------------------------------------------------------------- memory
 
 
 def test_waiting_ones_are_dropped_where_memory_runs_out(folder: Folder) -> None:
-    warm = EncoderCache(PLENTY)
+    cache = EncoderCache(PLENTY)
     for name in "ab":
-        net = warm.load(folder(name=name), 1)
-    idle, used = warm._held[0].idle_size, warm._held[1].size
+        net = cache.load(folder(name=name), 1)
+    idle, used = cache._entries[0].idle_size, cache._entries[1].size
     batch = cut_batch(random_sequences((9, 7), seed=1), torch.zeros(2), 2)
     retry, held = OOMRetry(), []
 
     def compute(cut: object) -> None:
-        held.append(warm.nbytes)
+        held.append(cache.nbytes)
         retry.at("forward", batch.micro[0])
         if len(held) == 1:
             raise MemoryError
 
     retry.run(compute, batch, net, source=None, training=True)
     assert held == [idle + used, used]
-    assert warm.load(folder(name="b"), 1) is net
-    warm.load(folder(name="a"), 1)
-    assert warm.loads == 3
+    assert cache.load(folder(name="b"), 1) is net
+    cache.load(folder(name="a"), 1)
+    assert cache.loads == 3
 
 
 def test_they_are_dropped_in_the_optimizer_too(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +234,7 @@ def test_the_share_is_that_of_the_tightest_limit(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(module, "limits", limits)
     assert EncoderCache(None).capacity == 2**20
-    assert EncoderCache(None, given=2**20).capacity == 2**18
+    assert EncoderCache(None, granted=2**20).capacity == 2**18
     known.clear()
     assert EncoderCache(None).capacity == 0
     assert EncoderCache(7).capacity == 7
@@ -245,27 +245,27 @@ def test_of_what_is_free_at_most_half_is_taken(folder: Folder, monkeypatch: pyte
     total = 100 * used
     free = total
     monkeypatch.setattr(module, "limits", lambda *_: [Limit("a", total, total - free)])
-    warm = EncoderCache(None)
+    cache = EncoderCache(None)
     for name in "abc":
-        warm.load(folder(name=name), 1)
-    assert len(warm._held) == 3
+        cache.load(folder(name=name), 1)
+    assert len(cache._entries) == 3
     free = 2 * (used + idle) - (2 * idle + used)  # as other processes hold the rest: there is room for one that waits
-    warm.load(folder(name="a"), 1)
-    assert len(warm._held) == 2
-    assert EncoderCache(PLENTY)._room() == PLENTY  # asked for
+    cache.load(folder(name="a"), 1)
+    assert len(cache._entries) == 2
+    assert EncoderCache(PLENTY)._free_capacity() == PLENTY  # asked for
 
 
 def test_what_may_yet_be_taken_is_known_as_long_as_it_lives(folder: Folder) -> None:
     gc.collect()
     before = cache_bytes()
     EncoderCache()
-    warm = EncoderCache(PLENTY)
+    cache = EncoderCache(PLENTY)
     assert cache_bytes() == (before[0] + PLENTY, before[1] + PLENTY)
-    warm.load(folder(), 1)
-    assert cache_bytes() == (before[0] + PLENTY - warm.nbytes, before[1] + PLENTY)
+    cache.load(folder(), 1)
+    assert cache_bytes() == (before[0] + PLENTY - cache.nbytes, before[1] + PLENTY)
     shrink_caches()
-    assert warm.nbytes > 0  # it is in use
-    del warm
+    assert cache.nbytes > 0  # it is in use
+    del cache
     gc.collect()
     assert cache_bytes() == before
 
@@ -273,21 +273,21 @@ def test_what_may_yet_be_taken_is_known_as_long_as_it_lives(folder: Folder) -> N
 @pytest.mark.gpu
 def test_on_a_gpu_the_waiting_ones_wait_on_the_host(folder: Folder) -> None:
     device = torch.device("cuda")
-    warm, expected = EncoderCache(PLENTY), {}
+    cache, expected = EncoderCache(PLENTY), {}
     for name in "ab":
         expected[name] = train(load_classifier(folder(name=name), 1).to(device))
     gc.collect()
     before = torch.cuda.memory_allocated()
     for name in "abab":
-        found = train(warm.load(folder(name=name), 1).to(device))
-        warm.load(folder(name=name), 1)  # as for the next fold: first values go to the device, too
+        found = train(cache.load(folder(name=name), 1).to(device))
+        cache.load(folder(name=name), 1)  # as for the next fold: initial values go to the device, too
         for one, wanted in zip(found, expected[name], strict=True):
             assert torch.equal(one, wanted)
     del found, one
     gc.collect()
-    assert warm.loads == 2
-    assert warm._held[0].on_host
-    assert not warm._held[1].on_host
-    assert all(buffer.device.type == "cpu" for buffer in warm._held[0].net.buffers())
+    assert cache.loads == 2
+    assert cache._entries[0].on_host
+    assert not cache._entries[1].on_host
+    assert all(buffer.device.type == "cpu" for buffer in cache._entries[0].net.buffers())
     # one encoder's, rounded up to blocks
-    assert torch.cuda.memory_allocated() - before <= 1.2 * warm._held[1].nbytes + 2**21
+    assert torch.cuda.memory_allocated() - before <= 1.2 * cache._entries[1].nbytes + 2**21

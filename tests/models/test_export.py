@@ -117,7 +117,7 @@ def test_transformers_gives_our_logits(tmp_path: Path, columns: int) -> None:
         ("regression", "regression", {"0": "score"}),
     ],
 )
-def test_configuration_says_what_the_outputs_are(
+def test_the_exported_configuration_describes_the_outputs(
     tmp_path: Path, task: Task, problem: str | None, names: dict[str, str]
 ) -> None:
     module, data, _ = predicted(tmp_path, task)
@@ -213,7 +213,7 @@ def test_folder_of_something_else_is_not_deleted(tmp_path: Path, module: BGEClas
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_export_says_nothing(tmp_path: Path, module: BGEClassifier, capfd: pytest.CaptureFixture[str]) -> None:
+def test_export_prints_nothing(tmp_path: Path, module: BGEClassifier, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     module.export(tmp_path / "model", word_tokenizer())
     assert capfd.readouterr() == ("", "")

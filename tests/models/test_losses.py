@@ -129,7 +129,7 @@ def test_extreme_logits_stay_finite(name: Any) -> None:
     assert logits.grad.isfinite().all()
 
 
-def test_bf16_logits_are_judged_in_fp32() -> None:
+def test_the_loss_of_bf16_logits_is_computed_in_fp32() -> None:
     logits, labels = several_classes()
     loss = Loss(LossConfig(class_weights=[1.0, 2.0, 0.5, 3.0]), "multiclass", CLASSES)
     found = loss(logits.bfloat16(), labels)
@@ -191,6 +191,6 @@ def test_class_weights_that_do_not_fit(task: Task, weights: Any, counts: list[in
 @pytest.mark.parametrize(
     ("field", "value"), [("label_smoothing", 1.0), ("label_smoothing", -0.1), ("focal_gamma", -1.0)]
 )
-def test_settings_out_of_range(field: str, value: float) -> None:
+def test_values_out_of_range_are_refused(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"model\.loss\.{field}: expected .*, got {value}"):
         LossConfig(**{field: value})

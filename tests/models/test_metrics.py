@@ -220,7 +220,7 @@ def test_best_threshold_is_the_best_of_all(metric: str, dtype: type, rows: list[
     assert np.array_equal(score >= threshold, (torch.from_numpy(score) >= threshold).numpy())
 
 
-def test_best_threshold_lies_half_way() -> None:
+def test_best_threshold_is_half_way_between_scores() -> None:
     assert best_threshold(np.array([0.2, 0.9, 0.6]), np.array([0, 1, 1])) == pytest.approx(0.4)
 
 
@@ -229,7 +229,7 @@ def test_best_threshold_of_equal_scores_takes_all_of_them() -> None:
     assert (score >= best_threshold(score, np.array([1, 0, 1, 0]))).tolist() == [True, True, True, False]
 
 
-def test_best_threshold_says_no_to_all_where_that_is_best() -> None:
+def test_best_threshold_is_above_all_scores_where_a_no_for_every_row_is_best() -> None:
     score = np.array([1.0, 0.8, 0.1], dtype=np.float32)
     assert not (score >= best_threshold(score, np.array([0, 0, 1]), "accuracy")).any()
 

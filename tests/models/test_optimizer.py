@@ -53,7 +53,7 @@ def test_frozen_parameters_are_left_out() -> None:
     assert "classifier.weight" in groups
 
 
-def test_adamw_is_fused_and_set_as_told() -> None:
+def test_adamw_is_fused_and_has_the_configured_values() -> None:
     config = OptimizerConfig(lr=0.3, weight_decay=0.2, beta1=0.8, beta2=0.95, eps=1e-7)
     optimizer = build_optimizer(small_model("bert"), config)
     assert isinstance(optimizer, torch.optim.AdamW)
@@ -174,12 +174,12 @@ def test_schedule_ends_with_max_steps(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"), [("lr", 0.0), ("lr", -1e-5), ("layer_decay", 0.0), ("layer_decay", 1.1), ("max_grad_norm", 0.0)]
 )
-def test_optimizer_settings_out_of_range(field: str, value: float) -> None:
+def test_optimizer_values_out_of_range_are_refused(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"model\.optimizer\.{field}: expected .*, got {value}"):
         OptimizerConfig(**{field: value})
 
 
 @pytest.mark.parametrize(("field", "value"), [("warmup", -0.1), ("cycles", 0)])
-def test_schedule_settings_out_of_range(field: str, value: Any) -> None:
+def test_schedule_values_out_of_range_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"model\.schedule\.{field}: expected .*, got {value}"):
         ScheduleConfig(**{field: value})

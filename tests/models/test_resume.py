@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint ends with the weights of a run that was never cut off, dropout and all."""
+"""A run resumed from a checkpoint ends with the weights of an uninterrupted run, with dropout as well."""
 
 from __future__ import annotations
 

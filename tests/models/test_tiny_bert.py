@@ -83,7 +83,7 @@ def test_unknown_letters_become_unk(folder: Path) -> None:
     assert tokenizer.convert_ids_to_tokens(tokenizer("語")["input_ids"]) == ["[CLS]", "[UNK]", "[SEP]"]
 
 
-def test_sizes_are_as_asked(tmp_path: Path) -> None:
+def test_sizes_are_those_of_the_arguments(tmp_path: Path) -> None:
     build_tiny_bert(tmp_path, TEXTS, vocab_size=60, hidden_size=48, layers=3, heads=4, max_positions=40)
     model, tokenizer = AutoModel.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     config = model.config

@@ -114,7 +114,7 @@ def _measure(
         objective = experiment.monitor.objective
         study = ShortStudy(experiment.build, hpo, objective, experiment.compile, encoder, Path(folder))
         found = calibrate(study, sets, options.seconds)
-        encoder.let_go()
+        encoder.clear()
         left = max(0.0, options.seconds - found.took)
         variants = measure_variants(experiment.build, found.trials[0], study.in_effect, left)
     return _with_given(replace(found, start=start), options.given), study.in_effect, variants

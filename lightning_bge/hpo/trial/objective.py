@@ -138,7 +138,7 @@ class Objective:
             if failed is None:
                 raise
             if self.encoder.loads > loads:
-                self.encoder.let_go()
+                self.encoder.clear()
             clean_up(error)
         for name in ("where", "kind", "requested", "free", "text"):
             trial.set_user_attr(f"oom_{name}", getattr(failed, name))

@@ -1,4 +1,4 @@
-"""BERT's layer for packed sequences: computes the same, and no more of it than is needed."""
+"""BERT's layer for packed sequences: the same result, computed for no more tokens than are needed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ BERT_LIKE = ("bert", "roberta", "xlm-roberta")
 
 
 class PackedLayer(nn.Module):
-    """Mixed into a layer of BERT, RoBERTa or XLM-RoBERTa by `use_packed_layers`; parameters and keys stay as they are.
+    """Mixed into a layer of BERT, RoBERTa or XLM-RoBERTa by `use_packed_layers`; parameters and keys do not change.
 
     What differs from transformers' own forward: the layer's input is cast once for query, key and value under autocast,
     and the last layer may return each sequence's first token alone. A classifier reads nothing else, and what the layer
     would compute for the others has no influence on the output and no gradient: queries, output projection and
-    feed-forward of T - N tokens, 10 of the layer's 12 matrices, fall away.
+    feed-forward of T - N tokens, 10 of the layer's 12 matrices, are not computed.
     """
 
     first_tokens_only: bool
@@ -28,7 +28,7 @@ class PackedLayer(nn.Module):
 
     @property
     def stays_eager(self) -> bool:
-        """Whether compiling is not for this layer: a graph for a batch of one sequence would be another one."""
+        """Whether this layer must not be compiled: a graph for a batch of one sequence would be another one."""
         return self.first_tokens_only
 
     def forward(self, hidden_states: Tensor, *_: Any, packing: Packing, **__: Any) -> Tensor:
@@ -46,8 +46,8 @@ class PackedLayer(nn.Module):
             project(tokens).view(heads).transpose(1, 2)
             for project, tokens in ((layer.query, queries), (layer.key, x), (layer.value, x))
         )
-        given = layer.dropout.p if self.training else 0.0
-        context = packed_attention(layer, q, k, v, None, packing=packing, dropout=given, scaling=layer.scaling)[0]
+        rate = layer.dropout.p if self.training else 0.0
+        context = packed_attention(layer, q, k, v, None, packing=packing, dropout=rate, scaling=layer.scaling)[0]
         attended = self.attention.output(context[0].flatten(1), residual)
         return self.feed_forward_chunk(attended)[None]  # type: ignore[operator]
 
@@ -58,7 +58,7 @@ def _packed_class(layer: Any) -> type[nn.Module]:
 
 
 def use_packed_layers(layers: nn.ModuleList, first_tokens_only: bool) -> None:
-    """Let an encoder's layers compute packed, in place.
+    """Make an encoder's layers compute packed sequences, in place.
 
     Args:
         layers: of BERT's kind, in order.

@@ -1,8 +1,8 @@
 """Packed attention on a CPU, forward and backward written out.
 
 torch's CPU kernel has no dropout of its own and falls back to a chain of recorded operations. Here the weights of all
-sequences lie in one flat tensor, so that dropout is drawn and applied in a few large operations, and what is done
-sequence by sequence is as few calls as there can be.
+sequences are in one flat tensor, so that dropout is drawn and applied in a few large operations, and what is done
+sequence by sequence takes as few calls as possible.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class CpuAttention(torch.autograd.Function):
 
         The factors on the scores and of dropout go to `q` and `v`, which are smaller than the scores.
         """
-        asked = lengths if len(q) == len(k) else (1,) * len(lengths)
-        shapes = [(q.shape[1], rows, length) for rows, length in zip(asked, lengths, strict=True)]
+        queries = lengths if len(q) == len(k) else (1,) * len(lengths)
+        shapes = [(q.shape[1], rows, length) for rows, length in zip(queries, lengths, strict=True)]
         q = q * scale
         v = v * keep_scale(dropout) if dropout > 0 else v
         weights = q.new_empty(sum(heads * rows * length for heads, rows, length in shapes))
         scores = torch.empty_like(weights)
-        parts = (_by_head(q, asked), _by_head(k, lengths), _flat(scores, shapes), _flat(weights, shapes))
+        parts = (_by_head(q, queries), _by_head(k, lengths), _flat(scores, shapes), _flat(weights, shapes))
         for a, b, raw, soft in zip(*parts, strict=True):
             torch.bmm(a, b.transpose(1, 2), out=raw)
             _hide(raw, window)
@@ -49,10 +49,10 @@ class CpuAttention(torch.autograd.Function):
         bits = keep_bits(len(weights), dropout, weights.dtype) if dropout > 0 else None
         used = weights if bits is None else masked(weights, bits, out=scores)
         output = torch.empty_like(q)
-        for out, soft, c in zip(_by_head(output, asked), _flat(used, shapes), _by_head(v, lengths), strict=True):
+        for out, soft, c in zip(_by_head(output, queries), _flat(used, shapes), _by_head(v, lengths), strict=True):
             out.copy_(torch.bmm(soft, c))
         ctx.save_for_backward(q, k, v, weights, bits)
-        ctx.asked, ctx.lengths, ctx.shapes, ctx.scale, ctx.dropout = asked, lengths, shapes, scale, dropout
+        ctx.queries, ctx.lengths, ctx.shapes, ctx.scale, ctx.dropout = queries, lengths, shapes, scale, dropout
         return output
 
     @staticmethod
@@ -60,19 +60,19 @@ class CpuAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The chain rule by hand: d softmax = weights * (d - sum(d * weights))."""
         q, k, v, weights, bits = ctx.saved_tensors
-        asked, lengths, shapes = ctx.asked, ctx.lengths, ctx.shapes
+        queries, lengths, shapes = ctx.queries, ctx.lengths, ctx.shapes
         used = weights if bits is None else masked(weights, bits)
         d_weights = torch.empty_like(weights)
         d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
-        parts = (_by_head(grad, asked), _by_head(v, lengths), _flat(used, shapes), _flat(d_weights, shapes))
+        parts = (_by_head(grad, queries), _by_head(v, lengths), _flat(used, shapes), _flat(d_weights, shapes))
         for d_out, c, soft, d_soft, d_c in zip(*parts, _by_head(d_v, lengths), strict=True):
             torch.bmm(d_out, c.transpose(1, 2), out=d_soft)
             d_c.copy_(torch.bmm(soft.transpose(1, 2), d_out))
         if bits is not None:
             masked(d_weights, bits, out=d_weights)
             d_v *= keep_scale(ctx.dropout)
-        parts = (_by_head(q, asked), _by_head(k, lengths), _flat(weights, shapes), _flat(d_weights, shapes))
-        for a, b, soft, d_soft, d_a, d_b in zip(*parts, _by_head(d_q, asked), _by_head(d_k, lengths), strict=True):
+        parts = (_by_head(q, queries), _by_head(k, lengths), _flat(weights, shapes), _flat(d_weights, shapes))
+        for a, b, soft, d_soft, d_a, d_b in zip(*parts, _by_head(d_q, queries), _by_head(d_k, lengths), strict=True):
             d_scores = softmax_backward(d_soft, soft, -1, soft.dtype)
             d_a.copy_(torch.bmm(d_scores, b))
             d_b.copy_(torch.bmm(d_scores.transpose(1, 2), a))

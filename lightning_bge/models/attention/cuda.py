@@ -31,8 +31,8 @@ class Capabilities:
     Attributes:
         compute: compute capability of an NVIDIA GPU; (0, 0) elsewhere.
         flash: torch's flash operators have the signatures that are called here (they are not public).
-        varlen: `torch.nn.attention.varlen.varlen_attn` is there (public, without dropout).
-        nested: nested tensors of jagged layout are there.
+        varlen: `torch.nn.attention.varlen.varlen_attn` exists (public, without dropout).
+        nested: nested tensors of jagged layout exist.
     """
 
     compute: tuple[int, int]
@@ -42,7 +42,7 @@ class Capabilities:
 
 
 def capabilities(device: torch.device) -> Capabilities:
-    """Ask the device and torch."""
+    """Find out what a device and this torch offer."""
     nvidia = device.type == "cuda" and torch.version.hip is None
     return Capabilities(
         compute=torch.cuda.get_device_capability(device) if nvidia else (0, 0),
@@ -98,7 +98,7 @@ def varlen(
     assert dropout == 0
     reach = -1 if window is None else window - 1
     out = varlen_attn(q, k, v, *_places(q, k, packing), scale=scale, window_size=(reach, reach))
-    assert isinstance(out, Tensor)  # a pair only where it is asked for
+    assert isinstance(out, Tensor)  # a pair only with `return_aux`
     return out
 
 
@@ -110,7 +110,7 @@ def nested(
     starts, offsets, *_ = _places(q, k, packing)
     shortest, longest = min(packing.lengths), packing.longest
     of_queries = (shortest, longest) if starts is offsets else (1, 1)
-    # the extremes are given, as they would be read from the device
+    # with the extremes passed, they are not read from the device
     a, b, c = (
         torch.nested.nested_tensor_from_jagged(tensor, where, min_seqlen=low, max_seqlen=high).transpose(1, 2)
         for tensor, where, (low, high) in (

@@ -46,7 +46,7 @@ class Backend:
     Attributes:
         name: cpu, flash, varlen, nested or sdpa.
         reason: why this one.
-        call: the kernel; see `attention_cuda` for its signature.
+        call: the kernel; see `attention.cuda` for its signature.
         fallback: a faster one exists for this device, but not for such calls.
     """
 
@@ -93,14 +93,14 @@ def packed_attention(
 
     In a compiled layer the flash kernel is part of the graph; every other back end runs outside of it, as it would
     make a graph for each length. A layer's dropout rate may change without another graph where its dropout module is
-    a `CheapDropout`; where transformers gives a number (ModernBERT), each number has its own.
+    a `CheapDropout`; where transformers passes a number (ModernBERT), each number has its own.
 
     Args:
-        module: the attention layer; its dropout module, where it has one, says how much is dropped.
+        module: the attention layer; its dropout module, where it has one, has the rate.
         query: [1, heads, T, head_dim], or [1, heads, N, head_dim]: the first token of each of N sequences.
-        key: [1, heads, T, head_dim]; `value` likewise.
+        key: [1, heads, T, head_dim]; `value` has the same shape.
         attention_mask: ignored; `packing` says which tokens belong together.
-        packing: where the sequences lie.
+        packing: where each sequence begins and ends.
         dropout: probability with which an attention weight is dropped, for a layer without a dropout module.
         scaling: factor on the scores; None means 1 / sqrt(head_dim).
         sliding_window: a token sees those less than so many positions away (ModernBERT's local layers); None: all.
@@ -109,7 +109,7 @@ def packed_attention(
         [1, T or N, heads, head_dim], and None in place of the attention weights.
 
     Raises:
-        ValueError: the lengths do not fit the shapes, or a window was asked for first tokens alone.
+        ValueError: the lengths do not fit the shapes, or a window was given together with first tokens alone.
     """
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
@@ -151,16 +151,16 @@ def _outside_graphs(
 
 @torch.compiler.assume_constant_result
 def _fits_into_graphs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether such calls go to the flash operator, which the compiler knows; asked once, while a graph is made."""
+    """Whether such calls go to the flash operator, which the compiler knows; evaluated once, while a graph is made."""
     return _backend_for(Kind(device, dtype, dropout=True, windowed=False, head_dim=head_dim)).name == "flash"
 
 
 def _backend_for(kind: Kind) -> Backend:
-    """The back end of such calls; chosen, and told with its reason, at the first one."""
+    """The back end of such calls; chosen, and logged with its reason, at the first one."""
     backend = _in_use.get(kind)
     if backend is None:
         backend = _in_use[kind] = choose_backend(kind, capabilities(kind.device))
-        choice = logging.DEBUG if kind.device.type == "cpu" else logging.INFO  # on a CPU there is but one
+        choice = logging.DEBUG if kind.device.type == "cpu" else logging.INFO  # on a CPU there is only one
         log.log(
             logging.WARNING if backend.fallback else choice,
             "packed attention on %s in %s%s%s: %s (%s)",
@@ -175,7 +175,7 @@ def _backend_for(kind: Kind) -> Backend:
 
 
 def choose_backend(kind: Kind, able: Capabilities) -> Backend:
-    """The fastest back end that computes such calls exactly; asks nothing but its arguments."""
+    """The fastest back end that computes such calls exactly; it depends on its arguments alone."""
     if kind.device.type == "cpu":
         return Backend("cpu", "written for CPUs", _cpu)
     if kind.device.type != "cuda" or able.compute == (0, 0):

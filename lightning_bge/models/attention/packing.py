@@ -1,4 +1,4 @@
-"""Where the sequences of a packed batch lie, and token totals rounded up to few sizes."""
+"""Where the sequences of a packed batch begin and end, and token totals rounded up to few sizes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ BLOCK = 128
 
 
 class Packing:
-    """Where the sequences of a packed batch lie. A plain object, so that a compiled graph does not depend on all of it.
+    """Where the sequences of a packed batch begin and end.
 
-    Everything but `cu_seqlens` is known on the host: no kernel has to be waited for.
+    A plain object, so that a compiled graph does not depend on each of its values.
+
+    Everything but `cu_seqlens` is known on the host: nothing waits for a kernel.
 
     Args:
         lengths: the sequences' lengths in tokens, in order; none is 0.

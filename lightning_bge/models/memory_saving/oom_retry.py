@@ -37,7 +37,7 @@ class Sized(Protocol):
 
 
 class _Unsized:
-    """In the place of a batch source, where batches come from elsewhere."""
+    """Used as the batch source if none is known."""
 
     micro_batch_size = sys.maxsize
 
@@ -46,7 +46,7 @@ class _Unsized:
 
 
 class OOMRetry:
-    """Repeats what ran out of memory with less of it: the same effective batch, from the same state.
+    """Repeats a computation that ran out of memory with less memory: the same effective batch, from the same state.
 
     First the micro-batches are halved, from the one on that did not fit. The batch source learns the new size, so that
     it makes smaller ones; those that it made before are split here. A single sequence that does not fit makes training

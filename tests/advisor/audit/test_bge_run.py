@@ -64,7 +64,7 @@ def test_every_optimization_has_a_row_and_none_is_an_alarm(run: BGERun) -> None:
 
 class Forgetful(EncoderCache):
     def load(self, *args: Any, **options: Any) -> Any:
-        self.let_go()
+        self.clear()
         return super().load(*args, **options)
 
 

@@ -209,7 +209,7 @@ def test_memory_that_is_kept_ends_the_process_but_not_the_study(folder: Path, mo
         search(folder)
 
 
-def test_an_encoder_read_in_the_failed_trial_is_let_go(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_read_in_the_failed_trial_is_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = live_bytes()
     inject(monkeypatch, "forward", Fault(ERRORS["MemoryError"], times=10**6, trial=0))
     found: list[Objective] = []
@@ -237,7 +237,7 @@ def test_no_encoder_waits_after_a_trial_that_ran_out_of_memory(
     warm = EncoderCache(2**30)
     for each in ("b", "a"):
         warm.load(paths[each], 1)
-    used = warm.nbytes - warm._held[0].nbytes
+    used = warm.nbytes - warm._entries[0].nbytes
 
     def fail(self: Objective, trial: optuna.Trial, params: dict[str, Any]) -> float:
         warm.load(paths[name], 1)

@@ -175,7 +175,7 @@ def test_an_operator_that_asks_for_more_is_not_called(monkeypatch: pytest.Monkey
     assert not capabilities(CPU).flash
 
 
-def test_the_choice_is_told_once_and_kept(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_is_logged_once_and_kept(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_in_use", {})
     monkeypatch.setattr(attention, "capabilities", lambda device: H200)
     fast = Kind(CUDA, torch.bfloat16, True, False, 64)
@@ -261,7 +261,7 @@ def test_dropout_keeps_the_mean(kernel: Callable[..., Tensor]) -> None:
 
 
 def test_views_are_not_copied(flash_calls: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a projection returned reaches the kernel as it lies in memory."""
+    """What a projection returned reaches the kernel with its layout in memory."""
     monkeypatch.setattr(attention, "_in_use", {})
     seen: list[int] = []
 
