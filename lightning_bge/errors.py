@@ -1,10 +1,10 @@
-"""Errors that a user can mend. The command line prints their text without a traceback and exits with status 2."""
+"""Errors that a user can fix. The command line prints their text without a traceback and exits with status 2."""
 
 INTERRUPTED = 130  # a shell's exit status after Ctrl-C
 
 
 class UserError(Exception):
-    """What was expected, what came, how to mend it."""
+    """Its message says what was expected, what was given, and how to fix it."""
 
 
 class ConfigError(UserError):

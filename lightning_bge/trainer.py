@@ -40,7 +40,7 @@ Precision = Literal["auto", "bf16-mixed", "32-true"]
 
 
 class BGETrainer(Trainer):
-    """Lightning's Trainer, on one device unless told otherwise, and in the precision that pays on this machine.
+    """Lightning's Trainer, on one device by default, in the precision that is fastest on this machine.
 
     Args:
         precision: auto takes bf16-mixed (fp32 weights, bf16 matrix products) where the hardware multiplies bf16
@@ -98,7 +98,7 @@ def fit_callbacks(
 
 
 def newest_checkpoint(run_dir: Path) -> str | None:
-    """The checkpoint to go on from: the end of the last epoch, or a later one within an epoch."""
+    """The checkpoint to resume from: that of the last epoch's end, or a later one within an epoch."""
     found = [path for name in ("last", "recent") if (path := run_dir / "checkpoints" / f"{name}.ckpt").is_file()]
     return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 

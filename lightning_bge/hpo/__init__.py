@@ -1,4 +1,4 @@
-"""The search: the only room that knows Optuna."""
+"""Studies: search space, pruning, trials, results. The only package that imports Optuna."""
 
 import lazy_loader
 

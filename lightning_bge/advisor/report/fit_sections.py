@@ -63,7 +63,7 @@ def _learning_curves(run: RunData) -> str:
         text = "The training loss is computed with dropout, the validation loss without."
         found += plot(_by_epoch(run.epochs, losses, "loss"), "losses", text)
     if names := [name for name in (metric, *others) if name in logged][:MAX_METRICS]:
-        text = "Validation metrics after each epoch; the thick line is the metric that the run is judged by."
+        text = "Validation metrics after each epoch; the thick line is the monitored metric."
         found += plot(_by_epoch(run.epochs, names, "validation"), "metrics", text)
     return found
 

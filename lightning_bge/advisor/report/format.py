@@ -45,7 +45,7 @@ def format_time_left(eta: Eta) -> tuple[str, str]:
 
 
 def describe_study(history: History) -> str:
-    """What a trial of the study trains, and what it is judged by."""
+    """What a trial of the study trains, and its metric."""
     steps, goal = history.steps, history.goal
     split = "a single split" if steps.folds == 1 else f"{steps.folds} folds"
     text = f"{split} of at most {steps.epochs} epochs each; score: {goal.metric} of the {goal.epoch} epoch"

@@ -50,7 +50,7 @@ class RunData:
 
     @property
     def metric(self) -> str | None:
-        """The metric that a training run is judged by; None where no file names it."""
+        """The monitored metric of a training run; None where no file names it."""
         return (self.summary or {}).get("metric") or (self.config.get("monitor") or {}).get("metric")
 
     @property

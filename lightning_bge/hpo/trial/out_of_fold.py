@@ -82,7 +82,7 @@ class OutOfFold:
         fold: int64 [N], each row's fold.
         threshold: best over all of them (binary, multi-label), else 0.5, which nothing uses.
         metrics: of these predictions; decisions are made at thresholds that were chosen on the *other* folds.
-        threshold_note: on which rows the threshold was chosen and judged.
+        threshold_note: on which rows the threshold was chosen and evaluated.
     """
 
     predictions: Predictions
@@ -109,10 +109,10 @@ def judge_out_of_fold(path: Path, schema: Schema, metric: str) -> OutOfFold:
     threshold = best_threshold(score, labels, metric)
     folds = [np.flatnonzero(fold.numpy() == k) for k in fold.unique().tolist()]
     if len(folds) == 1:
-        note = "chosen and judged on the same validation rows: optimistic"
+        note = "chosen and evaluated on the same validation rows: optimistic"
         decided = (score >= threshold).astype(np.int64)
     else:
-        note = "chosen on all folds; the figures here are each fold's at the threshold of the other folds"
+        note = "chosen on all folds; the scores above use for each fold the threshold chosen on the other folds"
         decided = cross_fitted_decisions(score, labels, folds, metric)
     # decisions as extreme logits: the same function judges them, at any threshold
     at_threshold = compute_metrics(schema, _as_logits(predictions, decided), per_class=True)
