@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -126,7 +127,8 @@ class TorchBackends(Callback):
         if precision is not None:
             undo.append(_change(_get_fp32, _put_fp32, precision))
         if self.cudnn_benchmark is not None:
-            undo.append(_change(_get_benchmark, _put_benchmark, self.cudnn_benchmark))
+            put = partial(setattr, torch.backends.cudnn, "benchmark")
+            undo.append(_change(lambda: torch.backends.cudnn.benchmark, put, self.cudnn_benchmark))
         if self.sdpa is not None:
             undo.append(_change(_get_kernels, _put_kernels, list(self.sdpa)))
 
@@ -135,7 +137,8 @@ class TorchBackends(Callback):
         if not self.report:
             self.report = self._settings(trainer, pl_module)
             text = self.describe()
-            if trainer.strategy.root_device.type != "cuda" and not self._has_options:
+            are_defaults = (self.tf32, self.cudnn_benchmark, self.sdpa) == ("auto", None, None)
+            if trainer.strategy.root_device.type != "cuda" and are_defaults:
                 text = text.splitlines()[0]  # the others are CUDA's, or as they were
             if text not in _logged:
                 _logged.add(text)
@@ -145,24 +148,16 @@ class TorchBackends(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore what was set before."""
-        self._restore(trainer)
+        for undo in reversed(self._undo.pop(id(trainer), [])):
+            undo()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore what was set before: Lightning calls no `teardown` after an exception or Ctrl-C."""
-        self._restore(trainer)
+        self.teardown(trainer, pl_module, "exception")
 
     def describe(self) -> str:
         """The report as text, a setting a line."""
         return "\n".join(f"{name}: {value} ({reason})" for name, value, reason in self.report)
-
-    @property
-    def _has_options(self) -> bool:
-        """Whether any argument was given."""
-        return self.tf32 != "auto" or self.cudnn_benchmark is not None or self.sdpa is not None
-
-    def _restore(self, trainer: Trainer) -> None:
-        for undo in reversed(self._undo.pop(id(trainer), [])):
-            undo()
 
     def _settings(self, trainer: Trainer, module: LightningModule) -> tuple[Setting, ...]:
         device = trainer.strategy.root_device
@@ -177,7 +172,7 @@ class TorchBackends(Callback):
         return (
             Setting("precision", trainer.precision, f"{'bf16-mixed' if able else '32-true'} pays: {bf16_reason}"),
             Setting("fp32 matrix products", _describe_fp32(device), self._tf32_reason),
-            Setting("cuDNN benchmark", "on" if _get_benchmark() else "off", benchmark_reason),
+            Setting("cuDNN benchmark", "on" if torch.backends.cudnn.benchmark else "off", benchmark_reason),
             Setting("SDPA kernels allowed", ", ".join(_get_kernels()), left if self.sdpa is None else "requested"),
         )
 
@@ -242,14 +237,6 @@ def _put_fp32(value: str | tuple[str | None, str, str]) -> None:
         torch.set_float32_matmul_precision(overall)
     torch.backends.cuda.matmul.fp32_precision = cuda
     torch.backends.mkldnn.matmul.fp32_precision = mkldnn  # type: ignore[attr-defined]
-
-
-def _get_benchmark() -> bool:
-    return torch.backends.cudnn.benchmark
-
-
-def _put_benchmark(value: bool) -> None:
-    torch.backends.cudnn.benchmark = value
 
 
 def _usable_kernels(device: torch.device) -> set[str]:
