@@ -22,7 +22,7 @@ SPACE = {
     "data.batch_size": CategoricalDistribution([4, 8]),
 }
 FAST = {"precision": "32-true", "accelerator": "cpu"}
-GIVEN = {"step_ms": 20.0, "validation_s": 1.0, "start_s": 5.0}
+GIVEN = {"step_ms": 20.0, "start_s": 5.0}
 
 
 @pytest.fixture(scope="module")

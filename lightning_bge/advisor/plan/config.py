@@ -27,10 +27,9 @@ class GivenFigures:
     """Figures that are given instead of measured, simulated or assumed.
 
     Attributes:
-        step_ms: milliseconds of an optimizer step on another machine; nothing is measured then. null: measured.
-        validation_s: seconds of one validation. null: measured; with step_ms, a third of the seconds that training on
-            as many tokens takes, as two of its three passes are missing.
-        fold_s: seconds to start and end a fold. null: measured; with step_ms, 1.
+        step_ms: milliseconds of an optimizer step on another machine; nothing is measured then, a validation takes a
+            third of the seconds of training on as many tokens, as two of its three passes are missing, and a fold 1 s
+            to start and end. null: measured.
         start_s: seconds from the start of a process to its first trial, and of its end. null: as this process.
         compile_s: seconds of compiling. 60, if nothing else is known.
         compile_gain: share by which compiled steps are shorter. 0.15, in the middle of what is expected of
@@ -43,15 +42,13 @@ class GivenFigures:
     """
 
     step_ms: float | None = None
-    validation_s: float | None = None
-    fold_s: float | None = None
     start_s: float | None = None
     compile_s: float = 60.0
     compile_gain: float = 0.15
     pruned_cost: float | None = None
 
     def __post_init__(self) -> None:
-        seconds = dict.fromkeys(("validation_s", "fold_s", "start_s", "compile_s"), NOT_NEGATIVE)
+        seconds = dict.fromkeys(("start_s", "compile_s"), NOT_NEGATIVE)
         gain: Rule = ("from 0 to below 1", lambda value: 0 <= value < 1)
         share: Rule = ("above 0 and at most 1", lambda value: 0 < value <= 1)
         _check(self, "given.", {"step_ms": POSITIVE, **seconds, "compile_gain": gain, "pruned_cost": share})
@@ -65,10 +62,7 @@ class PlanConfig:
         workers: processes that share the study, each on its own device.
         seconds: about how long to measure: trials of the study, shortened, on this machine. 60, which is enough for
             steps of a second.
-        curves: file of recorded learning curves (`docs/benchmarks/curves/*.json`) to simulate pruning with; null:
-            generated curves.
         deadline: hours within which the study has to end; if it takes longer, the plan lists changes that meet it.
-        price: of an hour of one worker's machine, in any currency.
         given: figures that are not measured.
         json: file to write the plan to.
 
@@ -78,12 +72,9 @@ class PlanConfig:
 
     workers: int = 1
     seconds: float = 60.0
-    curves: str | None = None
     deadline: float | None = None
-    price: float | None = None
     given: GivenFigures = GivenFigures()
     json: str | None = None
 
     def __post_init__(self) -> None:
-        positive = dict.fromkeys(("workers", "seconds", "deadline"), POSITIVE)
-        _check(self, "", {**positive, "price": NOT_NEGATIVE})
+        _check(self, "", dict.fromkeys(("workers", "seconds", "deadline"), POSITIVE))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning_bge.advisor.plan.calibrate import calibrate
 from lightning_bge.advisor.plan.calibration import Calibration, MeasuredTrial, ParameterSets, features
-from lightning_bge.advisor.plan.checks import OtherLoad, check_calibration, check_study
+from lightning_bge.advisor.plan.checks import check_calibration, check_study
 from lightning_bge.advisor.plan.config import GivenFigures, PlanConfig
 from lightning_bge.advisor.plan.cost_model import TrialCost
 from lightning_bge.advisor.plan.levels import (
@@ -27,7 +27,6 @@ from lightning_bge.advisor.plan.short_study import DataSize, InEffect, ShortStud
 from lightning_bge.advisor.plan.what_if import WHAT_IF_RUNS, Changes
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
-from lightning_bge.hpo.forecast.recording import Recording
 from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets, parameter_sets_to_check, parse_enqueued
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
@@ -47,7 +46,6 @@ def make_plan(experiment: Experiment, hpo: StudyConfig, options: PlanConfig, pro
 
     Raises:
         ConfigError: options contradict each other, or the study can't be trained.
-        StudyError: the file of curves is not a recording.
     """
     space, given = parse_space(hpo.space), options.given
     experiment.check_space(hpo, space)
@@ -58,10 +56,9 @@ def make_plan(experiment: Experiment, hpo: StudyConfig, options: PlanConfig, pro
     enqueued = parse_enqueued(hpo.enqueue, space)
     drawn = draw_parameter_sets(space, enqueued, DRAWN + len(enqueued))
     sets = ParameterSets(space, drawn, experiment.config["trainer.max_epochs"] or steps.epochs, len(enqueued))
-    in_effect, variants, load = None, Variants(), OtherLoad()
+    in_effect, variants = None, Variants()
     if given.step_ms is None:
         calibration, in_effect, variants = _measure(experiment, hpo, options, sets)
-        warnings += load.warnings()
     else:
         calibration = _as_given(DataSize.of(data), given, sets)
     start = process_s * (1 + ENDS) + calibration.start if given.start_s is None else given.start_s
@@ -77,7 +74,6 @@ def make_plan(experiment: Experiment, hpo: StudyConfig, options: PlanConfig, pro
         learns=hpo.sampler == "tpe",
         patience=experiment.monitor.patience,
         pruned_cost=given.pruned_cost,
-        curves=None if options.curves is None else Recording.load(Path(options.curves)),
     )
     costs = StudyCosts.of(calibration, sets)
     share = predict(scenario, costs, WHAT_IF_RUNS).share[1]
@@ -117,18 +113,7 @@ def _measure(
         encoder.clear()
         left = max(0.0, options.seconds - found.took)
         variants = measure_variants(experiment.build, found.trials[0], study.in_effect, left)
-    return _with_given(replace(found, start=start), options.given), study.in_effect, variants
-
-
-def _with_given(calibration: Calibration, given: GivenFigures) -> Calibration:
-    """Replace measured parts of the trials by those that are given."""
-
-    def replaced(cost: TrialCost) -> TrialCost:
-        validation = cost.validation if given.validation_s is None else given.validation_s
-        return replace(cost, validation=validation, fold=cost.fold if given.fold_s is None else given.fold_s)
-
-    trials = tuple(replace(trial, cost=replaced(trial.cost)) for trial in calibration.trials)
-    return replace(calibration, trials=trials)
+    return replace(found, start=start), study.in_effect, variants
 
 
 def _as_given(size: DataSize, given: GivenFigures, sets: ParameterSets) -> Calibration:
@@ -136,8 +121,7 @@ def _as_given(size: DataSize, given: GivenFigures, sets: ParameterSets) -> Calib
     assert given.step_ms is not None
     step_s = given.step_ms / 1000
     train = size.steps * step_s
-    validation = train / size.train * size.validation / 3 if given.validation_s is None else given.validation_s
-    cost = TrialCost(0.0, 1.0 if given.fold_s is None else given.fold_s, 0.0, train, validation, epochs=sets.epochs)
+    cost = TrialCost(0.0, 1.0, 0.0, train, train / size.train * size.validation / 3, epochs=sets.epochs)
     params = sets.params[0]
     trial = MeasuredTrial(params, features(params, sets.space), cost, step_s, train / size.train, 0.0)
     return Calibration((trial,), refit_epoch=train / size.train * size.all, steps=size.steps)

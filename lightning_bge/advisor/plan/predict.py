@@ -173,9 +173,7 @@ class LearningCurves:
 
 
 def learning_curves(scenario: Scenario) -> list[LearningCurves]:
-    """The recorded curves, or generated ones of each style."""
-    if scenario.curves is not None:
-        return [_fit_curves(scenario.curves, scenario)]
+    """Generated ones of each style."""
     count = max(20, min(CURVES, 60_000 // scenario.steps.total))
     samples = [sample_curves(count, scenario.steps, seed, style) for seed in (0, 1) for style in STYLES]
     return [_fit_curves(recording, scenario) for recording in samples]

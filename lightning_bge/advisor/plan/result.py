@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from statistics import fmean
 from typing import Any
@@ -58,10 +58,8 @@ class Plan:
         return tuple(assumptions(self.scenario, self.calibration.took > 0))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; of recorded curves only the name."""
-        plain = asdict(replace(self, scenario=replace(self.scenario, curves=None)))
-        curves = self.scenario.curves
-        return plain | {"assumptions": self.assumptions, "curves": None if curves is None else curves.name}
+        """Plain data for JSON."""
+        return asdict(self) | {"assumptions": self.assumptions}
 
     def __str__(self) -> str:
         scenario, found = self.scenario, self.prediction
@@ -74,7 +72,6 @@ class Plan:
             f"{self.study}: {scenario.n_trials:,} trials, {split}, at most {steps.epochs} epochs per fold, pruner "
             f"{scenario.pruner.name}, {workers}",
             f"estimated time {_clock(found.mid)} (80% interval {_clock(found.low)} to {_clock(found.high)})",
-            *_cost(self),
             *_deadline(self),
             "",
             *_parts(self),
@@ -103,13 +100,6 @@ def table_of_levels(levels: Sequence[Level]) -> list[str]:
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
-
-
-def _cost(plan: Plan) -> list[str]:
-    if plan.options.price is None:
-        return []
-    hours = plan.prediction.mid / HOUR * plan.scenario.workers
-    return [f"estimated cost {hours * plan.options.price:,.2f}: {hours:.2f} worker hours x {plan.options.price:g}"]
 
 
 def _deadline(plan: Plan) -> list[str]:

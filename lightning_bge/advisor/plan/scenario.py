@@ -10,7 +10,6 @@ import numpy as np
 
 from lightning_bge.advisor.plan.calibration import Calibration, ParameterSets
 from lightning_bge.advisor.plan.cost_model import TrialCost
-from lightning_bge.hpo.forecast.recording import Recording
 from lightning_bge.hpo.forecast.simulator import Durations
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Steps
@@ -31,7 +30,6 @@ class Scenario:
         learns: whether the sampler learns from earlier trials (tpe).
         patience: epochs without an improvement after which a fold ends; None: there is no early stopping.
         pruned_cost: the cost of the trials with pruning, as a share of their cost without; None: it is simulated.
-        curves: recorded learning curves for that simulation; None: generated ones.
     """
 
     n_trials: int
@@ -43,7 +41,6 @@ class Scenario:
     learns: bool = True
     patience: int | None = None
     pruned_cost: float | None = None
-    curves: Recording | None = None
 
 
 @dataclass(frozen=True)

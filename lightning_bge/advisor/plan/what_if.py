@@ -79,13 +79,7 @@ class Changes:
         found.append(self._most_trials(deadline))
         if scenario.steps.folds > 1:
             found.append(self.single_split())
-        meet = [one for one in found if one is not None and one.high <= deadline]
-        if not meet and scenario.steps.folds > 1:  # two changes
-            split, flags = self._split()
-            both = split._most_trials(deadline)
-            if both is not None:
-                meet = [replace(both, change=f"a single split and {both.change}", flags=f"{flags} {both.flags}")]
-        return meet
+        return [one for one in found if one is not None and one.high <= deadline]
 
     def pruner(self, name: Literal["asha", "none"]) -> WhatIf | None:
         """Another pruner; None: it could not prune."""
@@ -96,19 +90,17 @@ class Changes:
         return self._predict(change, _pruner_flags(now, name), replace(self.scenario, pruner=pruner, pruned_cost=None))
 
     def single_split(self) -> WhatIf:
-        """A single split instead of folds: each trial is validated on fewer rows, so that scores are less certain."""
-        split, flags = self._split()
-        return split._predict("a single split", flags, split.scenario)
+        """A single split instead of folds: each trial is validated on fewer rows, so that scores are less certain.
 
-    def _split(self) -> tuple[Changes, str]:
-        """The changes of a study with a single split, without pruning if the pruner can't act on one; its flags."""
+        It is without pruning if the pruner can't act on one.
+        """
         folds, flags = self.scenario.steps.folds, "--data.split.folds 1"
         scenario = replace(self.scenario, steps=replace(self.scenario.steps, folds=1))
         if not _can_prune(scenario):
             flags = f"{flags} {_pruner_flags(scenario.pruner, 'none')}"
             scenario = replace(scenario, pruner=PrunerConfig("none"))
         costs = self.costs.scaled((1 - self.val_fraction) * folds / (folds - 1), self.val_fraction * folds)
-        return replace(self, scenario=scenario, costs=costs), flags
+        return replace(self, costs=costs)._predict("a single split", flags, scenario)
 
     def workers(self, count: int) -> WhatIf:
         """More processes, each on its own device."""

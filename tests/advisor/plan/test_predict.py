@@ -91,14 +91,15 @@ def test_the_interval_grows_with_the_error_of_the_measurement() -> None:
 
 
 @pytest.mark.parametrize("name", ["trecqa", "sick", "sample"])
-def test_the_interval_holds_about_eight_times_in_ten(name: str) -> None:
+def test_the_interval_holds_about_eight_times_in_ten(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: the recorded trials in random orders by the rules of the replay, on a machine that drifts."""
     recording = Recording.load(CURVES / f"{name}.json").coarser(1)
     steps, count = Steps(recording.folds, recording.epochs), len(recording.trials)
     seconds = {curve.number: curve.seconds for curve in recording.trials}
     mean = np.mean([np.sum(values) for values in seconds.values()]) / steps.total
     cost = TrialCost(0.0, 0.0, 0.0, mean, 0.0, epochs=recording.epochs)
-    study = Scenario(count, steps, PrunerConfig(), learns=False, refit=False, curves=recording)
+    study = Scenario(count, steps, PrunerConfig(), learns=False, refit=False)
+    monkeypatch.setattr(module, "sample_curves", lambda *_: recording)
     found = predict(study, study_costs(cost, error=0.01))
     random, inside = np.random.default_rng(0), 0
     for _ in range(40):
@@ -121,20 +122,20 @@ def test_pruners_of_optuna_prune_in_the_simulation() -> None:
     assert longer.share[1] < pruned.share[1] + 0.05  # the first trials, which are not pruned, are a smaller part
 
 
-def test_early_stopping_leaves_epochs_out() -> None:
+def test_early_stopping_leaves_epochs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     values = (0.5, 0.6, 0.6, 0.6, 0.7, 0.65, 0.65, 0.7, 0.7, 0.7)  # two folds; the second alone: 0.6, 0.6, 0.7, 0.7 ...
     recorded = Recording("r", "maximize", 2, 5, 1, {}, (Curve(0, {}, 0.7, values, (1.0,) * 10, (0.0,) * 10),))
-    study = Scenario(1, Steps(2, 5), NONE, patience=2, curves=recorded)
-    [curves] = learning_curves(study)
-    assert curves.trained.tolist() == [[True, True, True, True, False, True, True, True, True, True]]
+    study = Scenario(1, Steps(2, 5), NONE, patience=2)
+    monkeypatch.setattr(module, "sample_curves", lambda *_: recorded)
+    assert learning_curves(study)[0].trained.tolist() == [[True, True, True, True, False, True, True, True, True, True]]
     assert learning_curves(replace(study, patience=None))[0].trained.all()
 
 
-def test_curves_of_another_length_are_stretched() -> None:
+def test_curves_of_another_length_are_stretched(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = Recording(
         "r", "minimize", 1, 4, 1, {}, (Curve(0, {}, 0.1, (0.4, 0.3, 0.2, 0.1), (1.0,) * 4, (0.0,) * 4),)
     )
-    [curves] = learning_curves(Scenario(1, Steps(1, 2), NONE, curves=recorded))
-    assert curves.values.tolist() == [[-0.3, -0.1]]
-    [curves] = learning_curves(Scenario(1, Steps(1, 6), NONE, curves=recorded))
+    monkeypatch.setattr(module, "sample_curves", lambda *_: recorded)
+    assert learning_curves(Scenario(1, Steps(1, 2), NONE))[0].values.tolist() == [[-0.3, -0.1]]
+    curves = learning_curves(Scenario(1, Steps(1, 6), NONE))[0]
     assert curves.values.tolist() == [[-0.4, -0.3, -0.3, -0.2, -0.1, -0.1]]
