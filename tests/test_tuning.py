@@ -259,7 +259,7 @@ def test_trials_are_a_data_frame_or_an_error_that_names_pandas(
         with pytest.raises(ImportError, match=r"TuneResult.trials needs pandas: run `pip install pandas`"):
             _ = found.trials
     else:
-        assert list(found.trials["number"]) == [0, 1]
+        assert list(found.trials["number"]) == [trial.number for trial in found.study.trials]
         assert "params_model.optimizer.lr" in found.trials.columns
 
 
