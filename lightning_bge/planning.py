@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from lightning_bge.advisor.plan.config import GivenFigures, PlanConfig
-from lightning_bge.advisor.plan.plan import make_plan
-from lightning_bge.advisor.plan.result import Plan
+from lightning_bge.advisor.plan.plan import Plan, make_plan
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.runtime.nested_config import as_config

@@ -31,11 +31,9 @@ import yaml
 from common import add_shared_arguments, packaged_weights, write_record
 from note import table, write_note
 
-from lightning_bge.advisor.plan.calibration import Calibration, MeasuredTrial, ParameterSets
-from lightning_bge.advisor.plan.cost_model import TrialCost
+from lightning_bge.advisor.plan.cost_model import Calibration, MeasuredTrial, ParameterSets, TrialCost
 from lightning_bge.advisor.plan.plan import DRAWN
-from lightning_bge.advisor.plan.predict import predict
-from lightning_bge.advisor.plan.scenario import Scenario, StudyCosts
+from lightning_bge.advisor.plan.predict import Scenario, StudyCosts, predict
 from lightning_bge.hpo.analysis.history import History, history_of
 from lightning_bge.hpo.analysis.journal import load_study
 from lightning_bge.hpo.pruning.config import PrunerConfig, rungs

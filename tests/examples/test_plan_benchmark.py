@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from lightning_bge.advisor.plan.calibration import Calibration, MeasuredTrial
-from lightning_bge.advisor.plan.cost_model import TrialCost
+from lightning_bge.advisor.plan.cost_model import Calibration, MeasuredTrial, TrialCost
 from lightning_bge.hpo.analysis.history import History, PastTrial, StudyGoal
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.space.search_space import parse_space

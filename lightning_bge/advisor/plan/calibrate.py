@@ -14,10 +14,15 @@ from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
 
-from lightning_bge.advisor.plan.calibration import Calibration, MeasuredTrial, ParameterSets, choose_different, features
-from lightning_bge.advisor.plan.cost_model import TrialCost
-from lightning_bge.advisor.plan.short_study import DataSize, ShortStudy, TimedRun
-from lightning_bge.advisor.plan.step_timer import Step, seconds_of, tokens_of
+from lightning_bge.advisor.plan.cost_model import (
+    Calibration,
+    MeasuredTrial,
+    ParameterSets,
+    TrialCost,
+    choose_different,
+    features,
+)
+from lightning_bge.advisor.plan.short_study import DataSize, ShortStudy, Step, TimedRun, seconds_of, tokens_of
 from lightning_bge.errors import ConfigError
 
 MOST_TRIALS = 8

@@ -7,13 +7,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from lightning_bge.advisor.plan.calibration import MeasuredTrial
 from lightning_bge.advisor.plan.config import GivenFigures
-from lightning_bge.advisor.plan.cost_model import HOUR, break_even, compile_balance, format_hours
-from lightning_bge.advisor.plan.predict import Prediction
-from lightning_bge.advisor.plan.scenario import Scenario, StudyCosts
-from lightning_bge.advisor.plan.short_study import InEffect
-from lightning_bge.advisor.plan.step_timer import StepTimer, seconds_of, tokens_of
+from lightning_bge.advisor.plan.cost_model import HOUR, MeasuredTrial, break_even, compile_balance, format_hours
+from lightning_bge.advisor.plan.predict import Prediction, Scenario, StudyCosts
+from lightning_bge.advisor.plan.short_study import InEffect, StepTimer, seconds_of, tokens_of
 from lightning_bge.callbacks.compile.policy import CompileConfig, Findings, probe_time_limit, too_short
 from lightning_bge.callbacks.torch_backends import TorchBackends
 from lightning_bge.hpo.trial.objective import Build

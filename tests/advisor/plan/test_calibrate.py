@@ -10,11 +10,10 @@ import pytest
 from lightning.pytorch import Callback
 
 from lightning_bge.advisor.plan import calibrate as calibrate_module
-from lightning_bge.advisor.plan import short_study, step_timer
+from lightning_bge.advisor.plan import short_study
 from lightning_bge.advisor.plan.calibrate import TimedTrial, calibrate
-from lightning_bge.advisor.plan.calibration import ParameterSets
-from lightning_bge.advisor.plan.short_study import DataSize, ShortStudy, TimedRun
-from lightning_bge.advisor.plan.step_timer import Step
+from lightning_bge.advisor.plan.cost_model import ParameterSets
+from lightning_bge.advisor.plan.short_study import DataSize, ShortStudy, Step, TimedRun
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
@@ -68,7 +67,7 @@ class Spend(Callback):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    for module in (step_timer, short_study, calibrate_module):
+    for module in (short_study, calibrate_module):
         monkeypatch.setattr(module, "_clock", found)
     return found
 

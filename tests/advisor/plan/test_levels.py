@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from lightning_bge.advisor.plan.calibration import Calibration, MeasuredTrial
 from lightning_bge.advisor.plan.config import GivenFigures
-from lightning_bge.advisor.plan.cost_model import HOUR, TrialCost
+from lightning_bge.advisor.plan.cost_model import HOUR, Calibration, MeasuredTrial, TrialCost
 from lightning_bge.advisor.plan.levels import (
     Level,
     Variants,
@@ -19,8 +18,7 @@ from lightning_bge.advisor.plan.levels import (
     measure_variants,
     optimization_levels,
 )
-from lightning_bge.advisor.plan.predict import predict
-from lightning_bge.advisor.plan.scenario import Scenario, StudyCosts
+from lightning_bge.advisor.plan.predict import Scenario, StudyCosts, predict
 from lightning_bge.advisor.plan.short_study import InEffect
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 
 from lightning_bge.advisor.plan import predict as module
-from lightning_bge.advisor.plan.calibration import Calibration, MeasuredTrial
-from lightning_bge.advisor.plan.cost_model import TrialCost
-from lightning_bge.advisor.plan.predict import learning_curves, predict
-from lightning_bge.advisor.plan.scenario import Scenario, StudyCosts
+from lightning_bge.advisor.plan.cost_model import Calibration, MeasuredTrial, TrialCost
+from lightning_bge.advisor.plan.predict import Scenario, StudyCosts, learning_curves, predict
 from lightning_bge.hpo.forecast.recording import Curve, Recording
 from lightning_bge.hpo.forecast.replay import replay_asha
 from lightning_bge.hpo.pruning.config import PrunerConfig

@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lightning_bge.advisor.plan import predict as predict_module
-from lightning_bge.advisor.plan.calibration import Calibration, MeasuredTrial
-from lightning_bge.advisor.plan.cost_model import HOUR, TrialCost
-from lightning_bge.advisor.plan.predict import predict
-from lightning_bge.advisor.plan.scenario import Scenario, StudyCosts
+from lightning_bge.advisor.plan.cost_model import HOUR, Calibration, MeasuredTrial, TrialCost
+from lightning_bge.advisor.plan.predict import Scenario, StudyCosts, predict
 from lightning_bge.advisor.plan.what_if import MOST_WORKERS, Changes
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Steps

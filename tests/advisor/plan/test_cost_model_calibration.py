@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_bge.advisor.plan.calibration import (
+from lightning_bge.advisor.plan.cost_model import (
     Calibration,
     MeasuredTrial,
     ParameterSets,
+    TrialCost,
     choose_different,
     distance,
     features,
 )
-from lightning_bge.advisor.plan.cost_model import TrialCost
 from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets
 from lightning_bge.hpo.space.search_space import parse_space
 

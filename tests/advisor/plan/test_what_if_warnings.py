@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_bge.advisor.plan.calibration import Calibration, MeasuredTrial
-from lightning_bge.advisor.plan.checks import check_calibration, check_study
-from lightning_bge.advisor.plan.cost_model import TrialCost
+from lightning_bge.advisor.plan.cost_model import Calibration, MeasuredTrial, TrialCost
+from lightning_bge.advisor.plan.what_if import check_calibration, check_study
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Steps

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback
 
-from lightning_bge.advisor.plan import step_timer
-from lightning_bge.advisor.plan.step_timer import Step, StepTimer, seconds_of, tokens_of
+from lightning_bge.advisor.plan import short_study
+from lightning_bge.advisor.plan.short_study import Step, StepTimer, seconds_of, tokens_of
 from lightning_bge.hpo.trial.objective import TrialSetup
 from tests.helpers.small_search import make, write_files
 
@@ -64,7 +64,7 @@ def timed(setup: TrialSetup, *callbacks: Callback, **limits: Any) -> StepTimer:
 
 def test_each_part_of_a_run_gets_its_seconds(setup: TrialSetup, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(step_timer, "_clock", clock)
+    monkeypatch.setattr(short_study, "_clock", clock)
     setup.datamodule.select_fold(0)
     found = timed(setup, Spend(clock), limit_train_batches=3, limit_val_batches=1)
     # the wait for the first batch is a part of the time before it
