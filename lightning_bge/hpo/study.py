@@ -24,7 +24,7 @@ from lightning_bge.hpo.pruning.asha_scheduler import AshaScheduler
 from lightning_bge.hpo.pruning.asha_trials import RESUMES
 from lightning_bge.hpo.pruning.config import build_pruner
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
-from lightning_bge.hpo.space.search_space import describe_difference, parse_space, space_to_json
+from lightning_bge.hpo.space.search_space import parse_space, space_to_json
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.abandoned_trials import sweep
 from lightning_bge.hpo.storage.journal import JournalLock, hold, open_storage
@@ -90,10 +90,8 @@ def _n_trials(storage: optuna.storages.BaseStorage, name: str) -> int:
 
 
 def _check_same(run_dir: Path, study: optuna.Study, space: dict[str, Any], options: dict[str, Any]) -> None:
-    found = []
-    if difference := describe_difference(study.user_attrs["space"], space):
-        found.append(f"the search space:\n  {difference}".replace("\n", "\n  "))
-    found += differences(study.user_attrs["settings"], options)
+    attributes = study.user_attrs
+    found = differences({"hpo.space": attributes["space"], **attributes["settings"]}, {"hpo.space": space, **options})
     if found:
         raise StudyError(
             f"{run_dir} holds a study whose trials can't be compared with the requested ones. Differences:\n  "
@@ -127,13 +125,16 @@ def enqueue_once(study: optuna.Study, parameter_sets: Sequence[dict[str, Any]], 
     return len(missing)
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """How two flat dictionaries of options differ, one line for each name; a missing one counts as None."""
-    return [
-        f"{name}: {old.get(name)} in the folder, {new.get(name)} requested"
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
-    ]
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """How two nested dictionaries of options differ, one line for each dotted name; a missing one counts as None."""
+    lines = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            lines.append(f"{prefix}{name}: {before} in the folder, {after} requested")
+    return lines
 
 
 def quiet_optuna() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from typing import Literal
 
 import optuna
-from optuna.distributions import BaseDistribution, json_to_distribution
 
 from lightning_bge.hpo.analysis.history import History
+from lightning_bge.hpo.space.search_space import parse_space
 
 MIN_TRIALS = 10  # complete trials; with fewer the shares are mostly chance
 MAX_TRIALS = 400  # of more trials a sample is taken: the random forest takes seconds per thousand trials
@@ -32,7 +31,7 @@ def parameter_importance(history: History) -> tuple[dict[str, float], str]:
         return {}, f"Importance needs {MIN_TRIALS} complete trials; the study has {len(done)}."
     if done[0][1] == done[-1][1]:
         return {}, f"All {len(done)} complete trials have the same score, so no importance can be computed."
-    spaces = {name: _distribution(spec) for name, spec in history.space.items()}
+    spaces = parse_space(history.space)
     drawn = {name for name in spaces if all(name in params for params, _ in done)}
     sample = done if len(done) <= MAX_TRIALS else random.Random(0).sample(done, MAX_TRIALS)
     usable = {name: spaces[name] for name in sorted(drawn) if len({params[name] for params, _ in sample}) > 1}
@@ -61,7 +60,3 @@ def _quiet_study(direction: Literal["maximize", "minimize"]) -> optuna.Study:
         return optuna.create_study(direction=direction)
     finally:
         optuna.logging.set_verbosity(verbosity)
-
-
-def _distribution(spec: dict[str, object]) -> BaseDistribution:
-    return json_to_distribution(json.dumps({key: value for key, value in spec.items() if key != "when"}))

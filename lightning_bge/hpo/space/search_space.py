@@ -13,20 +13,13 @@ Names are the dotted names of options::
 The last one is conditional: it is drawn where the loss is focal, and keeps its configured value elsewhere.
 """
 
-import json
 import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-    distribution_to_json,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lightning_bge.errors import ConfigError
 
@@ -272,42 +265,19 @@ def spec_of(name: str, distribution: BaseDistribution) -> dict[str, Any]:
             f"hpo.space.{name}: expected a FloatDistribution, IntDistribution or CategoricalDistribution of "
             f"optuna.distributions, or a dict like {{'low': 0.0, 'high': 1.0}}, got {distribution!r}."
         )
-    spec = {"low": distribution.low, "high": distribution.high, "type": "float"}
-    if isinstance(distribution, IntDistribution):
-        spec["type"] = "int"
+    kind = "int" if isinstance(distribution, IntDistribution) else "float"
+    spec = {"low": distribution.low, "high": distribution.high, "type": kind}
     if distribution.log:  # Optuna gives logarithmic integers a step of 1, which means nothing there
         return {**spec, "log": True}
     return spec if distribution.step is None else {**spec, "step": distribution.step}
 
 
 def space_to_json(space: Space) -> dict[str, dict[str, Any]]:
-    """Return the space as plain data, equal before and after a trip through JSON, with the names sorted.
+    """Return the space as plain data that `parse_space` reads, equal before and after a trip through JSON.
 
-    The order of choices counts: Optuna stores a choice by its index.
+    Names are sorted. The order of choices counts: Optuna stores a choice by its index.
     """
-    found = {}
-    for name in sorted(space):
-        found[name] = json.loads(distribution_to_json(space[name]))
-        if name in space.when:
-            found[name]["when"] = {parent: list(values) for parent, values in sorted(space.when[name].items())}
+    found = {name: spec_of(name, space[name]) for name in sorted(space)}
+    for name, conditions in space.when.items():
+        found[name]["when"] = {parent: list(values) for parent, values in sorted(conditions.items())}
     return found
-
-
-def describe_difference(old: Mapping[str, dict[str, Any]], new: Mapping[str, dict[str, Any]]) -> str:
-    """How two results of `space_to_json` differ, one line for each parameter; the empty string when they are equal."""
-    lines = []
-    for name in sorted({*old, *new}):
-        if name not in new:
-            lines.append(f"{name}: no longer searched")
-        elif name not in old:
-            lines.append(f"{name}: not searched before")
-        elif old[name] != new[name]:
-            before, after = _flat(old[name]), _flat(new[name])
-            keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-            lines.append(f"{name}: " + ", ".join(f"{key} {before.get(key)} -> {after.get(key)}" for key in keys))
-    return "\n".join(lines)
-
-
-def _flat(dist: dict[str, Any]) -> dict[str, Any]:
-    when = {"when": dist["when"]} if "when" in dist else {}
-    return {"type": dist["name"].removesuffix("Distribution").lower(), **dist["attributes"], **when}

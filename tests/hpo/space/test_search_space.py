@@ -6,7 +6,8 @@ import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.space.search_space import describe_difference, parse_space, requirements, space_to_json, suggest
+from lightning_bge.hpo.space.search_space import parse_space, requirements, space_to_json, suggest
+from lightning_bge.hpo.study import differences
 
 YAML = """
 model.optimizer.lr: {low: 1.0e-5, high: 1.0e-3, log: true}
@@ -15,6 +16,14 @@ data.batch_size: {choices: [16, 32]}
 trainer.max_epochs: {type: int, low: 1, high: 5}
 model.width: {low: 2, high: 8, step: 2}
 model.scale: {type: float, low: 1, high: 3}
+"""
+
+CONDITIONAL = """
+rank: {low: 2, high: 8, when: {lora: true}}
+alpha: {low: 1.0, high: 4.0, when: {lora: true, model: [large, base]}}
+lora: {choices: [true, false], when: {model: [base, large]}}
+lr: {low: 1.0e-5, high: 1.0e-3, log: true}
+model: {choices: [small, base, large]}
 """
 
 
@@ -92,33 +101,33 @@ def test_empty_space(raw):
         parse_space(raw)
 
 
-def test_comparison_survives_a_study(tmp_path):
-    space = space_to_json(parse_space(yaml.safe_load(YAML)))
-    again = json.loads(json.dumps(space))
-    assert again == space
-    assert describe_difference(again, space) == ""
-    reordered = dict(reversed(yaml.safe_load(YAML).items()))
-    assert list(space_to_json(parse_space(reordered))) == list(space)
+@pytest.mark.parametrize("text", [YAML, CONDITIONAL])
+def test_the_plain_space_is_equal_after_json_and_is_parsed_as_the_same_space(text):
+    space = parse_space(yaml.safe_load(text))
+    plain = space_to_json(space)
+    assert json.loads(json.dumps(plain)) == plain
+    assert list(plain) == sorted(space)
+    parsed = parse_space(plain)
+    assert (parsed, parsed.when) == (space, space.when)
+    assert space_to_json(parse_space(dict(reversed(yaml.safe_load(text).items())))) == plain
 
 
-def test_difference_is_named():
+def test_differences_of_spaces_are_named():
     old = space_to_json(
         parse_space({"a": {"low": 0.0, "high": 1.0}, "b": {"choices": [1]}, "d": {"low": 1, "high": 2}})
     )
     new = space_to_json(parse_space({"a": {"low": 0.0, "high": 2.0}, "c": {"choices": [1]}, "d": {"choices": [1, 2]}}))
-    text = describe_difference(old, new).splitlines()
-    assert text[0] == "a: high 1.0 -> 2.0"
-    assert text[1:3] == ["b: no longer searched", "c: not searched before"]
-    assert text[3].startswith("d: type int -> categorical")
-
-
-CONDITIONAL = """
-rank: {low: 2, high: 8, when: {lora: true}}
-alpha: {low: 1.0, high: 4.0, when: {lora: true, model: [large, base]}}
-lora: {choices: [true, false], when: {model: [base, large]}}
-lr: {low: 1.0e-5, high: 1.0e-3, log: true}
-model: {choices: [small, base, large]}
-"""
+    assert differences(old, old) == []
+    assert differences({"hpo.space": old}, {"hpo.space": new}) == [
+        "hpo.space.a.high: 1.0 in the folder, 2.0 requested",
+        "hpo.space.b: {'choices': [1]} in the folder, None requested",
+        "hpo.space.c: None in the folder, {'choices': [1]} requested",
+        "hpo.space.d.choices: None in the folder, [1, 2] requested",
+        "hpo.space.d.high: 2 in the folder, None requested",
+        "hpo.space.d.low: 1 in the folder, None requested",
+        "hpo.space.d.step: 1 in the folder, None requested",
+        "hpo.space.d.type: int in the folder, None requested",
+    ]
 
 
 def test_parents_come_first_and_all_else_stays_in_its_order():
@@ -197,18 +206,11 @@ def test_mistakes_in_conditions_name_the_parameter(changes, where, says):
     assert where in str(caught.value)
 
 
-def test_conditions_are_compared_and_what_has_none_is_as_before():
+def test_conditions_are_compared():
     space = space_to_json(parse_space(yaml.safe_load(CONDITIONAL)))
-    assert json.loads(json.dumps(space)) == space
     assert space["alpha"]["when"] == {"lora": [True], "model": ["base", "large"]}
-    assert space["model"] == {"name": "CategoricalDistribution", "attributes": {"choices": ["small", "base", "large"]}}
+    assert space["model"] == {"choices": ["small", "base", "large"]}
     reordered = yaml.safe_load(CONDITIONAL.replace("[large, base]", "[base, large]"))
-    assert describe_difference(space, space_to_json(parse_space(dict(reversed(reordered.items()))))) == ""
-    changed = space_to_json(
-        parse_space(
-            yaml.safe_load(
-                CONDITIONAL.replace("rank: {low: 2, high: 8, when: {lora: true}}", "rank: {low: 2, high: 8}")
-            )
-        )
-    )
-    assert describe_difference(space, changed) == "rank: when {'lora': [True]} -> None"
+    assert differences(space, space_to_json(parse_space(reordered))) == []
+    changed = parse_space(yaml.safe_load(CONDITIONAL.replace("high: 8, when: {lora: true}", "high: 8")))
+    assert differences(space, space_to_json(changed)) == ["rank.when: {'lora': [True]} in the folder, None requested"]
