@@ -10,7 +10,7 @@ from .audit.console import describe_audit as describe_audit
 from .audit.requested import Requested as Requested
 from .plan.config import GivenFigures as GivenFigures
 from .plan.config import PlanConfig as PlanConfig
-from .plan.result import Plan as Plan
+from .plan.plan import Plan as Plan
 from .report.report import write_report as write_report
 from .report.status import describe_status as describe_status
 from .report.status import watch_status as watch_status
