@@ -66,7 +66,8 @@ def describe_run(seed: int, data_hash: str | None, model: str, revision: str | N
     """What is needed to repeat a run: command, versions, machine, commit, seed, data, model."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        # `python -m lightning_bge.cli` is the same program under the path of a module
+        "command": ["lightning-bge", *sys.argv[1:]] if Path(sys.argv[0]).name == "__main__.py" else sys.argv,
         "folder": os.getcwd(),
         "seed": seed,
         "data_hash": data_hash,
