@@ -6,7 +6,6 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -17,67 +16,44 @@ from optuna.trial import TrialState
 from lightning_bge.runtime.compat.lightning import count_fits
 
 MAX_SIMULATED = 60  # trials that are simulated at most to see whether a pruner acts
+Direction = Literal["maximize", "minimize"]
 
 
-@dataclass(frozen=True)
-class Report:
-    """One call of `trial.report`.
-
-    Attributes:
-        fit: the number of the call of `Trainer.fit` that it came from, from 1; 0: before the first.
-        step: as reported.
-        kept: whether Optuna stored it. Of several values for one step Optuna keeps the first.
-    """
-
-    fit: int
-    step: int
-    kept: bool
-
-
-@dataclass(frozen=True)
-class ObservedTrial:
-    """One trial of an objective.
+class ObservedTrial(optuna.Trial):
+    """A trial that records its reports and its calls of `should_prune`.
 
     Attributes:
         fits: calls of `Trainer.fit`.
-        reports: all of them, in order.
+        reports: the number of the call of `fit` that each report came from, from 1, 0 before the first; the step;
+            whether Optuna stored it: of several values for one step Optuna keeps the first.
         prune_calls: calls of `should_prune`.
     """
 
-    fits: int
-    reports: tuple[Report, ...]
-    prune_calls: int
-
-    @property
-    def steps(self) -> list[int]:
-        """The steps that Optuna has stored."""
-        return [report.step for report in self.reports if report.kept]
-
-
-class _Trial(optuna.Trial):
-    """A trial that records its reports and its calls of `should_prune`."""
-
-    def __init__(self, study: optuna.Study, trial_id: int, fits: Callable[[], int]) -> None:
+    def __init__(self, study: optuna.Study, trial_id: int) -> None:
         super().__init__(study, trial_id)
-        self.fits = fits
-        self.reports: list[Report] = []
-        self.prune_calls = 0
+        self.fits, self.prune_calls = 0, 0
+        self.reports: list[tuple[int, int, bool]] = []
+
+    def observe(self, objective: Callable[[optuna.Trial], Any]) -> None:
+        """Call the objective with this trial."""
+        with count_fits() as self._count:
+            objective(self)
+            self.fits = self._count()
 
     def report(self, value: float, step: int) -> None:
-        kept = step not in self.study.trials[self.number].intermediate_values
-        self.reports.append(Report(self.fits(), step, kept))
+        """Record a report, and store it."""
+        self.reports.append((self._count(), step, step not in self.study.trials[self.number].intermediate_values))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of a step that was reported before: it is counted here
             super().report(value, step)
 
     def should_prune(self) -> bool:
+        """Count the call."""
         self.prune_calls += 1
         return super().should_prune()
 
 
-def observe_objective(
-    objective: Callable[[optuna.Trial], Any], direction: Literal["maximize", "minimize"] = "maximize"
-) -> ObservedTrial:
+def observe_objective(objective: Callable[[optuna.Trial], Any], direction: Direction = "maximize") -> ObservedTrial:
     """Run one trial of an objective, in a study of its own that prunes nothing.
 
     Args:
@@ -88,16 +64,12 @@ def observe_objective(
     study = optuna.create_study(
         study_name="observed", storage=storage, direction=direction, pruner=optuna.pruners.NopPruner()
     )
-    trial_id = storage.create_new_trial(storage.get_study_id_from_name("observed"))
-    with count_fits() as fits:
-        trial = _Trial(study, trial_id, fits)
-        objective(trial)
-        return ObservedTrial(fits(), tuple(trial.reports), trial.prune_calls)
+    trial = ObservedTrial(study, storage.create_new_trial(storage.get_study_id_from_name("observed")))
+    trial.observe(objective)
+    return trial
 
 
-def would_prune(
-    pruner: BasePruner, steps: list[int], n_trials: int, direction: Literal["maximize", "minimize"] = "maximize"
-) -> int:
+def would_prune(pruner: BasePruner, steps: list[int], n_trials: int, direction: Direction = "maximize") -> int:
     """The number of simulated trials that a pruner ends before their last report.
 
     Half of the trials learn, the other half does not: a pruner that ends none of these can never act.

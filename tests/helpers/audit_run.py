@@ -7,8 +7,8 @@ from typing import Any
 import lightning as L
 
 from lightning_bge.advisor.audit.audit import audit
-from lightning_bge.advisor.audit.config import AuditConfig
 from lightning_bge.advisor.audit.requested import Requested
+from lightning_bge.advisor.audit.result import AuditConfig
 from tests.helpers.foreign_modules import loader
 
 OBSERVE = AuditConfig(rounds=0)

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from lightning_bge.advisor.audit.checks.row import ObservedRun, Row, alarms
-from lightning_bge.advisor.audit.checks.step_time import host_seconds
-from lightning_bge.advisor.audit.observation import FETCH, MOVE, RUN
-from lightning_bge.advisor.audit.trace.step_trace import HOST, PARTS
+from lightning_bge.advisor.audit.loop import host_seconds
+from lightning_bge.advisor.audit.observation import FETCH, HOST, MOVE, PARTS, RUN
+from lightning_bge.advisor.audit.requested import ObservedRun
+from lightning_bge.advisor.audit.result import Row
 
 MIN_SAVING = 0.02  # share of a step's time below which no change is recommended
+UNKNOWN = "see its evidence"
 
 
 def step_parts(run: ObservedRun) -> dict[str, float]:
@@ -34,9 +35,9 @@ def peak_share(run: ObservedRun) -> dict[str, Any]:
     trace, peak = run.seen.trace, run.seen.device.peak_flops
     if trace is None or peak is None or not run.seen.cycle_seconds:
         return {}
-    achieved = trace.flops.total / (run.seen.cycle_seconds * run.seen.batches_per_step)
+    achieved = trace.flops.total() / (run.seen.cycle_seconds * run.seen.batches_per_step)
     return {
-        "dtype": trace.flops.dtype,
+        "dtype": trace.dtype,
         "peak_gflops": peak / 1e9,
         "achieved_gflops": achieved / 1e9,
         "share": achieved / peak,
@@ -51,18 +52,18 @@ def next_step(rows: Sequence[Row], parts: Mapping[str, float], peak: Mapping[str
         parts: milliseconds of a batch by what they are spent on.
         peak: `peak_share` of the run.
     """
-    known = [row for row in alarms(rows) if row.time_saved is not None and row.time_saved.mid > MIN_SAVING]
+    known = [row for row in rows if row.alarm and row.time_saved is not None and row.time_saved.mid > MIN_SAVING]
     in_steps = [row for row in known if row.group != "search"]
     best = max(in_steps or known, key=lambda row: row.time_saved.mid if row.time_saved else 0.0, default=None)
     if best is not None and best.time_saved is not None:
         of, saved = "the search's training" if best.group == "search" else "a step's time", best.time_saved
         return (
-            f"Next: {best.name}: {_fix(best)}. This saves {saved.mid:.0%} of {of} "
+            f"Next: {best.name}: {best.fix or UNKNOWN}. This saves {saved.mid:.0%} of {of} "
             f"({saved.low:.0%} to {saved.high:.0%}, {saved.kind})."
         )
     mismatch = next((row for row in rows if row.verdict == "mismatch"), None)
     if mismatch is not None:
-        return f"Next: {mismatch.name} is not in effect as requested ({mismatch.evidence}): {_fix(mismatch)}."
+        return f"Next: {mismatch.name} is not in effect as requested ({mismatch.evidence}): {mismatch.fix or UNKNOWN}."
     most = max(parts, key=lambda part: parts[part], default="nothing")
     share = parts.get(most, 0.0) / (sum(parts.values()) or 1.0)
     text = f"No measured option saves more than {MIN_SAVING:.0%} of a step's time. "
@@ -72,9 +73,3 @@ def next_step(rows: Sequence[Row], parts: Mapping[str, float], peak: Mapping[str
     if peak:
         text += f"; matrix products reach {peak['share']:.0%} of this machine's peak in {peak['dtype']}"
     return f"{text}."
-
-
-def _fix(row: Row) -> str:
-    if row.fix is None:
-        return "see its evidence"
-    return row.fix.text + f" ({row.fix.yaml})" * bool(row.fix.yaml)

@@ -4,20 +4,70 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_bge.advisor.audit.trace.step_trace import StepTrace
-
 # The ends of the names by which Lightning tells its profiler what it does.
 FETCH = "train_dataloader_next"
 MOVE = "batch_to_device"
 RUN = "run_training_batch"
 WARM_UP = 2  # batches that are not timed: caches, the allocator, the optimizer's state, a first compilation
+
+
+HOST = "host"
+PARTS = ("matrix products", "attention", "dropout", "optimizer", "other operations", HOST)
+
+
+@dataclass
+class StepTrace:
+    """What ran in the batches of one optimizer step.
+
+    Attributes:
+        seconds: of the step, the profiler's own time within.
+        parts: seconds by part, `PARTS`. Of kernels where there is a GPU, else of operations; `host`: none of them ran.
+        flops: floating-point operations of matrix products in forward and backward pass, by the dtype of their inputs:
+            `bf16`, `fp32` ...
+        forward_flops: those of the forward pass.
+        masks: times random numbers were drawn for dropout in the forward pass.
+        compiled: `lookups`: calls of what was given to torch.compile; of these the `regions` that ran compiled, the
+            `flops` of their forward pass, and the `masks` drawn there, where one call may draw those of a whole graph.
+        attention: calls of attention in the forward pass, by kernel.
+        optimizer: operations of the optimizer's step, by name. Gradient clipping is not among them, unless the step has
+            a closure.
+        lookups: rows of an embedding table, and the number of ids, of each lookup in one.
+        host_reads: values that the host read from tensors outside of the optimizer, by the line of code.
+    """
+
+    seconds: float = 0.0
+    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    flops: Counter[str] = field(default_factory=Counter)
+    forward_flops: int = 0
+    masks: int = 0
+    compiled: Counter[str] = field(default_factory=Counter)
+    attention: Counter[str] = field(default_factory=Counter)
+    optimizer: Counter[str] = field(default_factory=Counter)
+    lookups: list[tuple[int, int]] = field(default_factory=list)
+    host_reads: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of most matrix products; empty: there were none."""
+        return max(self.flops, key=lambda name: self.flops[name], default="")
+
+    def __add__(self, other: StepTrace) -> StepTrace:
+        """This and what ran in another batch of the same optimizer step."""
+        names = [each.name for each in fields(self) if each.name != "parts"]
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return StepTrace(parts={part: self.parts[part] + other.parts[part] for part in PARTS}, **sums)
+
+    def without_preempted(self, seconds: float) -> StepTrace:
+        """Less the seconds in which nothing ran because other processes had the cores."""
+        idle = min(seconds, self.parts[HOST])
+        return replace(self, seconds=self.seconds - idle, parts={**self.parts, HOST: self.parts[HOST] - idle})
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from lightning_bge.advisor.audit.observation import FETCH, RUN, WARM_UP, BatchStats, Cycle, Observation, batch_stats
-from lightning_bge.advisor.audit.trace.operations import DTYPES
-from lightning_bge.advisor.audit.trace.recorder import Recorder
-from lightning_bge.advisor.audit.trace.step_trace import StepTrace
+from lightning_bge.advisor.audit.observation import (
+    FETCH,
+    RUN,
+    WARM_UP,
+    BatchStats,
+    Cycle,
+    Observation,
+    StepTrace,
+    batch_stats,
+)
+from lightning_bge.advisor.audit.trace import DTYPES, STEP, read_trace
 from lightning_bge.callbacks.throughput.peak import matmul_peak
 from lightning_bge.runtime.clock import UnsharedClock, wait_for
 from lightning_bge.runtime.compat.lightning import observe_batches
@@ -182,7 +194,7 @@ class StepObserver(Callback):
         if self.trace:  # before the run's teardown, which resets torch's settings
             state.fp32_matmul = torch.backends.cuda.matmul.fp32_precision
             state.fp32_error = matmul_error(self._device) if on_gpu else None
-            dtype = DTYPES.get(seen.trace.flops.dtype) if seen.trace else None
+            dtype = DTYPES.get(seen.trace.dtype) if seen.trace else None
             state.peak_flops = matmul_peak(self._device, dtype) if dtype else None
         self._close()
 
@@ -261,6 +273,58 @@ class _Tracer:
         if self._recorder is not None:
             self._recorder.stop()
             self._recorder = None
+
+
+class Recorder:
+    """Records what runs between `start` and `stop`, with torch's profiler.
+
+    A `TorchDispatchMode` would see as much, but Dynamo compiles nothing under one: such an observer causes the very
+    "not compiled" that it then reports.
+
+    Args:
+        device: of the training.
+        with_stack: whether the trace holds lines of Python code. Off by default, as it is slow.
+    """
+
+    def __init__(self, device: torch.device, with_stack: bool = False) -> None:
+        activities = [ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._profile = profile(activities=activities, record_shapes=True, with_stack=with_stack)
+        self._mark = record_function(STEP)
+
+    def start(self) -> None:
+        """Start recording."""
+        with _quiet_kineto():
+            self._profile.__enter__()
+        self._mark.__enter__()
+
+    def stop(self) -> StepTrace:
+        """Stop recording, and read what ran."""
+        self._mark.__exit__(None, None, None)
+        with _quiet_kineto():
+            self._profile.__exit__(None, None, None)
+        results: Any = self._profile.profiler.kineto_results  # type: ignore[union-attr]
+        return read_trace(results.experimental_event_tree(), results.events())
+
+
+@contextmanager
+def _quiet_kineto() -> Iterator[None]:
+    """Drop the profiler's messages, which its C++ library writes to stderr; everything else there is passed on."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            file.seek(0)
+            for line in file.read().splitlines(keepends=True):
+                if not line.startswith((b"USDT:", b"STAGE:")):
+                    os.write(2, line)
+            os.close(kept)
 
 
 def matmul_error(device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""What a training run is configured to do: by its objects, by its hyperparameters, and by what the user states."""
+"""What a training run is configured to do, by its objects, hyperparameters and the user, beside what was observed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_bge.advisor.audit.observation import Observation
+from lightning_bge.advisor.audit.result import NOT_STATED
 from lightning_bge.runtime.compat.torch import compiled_call
 from lightning_bge.runtime.compat.transformers import attention_implementation
 
@@ -125,3 +126,32 @@ def _named(hparams: Mapping[str, Any]) -> dict[str, Any]:
             elif value and str(value).lower() not in ("false", "off", "never", "no", "none", "auto"):
                 found[request] = True
     return found
+
+
+@dataclass(frozen=True)
+class ObservedRun:
+    """What the rules judge a run by.
+
+    Attributes:
+        seen: what was observed.
+        requested: what the configuration asks for.
+        module: after the run.
+        trainer: after the run.
+        devices: that the run is configured for; one of them was observed.
+    """
+
+    seen: Observation
+    requested: Requested
+    module: LightningModule
+    trainer: Trainer
+    devices: int = 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the training ran."""
+        return self.trainer.strategy.root_device
+
+
+def on_off(value: bool | None) -> str:
+    """A request as text."""
+    return NOT_STATED if value is None else "on" if value else "off"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from lightning_bge.advisor.audit.page import audit_section
+from lightning_bge.advisor.audit.output import audit_section
 from lightning_bge.advisor.html.page import Section, code, paragraph, table, write_page
 from lightning_bge.advisor.report.format import describe_state, describe_study
 from lightning_bge.advisor.report.run_data import RunData, read_run

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lightning_bge.advisor.audit.config import AUDIT_SCHEMA
+from lightning_bge.advisor.audit.result import AUDIT_SCHEMA
 from lightning_bge.advisor.report.secrets import hide_secrets, hide_secrets_in_command, hide_secrets_in_yaml
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.analysis.history import History, history_of

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 
 from lightning_bge.advisor.audit.bge_run import BGERun, audit_bge_run
-from lightning_bge.advisor.audit.config import AuditConfig
-from lightning_bge.advisor.audit.console import describe_audit
-from lightning_bge.advisor.audit.page import write_audit_page
+from lightning_bge.advisor.audit.output import describe_audit, write_audit_page
+from lightning_bge.advisor.audit.result import AuditConfig
 from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.search_options import add_hpo_and, check_one_device, own_options, writable
 from lightning_bge.hpo.space.search_space import Space, parse_space

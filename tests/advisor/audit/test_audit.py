@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,15 +17,13 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from torch import Tensor, nn
 
-from lightning_bge.advisor.audit.ablation import Ablation, Timings
 from lightning_bge.advisor.audit.audit import audit, with_saving
-from lightning_bge.advisor.audit.checks.compute import dropout, fused_optimizer
-from lightning_bge.advisor.audit.checks.data import persistent_workers
-from lightning_bge.advisor.audit.checks.loop import effective_batch, synchronization
-from lightning_bge.advisor.audit.checks.row import Fix, ObservedRun, Row, TimeSaved
-from lightning_bge.advisor.audit.observation import Observation, OptimizerSteps
-from lightning_bge.advisor.audit.requested import Requested
-from lightning_bge.advisor.audit.trace.step_trace import DropoutMasks, StepTrace
+from lightning_bge.advisor.audit.compute import dropout, fused_optimizer
+from lightning_bge.advisor.audit.loop import effective_batch, persistent_workers, synchronization
+from lightning_bge.advisor.audit.observation import Observation, OptimizerSteps, StepTrace
+from lightning_bge.advisor.audit.repeat import Ablation
+from lightning_bge.advisor.audit.requested import ObservedRun, Requested
+from lightning_bge.advisor.audit.result import Fix, Row, TimeSaved
 from lightning_bge.errors import ConfigError
 from tests.helpers.audit_run import CPU, OBSERVE
 from tests.helpers.foreign_modules import Classifier, Texts, collate, loader
@@ -191,61 +190,66 @@ def test_rows_of_all_devices_count() -> None:
 
 
 def test_values_read_at_an_unknown_line_are_not_ok() -> None:
-    trace = StepTrace()
-    trace.host_reads["?"] = 3
+    trace = StepTrace(host_reads=Counter({"?": 3}))
     assert synchronization(observed(Observation(traces=[trace]))).verdict == "unknown"
     assert synchronization(observed(Observation(traces=[trace], located=True))).verdict == "ok"
 
 
 def test_a_compiled_graph_may_draw_all_masks_at_once() -> None:
-    requested = Requested(dropout=True)
-    assert dropout(observed(Observation(traces=[StepTrace(dropout=DropoutMasks(1))]), requested)).verdict == "mismatch"
-    assert dropout(observed(Observation(traces=[StepTrace(dropout=DropoutMasks(1, 1))]), requested)).verdict == "ok"
+    run = observed(Observation(), Requested(dropout=True))
+    assert dropout(ROW, run, StepTrace(masks=1)).verdict == "mismatch"
+    assert dropout(ROW, run, StepTrace(masks=1, compiled=Counter(masks=1))).verdict == "ok"
 
 
 def test_the_optimizers_main_operation_is_named_first() -> None:
-    trace = StepTrace()
-    trace.optimizer.operations.update({"aten::add_": 210, "aten::_foreach_add_": 2, "aten::_fused_adamw_": 1})
-    row = fused_optimizer(observed(Observation(traces=[trace])))
+    trace = StepTrace(optimizer=Counter({"aten::add_": 210, "aten::_foreach_add_": 2, "aten::_fused_adamw_": 1}))
+    row = fused_optimizer(ROW, observed(Observation()), trace)
     assert (row.in_effect, row.evidence.split(": ", 1)[1].split()[0]) == ("fused", "aten::_fused_adamw_")
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(0.3, "improve"), (0.01, "ok")])
+def test_a_kernel_per_parameter_is_an_alarm_where_the_optimizer_takes_time(seconds: float, verdict: str) -> None:
+    trace = StepTrace(seconds=1.0, optimizer=Counter({"aten::_foreach_addcdiv_": 1}))
+    trace.parts["optimizer"] = seconds
+    trainer: Any = SimpleNamespace(optimizers=[torch.optim.AdamW([torch.zeros(1)])])
+    row = fused_optimizer(ROW, ObservedRun(Observation(), Requested(), Classifier(), trainer), trace)
+    assert (row.in_effect, row.verdict) == ("foreach", verdict)
+    assert row.time_saved is not None
+    assert (row.time_saved.low, row.time_saved.high, row.time_saved.kind) == (0.0, seconds, "predicted")
 
 
 # ---------------------------------------------------------------------- time saved
 
 
 ROW = Row("compute", "x", "not stated", "no", "ok", "seen")
+ON, OFF = Ablation("x", {}, True, "on against off"), Ablation("x", {}, False, "on against off", "x: on")
 
 
 def test_what_is_slower_when_on_is_to_be_switched_off() -> None:
-    on = Ablation("x", {}, True, "on against off")
-    found = with_saving(ROW, [on], Timings([2.0, 2.0, 2.01], {"x": [1.0, 1.0, 1.0]}), {})
+    found = with_saving(ROW, TimeSaved(-1.1, -1.0, -0.9, "measured", ""), ON)
     assert (found.verdict, found.fix) == ("improve", Fix("switch it off: on against off", "one line"))
     assert found.time_saved is not None
     assert found.time_saved.low <= found.time_saved.mid <= found.time_saved.high
-    assert found.time_saved.mid == pytest.approx(0.5, abs=0.01)
+    assert found.time_saved.mid == pytest.approx(0.5)
+
+
+def test_what_is_off_and_saves_time_is_to_be_switched_on() -> None:
+    found = with_saving(ROW, TimeSaved(0.05, 0.1, 0.15, "measured", ""), OFF)
+    assert (found.verdict, found.fix) == ("improve", Fix("switch it on: on against off", "one line", yaml="x: on"))
+    assert with_saving(ROW, TimeSaved(-0.01, 0.1, 0.15, "measured", ""), OFF).verdict == "ok"
 
 
 def test_a_mismatch_has_no_time_saved_by_its_own_option() -> None:
     mismatch = Row("compute", "x", "on", "no", "mismatch", "seen")
-    timings = Timings([1.0, 1.0], {"x": [2.0, 2.0]})
-    assert with_saving(mismatch, [Ablation("x", {}, True, "")], timings, {}).time_saved is None
-    assert with_saving(ROW, [Ablation("x", {}, True, "")], timings, {}).time_saved is not None
-
-
-def test_a_fix_that_was_measured_to_save_time_is_an_alarm() -> None:
     saved = TimeSaved(0.05, 0.1, 0.15, "measured", "")
-    with_fix = Row("compute", "x", "not stated", "foreach", "ok", "seen", fix=Fix("pass fused=True"))
-    assert with_saving(with_fix, [], Timings(), {"x": saved}).verdict == "improve"
-    assert with_saving(ROW, [], Timings(), {"x": saved}).verdict == "ok"
-    uncertain = TimeSaved(-0.01, 0.1, 0.15, "measured", "")
-    assert with_saving(with_fix, [], Timings(), {"x": uncertain}).verdict == "ok"
+    assert with_saving(mismatch, saved, ON).time_saved is None
+    assert with_saving(ROW, saved, ON).time_saved == saved
 
 
 def test_the_row_states_why_its_saving_was_not_measured() -> None:
-    timings = Timings(skipped={"x": "the other side cannot be trained: ValueError: no"})
-    found = with_saving(ROW, [Ablation("x", {}, False, "")], timings, {})
+    found = with_saving(ROW, "its saving was not measured: no", OFF)
     assert found.time_saved is None
-    assert found.evidence.endswith("its saving was not measured: the other side cannot be trained: ValueError: no")
+    assert found.evidence.endswith("; its saving was not measured: no")
 
 
 # ---------------------------------------------------------------------- arguments

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,14 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_bge.advisor.audit.audit import audit
 from lightning_bge.advisor.audit.bge_run import BGERun, audit_bge_run
-from lightning_bge.advisor.audit.config import AUDIT_SCHEMA, AuditConfig
-from lightning_bge.advisor.audit.console import describe_audit
-from lightning_bge.advisor.audit.trace.step_trace import PARTS
+from lightning_bge.advisor.audit.observation import PARTS
+from lightning_bge.advisor.audit.output import describe_audit
+from lightning_bge.advisor.audit.result import AUDIT_SCHEMA, AuditConfig
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.models.encoder_cache import EncoderCache
 from tests.helpers.foreign_modules import Classifier, loader
 from tests.helpers.small_search import make, write_files
 
@@ -53,29 +51,16 @@ def test_every_optimization_has_a_row_and_none_is_an_alarm(run: BGERun) -> None:
             "out-of-memory retry",
             "pruning",
             "fold-level pruning",
-            "encoder cache",
         ),
         *("dropout", "padding", "data wait", "synchronization", "last batches of an epoch", "peak memory"),
     }
     assert found.row("attention kernel").in_effect == "packed (CPU)"
     assert found.row("padding").in_effect.startswith("0%")
-    assert found.row("encoder cache").in_effect == "yes"
-
-
-class Forgetful(EncoderCache):
-    def load(self, *args: Any, **options: Any) -> Any:
-        self.clear()
-        return super().load(*args, **options)
-
-
-def test_an_encoder_that_is_read_for_each_run_is_an_alarm(run: BGERun) -> None:
-    found = audit_bge_run(replace(run, encoder=Forgetful()), AuditConfig(rounds=0))
-    assert [row.name for row in found.alarms] == ["encoder cache"]
 
 
 def test_savings_have_an_interval(run: BGERun) -> None:
     found = audit_bge_run(run, AuditConfig(rounds=2, time_limit=30, compile_time_limit=0))
-    for name in ("padding", "fused optimizer", "loader workers"):
+    for name in ("padding",):
         saved = found.row(name).time_saved
         assert saved is not None
         assert saved.low <= saved.mid <= saved.high

@@ -9,10 +9,18 @@ from typing import Any
 import pytest
 
 from lightning_bge.advisor.audit.bottleneck import next_step, peak_share, step_parts
-from lightning_bge.advisor.audit.checks.row import Fix, ObservedRun, Row, TimeSaved
-from lightning_bge.advisor.audit.observation import FETCH, MOVE, RUN, Cycle, DeviceState, Observation, OptimizerSteps
-from lightning_bge.advisor.audit.requested import Requested
-from lightning_bge.advisor.audit.trace.step_trace import Flops, StepTrace
+from lightning_bge.advisor.audit.observation import (
+    FETCH,
+    MOVE,
+    RUN,
+    Cycle,
+    DeviceState,
+    Observation,
+    OptimizerSteps,
+    StepTrace,
+)
+from lightning_bge.advisor.audit.requested import ObservedRun, Requested
+from lightning_bge.advisor.audit.result import Fix, Row, TimeSaved
 
 
 def row(name: str, verdict: Any, mid: float | None = None, group: str = "compute", fix: Fix | None = None) -> Row:
@@ -58,7 +66,7 @@ def test_the_distance_to_the_hardwares_peak_is_part_of_the_answer() -> None:
 def observed(batches_per_step: int = 1, **parts: float) -> ObservedRun:
     """Batches of 100 ms: 10 ms of data, 80 ms of forward, backward and step, 10 ms between the batches."""
     cycle = Cycle({f"x.{FETCH}": 0.006, f"x.{MOVE}": 0.004, RUN: 0.08}, 0.1)
-    trace = StepTrace(seconds=sum(parts.values()), flops=Flops(Counter(bf16=4 * 10**9)))
+    trace = StepTrace(seconds=sum(parts.values()), flops=Counter(bf16=4 * 10**9))
     trace.parts.update({name.replace("_", " "): seconds for name, seconds in parts.items()})
     seen = Observation(
         cycles=[cycle] * 5,

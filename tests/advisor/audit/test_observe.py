@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_bge.advisor.audit.observation import Cycle, Observation, OptimizerSteps, batch_stats
+from lightning_bge.advisor.audit.observation import Cycle, Observation, OptimizerSteps, StepTrace, batch_stats
 from lightning_bge.advisor.audit.observe import StepObserver
-from lightning_bge.advisor.audit.trace.step_trace import StepTrace
 from tests.helpers.foreign_modules import Accumulating, Classifier, loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*log_every_n_steps.*")
@@ -87,8 +86,8 @@ def test_all_batches_of_an_accumulated_step_are_in_the_trace() -> None:
     three = observe(Classifier(), accumulate_grad_batches=3, batches=12).trace
     assert one is not None
     assert three is not None
-    assert three.dropout.drawn == 3 * one.dropout.drawn
-    assert three.optimizer.operations["aten::_fused_adamw_"] == one.optimizer.operations["aten::_fused_adamw_"] == 1
+    assert three.masks == 3 * one.masks
+    assert three.optimizer["aten::_fused_adamw_"] == one.optimizer["aten::_fused_adamw_"] == 1
 
 
 def test_everything_is_restored_also_after_an_exception() -> None:

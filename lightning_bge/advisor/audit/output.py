@@ -1,13 +1,77 @@
-"""An audit as a section of an HTML page: what was requested, what is in effect, and what would save time."""
+"""An audit as text for a terminal, and as a section of an HTML page."""
 
 from __future__ import annotations
 
 import html
+import io
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
+from lightning_bge.advisor.audit.result import Audit, Row
 from lightning_bge.advisor.html.page import Raw, Section, code, meter, paragraph, table, write_page
+
+LABELS = {"ok": "ok", "mismatch": "FAIL", "improve": "improve", "not applicable": "-", "unknown": "?"}
+STYLES = {"ok": "green", "mismatch": "bold red", "improve": "yellow", "not applicable": "dim", "unknown": "yellow"}
+# columns of the table -> the most characters; the last one takes what is left
+WIDTHS = {"optimization": 22, "": 7, "requested": 12, "in effect": 18, "time saved": 20, "evidence; what to do": 200}
+
+
+def describe_audit(audit: Audit, color: bool = False, width: int | None = None) -> str:
+    """The audit as text: a table of all rows, where the time goes, the scores, and what to do next.
+
+    Args:
+        audit: the result of an audit.
+        color: use a terminal's colors; they carry no meaning of their own.
+        width: columns; None: the terminal's.
+    """
+    columns = width or shutil.get_terminal_size((120, 24)).columns
+    console = Console(file=io.StringIO(), force_terminal=color, no_color=not color, width=columns, highlight=False)
+    for group in dict.fromkeys(row.group for row in audit.rows):
+        console.print(_table(group, [row for row in audit.rows if row.group == group]))
+    for text in (_step_time(audit), _score_lines(audit), audit.next):
+        console.print(text, markup=False)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def _table(group: str, rows: list[Row]) -> Table:
+    table = Table(title=group, title_justify="left", title_style="bold", pad_edge=False, box=None, padding=(0, 1))
+    for name, width in WIDTHS.items():
+        table.add_column(name, min_width=min(width, 6), max_width=width, overflow="fold")
+    for row in rows:
+        saved = "" if row.time_saved is None else _saving(asdict(row.time_saved), digits=0)
+        cells = (row.name, row.requested, row.in_effect, saved, row.evidence + f"; {row.fix}" * bool(row.fix))
+        name, *others = (cell.replace("[", "\\[") for cell in cells)
+        table.add_row(name, f"[{STYLES[row.verdict]}]{LABELS[row.verdict]}[/]", *others)
+    return table
+
+
+def _step_time(audit: Audit) -> str:
+    if not audit.parts:
+        return ""
+    ordered = sorted(audit.parts.items(), key=lambda one: -one[1])
+    parts = ", ".join(f"{part} {ms:.0f}" for part, ms in ordered if ms >= 0.5)
+    text = f"\ntime of a batch: {audit.step_ms:.0f} ms ({parts})"
+    if audit.peak:
+        peak = audit.peak
+        text += f"\nmatrix products: {peak['achieved_gflops']:.0f} of the {peak['peak_gflops']:.0f} GFLOP/s that this "
+        text += f"machine reaches in {peak['dtype']} ({peak['share']:.0%}), over the whole step"
+    return text
+
+
+def _score_lines(audit: Audit) -> str:
+    lines = ["\nscore: time with the best known options, divided by the time now"]
+    lines += [f"  {score.category:<8} {score.score:>4.0%}  {score.why}" for score in audit.scores]
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------- HTML
 
 # a sign, a class of the style sheet, and the text
 VERDICTS = {
@@ -89,19 +153,18 @@ def _rows(rows: Sequence[Entry]) -> str:
         sign, kind, text = VERDICTS[row["verdict"]]
         name = Raw(f"<b>{html.escape(row['name'])}</b>")
         verdict = Raw(f'<span class="{kind}">{sign} {html.escape(text)}</span>')
-        saving = _saving(row["time_saved"])
+        saved = row["time_saved"]
+        saving = "" if saved is None else f"{_saving(saved, digits=1)}: {saved['text']}"
         cells.append(
             (name, verdict, row["requested"], row["in_effect"], saving, _evidence(row["evidence"], row["fix"]))
         )
     return table(head, cells)
 
 
-def _saving(saved: Entry | None) -> str:
+def _saving(saved: Entry, digits: int) -> str:
     """The share of time that an optimization saves, with its interval, and how that is known."""
-    if saved is None:
-        return ""
-    text = f"{saved['mid']:.1%} ({saved['low']:.1%} to {saved['high']:.1%}), {saved['kind']}"
-    return text + f": {saved['text']}" * bool(saved["text"])
+    mid, low, high = (f"{saved[name]:.{digits}%}" for name in ("mid", "low", "high"))
+    return f"{mid} ({low} to {high}), {saved['kind']}"
 
 
 def _evidence(evidence: str, fix: Entry | None) -> Raw:

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from lightning_bge.advisor.audit.checks.row import Row, TimeSaved
-from lightning_bge.advisor.audit.scorecard import scores
+from lightning_bge.advisor.audit.result import Row, TimeSaved, scores
 
 
 def row(name: str, verdict: Any, mid: float | None = None) -> Row:

@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_bge.advisor.audit.trace.operations import (
-    ATTENTION,
-    BACKWARD,
-    COMPILED,
-    EAGER,
-    OPTIMIZER_STEP,
-    STEP,
-    ZERO_GRAD,
-    Shape,
-    are_attention_scores,
-    counts_as_product,
-    draws_mask,
-    flops_of,
-    part_of,
-)
-from lightning_bge.advisor.audit.trace.step_trace import HOST, PARTS, StepTrace
+import torch
+
+from lightning_bge.advisor.audit.observation import HOST, PARTS, StepTrace
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+STEP = "lightning_bge.audit.step"  # marks the traced part of a step
+
+MATMULS = {"aten::mm", "aten::addmm", "aten::mv", "aten::addmv", "aten::_scaled_mm"}
+MATMULS |= {"aten::mkldnn_linear", "mkldnn::_linear_pointwise", "aten::_addmm_activation"}
+BATCHED_MATMULS = {"aten::bmm", "aten::baddbmm"}  # an encoder multiplies batches of matrices in attention alone
+ATTENTION = {  # fused kernels, outermost operation -> its name in the report
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "sdpa: flash (CPU)",
+    "aten::_scaled_dot_product_flash_attention": "sdpa: flash",
+    "aten::_scaled_dot_product_efficient_attention": "sdpa: efficient",
+    "aten::_scaled_dot_product_cudnn_attention": "sdpa: cuDNN",
+    "aten::_scaled_dot_product_attention_math": "sdpa: math",
+    "aten::_scaled_dot_product_attention_math_for_mps": "sdpa: math (MPS)",
+    "aten::_flash_attention_forward": "flash, packed",
+    "torch_attn::_varlen_attn": "varlen, packed",
+    "CpuAttention": "packed (CPU)",
+    "flash_attn::_flash_attn_varlen_forward": "flash-attn, packed",
+    "flash_attn::_flash_attn_forward": "flash-attn",
+    "flex_attention": "flex",
+}
+# Their sequences are stored one after the other without padding: the shapes do not show how many keys a query has.
+PACKED = {"aten::_flash_attention_forward", "torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward"}
+CPU_PACKED = "CpuAttention"  # its matrix products are operations of their own in the trace
+EAGER = "eager: scores as a tensor"
+SOFTMAX = {"aten::softmax", "aten::_softmax", "aten::_safe_softmax"}
+# Operations that draw random numbers. On CUDA dropout is one kernel, which contains none of the others.
+DRAWS = {"aten::bernoulli_", "aten::bernoulli", "aten::random_", "aten::rand_like", "aten::rand", "aten::randint"}
+DRAWS |= {"aten::native_dropout", "aten::_fused_dropout", "aten::uniform_"}
+DROPOUT = {*DRAWS, "aten::dropout", "aten::dropout_", "_Drop", "_DropBackward", "aten::native_dropout_backward"}
+COMPILED = re.compile(r"Torch-Compiled Region|CompiledFunction|## Call CompiledFxGraph")
+BACKWARD = "autograd::engine::evaluate_function"
+OPTIMIZER_STEP = "Optimizer.step#"
+
+Shape = tuple[Any, list[int]]  # dtype and sizes of a tensor
 
 OTHER = "other operations"
 TRANSPARENT = ("torch/", "nn.Module: ", "<")  # frames of Python that do what their caller asks for
@@ -39,12 +62,13 @@ def read_trace(tree: Sequence[Any], events: Sequence[Any] = ()) -> StepTrace:
     """
     [mark] = [event for root in tree for event in _find(root, STEP)]
     kernels = [event for event in events if _is_kernel(event)]
-    reader = _Reader(mark.start_time_ns, mark.end_time_ns, _OptimizerSpans.of(tree), on_gpu=bool(kernels))
+    reader = _Reader(mark.start_time_ns, mark.end_time_ns, _updates(tree), on_gpu=bool(kernels))
     for root in tree:
         reader.read(root, _Context())
     if kernels:
         reader.read_kernels(kernels)
-    return reader.finish()
+    reader.trace.parts[HOST] = max(0.0, reader.trace.seconds - _covered(reader.busy) / 1e9)
+    return reader.trace
 
 
 @dataclass(frozen=True)
@@ -70,54 +94,29 @@ class _Context:
     code: str | None = None
 
 
-@dataclass
-class _OptimizerSpans:
-    """When optimizers stepped and cleared gradients, in nanoseconds.
+def _updates(tree: Sequence[Any]) -> list[tuple[int, int]]:
+    """When optimizers updated weights, in nanoseconds.
 
     By time: the tree of a trace with lines of code does not hold what ran in a marked range below its mark.
     """
-
-    steps: list[tuple[int, int]] = field(default_factory=list)
-    zero_grads: list[tuple[int, int]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, tree: Sequence[Any]) -> _OptimizerSpans:
-        """Those of a whole tree."""
-        found, backward_ends, waiting = cls(), list[int](), list(tree)
-        while waiting:
-            event = waiting.pop()
-            span = event.start_time_ns, event.end_time_ns
-            if event.name.startswith(OPTIMIZER_STEP):
-                found.steps.append(span)
-            elif event.name.startswith(ZERO_GRAD):
-                found.zero_grads.append(span)
-            elif event.name.startswith(BACKWARD):
-                backward_ends.append(event.end_time_ns)
-            waiting += event.children
-        # forward and backward of a closure run within the step: the update is what comes after them
-        found.steps = [
-            (max([since, *(end for end in backward_ends if since < end < until)]), until)
-            for since, until in found.steps
-        ]
-        return found
-
-    def in_step(self, at: int) -> bool:
-        return any(since <= at <= until for since, until in self.steps)
-
-    def in_zero_grad(self, at: int) -> bool:
-        return any(since <= at <= until for since, until in self.zero_grads)
+    steps, backward_ends, waiting = list[tuple[int, int]](), list[int](), list(tree)
+    while waiting:
+        event = waiting.pop()
+        if event.name.startswith(OPTIMIZER_STEP):
+            steps.append((event.start_time_ns, event.end_time_ns))
+        elif event.name.startswith(BACKWARD):
+            backward_ends.append(event.end_time_ns)
+        waiting += event.children
+    # forward and backward of a closure run within the step: the update is what comes after them
+    return [(max([since, *(end for end in backward_ends if since < end < until)]), until) for since, until in steps]
 
 
 class _Reader:
-    def __init__(self, since: int, until: int, optimizer: _OptimizerSpans, on_gpu: bool) -> None:
-        self.since, self.until, self.optimizer, self.on_gpu = since, until, optimizer, on_gpu
+    def __init__(self, since: int, until: int, updates: list[tuple[int, int]], on_gpu: bool) -> None:
+        self.since, self.until, self.updates, self.on_gpu = since, until, updates, on_gpu
         self.trace = StepTrace(seconds=(until - since) / 1e9)
         self.busy: list[tuple[int, int]] = []  # spans in which an operation, or a kernel, ran
         self.part_of_call: dict[int, str] = {}  # correlation id of an operation -> its part
-
-    def finish(self) -> StepTrace:
-        self.trace.parts[HOST] = max(0.0, self.trace.seconds - _covered(self.busy) / 1e9)
-        return self.trace
 
     def read(self, event: Any, above: _Context) -> None:
         """Add an operation and all that it called."""
@@ -133,15 +132,16 @@ class _Reader:
 
     def _read_operation(self, event: Any, above: _Context) -> _Context:
         name = event.name
-        if name == STEP or name.startswith((OPTIMIZER_STEP, ZERO_GRAD)):
+        if name == STEP or name.startswith("Optimizer."):
             return above
         if name == "TorchDynamo Cache Lookup":
-            self.trace.compiled.lookups += 1
+            self.trace.compiled["lookups"] += 1
             return above
         if COMPILED.match(name):
-            self.trace.compiled.regions += name.startswith("Torch-Compiled Region")
+            self.trace.compiled["regions"] += name.startswith("Torch-Compiled Region")
             return replace(above, compiled=True)
-        in_optimizer, inputs = self.optimizer.in_step(event.start_time_ns), event.typed[1].inputs
+        inputs = event.typed[1].inputs
+        in_optimizer = any(since <= event.start_time_ns <= until for since, until in self.updates)
         context = replace(
             above,
             part=above.part or part_of(name, in_optimizer),
@@ -149,8 +149,8 @@ class _Reader:
         )
         draws = draws_mask(name, inputs)
         if draws and not (context.draws or context.backward or in_optimizer):
-            self.trace.dropout.drawn += 1
-            self.trace.dropout.compiled += context.compiled
+            self.trace.masks += 1
+            self.trace.compiled["masks"] += context.compiled
         self._count(event, context, in_optimizer)
         self._count_flops(name, _shapes(inputs), context)
         self._add_time(event, above.part, context.part)
@@ -164,16 +164,14 @@ class _Reader:
     def _count(self, event: Any, context: _Context, in_optimizer: bool) -> None:
         name, trace, shapes = event.name, self.trace, _shapes(event.typed[1].inputs)
         if in_optimizer and name.startswith("aten::") and ("_fused_" in name or "_foreach_" in name or name[-1] == "_"):
-            trace.optimizer.operations[name] += 1
-        if self.optimizer.in_zero_grad(event.start_time_ns) and ("zero" in name or "fill" in name):
-            trace.optimizer.zero_fills += 1
+            trace.optimizer[name] += 1
         if name == "aten::item" and not in_optimizer and self._waits(event):
             trace.host_reads[context.code or LIBRARY] += 1
         if context.backward:
             return
         if name == "aten::embedding" and len(shapes) > 1:
             [(_, table), (_, ids)] = shapes[:2]
-            trace.embedding_lookups.setdefault(table[0], []).append(math.prod(ids))
+            trace.lookups.append((table[0], math.prod(ids)))
         if name in ATTENTION and not context.attention:
             trace.attention[ATTENTION[name]] += 1
         elif name == "aten::_softmax" and not context.attention and are_attention_scores(shapes[0][1]):
@@ -184,10 +182,9 @@ class _Reader:
             return
         count, dtype = flops_of(name, shapes)
         if count:
-            self.trace.flops.by_dtype[dtype] += count
-            if not context.backward:
-                self.trace.flops.forward += count
-                self.trace.flops.compiled += count if context.compiled else 0
+            self.trace.flops[dtype] += count
+            self.trace.forward_flops += 0 if context.backward else count
+            self.trace.compiled["flops"] += count if context.compiled and not context.backward else 0
 
     def _waits(self, event: Any) -> bool:
         """Whether the host reads a value that it has to wait for: with a GPU, one in the GPU's memory."""
@@ -214,7 +211,6 @@ class _Reader:
         for event in kernels:
             since, until = event.start_ns(), event.start_ns() + event.duration_ns()
             self.trace.parts[self.part_of_call.get(event.linked_correlation_id(), OTHER)] += (until - since) / 1e9
-            self.trace.kernels[event.name()] += 1
             self.busy.append((max(since, self.since), min(until, self.until)))
 
 
@@ -256,3 +252,81 @@ def _is_library(name: str) -> bool:
 def _is_kernel(event: Any) -> bool:
     """A kernel or a copy on the GPU. Marked ranges are listed there too, from their first kernel to their last."""
     return "CUDA" in str(event.device_type()) and not event.is_user_annotation()
+
+
+# ---------------------------------------------------------------------- names of operations, and their cost
+
+
+def part_of(name: str, in_optimizer: bool) -> str | None:
+    """The part of a step's time that an operation belongs to; None: that of what it calls, or `other operations`."""
+    if in_optimizer:
+        return "optimizer"
+    if name in ATTENTION or name in BATCHED_MATMULS or name in SOFTMAX:
+        return "attention"
+    if "scaled_dot_product" in name or CPU_PACKED in name:
+        return "attention"
+    if name in MATMULS:
+        return "matrix products"
+    return "dropout" if name in DROPOUT or "_Drop" in name else None
+
+
+def counts_as_product(name: str) -> bool:
+    """Whether the floating-point operations of a call include those of the operations that it calls."""
+    return name in MATMULS or name in BATCHED_MATMULS or (name in ATTENTION and name != CPU_PACKED)
+
+
+def flops_of(name: str, shapes: Sequence[Shape]) -> tuple[int, str]:
+    """Floating-point operations of a matrix product or of attention, and the dtype of its inputs.
+
+    Args:
+        name: of the operation.
+        shapes: of the tensors among its inputs.
+
+    Returns:
+        0 and an empty dtype for any other operation, and for packed attention.
+    """
+    matrices = [(dtype, shape) for dtype, shape in shapes if len(shape) >= 2]
+    if len(matrices) < 2 or name in PACKED or not counts_as_product(name):
+        return 0, ""
+    if name in ATTENTION:
+        (dtype, query), (_, key) = matrices[:2]
+        keys = key[-3] if name == "flash_attn::_flash_attn_forward" else key[-2]  # [N, T, heads, D], [N, heads, T, D]
+        return 4 * math.prod(query) * keys, dtype_name(dtype)
+    # the first input of addmm and baddbmm is what the product is added to
+    first = 1 if name in ("aten::addmm", "aten::baddbmm", "aten::_addmm_activation") and len(shapes) > 2 else 0
+    if len(shapes) < first + 2:
+        return 0, ""
+    (dtype, a), (_, b) = shapes[first : first + 2]
+    columns = b[0] if name in ("aten::mkldnn_linear", "mkldnn::_linear_pointwise") else b[-1]
+    return 2 * math.prod(a) * columns, dtype_name(dtype)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bf16`, `fp16`, `fp32`, `fp64`, or torch's name."""
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
+
+
+def are_attention_scores(shape: Sequence[int]) -> bool:
+    """Whether a softmax over this shape is attention's, over scores [N, heads, T, T] or [N x heads, T, T].
+
+    A softmax for pooling has the shape [N, T, 1].
+    """
+    return len(shape) == 4 or (len(shape) == 3 and shape[-1] == shape[-2])
+
+
+def draws_mask(name: str, inputs: Sequence[Any]) -> bool:
+    """Whether an operation draws a dropout mask: itself, or as attention called with a dropout probability.
+
+    Args:
+        name: of the operation.
+        inputs: of the operation, as the profiler records them.
+    """
+    if name in DRAWS:
+        return True
+    if name == "aten::_flash_attention_forward":
+        rates = inputs[7:8]
+    elif "scaled_dot_product" in name:
+        rates = inputs[3:5]
+    else:
+        return False
+    return any(isinstance(part, float) and 0 < part < 1 for part in rates)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lightning_bge.advisor.audit.page import audit_section
+from lightning_bge.advisor.audit.output import audit_section
 from lightning_bge.advisor.html.page import Section, write_page
 from tests.helpers.audit_sample import AUDIT
 from tests.helpers.html_page import Page

@@ -1,16 +1,16 @@
-"""Checks of a hyperparameter search: whether its pruner can act, what it saves, and whether all folds report."""
+"""Rows about a hyperparameter search: whether its pruner can act, what it saves, and whether all folds report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
-from lightning_bge.advisor.audit.checks.row import Fix, Row, TimeSaved
+from lightning_bge.advisor.audit.result import Fix, Row, TimeSaved
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.forecast.preview import describe_pruner, forecast
-from lightning_bge.hpo.objective_probe import ObservedTrial, observe_objective, would_prune
+from lightning_bge.hpo.objective_probe import Direction, observe_objective, would_prune
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Steps
 
@@ -25,7 +25,7 @@ def search_rows(hpo: StudyConfig, steps: Steps) -> list[Row]:
 
 def pruning(hpo: StudyConfig, steps: Steps) -> Row:
     """Whether the pruner can end a trial early, and about what that saves."""
-    row = Row("search", "pruning", hpo.pruner.name, "", "ok", "")
+    row = Row("search", "pruning", hpo.pruner.name)
     use_default = Fix(
         "use the default pruner",
         effort="one line",
@@ -64,12 +64,15 @@ def _configured_folds(steps: Steps) -> Row:
     return Row("search", "fold-level pruning", f"{steps.folds} folds", "within and between folds", "ok", evidence)
 
 
+# ---------------------------------------------------------------------- any objective of Optuna
+
+
 def audit_objective(
     objective: Callable[[Any], Any],
     pruner: Any,
     n_trials: int,
     folds: int | None = None,
-    direction: Literal["maximize", "minimize"] = "maximize",
+    direction: Direction = "maximize",
 ) -> list[Row]:
     """Run one trial of any Optuna objective: do all folds report, and can the pruner ever act on what they report?
 
@@ -80,36 +83,33 @@ def audit_objective(
         folds: that a trial trains; None: the number of calls of `Trainer.fit`.
         direction: of the study.
     """
-    seen = observe_objective(objective, direction=direction)
-    ended = would_prune(pruner, seen.steps, n_trials, direction) if seen.steps else 0
-    span = f"{seen.steps[0]} to {seen.steps[-1]}" if seen.steps else "none"
-    row = Row(
-        "search",
-        "pruning",
-        type(pruner).__name__,
-        f"{ended} trials of a simulated study",
-        "ok",
-        f"one trial reported {len(seen.steps)} steps ({span}) and called should_prune {seen.prune_calls} times; of "
-        f"simulated trials that report the same steps, half of which learn nothing, the pruner ends {ended}",
+    trial = observe_objective(objective, direction)
+    steps = [step for _, step, kept in trial.reports if kept]
+    ended = would_prune(pruner, steps, n_trials, direction) if steps else 0
+    evidence = (
+        f"one trial reported {len(steps)} steps ({f'{steps[0]} to {steps[-1]}' if steps else 'none'}) and called "
+        f"should_prune {trial.prune_calls} times; of simulated trials that report the same steps, half of which learn "
+        f"nothing, the pruner ends {ended}"
     )
-    if not ended or not seen.prune_calls:
+    acts = f"{ended} trials of a simulated study"
+    pruning = Row("search", "pruning", type(pruner).__name__, acts, "ok", evidence)
+    if not ended or not trial.prune_calls:
         text = (
             "report after each epoch of each fold, at steps 1, 2, ..., and call should_prune(); give the pruner its "
             "rungs in those steps: FoldPruningCallback reports this way"
         )
-        row = replace(row, in_effect="never", verdict="mismatch", fix=Fix(text, "one callback"))
-    return [row, _observed_folds(seen, folds)]
+        pruning = replace(pruning, in_effect="never", verdict="mismatch", fix=Fix(text, "one callback"))
+    return [pruning, _reporting_folds(trial.reports, trial.fits, trial.fits if folds is None else folds)]
 
 
-def _observed_folds(seen: ObservedTrial, folds: int | None) -> Row:
-    count = seen.fits if folds is None else folds
-    reporting = {report.fit for report in seen.reports if report.kept}
-    repeated = sum(not report.kept for report in seen.reports)
-    evidence = f"{len(seen.reports)} reports from {seen.fits} calls of fit, {repeated} ignored as repeated steps"
-    row = Row("search", "fold-level pruning", f"{count} folds", f"{len(reporting)} of them report", "ok", evidence)
-    if count <= 1:
+def _reporting_folds(reports: list[tuple[int, int, bool]], fits: int, folds: int) -> Row:
+    reporting = {fit for fit, _, kept in reports if kept}
+    repeated = sum(not kept for *_, kept in reports)
+    evidence = f"{len(reports)} reports from {fits} calls of fit, {repeated} ignored as repeated steps"
+    row = Row("search", "fold-level pruning", f"{folds} folds", f"{len(reporting)} of them report", "ok", evidence)
+    if folds <= 1:
         return replace(row, verdict="not applicable")
-    if len(reporting) >= count:
+    if len(reporting) >= folds:
         return row
     text = "count steps over all folds: fold * epochs + epoch + 1; FoldPruningCallback does"
     return replace(row, verdict="mismatch", fix=Fix(text, "one callback", "later folds cannot end a trial"))

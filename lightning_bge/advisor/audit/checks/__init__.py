@@ -1,1 +1,0 @@
-"""One rule for each row of an audit."""
