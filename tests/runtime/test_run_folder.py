@@ -132,5 +132,5 @@ def test_record_names_the_commit_of_a_hub_model(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_program_has_one_name_however_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/somewhere/lightning_bge/cli/__main__.py", "fit"])
+    monkeypatch.setattr("sys.argv", ["/somewhere/lightning_bge/cli/__main__.py", "fit"])
     assert describe_run(42, None, "model", None)["command"] == ["lightning-bge", "fit"]
