@@ -149,7 +149,7 @@ def build_ours(
 ) -> tuple[Trainer, BGEClassifier, TextDataModule]:
     """lightning-bge with its defaults, but Trainer's weight decay (0) and warm-up (0); all rows train.
 
-    Weights are loaded and rows are tokenised when this returns.
+    Weights are loaded and rows are tokenized when this returns.
 
     Args:
         job: model, data and settings.
@@ -205,7 +205,7 @@ def describe_ours(module: BGEClassifier, data: TextDataModule, precision: str) -
 
 
 def encode(job: Job, table: Table) -> list[dict[str, Any]]:
-    """Token ids and labels of rows, tokenised ahead as transformers' guides do; padding is left to the collator."""
+    """Token ids and labels of rows, tokenized ahead as transformers' guides do; padding is left to the collator."""
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     first, second = zip(*table.texts, strict=True)
     tokens = tokenizer(list(first), list(second), truncation=True, max_length=job.max_length)

@@ -96,7 +96,7 @@ def train(job: dict[str, Any], pairs: list[list[str]]) -> dict[str, Any]:
         "dtype": "fp32",
         "config": {
             "groups": "each pair is a group of its own: the loss is 0, nothing is learned",
-            "tokenises": "in the loop",
+            "tokenizes": "in the loop",
             "versions": {name: version(name) for name in ("FlagEmbedding", "transformers", "torch")},
         },
         "threads": torch.get_num_threads(),

@@ -198,7 +198,7 @@ def texts_of(bench: Bench, case: Case) -> dict[str, list[str]]:
 
 
 def train_cross_encoder(bench: Bench, case: Case, clock: Clock) -> dict[str, Any]:
-    """sentence-transformers with its defaults; it reads text, and tokenises it during training."""
+    """sentence-transformers with its defaults; it reads text, and tokenizes it during training."""
     torch.set_float32_matmul_precision("highest")
     texts = texts_of(bench, case)
     columns = {**texts, "label": labels_of(len(texts["first"])).tolist()}
@@ -206,7 +206,7 @@ def train_cross_encoder(bench: Bench, case: Case, clock: Clock) -> dict[str, Any
     trainer = build_cross_encoder(job_of(bench, case), columns, folder, [TrainerClock(clock)])
     count_in(trainer.data_collator, clock, lambda pair: sum(len(pair[name].split()) for name in texts) + 3)
     trainer.train()
-    return {"tokenises": "in the loop", "per_device_train_batch_size": case.batch}
+    return {"tokenizes": "in the loop", "per_device_train_batch_size": case.batch}
 
 
 def peers(tuned: tuple[int, ...]) -> dict[str, Train]:

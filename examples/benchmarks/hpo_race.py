@@ -1,4 +1,4 @@
-"""A race of searches: the same fixed list of trials by lightning-bge and its peers, and what it costs around them.
+"""The time of one search with several libraries: a fixed list of trials, and the time outside of their training.
 
     pip install -r examples/benchmarks/requirements.txt
     python examples/benchmarks/hpo_race.py --data FOLDER            # FOLDER/rte/train.tsv, dev.tsv
@@ -38,15 +38,15 @@ DEFAULT = [OURS, "Trainer", "Trainer tuned 8x4", "CrossEncoderTrainer", "textboo
 CAN_PRUNE = [name for name in SEARCHES if name != "CrossEncoderTrainer"]
 
 DEFINITIONS = """\
-- **wall**: from the call of the search to its return. Reading, tokenising, loading weights and all that a trial needs
-  lie inside; importing libraries, which a step of a model precedes, lies outside.
+- **wall**: from the call of the search to its return. Reading, tokenizing, loading weights and all that a trial needs
+  is included; importing the libraries and the first step of a model, both before the search, are not.
 - **inside training steps**: from the start of a step, its batch fetched, to its end, optimizer step included; a step is
   one effective batch.
 - **inside validation**: from the validation loop's start to its end, metrics included.
-- **outside**: wall less both. Fetching and padding of training batches is in it; so is tokenising where a peer does it
-  in its collator (sentence-transformers), and Lightning's sanity check.
+- **outside**: wall minus both. Fetching and padding of training batches is in it; so is tokenizing where a library
+  does it in its collator (sentence-transformers), and Lightning's sanity check.
 - **best**: the highest accuracy on the validation rows after a trial's last epoch. sentence-transformers' evaluator
-  reports the accuracy at the best threshold, so its figures are not to be compared with the others'."""
+  reports the accuracy at the best threshold, so that its figures can't be compared with those of the others."""
 
 
 def draw_trials(count: int, seed: int) -> tuple[Trial, ...]:
@@ -186,7 +186,7 @@ def note_sections(record: dict[str, Any], job: Job, given: argparse.Namespace) -
         "lightning-bge runs `lightning-bge hpo` with its defaults and `refit: false`. The Trainer and the "
         "CrossEncoderTrainer run their `hyperparameter_search(backend='optuna')` with default arguments; *tuned* means "
         "bf16, length grouping, fused AdamW, micro-batches x accumulation as named. Textbook Lightning is a module "
-        "with automatic optimisation in fp32 under `study.optimize`, whose trials read, tokenise and load for "
+        "with automatic optimization in fp32 under `study.optimize`, whose trials read, tokenize and load for "
         "themselves. Where trials are pruned, lightning-bge has its default pruner and the others have Optuna's "
         "MedianPruner: they then prune different trials, so that the work differs too."
     )
@@ -248,7 +248,8 @@ def main(args: list[str] | None = None) -> None:
         "runs": runs,
     }
     write_record(given.out, "hpo_race", given, record)
-    print(f"{given.out}\n{write_note(given.out, 'A race of searches', note_sections(record, job, given))}")
+    title = "Time of the same search with several libraries"
+    print(f"{given.out}\n{write_note(given.out, title, note_sections(record, job, given))}")
 
 
 if __name__ == "__main__":

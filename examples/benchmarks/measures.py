@@ -29,10 +29,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 DEFINITIONS = """\
 - **samples/s, real tokens/s**: pairs, and their tokens without padding, over the seconds of the training loop.
-- **utilisation**: model FLOPs over the seconds of the loop, over the machine's peak. Model FLOPs = 6 x parameters x
+- **utilization**: model FLOPs over the seconds of the loop, over the machine's peak. Model FLOPs = 6 x parameters x
   real tokens + 12 x layers x hidden size x sum of squared lengths (PaLM, appendix B, arXiv:2204.02311). Parameters are
   those of the encoder's layers and of the head; embeddings are not counted. Padding is not counted as work; what a
-  contender leaves out because nothing reads it (lightning-bge: most of the last layer) is.
+  contender leaves out because nothing reads it (lightning-bge: most of the last layer) is counted.
 - **peak**: the fastest of a few big `torch.mm`, median of several calls each, in the dtype that the contender
   multiplies in, with as many threads; measured in the same run, at the start of each round, in a process of its own.
 - **peak memory**: on a CPU the largest resident size of the contender's process, with Python, the libraries and

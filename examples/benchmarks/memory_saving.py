@@ -45,7 +45,7 @@ DEFINITIONS = """\
 - **memory**: the peak above what was held once the weights were loaded: gradients, optimizer state, activations and
   what the libraries take for themselves. On a CPU the process's resident size (`VmHWM`, reset through
   `/proc/self/clear_refs` after `malloc_trim`); on a GPU `torch.cuda.max_memory_allocated`.
-- **the state, gradients**: bytes of the optimizer's tensors, and of the gradients of all parameters that train."""
+- **optimizer state, gradients**: MiB of the optimizer's tensors, and of the gradients of all trained parameters."""
 
 
 def micro_batches(work: Namespace, vocabulary: int) -> list[MicroBatch]:
@@ -154,7 +154,7 @@ def rows_of(summary: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[Any, .
         (name, *(values[field] for field in FIELDS), over(name, "memory_mib"), over(name, "samples_per_s"))
         for name, values in summary["medians"].items()
     ]
-    return ("median of the rounds", "memory, MiB", "the state", "gradients", "samples/s", "memory", "speed"), rows
+    return ("median of the rounds", "memory, MiB", "optimizer state", "gradients", "samples/s", "memory", "speed"), rows
 
 
 def parse(args: list[str] | None) -> Namespace:
@@ -187,7 +187,7 @@ def main(args: list[str] | None = None) -> None:
     write_record(work.out, "memory_saving", work, {"contenders": configs, **summary, "runs": runs})
     about = (
         f"Optimizer steps over {work.batch} sequences of {work.max_length} tokens in micro-batches of {work.tokens} "
-        f"tokens, {work.precision}, dropout as the checkpoint says; {work.rounds} rounds in turns, each run in a "
+        f"tokens, {work.precision}, the dropout of the checkpoint; {work.rounds} rounds in turns, each run in a "
         f"fresh process: {work.warmup} untimed steps, then {work.steps} timed. Memory and speed on the right are "
         f"over those of `{PLAIN}`: of the medians, and from the lowest to the highest round."
     )

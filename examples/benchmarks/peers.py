@@ -66,7 +66,7 @@ def train_tuned(job: Job, folder: str, size: int) -> Run:
 def build_cross_encoder(
     job: Job, columns: dict[str, Any], folder: str, callbacks: Sequence[TrainerCallback], **options: Any
 ) -> TransformersTrainer:
-    """sentence-transformers' trainer as its training overview shows it; it tokenises in the collator.
+    """sentence-transformers' trainer as its training overview shows it; it tokenizes in the collator.
 
     Args:
         job: model and settings.
@@ -96,12 +96,12 @@ def train_cross_encoder(job: Job, folder: str, **options: Any) -> Run:
     first, second = zip(*job.read(job.train_file, job.rows).texts, strict=True)
     columns = {"premise": first, "hypothesis": second, "label": labels}
     trainer = build_cross_encoder(job, columns, folder, [TransformersClock(clock)], **options)
-    config = {"max_length": trainer.model.max_seq_length, "tokenises": "in the loop", "bf16": trainer.args.bf16}
+    config = {"max_length": trainer.model.max_seq_length, "tokenizes": "in the loop", "bf16": trainer.args.bf16}
     return timed(clock, trainer.train, config, dtype_of(options))
 
 
 class TextbookClassifier(L.LightningModule):
-    """A classifier as Lightning's and transformers' guides write it: automatic optimisation, padded batches, AdamW.
+    """A classifier as Lightning's and transformers' guides write it: automatic optimization, padded batches, AdamW.
 
     The encoder is put into train mode by hand, which the guides forget: `from_pretrained` returns eval mode and
     Lightning leaves it, so that dropout, which all contenders have, would be silently off.

@@ -117,7 +117,7 @@ def note(record: dict[str, Any]) -> str:
             folds = ", ".join(f"{score:.3f}" for score in f["fold_scores"])
             seconds = (f"{f['cpu_seconds']:.0f}", share, f"{f['outside_seconds']:.0f}")
             rows.append([found["seed"], name, f["complete"], f["reports"], *seconds, f"{f['best_value']:.4f}", folds])
-    header = ["seed", "", "complete", "reports", "CPU seconds", "share", "outside", "best", "its folds"]
+    header = ["seed", "", "complete", "reports", "CPU seconds", "share", "outside", "best", "by fold"]
     sets = "the same parameter sets" if options["sampler"] == "random" else "parameter sets of its own"
     return (
         f"# With and without pruning: {options['search']}, {options['trials']} trials, sampler {options['sampler']}\n\n"

@@ -37,17 +37,17 @@ DEFAULT = PrunerConfig()
 PERCENTILES = (50.0, 33.0, 25.0, 15.0)
 
 DEFINITIONS = f"""\
-All shares are of the seconds that the search takes when every trial runs to its end, with as many reports an epoch.
+All shares are shares of the seconds of the search in which every trial is completed, with as many reports an epoch.
 
 - **to reach**: what is spent until a trial has ended whose value is within {WITHIN:.0%} of the best of all; the mean
   over the orders, an order in which that never happens counting as 100 %.
 - **reached**: the share of orders in which it happens.
-- **in all**: what the whole search spends.
+- **in all**: what the whole search takes.
 - **regret**: how far the best value found at the end is from the best of all, as a share of it.
 - **mean regret**: the regret's mean over the time that the search takes without pruning, 1 before any trial has ended:
   one number for speed and for the end.
-- **oracle**: knows each trial's end before it starts and runs only those that become the best so far.
-- What `asha` needs to write and to read a paused trial's checkpoint is not in its seconds."""
+- **oracle**: knows each trial's result before its start, and runs only those that become the best so far.
+- Writing and reading the checkpoints of paused trials is not included in the seconds of `asha`."""
 
 
 Contender = Callable[[Recording], Policy]
@@ -173,8 +173,9 @@ def write_notes(out: Path, record: dict[str, Any]) -> None:
         f"Written {record['written']} at commit {record['git_commit']} by `examples/benchmarks/pruner_replay.py`: "
         f"{record['orders']} random orders of the trials of each search, the same for all. "
         f"optuna {record['versions']['optuna']}.",
-        f"The product's default is `{record['default']}` with one report an epoch; it has no start-up trials, "
-        "as it ends no trial for good. The product's other pruners have min(30, 10 % of the trials): 4 of 40, 6 of 60.",
+        f"The default of this package is `{record['default']}` with one report an epoch; it has no start-up trials, as "
+        "it ends no trial for good. The other pruners of this package have min(30, 10 % of the trials): 4 of 40, 6 of "
+        "60.",
         DEFINITIONS,
     ]
     for name, info in record["searches"].items():
@@ -195,12 +196,12 @@ def write_notes(out: Path, record: dict[str, Any]) -> None:
     ]
     parts += [
         "## The default against others, order by order",
-        "What the other spends or misses more than the default, in points of a hundred: mean, and the 95 % interval of "
-        "the mean by the bootstrap over the orders. The orders are of the same trials: the interval says how sure the "
-        "mean over orders is, not how another search would go.",
+        "What the other one takes or misses in excess of the default, in percentage points: the mean, and its 95 % "
+        "interval by the bootstrap over the orders. All orders are of the same trials: the interval is that of the mean over "
+        "orders, and does not contain the difference between searches.",
         markdown_table(["search", "against", "mean", "from", "to"], rows),
         "## Chosen with one search left out",
-        "For each search the pruner with the least mean `to reach` on the other ones, and how it does on this one:",
+        "For each search the pruner with the lowest mean of `to reach` on the other ones, and its results on this one:",
         markdown_table(
             ["left out", "chosen", "to reach", "reached", "in all", "regret"],
             [

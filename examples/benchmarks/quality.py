@@ -6,7 +6,7 @@
 SICK entailment (3 classes, cross-entropy): accuracy on dev. TREC QA (one logit, binary cross-entropy with a positive
 weight of 5): MAP and MRR on dev, over the questions that have a right answer. Both sides have the same weights, rows,
 epochs, effective batch of 32, learning rate, linear schedule without warm-up, AdamW without weight decay, clipping at
-1, and dropout as the checkpoint says; lightning-bge trains in bf16, its default, the Trainer in fp32, its default.
+1, and the dropout of the checkpoint; lightning-bge trains in bf16, its default, the Trainer in fp32, its default.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def note_sections(given: argparse.Namespace, found: dict[str, Any]) -> list[str]
     about = (
         f"lightning-bge in {given.precision} against transformers' Trainer with its defaults (fp32): {rows}, epochs: "
         f"{given.epochs}, effective batch 32, learning rate {given.lr:g}, linear schedule without warm-up, AdamW "
-        f"without weight decay, clipping at 1, dropout as the checkpoint says; seeds {given.seeds}. Mean ± standard "
+        f"without weight decay, clipping at 1, the dropout of the checkpoint; seeds {given.seeds}. Mean ± standard "
         "deviation over the seeds, on the whole dev file; the difference is ours minus the Trainer's, seed by seed."
     )
     counted = "MAP and MRR count the questions that have a right answer; among equal scores the wrong ones come first."

@@ -253,7 +253,7 @@ def search_cross_encoder(race: Race) -> optuna.Study:
 
 
 def search_textbook(race: Race) -> optuna.Study:
-    """Lightning with Optuna as the examples show it: every trial reads, tokenises and loads for itself."""
+    """Lightning with Optuna as the examples show it: every trial reads, tokenizes and loads for itself."""
     job = race.job
 
     def objective(trial: optuna.Trial) -> float:

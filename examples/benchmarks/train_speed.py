@@ -4,11 +4,11 @@
     python examples/benchmarks/train_speed.py --data FOLDER            # FOLDER/rte/train.tsv
     python examples/benchmarks/train_speed.py --data FOLDER --peers all
 
-The contenders take turns (A B C A B C ...), each run in a fresh process: it loads weights, tokenises, trains a few
+The contenders take turns (A B C A B C ...), each run in a fresh process: it loads weights, tokenizes, trains a few
 steps on a copy to warm up, then trains one epoch from fresh weights. `loop_seconds`, from which all rates come, is
 the time from the epoch's start to its end: fetching and padding batches, forward, backward, clipping, optimizer
-step, with the device waited for at both ends. Loading and tokenising lie outside, except for sentence-transformers
-and FlagEmbedding, which tokenise during training. `call_seconds` is the whole call of `fit` or `train`. Number of
+step, with the device waited for at both ends. Loading and tokenizing lie outside, except for sentence-transformers
+and FlagEmbedding, which tokenize during training. `call_seconds` is the whole call of `fit` or `train`. Number of
 threads: OMP_NUM_THREADS, the same for all. Give the machine nothing else to do meanwhile.
 
 Then the losses of `--loss-curve` steps are compared with those of a plain padded loop: see `loss_curve.py`.
@@ -162,7 +162,7 @@ def summarize(runs: list[Run], names: list[str]) -> dict[str, Any]:
 
 def tables(summary: dict[str, Any]) -> list[str]:
     """The two tables of the summary: medians and ratios."""
-    header = ("median of the rounds", "samples/s", "real tokens/s", "utilisation", "peak memory, MiB", "loop s")
+    header = ("median of the rounds", "samples/s", "real tokens/s", "utilization", "peak memory, MiB", "loop s")
     names = ("samples_per_s", "tokens_per_s", "utilisation", "peak_memory_mib", "loop_seconds")
     rows = [(name, *(values[field] for field in names)) for name, values in summary["medians"].items()]
     ratios = [
@@ -185,9 +185,9 @@ def note_sections(record: dict[str, Any], job: Job, rounds: int) -> list[str]:
     """What the note says besides machine and command."""
     sections = [
         f"{job.rows} pairs of RTE, one epoch, effective batch {job.batch}, learning rate {job.lr:g}, linear schedule "
-        "without warm-up, AdamW without weight decay, clipping at 1, dropout as the checkpoint says, fp32 weights "
-        f"everywhere. {rounds} rounds in turns, each run in a fresh process after a warm-up; loading and tokenising "
-        "are outside the clock, but for sentence-transformers and FlagEmbedding, which tokenise in the loop."
+        "without warm-up, AdamW without weight decay, clipping at 1, the dropout of the checkpoint, fp32 weights "
+        f"everywhere. {rounds} rounds in turns, each run in a fresh process after a warm-up; loading and tokenizing "
+        "are not timed, except for sentence-transformers and FlagEmbedding, which tokenize in the loop."
     ]
     if record["runs"]:
         sections += tables(record)
