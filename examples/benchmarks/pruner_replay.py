@@ -197,8 +197,8 @@ def write_notes(out: Path, record: dict[str, Any]) -> None:
     parts += [
         "## The default against others, order by order",
         "What the other one takes or misses in excess of the default, in percentage points: the mean, and its 95 % "
-        "interval by the bootstrap over the orders. All orders are of the same trials: the interval is that of the mean over "
-        "orders, and does not contain the difference between searches.",
+        "interval by the bootstrap over the orders. All orders are of the same trials: the interval is that of the "
+        "mean over orders, and does not contain the difference between searches.",
         markdown_table(["search", "against", "mean", "from", "to"], rows),
         "## Chosen with one search left out",
         "For each search the pruner with the lowest mean of `to reach` on the other ones, and its results on this one:",
