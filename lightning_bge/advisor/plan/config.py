@@ -34,8 +34,6 @@ class GivenFigures:
         compile_s: seconds of compiling. 60, if nothing else is known.
         compile_gain: share by which compiled steps are shorter. 0.15, in the middle of what is expected of
             torch.compile; `audit` measures it.
-        pruned_cost: the cost of the trials with pruning, as a share of their cost without, if it is known from an
-            earlier study. null: simulated.
 
     Raises:
         ConfigError: a value is out of range.
@@ -45,13 +43,11 @@ class GivenFigures:
     start_s: float | None = None
     compile_s: float = 60.0
     compile_gain: float = 0.15
-    pruned_cost: float | None = None
 
     def __post_init__(self) -> None:
         seconds = dict.fromkeys(("start_s", "compile_s"), NOT_NEGATIVE)
         gain: Rule = ("from 0 to below 1", lambda value: 0 <= value < 1)
-        share: Rule = ("above 0 and at most 1", lambda value: 0 < value <= 1)
-        _check(self, "given.", {"step_ms": POSITIVE, **seconds, "compile_gain": gain, "pruned_cost": share})
+        _check(self, "given.", {"step_ms": POSITIVE, **seconds, "compile_gain": gain})
 
 
 @dataclass(frozen=True)

@@ -116,18 +116,13 @@ def optimization_levels(
     hours = prediction.unpruned / HOUR + reading
     found = _compute_levels(compute, hours - compute, variants, in_effect)
     found[0] = found[0]._replace(how=f"{n_trials:,} trials x {format_hours(found[0].hours / n_trials)}")
-    always, tuned = compile.policy == "always", compile.mode == "max-autotune"
-    autotune = "included in +compile" if always and tuned else f"compile.policy is {compile.policy}"
+    always = compile.policy == "always"
+    tuned: Basis = "in effect" if always and compile.mode == "max-autotune" else "off"
     text = compile_attempt(scenario, costs, prediction.share[1], compile)[1]
     found += [
         Level("+compile", hours, text, "in effect" if always else "off"),
         Level("+zero_grad(None)", hours, "gradients are freed: included in the rows above", "in effect"),
-        Level(
-            "+max-autotune",
-            hours,
-            autotune if tuned else f"compile.mode is {compile.mode}",
-            "in effect" if always and tuned else "off",
-        ),
+        Level("+max-autotune", hours, f"compile.policy {compile.policy}, compile.mode {compile.mode}", tuned),
     ]
     hours -= reading
     text = f"{n_trials:,} trials x {steps.folds} folds without reading the encoder: {format_hours(reading)} less"
@@ -135,7 +130,7 @@ def optimization_levels(
     if scenario.workers > 1:
         hours /= scenario.workers
         found.append(Level("+workers", hours, f"/ {scenario.workers} workers, each on its own device", "predicted"))
-    if scenario.pruner.name == "none" and scenario.pruned_cost is None:
+    if scenario.pruner.name == "none":
         return [*found, Level("+pruning", hours, "hpo.pruner.name is none", "off")]
     low, _, high = prediction.share
     share = f"{prediction.pruned / prediction.unpruned:.0%} of the cost without pruning ({low:.0%} to {high:.0%})"
@@ -168,7 +163,12 @@ def _compute_levels(compute: float, rest: float, variants: Variants, in_effect: 
         known: Basis = "unknown" if packed and variants.padded is None else "measured"
         text = f"trainer.precision is {in_effect.precision}"
         found = [Level("none", hours, "", known), Level("+bf16", hours, text, "off")]
-    found.append(Level("+TF32", hours, *_tf32(in_effect)))
+    tf32: tuple[str, Basis] = ("matrix products that remain in fp32: included in the row above", "in effect")
+    if in_effect.device != "cuda" or torch.cuda.get_device_capability() < (8, 0):
+        tf32 = (f"needs an NVIDIA GPU of compute capability 8.0; the device is {in_effect.device}", "not available")
+    elif not in_effect.tf32:
+        tf32 = ("fp32 matrices are multiplied in fp32", "off")
+    found.append(Level("+TF32", hours, *tf32))
     if not packed:
         packing: tuple[str, Basis] = (f"attention is {in_effect.attention}", "off")
     elif variants.padded is None:
@@ -176,17 +176,6 @@ def _compute_levels(compute: float, rest: float, variants: Variants, in_effect: 
     else:
         packing = (f"steps x {1 / padded:.3f}", "measured")
     return [*found, Level("+packing", compute + rest, *packing)]
-
-
-def _tf32(in_effect: InEffect) -> tuple[str, Basis]:
-    """The state of TF32, and its basis."""
-    if in_effect.device != "cuda":
-        return f"needs an NVIDIA GPU; the device is {in_effect.device}", "not available"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "needs an NVIDIA GPU of compute capability 8.0 or higher", "not available"
-    if not in_effect.tf32:
-        return "fp32 matrices are multiplied in fp32", "off"
-    return "matrix products that remain in fp32: included in the row above", "in effect"
 
 
 def compile_attempt(scenario: Scenario, costs: StudyCosts, share: float, compile: CompileConfig) -> tuple[float, str]:

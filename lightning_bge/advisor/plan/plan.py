@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -31,7 +32,7 @@ from lightning_bge.advisor.plan.levels import (
     measure_variants,
     optimization_levels,
 )
-from lightning_bge.advisor.plan.predict import Prediction, Scenario, StudyCosts, is_late, predict
+from lightning_bge.advisor.plan.predict import Prediction, Scenario, StudyCosts, predict
 from lightning_bge.advisor.plan.short_study import DataSize, InEffect, ShortStudy
 from lightning_bge.advisor.plan.what_if import (
     WHAT_IF_RUNS,
@@ -61,8 +62,8 @@ class Plan:
         levels: hours at each optimization level.
         break_even: when compiling pays off, as text.
         what_ifs: changes, and the hours of the changed study.
-        fixes: changes that meet the deadline, those with the least effect on the quality of the result first.
         warnings: about the study and the measurement.
+        fixes: changes that meet the deadline, those with the least effect on the quality of the result first.
     """
 
     study: str
@@ -73,14 +74,13 @@ class Plan:
     levels: tuple[Level, ...]
     break_even: str
     what_ifs: tuple[WhatIf, ...]
-    fixes: tuple[WhatIf, ...]
     warnings: tuple[str, ...]
+    fixes: tuple[WhatIf, ...] = ()
 
     @property
     def late(self) -> bool:
         """Whether the study may miss its deadline."""
-        deadline = self.options.deadline
-        return deadline is not None and is_late(self.prediction, deadline)
+        return self.prediction.high / HOUR > (self.options.deadline or math.inf)
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -221,14 +221,13 @@ def make_plan(experiment: Experiment, hpo: StudyConfig, options: PlanConfig, pro
         refit=hpo.refit,
         learns=hpo.sampler == "tpe",
         patience=experiment.monitor.patience,
-        pruned_cost=given.pruned_cost,
     )
     costs = StudyCosts.of(calibration, sets)
     share = predict(scenario, costs, WHAT_IF_RUNS).share[1]
     costs = replace(costs, compile_s=compile_attempt(scenario, costs, share, experiment.compile)[0])
     prediction = predict(scenario, costs)
     changes = Changes(scenario, costs, data.split.val_fraction, hpo.cost is not None)
-    return Plan(
+    found = Plan(
         study=experiment.run_dir.name,
         scenario=scenario,
         options=options,
@@ -237,9 +236,9 @@ def make_plan(experiment: Experiment, hpo: StudyConfig, options: PlanConfig, pro
         levels=tuple(optimization_levels(scenario, costs, prediction, variants, in_effect, experiment.compile)),
         break_even=describe_break_even(scenario, costs, prediction.share[1], given),
         what_ifs=tuple(changes.usual()),
-        fixes=tuple(changes.meeting(options.deadline, prediction)),
         warnings=tuple(warnings),
     )
+    return replace(found, fixes=tuple(changes.meeting(options.deadline))) if options.deadline and found.late else found
 
 
 def _measure(

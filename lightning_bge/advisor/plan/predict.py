@@ -9,7 +9,7 @@ from statistics import fmean
 
 import numpy as np
 
-from lightning_bge.advisor.plan.cost_model import HOUR, Calibration, ParameterSets, TrialCost
+from lightning_bge.advisor.plan.cost_model import Calibration, ParameterSets, TrialCost
 from lightning_bge.hpo.config import BEST
 from lightning_bge.hpo.forecast.preview import SIMULATED, STYLES, sample_curves
 from lightning_bge.hpo.forecast.recording import Curve, Recording
@@ -34,7 +34,6 @@ class Scenario:
         refit: whether a model is trained on all rows at the end.
         learns: whether the sampler learns from earlier trials (tpe).
         patience: epochs without an improvement after which a fold ends; None: there is no early stopping.
-        pruned_cost: the cost of the trials with pruning, as a share of their cost without; None: it is simulated.
     """
 
     n_trials: int
@@ -45,7 +44,6 @@ class Scenario:
     refit: bool = True
     learns: bool = True
     patience: int | None = None
-    pruned_cost: float | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,6 @@ class Prediction:
         unpruned: of all trials without pruning, on one worker, without the start and the end of the study.
         pruned: of the trials with pruning, all workers together.
         start_and_end: wall-clock seconds of start, end, and what is done once.
-        seed_replicates: wall-clock seconds.
         share: `pruned` over `unpruned`: 10 % quantile, median, 90 % quantile.
         complete: number of complete trials.
     """
@@ -138,14 +135,8 @@ class Prediction:
     unpruned: float
     pruned: float
     start_and_end: float
-    seed_replicates: float
     share: tuple[float, float, float]
     complete: float
-
-
-def is_late(prediction: Prediction, deadline: float) -> bool:
-    """Whether the upper end of the interval is after the deadline, in hours."""
-    return prediction.high / HOUR > deadline
 
 
 def predict(scenario: Scenario, costs: StudyCosts, runs: int = RUNS, seed: int = 0) -> Prediction:
@@ -162,19 +153,19 @@ def predict(scenario: Scenario, costs: StudyCosts, runs: int = RUNS, seed: int =
     """
     random, steps, known = np.random.default_rng(seed), scenario.steps, costs.calibration
     curves = learning_curves(scenario)
-    if scenario.pruner.name not in ("asha", "none") and scenario.pruned_cost is None:
+    if scenario.pruner.name not in ("asha", "none"):
         runs = min(runs, FEW)
     trial = costs.complete_trial(steps)
     unpruned = trial * scenario.n_trials
     start_and_end = known.start + known.first_trial + known.end + costs.compile_s
     start_and_end += known.refit_epoch * scenario.refit * refit_epochs(steps.epochs)
-    walls, shares, found, seed_replicates = [], [], [], []
+    walls, shares, found = [], [], []
     for number in range(runs):
         run = _simulate(scenario, costs, curves[number % len(curves)], random)
         speed = max(0.3, (1 + known.error * random.standard_normal()) * (1 + DRIFT * random.standard_normal()))
         replicates = min(BEST, run.complete(steps.total)) * scenario.seed_replicates
-        seed_replicates.append(trial * math.ceil(replicates / scenario.workers) + known.read * (replicates > 0))
-        walls.append((run.wall + start_and_end + seed_replicates[-1]) * speed)
+        replicates_s = trial * math.ceil(replicates / scenario.workers) + known.read * (replicates > 0)
+        walls.append((run.wall + start_and_end + replicates_s) * speed)
         shares.append(run.seconds / unpruned)
         found.append(run)
     low, mid, high = (float(value) for value in np.quantile(walls, [0.1, 0.5, 0.9]))
@@ -185,7 +176,6 @@ def predict(scenario: Scenario, costs: StudyCosts, runs: int = RUNS, seed: int =
         unpruned=unpruned,
         pruned=fmean(run.seconds for run in found),
         start_and_end=start_and_end,
-        seed_replicates=fmean(seed_replicates),
         share=tuple(float(value) for value in np.quantile(shares, [0.1, 0.5, 0.9])),  # type: ignore[arg-type]
         complete=fmean(run.complete(steps.total) for run in found),
     )
@@ -209,9 +199,8 @@ def _simulate(scenario: Scenario, costs: StudyCosts, curves: LearningCurves, ran
     place = (place * len(curves.values)).astype(int)
     at: Sequence[int] = rungs(pruner, steps)[0] if pruner.name == "asha" else ()
     durations = costs.durations(steps, at, chosen, curves.trained[place])
-    if scenario.pruned_cost is not None or pruner.name == "none":
-        share = 1.0 if scenario.pruned_cost is None else scenario.pruned_cost
-        return _without_pauses(durations, np.full(n_trials, steps.total), scenario.workers, share)
+    if pruner.name == "none":
+        return _without_pauses(durations, np.full(n_trials, steps.total), scenario.workers)
     values = curves.values[place]
     # a curve that is drawn twice must not give equal values
     values = values + random.normal(0, 1e-3 * (float(values.std()) + 1e-9), (count, 1))
@@ -236,10 +225,10 @@ def _pruned_steps(scenario: Scenario, values: np.ndarray, random: np.random.Gene
     return np.concatenate([made.steps, later]).astype(int)
 
 
-def _without_pauses(durations: Durations, made: np.ndarray, workers: int, share: float = 1.0) -> Outcome:
-    """Trials that make so many steps without a pause, and take this share of their seconds."""
+def _without_pauses(durations: Durations, made: np.ndarray, workers: int) -> Outcome:
+    """Trials that make so many steps without a pause."""
     spent = np.cumsum(durations.steps, axis=1)[np.arange(len(made)), made - 1]
-    seconds = (durations.start[: len(made)] + spent) * share
+    seconds = durations.start[: len(made)] + spent
     wall = schedule(seconds.tolist(), workers)
     return Outcome(tuple(made.tolist()), (1,) * len(made), float(seconds.sum()), wall)
 

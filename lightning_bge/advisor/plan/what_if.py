@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_bge.advisor.plan.cost_model import HOUR, Calibration
-from lightning_bge.advisor.plan.predict import DRIFT, Prediction, Scenario, StudyCosts, is_late, predict
+from lightning_bge.advisor.plan.predict import DRIFT, Scenario, StudyCosts, predict
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig, check_pruner
@@ -54,95 +55,77 @@ class Changes:
 
     def usual(self) -> list[WhatIf]:
         """The changes that every plan shows."""
-        found = [self.pruner("none" if self.scenario.pruner.name != "none" else "asha")]
-        if self.scenario.steps.folds > 1:
-            found.append(self.single_split())
-        found.append(self.workers(2 * self.scenario.workers))
-        if self.scenario.n_trials > 1:
-            found.append(self.trials(self.scenario.n_trials // 2))
+        now = self.scenario
+        found = [
+            self.pruner("none" if now.pruner.name != "none" else "asha"),
+            self.single_split(),
+            self.workers(2 * now.workers),
+            self.trials(now.n_trials // 2) if now.n_trials > 1 else None,
+        ]
         return [one for one in found if one is not None]
 
-    def meeting(self, deadline: float | None, prediction: Prediction) -> list[WhatIf]:
-        """Changes with which even the upper end of the interval meets the deadline; none if the study may meet it.
+    def meeting(self, deadline: float) -> list[WhatIf]:
+        """Changes with which even the upper end of the interval is within so many hours.
 
         The changes with the least effect on the quality of the result come first.
-
-        Args:
-            deadline: hours, or None.
-            prediction: of the planned study.
         """
-        scenario = self.scenario
-        if deadline is None or not is_late(prediction, deadline):
-            return []
-        found: list[WhatIf | None] = [_first_in_time(self.workers, scenario.workers + 1, MOST_WORKERS, deadline)]
-        if scenario.pruner.name != "asha":
-            found.append(self.pruner("asha"))
-        found.append(self._most_trials(deadline))
-        if scenario.steps.folds > 1:
-            found.append(self.single_split())
-        return [one for one in found if one is not None and one.high <= deadline]
+
+        def first(make: Callable[[int], WhatIf | None], numbers: Sequence[int]) -> WhatIf | None:
+            at = bisect_left(numbers, True, key=lambda number: meets(make(number)))
+            return make(numbers[at]) if at < len(numbers) else None
+
+        def meets(one: WhatIf | None) -> bool:
+            return one is not None and one.high <= deadline
+
+        now = self.scenario
+        found = [
+            first(self.workers, range(now.workers + 1, MOST_WORKERS + 1)),
+            self.pruner("asha") if now.pruner.name != "asha" else None,
+            first(self.trials, range(now.n_trials - 1, 0, -1)),
+            self.single_split(),
+        ]
+        return [one for one in found if one is not None and meets(one)]
 
     def pruner(self, name: Literal["asha", "none"]) -> WhatIf | None:
-        """Another pruner; None: it could not prune."""
-        pruner, now = PrunerConfig(name), self.scenario.pruner
-        if name != "none" and (self.has_cost or not _can_prune(replace(self.scenario, pruner=pruner))):
+        """Another pruner."""
+        if name != "none" and self.has_cost:
             return None
         change = "no pruning" if name == "none" else f"pruner {name}"
-        return self._predict(change, _pruner_flags(now, name), replace(self.scenario, pruner=pruner, pruned_cost=None))
+        return self._change(change, _pruner_flags(self.scenario.pruner, name), pruner=PrunerConfig(name))
 
-    def single_split(self) -> WhatIf:
+    def single_split(self) -> WhatIf | None:
         """A single split instead of folds: each trial is validated on fewer rows, so that scores are less certain.
 
         It is without pruning if the pruner can't act on one.
         """
-        folds, flags = self.scenario.steps.folds, "--data.split.folds 1"
-        scenario = replace(self.scenario, steps=replace(self.scenario.steps, folds=1))
-        if not _can_prune(scenario):
-            flags = f"{flags} {_pruner_flags(scenario.pruner, 'none')}"
-            scenario = replace(scenario, pruner=PrunerConfig("none"))
-        costs = self.costs.scaled((1 - self.val_fraction) * folds / (folds - 1), self.val_fraction * folds)
-        return replace(self, costs=costs)._predict("a single split", flags, scenario)
+        steps, change, flags = self.scenario.steps, "a single split", "--data.split.folds 1"
+        if steps.folds == 1:
+            return None
+        train, validation = (1 - self.val_fraction) * steps.folds / (steps.folds - 1), self.val_fraction * steps.folds
+        split = replace(self, costs=self.costs.scaled(train, validation))
+        steps = replace(steps, folds=1)
+        without = f"{flags} {_pruner_flags(self.scenario.pruner, 'none')}"
+        return split._change(change, flags, steps=steps) or split._change(
+            change, without, steps=steps, pruner=PrunerConfig("none")
+        )
 
-    def workers(self, count: int) -> WhatIf:
+    def workers(self, count: int) -> WhatIf | None:
         """More processes, each on its own device."""
-        return self._predict(f"{count} workers", f"start hpo {count} times", replace(self.scenario, workers=count))
+        return self._change(f"{count} workers", f"start hpo {count} times", workers=count)
 
     def trials(self, count: int) -> WhatIf | None:
-        """Fewer trials; None: the pruner could not prune."""
-        scenario = replace(self.scenario, n_trials=count)
-        if not _can_prune(scenario):
+        """Fewer trials."""
+        return self._change(f"{count:,} trials", f"--hpo.n_trials {count}", n_trials=count)
+
+    def _change(self, change: str, flags: str, **fields: Any) -> WhatIf | None:
+        """Predict the study with these fields of the scenario replaced; None: its pruner could not prune."""
+        scenario = replace(self.scenario, **fields)
+        try:
+            check_pruner(scenario.pruner, scenario.n_trials, scenario.steps)
+        except ConfigError:
             return None
-        return self._predict(f"{count:,} trials", f"--hpo.n_trials {count}", scenario)
-
-    def _most_trials(self, deadline: float) -> WhatIf | None:
-        """As many trials as meet the deadline; None: no number does."""
-        most = self.scenario.n_trials - 1
-        return _first_in_time(lambda fewer: self.trials(most + 1 - fewer), 1, most, deadline)
-
-    def _predict(self, change: str, flags: str, scenario: Scenario) -> WhatIf:
         found = predict(scenario, self.costs, WHAT_IF_RUNS)
         return WhatIf(change, flags, found.low / HOUR, found.mid / HOUR, found.high / HOUR)
-
-
-def _first_in_time(make: Callable[[int], WhatIf | None], low: int, high: int, deadline: float) -> WhatIf | None:
-    """Bisect for the first of these numbers with which the deadline is met; None: there is none."""
-    found = None
-    while low <= high:
-        middle = (low + high) // 2
-        one = make(middle)
-        if one is not None and one.high <= deadline:
-            found, high = one, middle - 1
-        else:
-            low = middle + 1
-    return found
-
-
-def _can_prune(scenario: Scenario) -> bool:
-    try:
-        check_pruner(scenario.pruner, scenario.n_trials, scenario.steps)
-    except ConfigError:
-        return False
-    return True
 
 
 def _pruner_flags(now: PrunerConfig, name: str) -> str:
@@ -193,9 +176,7 @@ def assumptions(scenario: Scenario, measured: bool) -> list[str]:
         if measured
         else "the seconds of a step are as given, and parts that were not given are rough estimates"
     ]
-    if scenario.pruned_cost is not None:
-        found.append(f"pruning leaves {scenario.pruned_cost:.0%} of the cost, as given")
-    elif scenario.pruner.name != "none":
+    if scenario.pruner.name != "none":
         found.append("learning curves are like the generated ones, of four kinds")
         if scenario.learns and scenario.pruner.name == "asha":
             found.append("a parameter set that TPE suggests is better than 50 to 76% of those before it")

@@ -74,7 +74,7 @@ def test_what_was_not_measured_is_predicted_or_unknown() -> None:
 
 def test_max_autotune_is_in_effect_only_where_layers_are_compiled() -> None:
     tuned = CompileConfig("auto", mode="max-autotune")
-    assert table(compile=tuned)["+max-autotune"][2:] == ("compile.policy is auto", "off")
+    assert table(compile=tuned)["+max-autotune"][2:] == ("compile.policy auto, compile.mode max-autotune", "off")
     assert table(compile=replace(tuned, policy="always"))["+max-autotune"].basis == "in effect"
 
 

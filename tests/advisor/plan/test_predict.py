@@ -49,7 +49,6 @@ def test_without_pruning_and_without_noise_the_hours_are_exact() -> None:
     assert predict(replace(study, refit=False), costs).mid == expected - 240
     assert predict(replace(study, seed_replicates=2), costs).mid == expected + 10 * full / 12
     assert predict(study, replace(costs, compile_s=60.0)).mid == expected + 60
-    assert predict(replace(study, pruned_cost=0.25), costs).pruned == full / 4
 
 
 @pytest.mark.usefixtures("exact")
