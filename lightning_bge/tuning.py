@@ -123,7 +123,7 @@ def tune(
             trainer={"max_epochs": max_epochs, **(trainer or {})},
             options=options,
         )
-        found = run_hpo(experiment, hpo)
-        if found.summary is not None:
+        study, summary = run_hpo(experiment, hpo)
+        if summary is not None:
             print(f"  {write_report(Path(run_dir)).name:<14}the whole study on one page, for a browser")
-        return TuneResult(found.study, Path(run_dir), found.summary)
+        return TuneResult(study, Path(run_dir), summary)

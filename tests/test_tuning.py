@@ -140,7 +140,7 @@ def test_the_same_call_continues_and_another_study_is_refused(
     assert more.model_dir is None
     with pytest.raises(StudyError, match=r"seed_everything: 42 in the folder, 1 requested\n.*Name another run_dir"):
         short(model, data, tmp_path, seed=1)
-    with pytest.raises(StudyError, match=r"model.dropout: not searched before"):
+    with pytest.raises(StudyError, match=r"  space.model.dropout: None in the folder, {.* requested"):
         short(model, data, tmp_path, space=SPACE)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -13,7 +13,6 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_bge.hpo.forecast.eta import Eta, SearchOptions, being_run, estimate_end
 from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.asha_trials import PAUSED_AT, RESUMES, ended_parameter_sets, resumed_numbers
-from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import cost_of, front, maximizes, ranked, score_of
 from lightning_bge.hpo.steps import Steps
 
@@ -44,18 +43,13 @@ class Progress:
     """Prints a line after each trial: how it ended, trials done and pruned, the best so far, the time left.
 
     Args:
-        n_trials: how many the study has in all.
+        config: the options of the study.
         metric: its name.
         n_reports: reports of a trial that runs to its end.
-        config: the options of the study; None: nothing is pruned, and neither seed replicates nor a refit follow.
     """
 
-    def __init__(self, n_trials: int, metric: str, n_reports: int, config: StudyConfig | None = None) -> None:
-        self.n_trials, self.metric, self.n_reports = n_trials, metric, n_reports
-        self.cost = None if config is None else config.cost
-        self.pruner = PrunerConfig("none") if config is None else config.pruner
-        self.sampler: Literal["tpe", "random"] = "tpe" if config is None else config.sampler
-        self.refit, self.seeds = (False, 0) if config is None else (config.refit, config.n_seed_replicates)
+    def __init__(self, config: StudyConfig, metric: str, n_reports: int) -> None:
+        self.config, self.n_trials, self.metric, self.n_reports = config, config.n_trials, metric, n_reports
         self.start = time.monotonic()
         self.eta: Eta | None = None
         self.estimated, self.took = -math.inf, 0.0  # when, and in how many seconds
@@ -89,7 +83,13 @@ class Progress:
         trials = study.get_trials(deepcopy=False)
         direction: Any = "maximize" if maximizes(study) else "minimize"
         search = SearchOptions(
-            self.pruner, self.n_trials, steps, direction, self.sampler, n_seeds=self.seeds, refit=self.refit
+            self.config.pruner,
+            self.n_trials,
+            steps,
+            direction,
+            self.config.sampler,
+            n_seeds=self.config.n_seed_replicates,
+            refit=self.config.refit,
         )
         return estimate_end(trials, search, 1 + len(being_run(trials)), datetime.now())
 
@@ -102,7 +102,7 @@ class Progress:
 
     def _end(self, trial: FrozenTrial) -> str:
         if trial.state == TrialState.COMPLETE:
-            cost = "" if self.cost is None else f", {self.cost} {cost_of(trial):.4g}"
+            cost = "" if self.config.cost is None else f", {self.config.cost} {cost_of(trial):.4g}"
             return f"done: {self.metric} {score_of(trial):.4f}{cost}"
         if "oom_where" in trial.user_attrs:
             return f"pruned: out of memory in {trial.user_attrs['oom_where']}"
@@ -118,7 +118,7 @@ class Progress:
         found = ranked(study)
         if not found:
             return "no trial complete yet"
-        size = "" if self.cost is None else f", Pareto front of {len(front(study))}"
+        size = "" if self.config.cost is None else f", Pareto front of {len(front(study))}"
         return f"best {score_of(found[0]):.4f} (trial {found[0].number}){size}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -22,21 +21,11 @@ from lightning_bge.runtime.dotted_config import comparable
 from lightning_bge.runtime.run_folder import create_run_dir, record_run
 
 
-@dataclass(frozen=True)
-class StudyRun:
-    """A study that was run.
-
-    Attributes:
-        study: Optuna's, with all trials.
-        summary: what `summary.json` holds; None while other processes still run trials: the last of them writes it.
-    """
-
-    study: optuna.Study
-    summary: dict[str, Any] | None
-
-
-def run_hpo(experiment: Experiment, hpo: StudyConfig) -> StudyRun:
+def run_hpo(experiment: Experiment, hpo: StudyConfig) -> tuple[optuna.Study, dict[str, Any] | None]:
     """Run the study of a folder, or what is missing of it, with a printed line after each trial and a summary.
+
+    Returns:
+        The study, and the content of `summary.json`; None while other processes still run trials: the last writes it.
 
     Raises:
         UserError: options, data or the folder's content are wrong, or no trial ran to its end.
@@ -66,8 +55,8 @@ def run_hpo(experiment: Experiment, hpo: StudyConfig) -> StudyRun:
     run_study(study, objective, hpo, str(experiment.monitor.metric), steps.total, objective.files.paused)
     if others_running(study):
         print("other processes are still running trials of this study: the last of them ends it")
-        return StudyRun(study, None)
-    return StudyRun(study, _finish(experiment, hpo, study, objective, since))
+        return study, None
+    return study, _finish(experiment, hpo, study, objective, since)
 
 
 def _print_head(experiment: Experiment, hpo: StudyConfig, steps: Steps) -> None:

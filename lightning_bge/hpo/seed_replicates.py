@@ -11,6 +11,7 @@ import math
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.hpo.config import BEST, FINISHED, SEED_REPLICATES, StudyConfig
 from lightning_bge.hpo.progress import Progress, count
-from lightning_bge.hpo.ranking import best_parameter_sets, maximizes, ranked, score_of
+from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.ranking import best_parameter_sets, ranked, score_of, sign_of
 from lightning_bge.hpo.storage.abandoned_trials import sweep
 from lightning_bge.hpo.study import is_finished, stop_if_memory_is_kept
 from lightning_bge.hpo.trial.objective import Objective
@@ -28,6 +30,7 @@ from lightning_bge.runtime.compat.optuna import storage_of
 
 ATTEMPTS = 3  # at one seed replicate, whose process dies or which fails; then it counts as one without a value
 
+TAKEN = (*FINISHED, TrialState.RUNNING, TrialState.WAITING)  # of a trial that has run, runs or will run
 Task = tuple[int, int]  # the replicated trial's number, and the seed
 
 
@@ -118,7 +121,7 @@ def run_seed_replicates(
     if not seeds or not is_finished(study, config) or not ranked(study):
         return None
     todo = _Todo(study, _open(study), objective, seeds)
-    progress, once = _Progress(todo, metric, objective.steps.total), todo.objective()
+    progress, once = _Progress(todo, config, metric), todo.objective()
     until = math.inf if config.timeout is None else since + config.timeout
     while todo.queue() and time.monotonic() < until:
         todo.replicates.optimize(once, n_trials=1, callbacks=[progress, stop_if_memory_is_kept])
@@ -159,17 +162,16 @@ class _Todo:
         attempts = self.attempts()
         params = {trial.number: trial.params for trial in self.best()}
         for number, seed in self.tasks():
-            tried = attempts.get((number, seed), [])
-            if not any(_holds(trial) for trial in tried) and not _given_up(tried):
+            if not _settled(attempts[number, seed], TAKEN):
                 self.replicates.enqueue_trial(params[number], user_attrs={"replicate_of": number, "seed": seed})
         return count(self.replicates, TrialState.WAITING) > 0
 
-    def attempts(self) -> dict[Task, list[FrozenTrial]]:
+    def attempts(self) -> defaultdict[Task, list[FrozenTrial]]:
         """All trials that were made of each seed replicate, the oldest first."""
-        found: dict[Task, list[FrozenTrial]] = {}
+        found: defaultdict[Task, list[FrozenTrial]] = defaultdict(list)
         for trial in self.replicates.get_trials(deepcopy=False):
             if (task := _task(trial)) is not None:
-                found.setdefault(task, []).append(trial)
+                found[task].append(trial)
         return found
 
     def objective(self) -> Any:
@@ -190,31 +192,24 @@ class _Todo:
         task = _task(trial)
         if task is None or task not in self.tasks():  # None: the queue was empty, and Optuna has made a new trial
             return True
-        tried = self.attempts()[task]
-        return _given_up(tried) or any(_holds(other) for other in tried if other.number < trial.number)
+        return _settled([other for other in self.attempts()[task] if other.number < trial.number], TAKEN)
 
     def result(self) -> SeedReplicates:
         """What is known by now."""
         attempts = self.attempts()
-        missing = [tried for task in self.tasks() if not _ended(tried := attempts.get(task, []))]
+        missing = [attempts[task] for task in self.tasks() if not _settled(attempts[task], FINISHED)]
         running = [tried for tried in missing if any(trial.state == TrialState.RUNNING for trial in tried)]
-
-        def replicated(trial: FrozenTrial) -> ReplicatedTrial:
-            scores = [_value(attempts.get((trial.number, seed), [])) for seed in self.seeds]
-            return ReplicatedTrial(trial.number, (score_of(trial), *scores))
-
-        trials = tuple(replicated(trial) for trial in self.best())
-        before = ranked(self.study)[0].number
-        sign = 1 if maximizes(self.study) else -1
+        trials = tuple(
+            ReplicatedTrial(
+                trial.number, (score_of(trial), *(_value(attempts[trial.number, seed]) for seed in self.seeds))
+            )
+            for trial in self.best()
+        )
+        before, sign = ranked(self.study)[0].number, sign_of(self.study)
         # of equal means the one with the better score in the study
         means = {one.trial: sign * one.mean for one in trials if one.mean is not None}
         winner = before if missing or not means else max(means, key=lambda number: means[number])
         return SeedReplicates(self.seeds, trials, before, winner, len(missing), len(running))
-
-    def ended(self) -> int:
-        """Number of seed replicates that have ended, with or without a value."""
-        attempts = self.attempts()
-        return sum(_ended(attempts.get(task, [])) for task in self.tasks())
 
 
 def _task(trial: FrozenTrial | optuna.Trial) -> Task | None:
@@ -222,18 +217,11 @@ def _task(trial: FrozenTrial | optuna.Trial) -> Task | None:
     return (attributes["replicate_of"], attributes["seed"]) if "replicate_of" in attributes else None
 
 
-def _holds(trial: FrozenTrial) -> bool:
-    """Whether the trial has run its seed replicate, is running it, or will run it."""
-    return trial.state != TrialState.FAIL
-
-
-def _given_up(tried: Sequence[FrozenTrial]) -> bool:
+def _settled(tried: Sequence[FrozenTrial], states: Sequence[TrialState]) -> bool:
+    """Whether one of the trials of a seed replicate is in such a state, or too many of them have failed."""
     failed = [trial for trial in tried if trial.state == TrialState.FAIL and "redundant" not in trial.user_attrs]
-    return sum(not str(trial.user_attrs.get("swept", "")).startswith("interrupted") for trial in failed) >= ATTEMPTS
-
-
-def _ended(tried: Sequence[FrozenTrial]) -> bool:
-    return _given_up(tried) or any(trial.state in FINISHED for trial in tried)
+    attempts = sum(not str(trial.user_attrs.get("swept", "")).startswith("interrupted") for trial in failed)
+    return attempts >= ATTEMPTS or any(trial.state in states for trial in tried)
 
 
 def _value(tried: Sequence[FrozenTrial]) -> float | None:
@@ -241,8 +229,10 @@ def _value(tried: Sequence[FrozenTrial]) -> float | None:
 
 
 class _Progress(Progress):
-    def __init__(self, todo: _Todo, metric: str, n_reports: int) -> None:
-        super().__init__(len(todo.tasks()), metric, n_reports)
+    def __init__(self, todo: _Todo, config: StudyConfig, metric: str) -> None:
+        # no replicate is pruned, and the time left is that of the replicates alone
+        rest: dict[str, Any] = {"pruner": PrunerConfig("none"), "cost": None, "seed_replicates": 0, "refit": False}
+        super().__init__(replace(config, n_trials=len(todo.tasks()), **rest), metric, todo.trained.steps.total)
         self.todo = todo
 
     def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
@@ -251,7 +241,7 @@ class _Progress(Progress):
             super().__call__(study, trial)
 
     def _done(self, study: optuna.Study) -> int:
-        return self.todo.ended()
+        return self.n_trials - self.todo.result().missing
 
     def _name(self, trial: FrozenTrial) -> str:
         return f"trial {trial.user_attrs['replicate_of']} with seed {trial.user_attrs['seed']}"

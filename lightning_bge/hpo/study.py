@@ -182,7 +182,7 @@ def run_study(
     """
     if is_finished(study, config):
         return
-    progress = Progress(config.n_trials, metric, n_reports, config)
+    progress = Progress(config, metric, n_reports)
     scheduler = _scheduler(study, config, paused_dir)
     callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = [
         *(progress, scheduler or _stop_after(config.n_trials), stop_if_memory_is_kept)

@@ -34,5 +34,6 @@ def _hpo(cli: BGECLI) -> None:
         "To use more, start this command once for each device, with its own CUDA_VISIBLE_DEVICES and the same "
         "--run_dir: these processes share the study",
     )
-    if run_hpo(cli.experiment, cli.config_init.hpo).summary is not None:
+    _, summary = run_hpo(cli.experiment, cli.config_init.hpo)
+    if summary is not None:
         print(f"  {write_report(cli.run_dir).name:<14}the whole study on one page, for a browser")

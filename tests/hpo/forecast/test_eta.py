@@ -267,7 +267,7 @@ def test_progress_prints_the_time_left_and_estimates_it_seldom(
         return Eta(3900.0, 4800.0, 6000.0)
 
     monkeypatch.setattr("lightning_bge.hpo.progress.estimate_end", fake)
-    progress = Progress(9, "f1", 4, config)
+    progress = Progress(config, "f1", 4)
     for trial in made(2):
         study.add_trial(trial)
     progress(study, study.trials[0])
@@ -282,7 +282,7 @@ def test_progress_prints_the_time_left_and_estimates_it_seldom(
 def test_before_the_first_report_no_time_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = optuna.create_study(direction="maximize")
     study.add_trial(create_trial(state=TrialState.PRUNED, value=None))
-    Progress(9, "f1", 4)(study, study.trials[0])
+    Progress(StudyConfig(n_trials=9), "f1", 4)(study, study.trials[0])
     assert "left" not in capsys.readouterr().out
 
 
