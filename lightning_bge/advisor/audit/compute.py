@@ -112,7 +112,7 @@ def fused_optimizer(row: Row, run: ObservedRun, trace: StepTrace) -> Row:
     note = "; a restored optimizer state brings its own flags" if run.requested.fused and kind == "foreach" else ""
     verdict: Verdict = "mismatch" if run.requested.fused else "improve" if share > NOTICEABLE_SHARE else "ok"
     text = "a fused kernel can save a part of what the optimizer takes, at most all of that"
-    saved = TimeSaved(0.0, share / 2, share, "predicted", text)
+    saved = TimeSaved(0.0, share / 2, share, "predicted", text)  # the middle of what is possible
     fix = Fix(f"pass fused=True to the optimizer{note}", "one argument", "none")
     return replace(row, verdict=verdict, time_saved=saved, fix=fix)
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -290,41 +287,22 @@ class Recorder:
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
+        else:  # its C++ library writes two lines to stderr for each trace; with a GPU, errors of the driver too
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         self._profile = profile(activities=activities, record_shapes=True, with_stack=with_stack)
         self._mark = record_function(STEP)
 
     def start(self) -> None:
         """Start recording."""
-        with _quiet_kineto():
-            self._profile.__enter__()
+        self._profile.__enter__()
         self._mark.__enter__()
 
     def stop(self) -> StepTrace:
         """Stop recording, and read what ran."""
         self._mark.__exit__(None, None, None)
-        with _quiet_kineto():
-            self._profile.__exit__(None, None, None)
+        self._profile.__exit__(None, None, None)
         results: Any = self._profile.profiler.kineto_results  # type: ignore[union-attr]
         return read_trace(results.experimental_event_tree(), results.events())
-
-
-@contextmanager
-def _quiet_kineto() -> Iterator[None]:
-    """Drop the profiler's messages, which its C++ library writes to stderr; everything else there is passed on."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            file.seek(0)
-            for line in file.read().splitlines(keepends=True):
-                if not line.startswith((b"USDT:", b"STAGE:")):
-                    os.write(2, line)
-            os.close(kept)
 
 
 def matmul_error(device: torch.device) -> float:
