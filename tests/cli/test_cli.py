@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -417,7 +418,7 @@ def test_the_run_folder_tells_how_to_repeat_it_and_nothing_more(
     folder = tmp_path / "study"
     [call] = json.loads((folder / "run.json").read_text())["calls"]
     assert call["seed"] == 42
-    assert call["versions"]["torch"] == torch.__version__
+    assert call["versions"]["torch"] == version("torch")  # without the local part of some builds
     assert len(call["data_hash"]) == 64
     assert call["command"][1] == "fit"
     assert folder.stat().st_mode & 0o077 == 0
