@@ -37,6 +37,9 @@ class Level(NamedTuple):
     how: str
     basis: Basis
 
+    def __str__(self) -> str:
+        return f"{self.name:<16}  {format_hours(self.hours):>8}  {self.basis:<13}  {self.how}"
+
 
 class Variants(NamedTuple):
     """Seconds of a token without some optimizations, over the seconds with them; None: not measured.
@@ -152,30 +155,31 @@ def _compute_levels(compute: float, rest: float, variants: Variants, in_effect: 
         return [Level(name, compute + rest, text, "unknown") for name in ("none", "+bf16", "+TF32", "+packing")]
     bf16, packed = in_effect.precision == "bf16-mixed", in_effect.attention == "packed"
     padded = 1.0 if variants.padded is None else variants.padded
-    hours = compute * padded + rest
-    if bf16:
-        measured = variants.fp32 is not None
-        fp32 = padded * ASSUMED_BF16 if variants.fp32 is None else variants.fp32
-        basis: Basis = "measured" if measured else "predicted"
-        text = f"steps x {padded / fp32:.3f}" + ("" if measured else ": not measured, assumed to be twice as fast")
-        found = [Level("none", compute * fp32 + rest, "", basis), Level("+bf16", hours, text, basis)]
-    else:
-        known: Basis = "unknown" if packed and variants.padded is None else "measured"
-        text = f"trainer.precision is {in_effect.precision}"
-        found = [Level("none", hours, "", known), Level("+bf16", hours, text, "off")]
+    none: tuple[str, Basis] = (f"trainer.precision is {in_effect.precision}", "off")
     tf32: tuple[str, Basis] = ("matrix products that remain in fp32: included in the row above", "in effect")
+    packing: tuple[str, Basis] = (f"steps x {1 / padded:.3f}", "measured")
+    fp32, precision = padded, none
+    basis: Basis = "unknown" if packed and variants.padded is None else "measured"
+    if bf16 and variants.fp32 is not None:
+        fp32, precision, basis = variants.fp32, (f"steps x {padded / variants.fp32:.3f}", "measured"), "measured"
+    elif bf16:
+        text = f"steps x {1 / ASSUMED_BF16:.3f}: not measured, assumed to be twice as fast"
+        fp32, precision, basis = padded * ASSUMED_BF16, (text, "predicted"), "predicted"
     if in_effect.device != "cuda" or torch.cuda.get_device_capability() < (8, 0):
         tf32 = (f"needs an NVIDIA GPU of compute capability 8.0; the device is {in_effect.device}", "not available")
     elif not in_effect.tf32:
         tf32 = ("fp32 matrices are multiplied in fp32", "off")
-    found.append(Level("+TF32", hours, *tf32))
     if not packed:
-        packing: tuple[str, Basis] = (f"attention is {in_effect.attention}", "off")
+        packing = (f"attention is {in_effect.attention}", "off")
     elif variants.padded is None:
         packing = ("no time to measure it: included in the rows above", "in effect")
-    else:
-        packing = (f"steps x {1 / padded:.3f}", "measured")
-    return [*found, Level("+packing", compute + rest, *packing)]
+    hours = compute * padded + rest
+    return [
+        Level("none", compute * fp32 + rest, "", basis),
+        Level("+bf16", hours, *precision),
+        Level("+TF32", hours, *tf32),
+        Level("+packing", compute + rest, *packing),
+    ]
 
 
 def compile_attempt(scenario: Scenario, costs: StudyCosts, share: float, compile: CompileConfig) -> tuple[float, str]:

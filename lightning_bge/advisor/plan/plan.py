@@ -6,7 +6,6 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -107,25 +106,17 @@ class Plan:
             *_parts(self),
             "",
             "hours at each optimization level, each row in addition to those above",
-            *(f"  {line}" for line in table_of_levels(self.levels)),
+            *(f"  {line}" for line in self.levels),
             f"  total: {format_hours(found.mid / HOUR)}, with start and end{replicates}",
             f"  {self.break_even}",
             "",
             "what if",
-            *(f"  {_what_if(one)}" for one in self.what_ifs),
+            *(f"  {one}" for one in self.what_ifs),
             "",
             "assumptions",
             *(f"  {line}" for line in self.assumptions),
         ]
         return "\n".join(lines)
-
-
-def table_of_levels(levels: Sequence[Level]) -> list[str]:
-    """One line for each level: name, hours, how they are known, and the arithmetic that leads there."""
-    width = max(len(level.name) for level in levels)
-    return [
-        f"{level.name:<{width}}  {format_hours(level.hours):>8}  {level.basis:<13}  {level.how}" for level in levels
-    ]
 
 
 def _clock(seconds: float) -> str:
@@ -138,31 +129,24 @@ def _deadline(plan: Plan) -> list[str]:
     deadline = format_hours(plan.options.deadline)
     if not plan.late:
         return [f"deadline {deadline}: met"]
-    lines = [
-        "",
-        f"DEADLINE MISSED: the study may take {format_hours(plan.prediction.high / HOUR)}, more than {deadline}.",
-    ]
+    head = f"DEADLINE MISSED: the study may take {format_hours(plan.prediction.high / HOUR)}, more than {deadline}."
     if not plan.fixes:
-        return [*lines, "No number of trials or workers meets it: use shorter texts or a smaller model."]
-    lines.append("Changes that meet it, those with the least effect on the quality of the result first:")
-    return [*lines, *(f"  {_what_if(fix)}" for fix in plan.fixes)]
-
-
-_PARTS = ("start", "fold", "epoch", "train", "validation")
+        return [head, "No number of trials or workers meets it: use shorter texts or a smaller model."]
+    best_first = "Changes that meet it, those with the least effect on the quality of the result first:"
+    return [head, best_first, *(f"  {fix}" for fix in plan.fixes)]
 
 
 def _parts(plan: Plan) -> list[str]:
     known, scenario, found = plan.calibration, plan.scenario, plan.prediction
-    steps, trials = scenario.steps, known.trials
-    how = "figures as given, nothing was measured"
-    if known.took:
-        sets = "1 parameter set" if len(trials) == 1 else f"{len(trials)} parameter sets"
-        how = f"measured in {known.took:.0f} s with {sets}; standard error of the step time {known.error:.1%}"
-    parts = {name: fmean(getattr(trial.cost, name) for trial in trials) for name in _PARTS}
+    steps, (low, _, high) = scenario.steps, found.share
+    names = ("start", "fold", "epoch", "train", "validation")
+    parts = {name: fmean(getattr(trial.cost, name) for trial in known.trials) for name in names}
     cost = TrialCost(**parts, epochs=steps.epochs)
-    low, _, high = found.share
     return [
-        how,
+        f"measured in {known.took:.0f} s; parameter sets: {len(known.trials)}; standard error of the step time "
+        f"{known.error:.1%}"
+        if known.took
+        else "figures as given, nothing was measured",
         f"  complete trial: {steps.folds} x (fold {cost.fold:.2f} s + {steps.epochs} x (steps {cost.train:.2f} s + "
         f"validation {cost.validation * steps.per_epoch:.2f} s + {cost.epoch:.2f} s)) + {cost.start:.2f} s = "
         f"{format_hours(cost.total(steps) / HOUR)}",
@@ -172,11 +156,6 @@ def _parts(plan: Plan) -> list[str]:
         f"  start and end: {format_hours(found.start_and_end / HOUR)} (start of a process {known.start:.1f} s, excess "
         f"of its first trial {known.first_trial:.1f} s, end {known.end:.1f} s, refit)",
     ]
-
-
-def _what_if(one: WhatIf) -> str:
-    hours = f"{format_hours(one.mid)} ({format_hours(one.low)} to {format_hours(one.high)})"
-    return f"{one.change}: {hours}    {one.flags}"
 
 
 DRAWN = 256  # parameter sets, from which those of the trials are drawn

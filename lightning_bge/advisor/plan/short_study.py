@@ -61,6 +61,23 @@ def tokens_of(steps: Sequence[Step]) -> int:
     return sum(step.tokens for step in steps)
 
 
+@dataclass(frozen=True)
+class InEffect:
+    """Optimizations that were in effect in the measured trials.
+
+    Attributes:
+        device: `cpu`, `cuda` ...
+        precision: of the trainer.
+        attention: `packed` or `padded`.
+        tf32: whether a GPU multiplies fp32 matrices in TF32.
+    """
+
+    device: str
+    precision: str
+    attention: str
+    tf32: bool = False
+
+
 class StepTimer(Callback):
     """Times the batches of training, validation and test; for several calls of `fit`, call `start` before each.
 
@@ -73,7 +90,10 @@ class StepTimer(Callback):
         steps: optimizer steps.
         validation: batches of validations and of the test.
         validations: number of validations.
+        in_effect: optimizations in effect in the last call of `fit`; None before it.
     """
+
+    in_effect: InEffect | None = None
 
     def __init__(self) -> None:
         self.start()
@@ -91,15 +111,20 @@ class StepTimer(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Everything is built."""
+        attention = getattr(pl_module.net, "attention", "unknown")
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
+        self.in_effect = InEffect(pl_module.device.type, str(trainer.precision), str(attention), tf32)
         self.ready = _now(pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The wait for the first batch is not counted as one."""
         self._waited = None
 
+    on_validation_start = on_train_epoch_start
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """A step begins."""
-        self._since = _now(pl_module)
+        self.on_validation_batch_start(trainer, pl_module)
         if self.first is None:
             self.first = self._since
 
@@ -109,19 +134,18 @@ class StepTimer(Callback):
         """A step has ended."""
         self.steps.append(self._step(pl_module, batch))
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The wait for the first batch is not counted as one."""
-        self._waited = None
-
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """A batch begins."""
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """A batch of a validation or of the test begins."""
         self._since = _now(pl_module)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
-        """A batch has ended."""
+        """A batch of a validation or of the test has ended."""
         self.validation.append(self._step(pl_module, batch))
+
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The validation has ended, and its metrics are computed."""
@@ -129,21 +153,11 @@ class StepTimer(Callback):
         self.validations += 1
         self._waited = None
 
-    def on_test_batch_start(self, *args: Any) -> None:
-        """As in a validation."""
-        self.on_validation_batch_start(*args)
-
-    def on_test_batch_end(self, *args: Any) -> None:
-        """As in a validation."""
-        self.on_validation_batch_end(*args)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The trial was paused or has failed."""
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """The call of `fit` or `test` has ended, or the trial was paused or has failed."""
         self.ended = _clock()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The call of `fit` or `test` ends."""
-        self.ended = _clock()
+    on_exception = teardown
 
     def _step(self, module: LightningModule, batch: Any) -> Step:
         now = self.last = _now(module)
@@ -229,35 +243,6 @@ class TimedRun:
         return (self.inside - seconds_of(self.steps) - seconds_of(self.validation)) / self.epochs
 
 
-@dataclass(frozen=True)
-class InEffect:
-    """Optimizations that were in effect in the measured trials.
-
-    Attributes:
-        device: `cpu`, `cuda` ...
-        precision: of the trainer.
-        attention: `packed` or `padded`.
-        tf32: whether a GPU multiplies fp32 matrices in TF32.
-    """
-
-    device: str
-    precision: str
-    attention: str
-    tf32: bool = False
-
-
-class _Observer(Callback):
-    """Notes what is in effect when training starts."""
-
-    def __init__(self) -> None:
-        self.found: InEffect | None = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        attention = getattr(pl_module.net, "attention", "unknown")
-        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
-        self.found = InEffect(pl_module.device.type, str(trainer.precision), str(attention), tf32)
-
-
 class ShortStudy:
     """A temporary study of shortened trials.
 
@@ -285,7 +270,7 @@ class ShortStudy:
         folder: Path,
     ) -> None:
         self.build, self.refit, self._encoder, self._folder = build, hpo.refit, encoder, folder / "study"
-        self.timer, self._observer = StepTimer(), _Observer()
+        self.timer = StepTimer()
         self._steps, self._pauses = 2, hpo.pruner.name == "asha"
         # one epoch before a pause and two after it, so that one epoch follows another
         self._epochs = 3 if self._pauses else 2
@@ -309,8 +294,8 @@ class ShortStudy:
     @property
     def in_effect(self) -> InEffect:
         """What was in effect in the last trial that was trained."""
-        assert self._observer.found is not None
-        return self._observer.found
+        assert self.timer.in_effect is not None
+        return self.timer.in_effect
 
     def shorten_epochs(self, steps: int) -> None:
         """Set the optimizer steps of an epoch; 2 until then."""
@@ -328,7 +313,7 @@ class ShortStudy:
             limits["limit_val_batches"] = 1
 
         def make_trainer(callbacks: Sequence[Callback] = (), **changes: Any) -> Trainer:
-            return setup.make_trainer(callbacks=[self.timer, self._observer, *callbacks], **{**limits, **changes})
+            return setup.make_trainer(callbacks=[self.timer, *callbacks], **{**limits, **changes})
 
         return replace(setup, make_trainer=make_trainer)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from lightning_bge.advisor.plan.cost_model import HOUR, Calibration
+from lightning_bge.advisor.plan.cost_model import HOUR, Calibration, format_hours
 from lightning_bge.advisor.plan.predict import DRIFT, Scenario, StudyCosts, predict
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
@@ -35,6 +35,10 @@ class WhatIf:
     low: float
     mid: float
     high: float
+
+    def __str__(self) -> str:
+        low, mid, high = map(format_hours, (self.low, self.mid, self.high))
+        return f"{self.change}: {mid} ({low} to {high})    {self.flags}"
 
 
 @dataclass(frozen=True)
