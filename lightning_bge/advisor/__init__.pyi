@@ -1,5 +1,6 @@
 from .audit.bge_run import BGERun as BGERun
 from .audit.bge_run import audit_bge_run as audit_bge_run
+from .audit.checks_search import audit_objective as audit_objective
 from .audit.output import describe_audit as describe_audit
 from .audit.requested import Requested as Requested
 from .audit.result import Audit as Audit
@@ -7,7 +8,6 @@ from .audit.result import AuditConfig as AuditConfig
 from .audit.result import Fix as Fix
 from .audit.result import Row as Row
 from .audit.result import TimeSaved as TimeSaved
-from .audit.search import audit_objective as audit_objective
 from .plan.config import GivenFigures as GivenFigures
 from .plan.config import PlanConfig as PlanConfig
 from .plan.plan import Plan as Plan

@@ -13,11 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 
-from lightning_bge.advisor.audit.bottleneck import next_step, peak_share, step_parts
-from lightning_bge.advisor.audit.compute import compute_rows
-from lightning_bge.advisor.audit.loop import loop_rows
-from lightning_bge.advisor.audit.observe import StepObserver
-from lightning_bge.advisor.audit.repeat import (
+from lightning_bge.advisor.audit.ablation import (
     Ablation,
     RestoredState,
     Run,
@@ -27,6 +23,10 @@ from lightning_bge.advisor.audit.repeat import (
     precision_ablation,
     unchanged_random_state,
 )
+from lightning_bge.advisor.audit.bottleneck import next_step, peak_share, step_parts
+from lightning_bge.advisor.audit.checks_compute import compute_rows
+from lightning_bge.advisor.audit.checks_loop import loop_rows
+from lightning_bge.advisor.audit.observe import StepObserver
 from lightning_bge.advisor.audit.requested import ObservedRun, Requested, requested_by
 from lightning_bge.advisor.audit.result import CATEGORIES, Audit, AuditConfig, Fix, Row, TimeSaved
 from lightning_bge.callbacks.torch_backends import choose_precision

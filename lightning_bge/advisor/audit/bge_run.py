@@ -8,12 +8,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_bge.advisor.audit.ablation import Ablation, precision_ablation
 from lightning_bge.advisor.audit.audit import Additions, audit_run
+from lightning_bge.advisor.audit.checks_search import search_rows
 from lightning_bge.advisor.audit.observe import StepObserver
-from lightning_bge.advisor.audit.repeat import Ablation, precision_ablation
 from lightning_bge.advisor.audit.requested import ObservedRun, Requested
 from lightning_bge.advisor.audit.result import Audit, AuditConfig, Row, TimeSaved
-from lightning_bge.advisor.audit.search import search_rows
 from lightning_bge.callbacks.compile.callback import CompileLayers
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder

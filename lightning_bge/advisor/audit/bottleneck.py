@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from lightning_bge.advisor.audit.loop import host_seconds
+from lightning_bge.advisor.audit.checks_loop import host_seconds
 from lightning_bge.advisor.audit.observation import FETCH, HOST, MOVE, PARTS, RUN
 from lightning_bge.advisor.audit.requested import ObservedRun
 from lightning_bge.advisor.audit.result import Row

@@ -17,11 +17,11 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from torch import Tensor, nn
 
+from lightning_bge.advisor.audit.ablation import Ablation
 from lightning_bge.advisor.audit.audit import audit, with_saving
-from lightning_bge.advisor.audit.compute import dropout, fused_optimizer
-from lightning_bge.advisor.audit.loop import effective_batch, persistent_workers, synchronization
+from lightning_bge.advisor.audit.checks_compute import dropout, fused_optimizer
+from lightning_bge.advisor.audit.checks_loop import effective_batch, persistent_workers, synchronization
 from lightning_bge.advisor.audit.observation import Observation, OptimizerSteps, StepTrace
-from lightning_bge.advisor.audit.repeat import Ablation
 from lightning_bge.advisor.audit.requested import ObservedRun, Requested
 from lightning_bge.advisor.audit.result import Fix, Row, TimeSaved
 from lightning_bge.errors import ConfigError

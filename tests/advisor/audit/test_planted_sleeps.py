@@ -12,7 +12,7 @@ import pytest
 
 from lightning_bge.advisor.audit.audit import audit
 from lightning_bge.advisor.audit.bottleneck import next_step, step_parts
-from lightning_bge.advisor.audit.loop import callbacks, data_wait, host_time
+from lightning_bge.advisor.audit.checks_loop import callbacks, data_wait, host_time
 from lightning_bge.advisor.audit.observation import FETCH, MOVE, RUN, Cycle, Observation, OptimizerSteps, StepTrace
 from lightning_bge.advisor.audit.requested import ObservedRun, Requested
 from lightning_bge.advisor.audit.result import Row

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lightning_bge.advisor.audit.loop import NOTICEABLE_SHARE
+from lightning_bge.advisor.audit.checks_loop import NOTICEABLE_SHARE
 from lightning_bge.advisor.audit.observation import StepTrace
 from lightning_bge.advisor.audit.requested import DROPOUT, ObservedRun, dropout_rates, is_compiled, on_off
 from lightning_bge.advisor.audit.result import Fix, Row, TimeSaved, Verdict

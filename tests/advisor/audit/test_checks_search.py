@@ -12,8 +12,8 @@ from optuna.pruners import HyperbandPruner, MedianPruner
 from optuna_integration import PyTorchLightningPruningCallback
 from torch import Tensor
 
+from lightning_bge.advisor.audit.checks_search import audit_objective, pruning, search_rows
 from lightning_bge.advisor.audit.result import Row
-from lightning_bge.advisor.audit.search import audit_objective, pruning, search_rows
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.pruning.config import PrunerConfig

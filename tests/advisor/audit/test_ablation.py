@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lightning_bge.advisor.audit.ablation import BATCHES, Ablation, measure, time_saved
 from lightning_bge.advisor.audit.observation import Cycle
 from lightning_bge.advisor.audit.observe import StepObserver
-from lightning_bge.advisor.audit.repeat import BATCHES, Ablation, measure, time_saved
 from lightning_bge.advisor.audit.result import TimeSaved
 
 
