@@ -31,7 +31,8 @@ def ranked(study: optuna.Study) -> list[FrozenTrial]:
     The first of them is Optuna's `best_trial`, which is refused where there is a cost as well.
     """
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return sorted(done, key=lambda trial: rank_key(study, trial.number, trial.values))
+    sign = sign_of(study)
+    return sorted(done, key=lambda trial: (-sign * trial.values[0], *trial.values[1:], trial.number))
 
 
 def best_parameter_sets(study: optuna.Study, count: int) -> list[FrozenTrial]:
@@ -40,12 +41,6 @@ def best_parameter_sets(study: optuna.Study, count: int) -> list[FrozenTrial]:
     for trial in ranked(study):
         found.setdefault(tuple(sorted(trial.params.items())), trial)
     return list(found.values())[:count]
-
-
-def rank_key(study: optuna.Study, number: int, values: Sequence[float]) -> tuple[float, ...]:
-    """The sort key of a trial; the best trial has the lowest."""
-    score, *costs = values
-    return -score if maximizes(study) else score, *costs, number
 
 
 def maximizes(study: optuna.Study) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -88,35 +89,30 @@ def finish_study(
     write_predictions(run_dir / "oof.csv", schema, oof.predictions, {"fold": oof.fold.tolist()})
     write_text(run_dir / "best.yaml", _best_yaml(setup, best, run_dir))
     summary = _summary(study, best, monitor, schema, oof) | key
-    if refit:
-        summary |= _refit(build, best, schema, epochs, run_dir)
+    if refit:  # with the learning rate's schedule of the folds, to the epoch at which they were best on average
+        horizon = best.params.get("trainer.max_epochs", epochs)
+        summary |= _refit(
+            build, {**best.params, "model.schedule.epochs": horizon}, schema, summary["refit_epochs"], run_dir
+        )
     write_json(run_dir / "summary.json", summary)
     return summary
 
 
 def trials_table(study: optuna.Study) -> str:
     """All trials as CSV: number, state, value, cost, seconds, reports, where they ended, folds' scores, parameters."""
-    names = sorted({name for trial in study.trials for name in trial.params})
+    names = sorted({name for trial in study.get_trials(deepcopy=False) for name in trial.params})
     attributes = [
         *("pruned_at", "paused_at", "resumes", "oom_where", "oom_requested", "oom_free"),
         *("fold_scores", "fold_epochs", "retry_of", "swept"),
     ]
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\n")  # it writes None as an empty field
     writer.writerow(["number", "state", "value", "cost", "seconds", "reports", *attributes, *names])
     for trial in study.get_trials(deepcopy=False):
-        seconds = round(trial.duration.total_seconds(), 3) if trial.duration else ""
-        writer.writerow(
-            [trial.number, trial.state.name, _blank(score_of(trial)), _blank(cost_of(trial)), seconds]
-            + [len(trial.intermediate_values)]
-            + [_blank(trial.user_attrs.get(name)) for name in attributes]
-            + [_blank(trial.params.get(name)) for name in names]
-        )
+        seconds = round(trial.duration.total_seconds(), 3) if trial.duration else None
+        row = [trial.number, trial.state.name, score_of(trial), cost_of(trial), seconds, len(trial.intermediate_values)]
+        writer.writerow(row + [trial.user_attrs.get(name) for name in attributes] + [*map(trial.params.get, names)])
     return text.getvalue()
-
-
-def _blank(value: Any) -> Any:
-    return "" if value is None else value
 
 
 def _best_yaml(setup: TrialSetup, best: FrozenTrial, run_dir: Path) -> str:
@@ -125,17 +121,12 @@ def _best_yaml(setup: TrialSetup, best: FrozenTrial, run_dir: Path) -> str:
     return head + "# Train with them: lightning-bge fit -c THIS_FILE\n" + yaml.safe_dump(config, sort_keys=False)
 
 
-def _refit_epochs(best: FrozenTrial) -> int:
-    """The mean of the folds' scored epochs."""
-    return max(1, round(float(np.mean(best.user_attrs["fold_epochs"]))))
-
-
 def _summary(
     study: optuna.Study, best: FrozenTrial, monitor: MonitorConfig, schema: Schema, oof: OutOfFold
 ) -> dict[str, Any]:
     failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
     interrupted = [trial for trial in failed if "swept" in trial.user_attrs]
-    return {
+    found: dict[str, Any] = {
         "study": study.study_name,
         "task": schema.task,
         "n_complete": count(study, TrialState.COMPLETE),
@@ -154,22 +145,17 @@ def _summary(
         "threshold": oof.threshold if schema.task in HAS_THRESHOLD else None,
         "threshold_note": oof.threshold_note,
         "out_of_fold": oof.metrics,
-        "refit_epochs": _refit_epochs(best),
+        "refit_epochs": max(1, round(float(np.mean(best.user_attrs["fold_epochs"])))),  # the mean of the scored epochs
         "wall_seconds": round(wall_seconds(study), 1),
         "model_dir": None,
-        **_front(study),
     }
-
-
-def _front(study: optuna.Study) -> dict[str, Any]:
-    """The Pareto-optimal trials, the best score first; nothing where the study has no cost."""
     if len(study.directions) == 1:
-        return {}
-    found = [
+        return found
+    optimal = [
         {"number": trial.number, "score": score_of(trial), "cost": cost_of(trial), "params": trial.params}
         for trial in front(study)
     ]
-    return {"cost": study.user_attrs["settings"]["hpo.cost"], "front": found}
+    return {**found, "cost": study.user_attrs["settings"]["hpo.cost"], "front": optimal}
 
 
 def wall_seconds(study: optuna.Study) -> float:
@@ -179,25 +165,20 @@ def wall_seconds(study: optuna.Study) -> float:
         for trial in study.get_trials(deepcopy=False)
         if trial.datetime_start and trial.datetime_complete
     )
-    total, end = 0.0, None
+    total, end = 0.0, datetime.min
     for start, stop in spans:
-        begin = start if end is None else max(start, end)
-        total += max(0.0, (stop - begin).total_seconds())
-        end = stop if end is None else max(end, stop)
+        total += max(0.0, (stop - max(start, end)).total_seconds())
+        end = max(end, stop)
     return total
 
 
-def _refit(build: Build, best: FrozenTrial, schema: Schema, epochs: int, run_dir: Path) -> dict[str, Any]:
-    """Train with the best hyperparameters on all rows; export the model; score the test file.
-
-    The learning rate has the schedule of the folds, and training ends at the epoch at which they were best on average.
-    """
-    horizon = best.params.get("trainer.max_epochs", epochs)
-    setup = build({**best.params, "model.schedule.epochs": horizon})
+def _refit(build: Build, params: dict[str, Any], schema: Schema, epochs: int, run_dir: Path) -> dict[str, Any]:
+    """Train with the hyperparameters on all rows for so many epochs; export the model; score the test file."""
+    setup = build(params)
     model, datamodule = setup.model, setup.datamodule
     try:
         datamodule.select_fold(None)
-        trainer = setup.make_trainer(max_epochs=_refit_epochs(best), limit_val_batches=0)
+        trainer = setup.make_trainer(max_epochs=epochs, limit_val_batches=0)
         trainer.fit(model, datamodule=datamodule)
         assert model.schema is not None
         model.set_schema(replace(model.schema, threshold=schema.threshold))
@@ -207,9 +188,8 @@ def _refit(build: Build, best: FrozenTrial, schema: Schema, epochs: int, run_dir
             trainer.test(model, datamodule=datamodule, verbose=False)
             assert model.predictions is not None
             write_predictions(run_dir / "test.csv", model.schema, model.predictions)
-            found["test"] = {
-                name.removeprefix("test_"): float(value) for name, value in trainer.callback_metrics.items()
-            }
+            metrics = trainer.callback_metrics
+            found["test"] = {name.removeprefix("test_"): float(value) for name, value in metrics.items()}
     finally:
         release(host=False)
     return found

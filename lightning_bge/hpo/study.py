@@ -60,13 +60,13 @@ def open_study(
     seeded = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}[config.sampler]
     storage = open_storage(run_dir / JOURNAL)
     summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
-    resumed = any(summary.study_name == run_dir.name for summary in summaries)
+    # the number of trials is added, else a resumed study would draw its first parameter sets a second time
+    before = sum(summary.n_trials for summary in summaries if summary.study_name == run_dir.name)
     study = optuna.create_study(
         storage=storage,
         study_name=run_dir.name,
         directions=[direction] if config.cost is None else [direction, "minimize"],
-        # the number of trials is added, else a resumed study would draw its first parameter sets a second time
-        sampler=seeded(seed=config.sampler_seed + (_n_trials(storage, run_dir.name) if resumed else 0)),
+        sampler=seeded(seed=config.sampler_seed + before),
         pruner=build_pruner(config.pruner, config.n_trials, steps),
         load_if_exists=True,
     )
@@ -74,19 +74,16 @@ def open_study(
     options = json.loads(json.dumps(options))
     if config.cost is not None:
         options["hpo.cost"] = config.cost
-    if "space" not in study.user_attrs or "settings" not in study.user_attrs:
+    known = study.user_attrs
+    if "space" not in known or "settings" not in known:
         study.set_user_attr("space", space)
         study.set_user_attr("settings", options)
-    if study.user_attrs.get("steps") != asdict(steps):
+    if known.get("steps") != asdict(steps):
         study.set_user_attr("steps", asdict(steps))
     _check_same(run_dir, study, space, options)
     sweep(study)
     enqueue_once(study, enqueued, run_dir / JOURNAL)
     return study
-
-
-def _n_trials(storage: optuna.storages.BaseStorage, name: str) -> int:
-    return storage.get_n_trials(storage.get_study_id_from_name(name))
 
 
 def _check_same(run_dir: Path, study: optuna.Study, space: dict[str, Any], options: dict[str, Any]) -> None:

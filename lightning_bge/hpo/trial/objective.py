@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,10 @@ from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import INTERRUPTED
-from lightning_bge.hpo.config import BEST
 from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.asha_trials import RESUMES
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
-from lightning_bge.hpo.ranking import CostName, best_parameter_sets, cost, rank_key
+from lightning_bge.hpo.ranking import CostName, cost
 from lightning_bge.hpo.space.search_space import Space, suggest
 from lightning_bge.hpo.steps import Report, Steps
 from lightning_bge.hpo.storage.abandoned_trials import abandon
@@ -122,7 +121,8 @@ class Objective:
             optuna.TrialPruned: the pruner stopped it.
         """
         mark_alive(trial)
-        before, loads = self._live_bytes(), self.encoder.loads
+        # bytes of live tensors, without those of the encoder cache
+        before, loads = live_bytes() - self.encoder.nbytes, self.encoder.loads
         try:
             params, seed = suggest(trial, self.space), trial.user_attrs.get("seed")
             return self._run(trial, params if seed is None else {**params, SEED: seed})
@@ -142,14 +142,10 @@ class Objective:
             clean_up(error)
         for name in ("where", "kind", "requested", "free", "text"):
             trial.set_user_attr(f"oom_{name}", getattr(failed, name))
-        kept = self._live_bytes() - before
+        kept = live_bytes() - self.encoder.nbytes - before
         if kept > KEPT_BYTES:
             trial.set_user_attr("memory_kept", kept)
         raise optuna.TrialPruned(str(failed))
-
-    def _live_bytes(self) -> int:
-        """Bytes of live tensors, without those of the encoder cache."""
-        return live_bytes() - self.encoder.nbytes
 
     def _run(self, trial: optuna.Trial, params: dict[str, Any]) -> float | tuple[float, float]:
         paused = self._paused(trial)
@@ -166,12 +162,11 @@ class Objective:
         trial.set_user_attr("fold_scores", scores)
         trial.set_user_attr("fold_epochs", [fold.epochs for fold in folds])
         value = sum(scores) / len(scores)
-        values = (value,) if self.cost is None else (value, cost(self.cost, curve, [fold.rows for fold in folds]))
-        folder = self.files.out_of_fold
-        if folder is not None and _is_among_best(trial, values):
-            save_predictions([fold.predictions for fold in folds if fold.predictions], folder, trial.number)
-            drop_predictions(trial.study, folder)
-        return value if len(values) == 1 else values
+        if self.files.out_of_fold is not None:
+            predictions = [fold.predictions for fold in folds if fold.predictions]
+            save_predictions(predictions, self.files.out_of_fold, trial.number)
+            drop_predictions(trial.study, self.files.out_of_fold)
+        return value if self.cost is None else (value, cost(self.cost, curve, [fold.rows for fold in folds]))
 
     def _paused(self, trial: optuna.Trial) -> PausedTrial | None:
         """The paused trial that this one resumes, whose reports it repeats; None: it resumes none."""
@@ -198,13 +193,13 @@ class Objective:
         paused: PausedTrial | None,
     ) -> FoldResult:
         metric, direction = f"val_{self.monitor.metric}", metric_direction(str(self.monitor.metric))
-        scored = ScoredEpoch(metric, self.monitor.objective, direction)
+        scored, pruner = ScoredEpoch(metric, self.monitor.objective, direction), trial.study.pruner
 
         def write_checkpoint(trainer: Trainer | None) -> None:
             study = trial.study
             assert self.files.paused is not None
-            assert isinstance(study.pruner, AshaPruner)
-            if study.pruner.can_be_resumed(study, study.get_trials(deepcopy=False)[trial.number], self.n_trials):
+            assert isinstance(pruner, AshaPruner)
+            if pruner.can_be_resumed(study, study.get_trials(deepcopy=False)[trial.number], self.n_trials):
                 folder = self.files.paused / str(trial.number)
                 pause(folder, trainer, folds=done, curve=curve, reports=reports, scored=scored)
 
@@ -218,7 +213,7 @@ class Objective:
             objective=self.monitor.objective,
             direction=direction,
             per_epoch=self.steps.per_epoch,
-            pause=write_checkpoint if isinstance(trial.study.pruner, AshaPruner) else None,
+            pause=write_checkpoint if isinstance(pruner, AshaPruner) else None,
         )
         curve.append(reports.curve)
         if paused is not None:
@@ -226,9 +221,8 @@ class Objective:
         setup = self.build(params)
         setup.datamodule.select_fold(len(done))
         if not reports.closed:
-            compiler = CompileLayers(
-                self.compile, steps_left=self._steps_left(trial.study, setup.datamodule, len(done))
-            )
+            steps_left = self._steps_left(trial.study, setup.datamodule, len(done))
+            compiler = CompileLayers(self.compile, steps_left=steps_left)
             callbacks = [OOMHandler(), compiler, scored, *early_stopping(self.monitor), reports, ReleaseEncoder()]
             setup.model.load_encoder_with(self.encoder.load)
             checkpoint = None if paused is None else paused.checkpoint
@@ -255,11 +249,3 @@ def early_stopping(monitor: MonitorConfig) -> list[Callback]:
     mode = "max" if metric_direction(str(monitor.metric)) == "maximize" else "min"
     # a NaN prunes the trial, with its reason: see `FoldPruningCallback`
     return [EarlyStopping(f"val_{monitor.metric}", mode=mode, patience=monitor.patience, check_finite=False)]
-
-
-def _is_among_best(trial: optuna.Trial, values: Sequence[float]) -> bool:
-    """Whether its parameter set is one of the best now; if it is not, it will never be."""
-    key = rank_key(trial.study, trial.number, values)
-    best = best_parameter_sets(trial.study, BEST)
-    better = [other for other in best if rank_key(trial.study, other.number, other.values) < key]
-    return len(better) < BEST and all(other.params != trial.params for other in better)

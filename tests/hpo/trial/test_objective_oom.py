@@ -186,11 +186,11 @@ def test_live_bytes_are_as_before(folder: Path, monkeypatch: pytest.MonkeyPatch)
     call = Objective.__call__
 
     def watched(self: Objective, trial: optuna.Trial) -> float:
-        before = self._live_bytes()
+        before = live_bytes() - self.encoder.nbytes
         try:
             return call(self, trial)
         finally:
-            held.append(self._live_bytes() - before)
+            held.append(live_bytes() - self.encoder.nbytes - before)
 
     monkeypatch.setattr(Objective, "__call__", watched)
     search(folder, inject(monkeypatch, "backward", Fault(ERRORS["MemoryError"], times=10**6)))

@@ -73,6 +73,7 @@ def test_of_trials_with_the_same_parameters_one_keeps_its_predictions(files: Pat
     for lr in (3e-3, 3e-3, 1e-3, 3e-3):
         study.enqueue_trial({"lr": lr, "dropout": 0.1})
     study.optimize(make(files, oof_dir=tmp_path), n_trials=4)
+    drop_predictions(study, tmp_path)
     assert kept(tmp_path) == {0, 2}
 
 
