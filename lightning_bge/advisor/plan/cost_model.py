@@ -261,13 +261,10 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 def choose_different(sets: ParameterSets, count: int) -> list[dict[str, Any]]:
     """Choose so many parameter sets, the first one and then always the one most different from those chosen."""
-    space = sets.space
-    chosen, rest = [sets.params[0]], list(sets.params[1:])
-    near = [distance(features(params, space), features(chosen[0], space)) for params in rest]
-    while rest and len(chosen) < count:
-        at = int(np.argmax(near))
-        chosen.append(rest.pop(at))
-        near.pop(at)
-        mine = features(chosen[-1], space)
-        near = [min(old, distance(features(p, space), mine)) for old, p in zip(near, rest, strict=True)]
-    return chosen
+    found = [features(params, sets.space) for params in sets.params]
+    chosen, near = [0], [distance(one, found[0]) for one in found]
+    while len(chosen) < min(count, len(found)):
+        near[chosen[-1]] = -1.0  # not a second time
+        chosen.append(int(np.argmax(near)))
+        near = [min(old, distance(one, found[chosen[-1]])) for old, one in zip(near, found, strict=True)]
+    return [sets.params[number] for number in chosen]

@@ -62,6 +62,7 @@ class Plan:
         break_even: when compiling pays off, as text.
         what_ifs: changes, and the hours of the changed study.
         warnings: about the study and the measurement.
+        assumptions: what the figures assume besides the measurement.
         fixes: changes that meet the deadline, those with the least effect on the quality of the result first.
     """
 
@@ -74,6 +75,7 @@ class Plan:
     break_even: str
     what_ifs: tuple[WhatIf, ...]
     warnings: tuple[str, ...]
+    assumptions: tuple[str, ...]
     fixes: tuple[WhatIf, ...] = ()
 
     @property
@@ -81,14 +83,9 @@ class Plan:
         """Whether the study may miss its deadline."""
         return self.prediction.high / HOUR > (self.options.deadline or math.inf)
 
-    @property
-    def assumptions(self) -> tuple[str, ...]:
-        """What the figures assume besides the measurement."""
-        return tuple(assumptions(self.scenario, self.calibration.took > 0))
-
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self) | {"assumptions": self.assumptions}
+        return asdict(self)
 
     def __str__(self) -> str:
         scenario, found = self.scenario, self.prediction
@@ -216,6 +213,7 @@ def make_plan(experiment: Experiment, hpo: StudyConfig, options: PlanConfig, pro
         break_even=describe_break_even(scenario, costs, prediction.share[1], given),
         what_ifs=tuple(changes.usual()),
         warnings=tuple(warnings),
+        assumptions=tuple(assumptions(scenario, calibration.took > 0)),
     )
     return replace(found, fixes=tuple(changes.meeting(options.deadline))) if options.deadline and found.late else found
 

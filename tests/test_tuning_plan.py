@@ -14,7 +14,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.classifier import BGEClassifier
-from lightning_bge.planning import plan
+from lightning_bge.tuning import plan
 from tests.helpers.small_search import write_files
 
 SPACE = {
