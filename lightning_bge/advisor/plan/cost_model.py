@@ -218,11 +218,9 @@ class Calibration:
         mine = features(params, space)
         weights = [1 / (distance(mine, trial.features) + NEAR) ** 2 for trial in self.trials]
 
-        def mean(name: str) -> float:
-            return sum(w * getattr(t.cost, name) for w, t in zip(weights, self.trials, strict=True)) / sum(weights)
-
         names = ("start", "fold", "epoch", "train", "validation", "pause", "resume")
-        found = {name: mean(name) for name in names}
+        pairs = list(zip(weights, (trial.cost for trial in self.trials), strict=True))
+        found = {name: sum(w * getattr(cost, name) for w, cost in pairs) / sum(weights) for name in names}
         return TrialCost(**found, epochs=params.get("trainer.max_epochs", epochs))
 
 

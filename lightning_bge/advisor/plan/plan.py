@@ -62,7 +62,6 @@ class Plan:
         break_even: when compiling pays off, as text.
         what_ifs: changes, and the hours of the changed study.
         warnings: about the study and the measurement.
-        assumptions: what the figures assume besides the measurement.
         fixes: changes that meet the deadline, those with the least effect on the quality of the result first.
     """
 
@@ -75,8 +74,12 @@ class Plan:
     break_even: str
     what_ifs: tuple[WhatIf, ...]
     warnings: tuple[str, ...]
-    assumptions: tuple[str, ...]
     fixes: tuple[WhatIf, ...] = ()
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What the figures assume besides the measurement."""
+        return tuple(assumptions(self.scenario, self.calibration.took > 0))
 
     @property
     def late(self) -> bool:
@@ -85,7 +88,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self)
+        return asdict(self) | {"assumptions": self.assumptions}
 
     def __str__(self) -> str:
         scenario, found = self.scenario, self.prediction
@@ -213,7 +216,6 @@ def make_plan(experiment: Experiment, hpo: StudyConfig, options: PlanConfig, pro
         break_even=describe_break_even(scenario, costs, prediction.share[1], given),
         what_ifs=tuple(changes.usual()),
         warnings=tuple(warnings),
-        assumptions=tuple(assumptions(scenario, calibration.took > 0)),
     )
     return replace(found, fixes=tuple(changes.meeting(options.deadline))) if options.deadline and found.late else found
 
@@ -236,8 +238,8 @@ def _measure(
         found = calibrate(study, sets, options.seconds)
         encoder.clear()
         left = max(0.0, options.seconds - found.took)
-        variants = measure_variants(experiment.build, found.trials[0], study.in_effect, left)
-    return replace(found, start=start), study.in_effect, variants
+        variants = measure_variants(experiment.build, found.trials[0], study.timer.in_effect, left)
+    return replace(found, start=start), study.timer.in_effect, variants
 
 
 def _as_given(size: DataSize, given: GivenFigures, sets: ParameterSets) -> Calibration:

@@ -96,10 +96,6 @@ class StudyCosts:
         pause, resume = self.column("pause")[chosen], (self.column("resume") + fold)[chosen]
         return Durations(self.column("start")[chosen], reports, np.outer(pause, inside), np.outer(resume, inside))
 
-    def complete_trial(self, steps: Steps) -> float:
-        """Mean seconds of a complete trial."""
-        return fmean(cost.total(steps) for cost in self.trials)
-
     def training(self, scenario: Scenario, share: float) -> float:
         """Seconds of the optimizer steps of each worker, if pruning leaves this share of them."""
         trial = scenario.steps.folds * fmean(c.train * min(c.epochs, scenario.steps.epochs) for c in self.trials)
@@ -155,7 +151,7 @@ def predict(scenario: Scenario, costs: StudyCosts, runs: int = RUNS, seed: int =
     curves = learning_curves(scenario)
     if scenario.pruner.name not in ("asha", "none"):
         runs = min(runs, FEW)
-    trial = costs.complete_trial(steps)
+    trial = fmean(cost.total(steps) for cost in costs.trials)
     unpruned = trial * scenario.n_trials
     start_and_end = known.start + known.first_trial + known.end + costs.compile_s
     start_and_end += known.refit_epoch * scenario.refit * refit_epochs(steps.epochs)

@@ -90,10 +90,10 @@ class StepTimer(Callback):
         steps: optimizer steps.
         validation: batches of validations and of the test.
         validations: number of validations.
-        in_effect: optimizations in effect in the last call of `fit`; None before it.
+        in_effect: optimizations in effect in the last call of `fit`.
     """
 
-    in_effect: InEffect | None = None
+    in_effect: InEffect
 
     def __init__(self) -> None:
         self.start()
@@ -290,12 +290,6 @@ class ShortStudy:
             compile=replace(compile, policy="never") if compile.policy == "auto" else compile,
             encoder=encoder,
         )
-
-    @property
-    def in_effect(self) -> InEffect:
-        """What was in effect in the last trial that was trained."""
-        assert self.timer.in_effect is not None
-        return self.timer.in_effect
 
     def shorten_epochs(self, steps: int) -> None:
         """Set the optimizer steps of an epoch; 2 until then."""
