@@ -23,7 +23,7 @@ from lightning_bge.hpo.config import BEST, FINISHED, SEED_REPLICATES, StudyConfi
 from lightning_bge.hpo.progress import Progress, count
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import best_parameter_sets, ranked, score_of, sign_of
-from lightning_bge.hpo.storage.abandoned_trials import sweep
+from lightning_bge.hpo.storage.workers import sweep
 from lightning_bge.hpo.study import is_finished, stop_if_memory_is_kept
 from lightning_bge.hpo.trial.objective import Objective
 from lightning_bge.runtime.compat.optuna import storage_of

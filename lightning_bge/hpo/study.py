@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo.config import JOURNAL, StudyConfig
+from lightning_bge.hpo.config import FINISHED, JOURNAL, StudyConfig
 from lightning_bge.hpo.progress import Progress, finished
 from lightning_bge.hpo.pruning.asha import AshaPruner, nothing_left
 from lightning_bge.hpo.pruning.asha_scheduler import AshaScheduler
@@ -26,8 +27,8 @@ from lightning_bge.hpo.pruning.config import build_pruner
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
 from lightning_bge.hpo.space.search_space import parse_space, space_to_json
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.storage.abandoned_trials import sweep
 from lightning_bge.hpo.storage.journal import JournalLock, hold, open_storage
+from lightning_bge.hpo.storage.workers import sweep
 from lightning_bge.runtime.memory import format_bytes
 
 log = logging.getLogger("lightning_bge")
@@ -182,7 +183,7 @@ def run_study(
     progress = Progress(config, metric, n_reports)
     scheduler = _scheduler(study, config, paused_dir)
     callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = [
-        *(progress, scheduler or _stop_after(config.n_trials), stop_if_memory_is_kept)
+        *(progress, scheduler or MaxTrialsCallback(config.n_trials, FINISHED), stop_if_memory_is_kept)
     ]
     until = math.inf if config.timeout is None else time.monotonic() + config.timeout
     gc.collect()
@@ -213,14 +214,6 @@ def _scheduler(study: optuna.Study, config: StudyConfig, paused_dir: Path | None
         )
         shutil.rmtree(paused_dir)
     return None
-
-
-def _stop_after(n_trials: int) -> Callable[[optuna.Study, FrozenTrial], None]:
-    def stop(study: optuna.Study, trial: FrozenTrial) -> None:
-        if finished(study) >= n_trials:
-            study.stop()
-
-    return stop
 
 
 class MemoryKeptError(StudyError):

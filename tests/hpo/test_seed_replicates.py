@@ -29,9 +29,8 @@ from lightning_bge.hpo.seed_replicates import (
 )
 from lightning_bge.hpo.space.search_space import parse_space, suggest
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.storage.abandoned_trials import abandon, sweep
 from lightning_bge.hpo.storage.journal import open_storage
-from lightning_bge.hpo.storage.workers import _start_time, mark_alive, this_worker
+from lightning_bge.hpo.storage.workers import _start_time, abandon, mark_alive, sweep, this_worker
 from lightning_bge.hpo.study import open_study, run_study
 from lightning_bge.hpo.trial.objective import TrialFiles
 

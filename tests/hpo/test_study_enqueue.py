@@ -4,8 +4,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from lightning_bge.hpo.storage.abandoned_trials import sweep
-from lightning_bge.hpo.storage.workers import this_worker
+from lightning_bge.hpo.storage.workers import sweep, this_worker
 from lightning_bge.hpo.study import enqueue_once
 from tests.helpers.journal_processes import create, finish, start
 

@@ -16,6 +16,7 @@ The last one is conditional: it is drawn where the loss is focal, and keeps its 
 import math
 import warnings
 from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import optuna
@@ -120,32 +121,27 @@ def _range(where: str, spec: Mapping[str, Any]) -> IntDistribution | FloatDistri
         raise ConfigError(f"{where}: 'log' and 'step' exclude each other; drop one of them.")
     if step is not None and step <= 0:
         raise ConfigError(f"{where}: 'step' must be above 0, got {step}.")
-    distribution = _build_range(where, spec.get("type"), numbers, log)
+    kind = spec.get("type")
+    if kind is None:
+        kind = "int" if all(isinstance(value, int) for value in numbers.values()) else "float"
+    if kind not in ("int", "float"):
+        raise ConfigError(f"{where}: 'type' must be int or float, got {kind!r}.")
+    if kind == "int" and any(value != int(value) for value in numbers.values()):
+        raise ConfigError(f"{where}: type int needs whole numbers, got {numbers}.")
+    distribution: IntDistribution | FloatDistribution
+    with warnings.catch_warnings():
+        # Optuna lowers `high` with a warning when the step does not divide the range; here it is an error
+        warnings.simplefilter("ignore")
+        if kind == "int":
+            distribution = IntDistribution(int(low), int(high), log=log, step=int(step or 1))
+        else:
+            distribution = FloatDistribution(low, high, log=log, step=step)
     if distribution.high != high:
         raise ConfigError(
             f"{where}: 'high' ({high}) is not low + n * step; the last value would be {distribution.high}; "
             "set 'high' to that."
         )
     return distribution
-
-
-def _build_range(
-    where: str, kind: Any, numbers: dict[str, int | float], log: bool
-) -> IntDistribution | FloatDistribution:
-    if kind not in (None, "int", "float"):
-        raise ConfigError(f"{where}: 'type' must be int or float, got {kind!r}.")
-    whole = all(value == int(value) for value in numbers.values())
-    if kind == "int" and not whole:
-        raise ConfigError(f"{where}: type int needs whole numbers, got {numbers}.")
-    if kind is None:
-        kind = "int" if all(isinstance(value, int) for value in numbers.values()) else "float"
-    with warnings.catch_warnings():
-        # Optuna lowers `high` with a warning when the step does not divide the range; the caller makes it an error
-        warnings.simplefilter("ignore")
-        if kind == "int":
-            low, high, step = (int(numbers.get(key, 1)) for key in ("low", "high", "step"))
-            return IntDistribution(low, high, log=log, step=step)
-        return FloatDistribution(numbers["low"], numbers["high"], log=log, step=numbers.get("step"))
 
 
 # ---------------------------------------------------------------------- conditions
@@ -185,23 +181,17 @@ def find_choice(where: str, distribution: CategoricalDistribution, value: Any) -
 
 def _parents_first(names: list[str], when: Mapping[str, Conditions]) -> list[str]:
     """The names in their order, except that each comes after those on which it depends."""
+    try:
+        TopologicalSorter(when).prepare()
+    except CycleError as error:
+        cycle = " <- ".join(reversed(error.args[1]))
+        raise ConfigError(f"hpo.space: conditions form a cycle: {cycle}; drop one of them.") from error
     ordered: list[str] = []
     while len(ordered) < len(names):
-        waiting = [name for name in names if name not in ordered]
-        ready = [name for name in waiting if all(parent in ordered for parent in when.get(name, ()))]
-        if not ready:
-            raise ConfigError(
-                f"hpo.space: conditions form a cycle: {' <- '.join(_cycle(waiting, when))}; drop one of them."
-            )
-        ordered.append(ready[0])
+        ordered.append(
+            next(n for n in names if n not in ordered and all(parent in ordered for parent in when.get(n, ())))
+        )
     return ordered
-
-
-def _cycle(waiting: list[str], when: Mapping[str, Conditions]) -> list[str]:
-    path = [waiting[0]]
-    while path[-1] not in path[:-1]:
-        path.append(next(parent for parent in when[path[-1]] if parent in waiting))
-    return path[path.index(path[-1]) :]
 
 
 def requirements(space: Space, name: str) -> Conditions:

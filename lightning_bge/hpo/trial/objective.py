@@ -25,8 +25,7 @@ from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.ranking import CostName, cost
 from lightning_bge.hpo.space.search_space import Space, suggest
 from lightning_bge.hpo.steps import Report, Steps
-from lightning_bge.hpo.storage.abandoned_trials import abandon
-from lightning_bge.hpo.storage.workers import mark_alive
+from lightning_bge.hpo.storage.workers import abandon, mark_alive
 from lightning_bge.hpo.trial.checkpoint import FoldResult, PausedTrial, ScoredEpoch, pause
 from lightning_bge.hpo.trial.out_of_fold import drop_predictions, save_predictions
 from lightning_bge.models.classifier import BGEClassifier

@@ -5,8 +5,7 @@ import subprocess
 import sys
 
 from lightning_bge.hpo.storage import workers
-from lightning_bge.hpo.storage.abandoned_trials import sweep
-from lightning_bge.hpo.storage.workers import _start_time, boot_id, mark_alive, this_worker
+from lightning_bge.hpo.storage.workers import _start_time, boot_id, mark_alive, sweep, this_worker
 from tests.helpers.journal_processes import create
 
 

@@ -10,9 +10,8 @@ import pytest
 from optuna.trial import TrialState
 
 from lightning_bge.hpo.storage import workers
-from lightning_bge.hpo.storage.abandoned_trials import _fail, abandon, sweep
 from lightning_bge.hpo.storage.journal import open_storage
-from lightning_bge.hpo.storage.workers import this_worker
+from lightning_bge.hpo.storage.workers import _fail, abandon, sweep, this_worker
 from tests.helpers.journal_processes import create, finish, pretend, start
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -32,7 +31,7 @@ time.sleep(600)
 
 SWEEPER = """
 import sys, optuna
-from lightning_bge.hpo.storage.abandoned_trials import sweep
+from lightning_bge.hpo.storage.workers import sweep
 from lightning_bge.hpo.storage.journal import open_storage
 study = optuna.load_study(study_name="s", storage=open_storage(sys.argv[1]))
 print("ready", flush=True)
