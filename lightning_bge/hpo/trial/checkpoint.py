@@ -96,11 +96,6 @@ class PausedTrial:
         curve = [[Report(*report) for report in fold] for fold in state["curve"]]
         return cls(folds, curve, state["reports"], state["scored"], checkpoint if state["checkpoint"] else None)
 
-    def restore(self, reports: FoldPruningCallback, scored: ScoredEpoch) -> None:
-        """Give a fold's new callbacks the state of the paused ones."""
-        reports.restore(self.reports, self.curve[-1])
-        scored.restore(self.scored)
-
 
 def pause(
     folder: Path,

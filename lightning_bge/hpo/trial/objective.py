@@ -216,7 +216,8 @@ class Objective:
         )
         curve.append(reports.curve)
         if paused is not None:
-            paused.restore(reports, scored)
+            reports.restore(paused.reports, paused.curve[-1])
+            scored.restore(paused.scored)
         setup = self.build(params)
         setup.datamodule.select_fold(len(done))
         if not reports.closed:

@@ -46,15 +46,10 @@ def save_predictions(folds: Sequence[Predictions], folder: Path, number: int) ->
     """Write the folds' predictions of a trial as one safetensors file, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = predictions_file(folder, number)
-    tensors: dict[str, Tensor] = {
-        "rows": torch.cat([p.rows for p in folds]),
-        "logits": torch.cat([p.logits for p in folds]),
-        "labels": torch.cat([p.labels for p in folds if p.labels is not None]),
-        "fold": torch.cat([torch.full((len(p.rows),), k) for k, p in enumerate(folds)]),
-    }
-    groups = [p.groups for p in folds if p.groups is not None]
-    if groups:
-        tensors["groups"] = torch.cat(groups)
+    tensors: dict[str, Tensor] = {"fold": torch.cat([torch.full((len(p.rows),), k) for k, p in enumerate(folds)])}
+    for name in ("rows", "logits", "labels", "groups"):
+        if parts := [part for one in folds if (part := getattr(one, name)) is not None]:
+            tensors[name] = torch.cat(parts)
     draft = path.with_suffix(".draft")
     save_file(tensors, draft)
     draft.replace(path)
@@ -64,13 +59,8 @@ def load_predictions(path: Path) -> tuple[Predictions, Tensor]:
     """Read what `save_predictions` wrote: the predictions, sorted by row, and each row's fold, int64 [N]."""
     tensors = load_file(path)
     order = tensors["rows"].argsort()
-    found = Predictions(
-        tensors["rows"][order],
-        tensors["logits"][order],
-        tensors["labels"][order],
-        tensors["groups"][order] if "groups" in tensors else None,
-    )
-    return found, tensors["fold"][order]
+    fold = tensors.pop("fold")[order]
+    return Predictions(**{name: tensor[order] for name, tensor in tensors.items()}), fold
 
 
 @dataclass(frozen=True)
@@ -115,14 +105,10 @@ def judge_out_of_fold(path: Path, schema: Schema, metric: str) -> OutOfFold:
         note = "chosen on all folds; the scores above use for each fold the threshold chosen on the other folds"
         decided = cross_fitted_decisions(score, labels, folds, metric)
     # decisions as extreme logits: the same function judges them, at any threshold
-    at_threshold = compute_metrics(schema, _as_logits(predictions, decided), per_class=True)
+    logits = torch.from_numpy(decided * 40.0 - 20.0).float().reshape(predictions.logits.shape)
+    at_threshold = compute_metrics(schema, replace(predictions, logits=logits), per_class=True)
     ranking = {name: value for name, value in metrics.items() if name in ("auroc", "average_precision", "map", "mrr")}
     return OutOfFold(predictions, fold, threshold, at_threshold | ranking, note)
-
-
-def _as_logits(predictions: Predictions, decided: np.ndarray) -> Predictions:
-    logits = torch.from_numpy(decided * 40.0 - 20.0).float().reshape(predictions.logits.shape)
-    return replace(predictions, logits=logits)
 
 
 def majority_baseline(schema: Schema, predictions: Predictions, metric: str) -> float:
@@ -137,11 +123,7 @@ def majority_baseline(schema: Schema, predictions: Predictions, metric: str) -> 
         answers = [eye[number].expand(shape) for number in range(shape[1])]
     else:
         answers = [torch.full(shape, value) for value in (-20.0, 20.0)]
-    found = [
-        value
-        for logits in answers
-        if (value := compute_metrics(schema, replace(predictions, logits=logits)).get(metric)) is not None
-    ]
-    if not found:
-        return float("nan")
-    return min(found) if metric in LOWER_IS_BETTER else max(found)
+    metrics = (compute_metrics(schema, replace(predictions, logits=logits)) for logits in answers)
+    found = [one[metric] for one in metrics if metric in one]
+    best = min if metric in LOWER_IS_BETTER else max
+    return best(found, default=float("nan"))
