@@ -127,7 +127,7 @@ def test_a_study_of_another_space_or_other_data_is_refused(run: Run, search: lis
     other = '{"model.optimizer.lr": {"low": 1.0e-4, "high": 2.0e-2, "log": true}}'
     status, _, err = run(*search, "--hpo.space", other)
     assert status == 2
-    assert "high 0.01 -> 0.02" in err
+    assert "hpo.space.model.optimizer.lr.high: 0.01 in the folder, 0.02 requested" in err
     status, _, err = run(*search, "--data.batch_size", "8")
     assert status == 2
     assert "data.batch_size: 32 in the folder, 8 requested" in err
