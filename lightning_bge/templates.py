@@ -1,7 +1,5 @@
 """Model and data module as templates of a study: the objects of its trials are made from their arguments."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import json

@@ -1,7 +1,5 @@
 """The trainer as this program sets it up: for one run that keeps everything, and for a fold that keeps nothing."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal

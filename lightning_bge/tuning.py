@@ -1,7 +1,5 @@
 """`tune` and `plan`: a study and its hours from Python or a notebook, as by `lightning-bge hpo` and `plan`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

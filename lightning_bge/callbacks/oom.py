@@ -1,7 +1,5 @@
 """Out of memory in any Lightning module: note what failed, free memory, begin the next run with less."""
 
-from __future__ import annotations
-
 import logging
 import traceback
 

@@ -1,7 +1,5 @@
 """Which precision pays on this machine, and the options of torch's back ends for the length of a run."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Sequence

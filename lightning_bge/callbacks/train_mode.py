@@ -1,7 +1,5 @@
 """Train mode that is really on."""
 
-from __future__ import annotations
-
 import logging
 
 from lightning.pytorch import Callback, LightningModule, Trainer

@@ -1,7 +1,5 @@
 """What `validate` and `test` share."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from lightning_bge.cli.lightning_cli import BGECLI, running

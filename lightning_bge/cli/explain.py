@@ -1,7 +1,5 @@
 """From an exception to the message that the user sees."""
 
-from __future__ import annotations
-
 import errno
 
 from lightning_bge.errors import UserError

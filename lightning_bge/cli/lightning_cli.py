@@ -1,7 +1,5 @@
 """The options of every command that trains or evaluates, read by LightningCLI, and the objects built from them."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import warnings

@@ -1,7 +1,5 @@
 """`lightning-bge`: finds the command and runs it. Nothing is imported before it is needed."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import importlib.metadata

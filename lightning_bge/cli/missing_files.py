@@ -1,7 +1,5 @@
 """Files named on the command line or in a YAML file that do not exist, found before anything slow is imported."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

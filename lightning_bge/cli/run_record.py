@@ -1,7 +1,5 @@
 """Whether a command may continue the run of a folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import yaml

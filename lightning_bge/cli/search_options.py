@@ -1,7 +1,5 @@
 """The options under `--hpo`, which `hpo`, `plan` and `audit` read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, TypeVar
 

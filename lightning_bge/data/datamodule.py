@@ -1,7 +1,5 @@
 """The LightningDataModule: files and options in, loaders of effective batches out."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """One file, read and tokenized; kept by the process, so that the trials of a study read each file once."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

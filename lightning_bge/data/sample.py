@@ -6,8 +6,6 @@ both: the post alone says little, and the criterion alone nothing. Some posts on
 delivery was quick.`), and a few labels are wrong, as people err too.
 """
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from random import Random

@@ -1,7 +1,5 @@
 """What a study varies: the options of its trials, and the objects that are made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

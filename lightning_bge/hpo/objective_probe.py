@@ -1,7 +1,5 @@
 """Observes one trial of any Optuna objective: what it reports, and whether a pruner can ever act on that."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

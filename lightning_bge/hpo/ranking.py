@@ -1,7 +1,5 @@
 """How trials are compared: by the score first, then by the cost, where a study has one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from statistics import median
 from typing import Any, Literal

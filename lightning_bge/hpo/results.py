@@ -1,7 +1,5 @@
 """What a study ends with: the best hyperparameters, the model refitted with them, and their metrics."""
 
-from __future__ import annotations
-
 import csv
 import io
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A whole study, for the command line and for Python: its trials, seed replicates, refit and export."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -5,8 +5,6 @@ of the trial that it replicates (`replicate_of`) and its `seed`. What is missing
 that any process may continue at any time: it queues what nobody has queued, and of two equal trials it skips the later.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 import sys

@@ -1,7 +1,5 @@
 """A study opened or resumed, and its trials run."""
 
-from __future__ import annotations
-
 import gc
 import json
 import logging

@@ -1,7 +1,5 @@
 """`BGEClassifier`: the LightningModule that fine-tunes an encoder on single texts or pairs of texts."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ Gradients are added up once a step, after the last micro-batch, and not while th
 shards into different numbers of micro-batches, and a rank whose memory runs out may repeat its shard alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 

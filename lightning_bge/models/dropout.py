@@ -4,8 +4,6 @@ There a step of a small encoder spends a sixth of its time drawing one random fl
 is serial. Here each 64-bit draw serves four elements with 16 bits each, which fixes the probability to 1 / 65536.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

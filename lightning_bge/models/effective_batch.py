@@ -1,7 +1,5 @@
 """A LightningModule whose batch is one effective batch, cut into micro-batches that fit into memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """Any transformers encoder with its sequence-classification head, fed with micro-batches."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """A trained classifier as a folder that transformers and sentence-transformers load without this package."""
 
-from __future__ import annotations
-
 import copy
 import os
 import shutil

@@ -3,8 +3,6 @@
 transformers' own code for a head is part of the whole model's forward pass, and reads padded sequences.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

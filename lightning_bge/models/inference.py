@@ -1,7 +1,5 @@
 """Scores and labels for texts in memory, without a data module or a trainer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

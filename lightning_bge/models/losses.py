@@ -1,7 +1,5 @@
 """Losses as sums over sequences, so that an effective batch can be cut into micro-batches without changing its mean."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

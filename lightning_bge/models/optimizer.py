@@ -1,7 +1,5 @@
 """AdamW and its schedules, counted in optimizer steps."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Predictions as a CSV file."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """A small BERT with its own tokenizer, built from texts: to try and to test everything without a download."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path

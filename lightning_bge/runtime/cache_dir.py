@@ -1,7 +1,5 @@
 """Where this program keeps what later runs can use: tokenized texts, micro-batch sizes."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Measuring time: waiting for a device, and a clock that leaves out the time for which others had the cores."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from time import perf_counter

@@ -1,7 +1,5 @@
 """One process for each device: the strategy, and how such a run ends when one of its processes fails."""
 
-from __future__ import annotations
-
 import logging
 import time
 from typing import Any

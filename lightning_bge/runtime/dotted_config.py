@@ -1,7 +1,5 @@
 """Options as data: dotted names, overrides, and which of them must stay the same within one run."""
 
-from __future__ import annotations
-
 import copy
 import json
 from typing import Any

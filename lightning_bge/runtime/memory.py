@@ -1,7 +1,5 @@
 """Memory: the limits of this process, what it holds, and how it frees memory."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import sys

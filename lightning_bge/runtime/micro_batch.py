@@ -1,7 +1,5 @@
 """The size of a micro-batch: what makes the batches knows the one in effect; all others ask for it and set it there."""
 
-from __future__ import annotations
-
 from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule, Trainer

@@ -1,7 +1,5 @@
 """Config dataclasses as arguments of a constructor: given as a dict, and turned back into plain data."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path

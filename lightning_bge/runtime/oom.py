@@ -1,7 +1,5 @@
 """What an out-of-memory error is, and the one way to clean up after it."""
 
-from __future__ import annotations
-
 import errno
 import re
 import traceback

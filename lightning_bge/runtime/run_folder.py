@@ -1,7 +1,5 @@
 """Run folders: files that appear whole or not at all, and the record of how to repeat a run."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

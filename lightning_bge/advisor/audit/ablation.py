@@ -1,7 +1,5 @@
 """Repeats a training run from the same state, and measures what an option saves: with it on and off, in turns."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence

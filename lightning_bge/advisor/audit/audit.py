@@ -1,7 +1,5 @@
 """An audit: what is really in effect in a training run, by observing a few of its steps, and what would save time."""
 
-from __future__ import annotations
-
 import logging
 import platform
 import warnings

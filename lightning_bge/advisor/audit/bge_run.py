@@ -1,7 +1,5 @@
 """An audit of this package's own runs: each optimization is an option here, so that more can be measured."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Names the next bottleneck: where a step's time goes, how far that is from the hardware's peak, what to do next."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any

@@ -1,7 +1,5 @@
 """Rows about what computes a step: precision, optimizer, torch.compile, attention, dropout, memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

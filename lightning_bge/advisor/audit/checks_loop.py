@@ -1,7 +1,5 @@
 """Rows about what feeds and surrounds a step: padding, loader, effective batch, synchronization, time of the host."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Rows about a hyperparameter search: whether its pruner can act, what it saves, and whether all folds report."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Observes a few real training steps of any LightningModule: how long they take, what they compute, what they see."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import time

@@ -1,7 +1,5 @@
 """An audit as text for a terminal, and as a section of an HTML page."""
 
-from __future__ import annotations
-
 import html
 import io
 import shutil

@@ -1,7 +1,5 @@
 """Reads a step's trace from the tree of operations that torch's profiler has recorded."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Sequence

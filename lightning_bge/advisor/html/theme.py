@@ -1,7 +1,5 @@
 """The colours of pages and figures, in a light and a dark scheme. Colour-blind readers can tell them apart."""
 
-from __future__ import annotations
-
 # Figures are made in the light colours; the page replaces them where the reader's system is dark.
 INK, MUTED, GRID, PAPER, SOFT = "#1b2530", "#596673", "#dfe4e9", "#ffffff", "#f4f6f8"
 BLUE, AMBER, TEAL, PURPLE = "#0b63b0", "#a86f00", "#00806a", "#8e4b96"

@@ -1,7 +1,5 @@
 """The hours of a study at each optimization level."""
 
-from __future__ import annotations
-
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 

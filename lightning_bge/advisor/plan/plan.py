@@ -1,7 +1,5 @@
 """Plan a study: measure what its trials take, predict its hours, and find what would change them."""
 
-from __future__ import annotations
-
 import math
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Warnings about a study, its hours after a change, and the changes that meet a deadline."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace

@@ -1,7 +1,5 @@
 """The style of figures: marks that differ in symbol as well as in colour, axes, units, and traces of trials."""
 
-from __future__ import annotations
-
 import html
 import math
 from collections.abc import Sequence

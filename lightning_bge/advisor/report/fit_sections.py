@@ -1,7 +1,5 @@
 """The sections of a training run's report: results, learning curves, throughput."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Sequence
 from statistics import median

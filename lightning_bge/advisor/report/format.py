@@ -1,7 +1,5 @@
 """Times, numbers and states of a run as text, for the report and for `lightning-bge status`."""
 
-from __future__ import annotations
-
 from lightning_bge.advisor.report.run_data import RunData
 from lightning_bge.hpo.analysis.history import History, PastTrial
 from lightning_bge.hpo.forecast.eta import Eta

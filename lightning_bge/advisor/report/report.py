@@ -1,7 +1,5 @@
 """Writes `report.html` into a run folder: the results, how they came about, and how to repeat the run."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

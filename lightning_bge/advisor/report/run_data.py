@@ -1,7 +1,5 @@
 """The files of a run folder as plain data for `report` and `status`: no texts of the user's data, and no secrets."""
 
-from __future__ import annotations
-
 import csv
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Hides secrets in what a report shows: passwords, tokens and keys in configurations, URLs and command lines."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The status of a run as text: its progress, its best value, and the time left."""
 
-from __future__ import annotations
-
 import time
 from contextlib import suppress
 from datetime import datetime, timedelta

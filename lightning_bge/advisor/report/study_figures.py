@@ -1,7 +1,5 @@
 """The figures of a study: its timeline, the best value over time, the Pareto front, and learning curves."""
 
-from __future__ import annotations
-
 import html
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The sections of a study's report: results, timeline, learning curves, hours, hyperparameters, best trials, seeds."""
 
-from __future__ import annotations
-
 from statistics import stdev
 from typing import Any
 

@@ -1,7 +1,5 @@
 """torch.compile for an encoder's layers, in place, and only where it pays."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Hashable, Sequence

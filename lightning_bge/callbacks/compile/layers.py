@@ -1,7 +1,5 @@
 """The layers of an encoder: which they are, how they are compiled in place, and what their graphs depend on."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from typing import Any
 

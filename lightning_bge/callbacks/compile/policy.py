@@ -1,7 +1,5 @@
 """Whether compiling an encoder's layers pays: the options, what was measured, and the arithmetic."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args

@@ -1,7 +1,5 @@
 """What compiling a layer costs and saves: one layer's calls of one real batch, replayed eager and compiled."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """The options of the search for a micro-batch size."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

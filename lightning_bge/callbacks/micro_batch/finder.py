@@ -1,7 +1,5 @@
 """The largest micro-batch that fits into memory and pays, found by trial steps before training starts."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which sizes of a batch to try, and which one to take: arithmetic on what was measured."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable

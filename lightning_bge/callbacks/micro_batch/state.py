@@ -1,7 +1,5 @@
 """Everything that a trial step changes, kept so that it can be restored."""
 
-from __future__ import annotations
-
 import copy
 import random
 from contextlib import ExitStack

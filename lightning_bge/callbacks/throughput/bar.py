@@ -1,7 +1,5 @@
 """Lightning's progress bar with the pace of training in it."""
 
-from __future__ import annotations
-
 import sys
 from contextlib import ExitStack
 from typing import Any

@@ -1,7 +1,5 @@
 """Sequences and real tokens per second, utilisation, padding and the wait for data, without waiting for the device."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """The rate at which this machine multiplies big matrices: what utilisation is measured against."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable
 from itertools import count

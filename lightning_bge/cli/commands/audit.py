@@ -1,7 +1,5 @@
 """`lightning-bge audit`: which optimizations are in effect, and what could still be gained."""
 
-from __future__ import annotations
-
 import sys
 
 from lightning_bge.advisor.audit.bge_run import BGERun, audit_bge_run

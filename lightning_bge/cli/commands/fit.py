@@ -1,7 +1,5 @@
 """`lightning-bge fit`: train one model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`lightning-bge hpo`: a study with Optuna, its refit and its export."""
 
-from __future__ import annotations
-
 import os
 import sys
 

@@ -1,7 +1,5 @@
 """`lightning-bge plan`: the hours of a study, before it is started."""
 
-from __future__ import annotations
-
 import time
 
 from lightning_bge.advisor.plan.config import PlanConfig

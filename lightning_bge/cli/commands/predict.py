@@ -1,7 +1,5 @@
 """`lightning-bge predict`: a score and a label for each row of a file."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`lightning-bge report RUN`: writes `RUN/report.html`."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`lightning-bge sample FOLDER`: generated text pairs and a small model."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser
 
 from lightning_bge.data.sample import write_sample

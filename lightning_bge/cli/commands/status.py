@@ -1,7 +1,5 @@
 """`lightning-bge status RUN`: the progress of a run, in the terminal."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser
 from pathlib import Path
 

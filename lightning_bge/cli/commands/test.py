@@ -1,7 +1,5 @@
 """`lightning-bge test`: the metrics on the test file."""
 
-from __future__ import annotations
-
 from lightning_bge.cli.evaluate import evaluate
 
 

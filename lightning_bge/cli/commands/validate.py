@@ -1,7 +1,5 @@
 """`lightning-bge validate`: the metrics on the validation rows."""
 
-from __future__ import annotations
-
 from lightning_bge.cli.evaluate import evaluate
 
 

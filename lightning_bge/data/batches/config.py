@@ -1,7 +1,5 @@
 """The options of batching and loading."""
 
-from __future__ import annotations
-
 import multiprocessing
 from dataclasses import dataclass
 from typing import Literal

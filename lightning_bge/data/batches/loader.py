@@ -1,7 +1,5 @@
 """The loader of batches: a `DataLoader` that Lightning can resume in the middle of an epoch."""
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 from collections.abc import Iterator

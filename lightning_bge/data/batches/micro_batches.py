@@ -1,7 +1,5 @@
 """Cut effective batches into micro-batches of sequences laid end to end, by a maximum of tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 

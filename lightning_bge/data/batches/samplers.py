@@ -1,7 +1,5 @@
 """The order of rows: random effective batches for training, micro-batches sorted by length for evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

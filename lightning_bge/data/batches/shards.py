@@ -1,7 +1,5 @@
 """The shard of each rank: which sequences of an effective batch it trains on."""
 
-from __future__ import annotations
-
 import heapq
 
 import numpy as np

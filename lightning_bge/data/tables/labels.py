@@ -1,7 +1,5 @@
 """Labels of files to numbers."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Rows from files: CSV, TSV, JSON lines and Parquet, read with Arrow and checked."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Folds: computed once, checked, and named by a hash."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Load a tokenizer, identify it by a hash, and find its length limit."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

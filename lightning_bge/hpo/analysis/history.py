@@ -1,7 +1,5 @@
 """A study as plain data for reports: its trials, their outcomes, values, learning curves and times."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

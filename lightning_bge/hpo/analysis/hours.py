@@ -1,7 +1,5 @@
 """The hours of a study: how long it ran, when it found its best values, what pruning saved, and the time left."""
 
-from __future__ import annotations
-
 from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The importance of each hyperparameter for the score, from the complete trials."""
 
-from __future__ import annotations
-
 import random
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Reads the study of a run folder from its journal, without writing or locking, while workers may append to it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The rest of a running search with asynchronous successive halving: its state now, simulated many times to the end."""
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from datetime import datetime

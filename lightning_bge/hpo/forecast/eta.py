@@ -6,8 +6,6 @@ where a new trial has any place among those before it; with other pruners by wha
 scaled to what they have done so far.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a pruner will do, before the first trial: by its rules, and on simulated learning curves."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import cache

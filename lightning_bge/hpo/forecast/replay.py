@@ -5,8 +5,6 @@ model is trained, and the search takes the sum of the recorded seconds of the st
 what does not choose a trial's hyperparameters by the trials before it: random sampling, but no sampler that learns.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The simulation runs the same state machine as a study (`hpo.pruning.halving`), w
 seconds that each part takes. Other pruners are called themselves, by `hpo.forecast.replay.replay_pruned`.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

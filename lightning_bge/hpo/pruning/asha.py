@@ -4,8 +4,6 @@ Optuna's own halving has to decide for good when a trial reaches a rung, among t
 that is low among the first ten can still be resumed when it is high among a hundred.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import optuna

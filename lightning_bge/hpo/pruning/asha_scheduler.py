@@ -1,7 +1,5 @@
 """Resumes paused trials of a study, and keeps the checkpoints of those that may still be resumed."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Sequence

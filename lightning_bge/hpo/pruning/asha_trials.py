@@ -4,8 +4,6 @@ Optuna cannot reopen a trial. A resumed trial is a new one with the same paramet
 in a user attribute. All trials of one parameter set count as one; its number is that of its first trial.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

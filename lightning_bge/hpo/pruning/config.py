@@ -5,8 +5,6 @@ last one, where nothing is left to save. The steps at which a pruner can stop a 
 on that; `FoldPruningCallback` reports so.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from dataclasses import dataclass, fields

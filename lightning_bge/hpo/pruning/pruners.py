@@ -3,8 +3,6 @@
 A trial's value at a step is the mean over its folds so far, the last of them up to that step (`FoldPruningCallback`).
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

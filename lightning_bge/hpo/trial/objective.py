@@ -1,7 +1,5 @@
 """What a trial does: train and validate the model on each fold, report to the study, and clean up however it ends."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The out-of-fold predictions of the best trials: kept on the disk, and what they say of threshold and metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """BERT's layer for packed sequences: the same result, computed for no more tokens than are needed."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

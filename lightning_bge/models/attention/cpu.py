@@ -5,8 +5,6 @@ sequences are in one flat tensor, so that dropout is drawn and applied in a few 
 sequence by sequence takes as few calls as possible.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@ all). It returns the shape of `q`, which may hold one query a sequence instead, 
 without a window). None waits for the device: lengths are known on the host.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any

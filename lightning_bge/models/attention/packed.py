@@ -5,8 +5,6 @@ untouched: a model set to it by `set_attn_implementation("packed")` is called wi
 shape [1, T] and the extra keyword `packing`, which transformers hands through to the attention function.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass

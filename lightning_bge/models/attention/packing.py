@@ -1,7 +1,5 @@
 """Where the sequences of a packed batch begin and end, and token totals rounded up to few sizes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import groupby
 

@@ -1,7 +1,5 @@
 """Which layers of an encoder train: what is frozen has no gradient and no optimizer state."""
 
-from __future__ import annotations
-
 from torch import nn
 from transformers import PreTrainedModel
 

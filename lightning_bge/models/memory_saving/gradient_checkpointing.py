@@ -1,7 +1,5 @@
 """Gradient checkpointing: a layer's activations are computed again in the backward pass instead of being kept."""
 
-from __future__ import annotations
-
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -1,7 +1,5 @@
 """LoRA: low-rank factors beside the weight matrices, which train in their place."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from importlib.util import find_spec
 

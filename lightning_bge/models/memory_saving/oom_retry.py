@@ -1,7 +1,5 @@
 """What a module does when memory runs out: smaller micro-batches, then gradient checkpointing, then an error."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What this package needs of Lightning that has no public name: one function each, with its reason."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

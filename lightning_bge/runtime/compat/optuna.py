@@ -1,7 +1,5 @@
 """What this package needs of Optuna and Optuna does not offer in public."""
 
-from __future__ import annotations
-
 from optuna import Study
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial

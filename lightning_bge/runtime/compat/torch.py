@@ -1,7 +1,5 @@
 """What this package needs of torch that has no public name: one function each, with its reason."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from typing import Any

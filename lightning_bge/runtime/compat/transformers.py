@@ -1,7 +1,5 @@
 """What this package needs of transformers that has no public name: one function each, with its reason."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
