@@ -18,6 +18,16 @@ def repeatable() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def unchanged_log_levels() -> Iterator[None]:
+    """The program sets the levels of loggers; later tests would hear what it says."""
+    loggers = [logging.getLogger(name) for name in ("", "lightning_bge", "lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def quiet_lightning() -> None:
     """Lightning says which hardware it found each time a trainer is made."""
@@ -35,8 +45,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         capsys.readouterr()
         status = 0
         handlers = logging.getLogger().handlers[:]
-        loggers = [logging.getLogger(name) for name in ("", "lightning_bge", "lightning.pytorch", "lightning.fabric")]
-        levels = [logger.level for logger in loggers]
         with warnings.catch_warnings():
             try:
                 cli.main()
@@ -44,8 +52,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
                 status = stop.code if isinstance(stop.code, int) else 1
             finally:
                 logging.getLogger().handlers[:] = handlers
-                for logger, level in zip(loggers, levels, strict=True):
-                    logger.setLevel(level)  # else later tests would hear what the program says
         out, err = capsys.readouterr()
         return status, out, err
 
