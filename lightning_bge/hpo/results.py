@@ -88,10 +88,8 @@ def finish_study(
     write_text(run_dir / "best.yaml", _best_yaml(setup, best, run_dir))
     summary = _summary(study, best, monitor, schema, oof) | key
     if refit:  # with the learning rate's schedule of the folds, to the epoch at which they were best on average
-        horizon = best.params.get("trainer.max_epochs", epochs)
-        summary |= _refit(
-            build, {**best.params, "model.schedule.epochs": horizon}, schema, summary["refit_epochs"], run_dir
-        )
+        schedule = {"model.schedule.epochs": best.params.get("trainer.max_epochs", epochs)}
+        summary |= _refit(build, best.params | schedule, schema, summary["refit_epochs"], run_dir)
     write_json(run_dir / "summary.json", summary)
     return summary
 

@@ -149,8 +149,8 @@ def test_each_limit_has_a_process_and_a_wrong_answer_is_a_failure(
     assert {task.runs for task in tasks} == {20}
     assert len(found["limits"]) == 3
     assert [entry["what"][-4:] for entry in suite.failed] == [" 15%", " 25%", " 50%"]
-    assert "1 of 20 steps ran out of memory; 1.35 times as many did not fit" in suite.failed[0]["error"]
-    assert "0 of 20 steps ran out of memory; 1.35 times as many fitted too" in suite.failed[1]["error"]
+    assert "1 of 20 steps ran out of memory; 2 times as many did not fit" in suite.failed[0]["error"]
+    assert "0 of 20 steps ran out of memory; 2 times as many fitted too" in suite.failed[1]["error"]
 
 
 def test_our_tokens_are_those_of_the_timed_batches(gpu: SimpleNamespace, record: dict[str, Any], bench: Any) -> None:
