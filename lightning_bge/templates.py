@@ -215,7 +215,7 @@ def errors_of_arguments(kept: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise type(error)(re.sub(r"\bhpo\.", "", str(error))) from error
+        raise type(error)(re.sub(r"(?<![\w/.-])hpo\.", "", str(error))) from error
     except SystemExit as stop:
         # 1 is what Lightning's `fit` makes of Ctrl-C
         if stop.code in (1, INTERRUPTED):

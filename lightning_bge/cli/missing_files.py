@@ -1,5 +1,6 @@
 """Files named on the command line or in a YAML file that do not exist, found before anything slow is imported."""
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def check_files(args: list[str]) -> None:
 def _options(args: list[str]) -> list[tuple[str, str]]:
     """Name and value of each option that has one."""
     found = []
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
+    for arg, following in zip_longest(args, args[1:], fillvalue=""):
         name, equals, value = arg.partition("=")
         if name.startswith("-"):
             found.append((name, value if equals else following))

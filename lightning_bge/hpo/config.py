@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from optuna.trial import TrialState
 
@@ -18,6 +18,9 @@ REPLICATED_FROM = 200  # trials of a study, from which on there are seed replica
 
 
 # More than 10 fields: each is an option that users type as --hpo.NAME, and a group would lengthen every one of them.
+Sampler = Literal["tpe", "random"]
+
+
 @dataclass(frozen=True)
 class StudyConfig:
     """The options of a study.
@@ -58,7 +61,7 @@ class StudyConfig:
     space: dict[str, dict[str, Any]] = field(default_factory=dict)
     enqueue: list[dict[str, Any]] = field(default_factory=list)
     pruner: PrunerConfig = PrunerConfig()  # noqa: RUF009 - frozen
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Sampler = "tpe"
     sampler_seed: int = 42
     timeout: float | None = None
     val_check_interval: float = 1.0
@@ -81,6 +84,10 @@ class StudyConfig:
             raise ConfigError(f"hpo.encoder_cache_gb: expected 0 or more, or null, got {self.encoder_cache_gb}")
         if self.seed_replicates is not None and self.seed_replicates < 0:
             raise ConfigError(f"hpo.seed_replicates: expected 0 or more, or null, got {self.seed_replicates}")
+        for name, kind in (("cost", CostName), ("sampler", Sampler)):
+            value = getattr(self, name)
+            if value not in (*get_args(kind), *([None] if name == "cost" else [])):
+                raise ConfigError(f"hpo.{name}: expected one of {', '.join(get_args(kind))}, got {value}")
         if self.cost is not None and self.pruner.name != "none":
             raise ConfigError(
                 "hpo.cost: no trial can be pruned where a cost is minimised besides the score, but hpo.pruner.name is "

@@ -46,6 +46,8 @@ def predict_texts(
     Raises:
         DataError: there is no text, or one has the wrong form.
     """
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise DataError(f"texts must be a list of strings or of pairs of strings, got {type(texts).__name__}")
     rows = [_row(number, text, schema) for number, text in enumerate(texts)]
     if not rows:
         raise DataError("texts must hold at least one text, got none")
@@ -79,7 +81,7 @@ def tokenizer_of(name_or_path: str, revision: str | None, trust_remote_code: boo
 
 
 def _row(number: int, text: Text, schema: Schema) -> tuple[str, ...]:
-    row = (text,) if isinstance(text, str) else tuple(text)
+    row = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, tuple | list) else ()
     if len(row) != len(schema.text_columns) or not all(isinstance(part, str) for part in row):
         expected = " and ".join(schema.text_columns)
         form = "a string" if len(schema.text_columns) == 1 else "a pair of strings"

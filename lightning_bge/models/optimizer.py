@@ -20,6 +20,7 @@ from transformers import (
 from lightning_bge.errors import ConfigError
 
 OptimizerName = Literal["adamw", "adamw_8bit"]
+ScheduleName = Literal["linear", "cosine", "cosine_with_restarts", "constant"]
 
 LAYER = re.compile(r"\.(?:layer|layers|h)\.(\d+)\.")
 
@@ -86,12 +87,15 @@ class ScheduleConfig:
             epoch sets it, so that its learning rates equal those of the folds.
     """
 
-    name: Literal["linear", "cosine", "cosine_with_restarts", "constant"] = "linear"
+    name: ScheduleName = "linear"
     warmup: float = 0.1
     cycles: int = 1
     epochs: int | None = None
 
     def __post_init__(self) -> None:
+        if self.name not in get_args(ScheduleName):
+            expected = ", ".join(get_args(ScheduleName))
+            raise ConfigError(f"model.schedule.name: expected one of {expected}, got {self.name}")
         if self.warmup < 0:
             raise ConfigError(f"model.schedule.warmup: expected 0 or more, got {self.warmup}")
         if self.epochs is not None and self.epochs < 1:

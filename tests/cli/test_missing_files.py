@@ -51,3 +51,7 @@ def test_what_the_parser_must_judge_is_left_to_it(tmp_path: Path, content: str) 
     path = tmp_path / "odd.yaml"
     path.write_text(content)
     check_files(["-c", str(path), "--model.dropout", "-1"])
+
+
+def test_no_arguments_are_left_to_the_parser() -> None:
+    check_files([])

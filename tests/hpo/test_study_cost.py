@@ -34,6 +34,12 @@ def values(trial: optuna.Trial) -> tuple[float, float]:
     return lr, 10 + 100 * lr
 
 
+@pytest.mark.parametrize(("name", "value"), [("cost", "money"), ("sampler", "gridd")])
+def test_an_unknown_name_is_refused(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"hpo.{name}: expected one of .*, got {value}"):
+        StudyConfig(space=SPACE, pruner=NONE, **{name: value})
+
+
 def test_a_cost_and_a_pruner_do_not_go_together() -> None:
     with pytest.raises(ConfigError, match=r"hpo.pruner.name is hyperband. Set hpo.pruner.name to none, or hpo.cost to"):
         StudyConfig(cost="train_seconds", pruner=PrunerConfig(name="hyperband"))

@@ -96,6 +96,9 @@ def test_a_tokenizer_can_be_passed(tmp_path: Path) -> None:
         (["a"], r"texts\[0\] must be a pair of strings \(a and b\), got 'a'"),
         ([("a", "b"), ("a", "b", "c")], r"texts\[1\] must be a pair of strings"),
         ([("a", None)], r"texts\[0\] must be a pair of strings"),
+        ([{"a": "x", "b": "y"}], r"texts\[0\] must be a pair of strings"),  # its keys would be taken for the texts
+        ([None], r"texts\[0\] must be a pair of strings"),
+        ("ab", "texts must be a list of strings or of pairs of strings, got str"),
     ],
 )
 def test_texts_of_the_wrong_form_are_refused(tmp_path: Path, texts: list, message: str) -> None:

@@ -183,3 +183,8 @@ def test_optimizer_values_out_of_range_are_refused(field: str, value: float) -> 
 def test_schedule_values_out_of_range_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"model\.schedule\.{field}: expected .*, got {value}"):
         ScheduleConfig(**{field: value})
+
+
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model.schedule.name: expected one of linear, cosine, .*, got foo"):
+        ScheduleConfig(name="foo")  # type: ignore[arg-type]

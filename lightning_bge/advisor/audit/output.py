@@ -8,9 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from lightning_bge.advisor.audit.result import Audit, Row
 from lightning_bge.advisor.html.page import Raw, Section, code, meter, paragraph, table, write_page
 
@@ -28,6 +25,8 @@ def describe_audit(audit: Audit, color: bool = False, width: int | None = None) 
         color: use a terminal's colors; they carry no meaning of their own.
         width: columns; None: the terminal's.
     """
+    from rich.console import Console  # not for the report, which reads this module as well
+
     columns = width or shutil.get_terminal_size((120, 24)).columns
     console = Console(file=io.StringIO(), force_terminal=color, no_color=not color, width=columns, highlight=False)
     for group in dict.fromkeys(row.group for row in audit.rows):
@@ -38,7 +37,9 @@ def describe_audit(audit: Audit, color: bool = False, width: int | None = None) 
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
-def _table(group: str, rows: list[Row]) -> Table:
+def _table(group: str, rows: list[Row]) -> Any:
+    from rich.table import Table
+
     table = Table(title=group, title_justify="left", title_style="bold", pad_edge=False, box=None, padding=(0, 1))
     for name, width in WIDTHS.items():
         table.add_column(name, min_width=min(width, 6), max_width=width, overflow="fold")
