@@ -19,13 +19,18 @@ def repeatable() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def unchanged_log_levels() -> Iterator[None]:
-    """The program sets the levels of loggers; later tests would hear what it says."""
+def unchanged_logging() -> Iterator[None]:
+    """The program sets levels and a handler, which would print into later tests, or into a stream that is closed."""
+    root = logging.getLogger()
+    handlers = root.handlers[:]
     loggers = [logging.getLogger(name) for name in ("", "lightning_bge", "lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
+    for handler in root.handlers[:]:
+        if handler not in handlers:
+            root.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -212,17 +212,3 @@ def best_threshold(score: np.ndarray, labels: np.ndarray, metric: str = "f1") ->
     best = int(np.argmax(np.where(possible, quality, -np.inf)))
     middle = (edges[best] + edges[best + 1]) / 2
     return float(middle if middle > edges[best + 1] else edges[best])  # neighbouring floats have no middle
-
-
-def cross_fitted_decisions(
-    score: np.ndarray, labels: np.ndarray, folds: Sequence[np.ndarray], metric: str = "f1"
-) -> np.ndarray:
-    """Yes/no for every row, each fold's at the threshold that is best on the *other* folds.
-
-    So the threshold is evaluated on rows that it was not chosen on. `folds` hold positions in `score`.
-    """
-    decided = np.zeros(score.shape, dtype=np.int64)
-    for fold in folds:
-        others = np.setdiff1d(np.arange(len(score)), fold)
-        decided[fold] = score[fold] >= best_threshold(score[others], labels[others], metric)
-    return decided

@@ -21,7 +21,6 @@ from lightning_bge.models.metrics import (
     best_threshold,
     check_metric,
     compute_metrics,
-    cross_fitted_decisions,
     metric_direction,
     scores,
 )
@@ -237,25 +236,6 @@ def test_best_threshold_is_above_all_scores_where_a_no_for_every_row_is_best() -
 def test_best_threshold_of_several_labels_is_one_for_all() -> None:
     score, labels = np.random.default_rng(0).random((20, 3)), np.random.default_rng(1).random((20, 3)) < 0.4
     assert best_threshold(score, labels) == best_threshold(score.ravel(), labels.ravel())
-
-
-@pytest.mark.parametrize("shape", [(30,), (30, 3)])
-def test_cross_fitted_decisions_do_not_see_their_own_fold(shape: tuple[int, ...]) -> None:
-    random = np.random.default_rng(0)
-    score = random.random(shape)
-    labels = (random.random(shape) < score).astype(float)
-    folds = np.array_split(random.permutation(30), 3)
-    decided = cross_fitted_decisions(score, labels, folds)
-    assert decided.shape == shape
-    for fold in folds:
-        others = np.setdiff1d(np.arange(30), fold)
-        threshold = best_threshold(score[others], labels[others])
-        assert np.array_equal(decided[fold], score[fold] >= threshold)
-        other_truth = labels.copy()
-        other_truth[fold] = 1 - labels[fold]
-        again = cross_fitted_decisions(score, other_truth, folds)
-        assert np.array_equal(again[fold], decided[fold])
-        assert not np.array_equal(again[others], decided[others])
 
 
 # ------------------------------------------------------------------ predictions and names

@@ -17,7 +17,6 @@ from lightning_bge.models.metrics import (
     Predictions,
     best_threshold,
     compute_metrics,
-    cross_fitted_decisions,
     scores,
 )
 from lightning_bge.types import Schema
@@ -125,3 +124,17 @@ def majority_baseline(schema: Schema, predictions: Predictions, metric: str) -> 
     found = [one[metric] for one in metrics if metric in one]
     best = min if metric in LOWER_IS_BETTER else max
     return best(found, default=float("nan"))
+
+
+def cross_fitted_decisions(
+    score: np.ndarray, labels: np.ndarray, folds: Sequence[np.ndarray], metric: str = "f1"
+) -> np.ndarray:
+    """Yes/no for every row, each fold's at the threshold that is best on the *other* folds.
+
+    So the threshold is evaluated on rows that it was not chosen on. `folds` hold positions in `score`.
+    """
+    decided = np.zeros(score.shape, dtype=np.int64)
+    for fold in folds:
+        others = np.setdiff1d(np.arange(len(score)), fold)
+        decided[fold] = score[fold] >= best_threshold(score[others], labels[others], metric)
+    return decided
