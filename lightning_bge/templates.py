@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import optuna
 from jsonargparse import Namespace, dict_to_namespace
@@ -26,9 +26,10 @@ from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import CostName
+from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import spec_of
-from lightning_bge.hpo.study import quiet_optuna
 from lightning_bge.hpo.trial.objective import TrialSetup
+from lightning_bge.hpo.trial_loop import quiet_optuna
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics import MonitorConfig, check_metric
 from lightning_bge.runtime.dotted_config import LINKS, with_overrides
@@ -37,6 +38,7 @@ from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer
 
 CONFIGS: dict[str, Any] = {
     "pruner": PrunerConfig,
+    "sampler": SamplerConfig,
     "monitor": MonitorConfig,
     "compile": CompileConfig,
     "memory": MemoryConfig,
@@ -49,9 +51,11 @@ class StudyOptions(TypedDict, total=False):
 
     enqueue: list[dict[str, Any]]
     pruner: PrunerConfig | dict[str, Any]
-    sampler: Literal["tpe", "random"]
-    sampler_seed: int
+    sampler: SamplerConfig | dict[str, Any]
     timeout: float | None
+    terminator: bool
+    max_failures: int
+    max_worker_deaths: int
     val_check_interval: float
     seed_replicates: int | None
     cost: CostName | None
@@ -82,7 +86,7 @@ def study_of_templates(
         ConfigError: an argument is wrong; names of options of the study begin with `hpo.`.
     """
     given = _checked(options)
-    own = {name: given.pop(name, kind()) for name, kind in CONFIGS.items() if name != "pruner"}
+    own = {name: given.pop(name, kind()) for name, kind in CONFIGS.items() if name not in ("pruner", "sampler")}
     _check_templates(model, data)
     grouped = data.hparams["group_column"] is not None
     metric = check_metric(model.hparams["task"], metric or own["monitor"].metric, grouped)

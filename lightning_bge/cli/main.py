@@ -17,6 +17,7 @@ log = logging.getLogger("lightning_bge")
 COMMANDS = {
     "fit": "train one model; an interrupted run continues from its last checkpoint",
     "hpo": "search for the best hyperparameters, prune bad trials, refit and export the best model",
+    "worker": "join the study of a run folder with one more process",
     "plan": "estimate how many hours a search takes, before it is started",
     "audit": "train a few steps: which optimizations are in effect, and what could still be gained",
     "predict": "write a score and a label for each row of a file",

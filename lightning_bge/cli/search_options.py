@@ -1,5 +1,9 @@
 """The options under `--hpo`, which `hpo`, `plan` and `audit` read."""
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_bge.cli.lightning_cli import BGECLI
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.trial_loop import MemoryKeptError
 
 Options = TypeVar("Options", bound=Any)
 
@@ -30,6 +35,17 @@ def add_hpo_and(options: type) -> Any:
 def own_options(cli: BGECLI, kind: type[Options]) -> Options:
     """The command's own options, as `add_hpo_and` added them."""
     return kind(**{name: cli.config_init[name] for name in kind.__dataclass_fields__})
+
+
+@contextmanager
+def starting_again() -> Iterator[None]:
+    """Start the process again where it holds memory of a trial that ran out of it."""
+    try:
+        yield
+    except MemoryKeptError as error:
+        print(f"lightning-bge: {error}. The process starts itself again", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def check_one_device(cli: BGECLI, fix: str) -> None:

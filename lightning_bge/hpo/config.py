@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from optuna.trial import TrialState
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import CostName
+from lightning_bge.hpo.space.draw import SamplerConfig
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 JOURNAL = "journal.log"
@@ -18,25 +19,29 @@ REPLICATED_FROM = 200  # trials of a study, from which on there are seed replica
 
 
 # More than 10 fields: each is an option that users type as --hpo.NAME, and a group would lengthen every one of them.
-Sampler = Literal["tpe", "random"]
-
-
 @dataclass(frozen=True)
 class StudyConfig:
     """The options of a study.
 
     Attributes:
-        n_trials: how many trials the study has in all, completed or pruned; a finished study continues when it is
-            raised.
+        n_trials: how many parameter sets are tried in all, to their end or until they are pruned; failed ones do not
+            count. Fewer where the search space has fewer: none is trained twice. A study continues when it is raised.
         space: the search space: dotted name of an option -> {low, high, log, step} or {choices: [...]}. With `when:
             {another.name: value or [values]}` it is drawn only in trials where that other hyperparameter, one with
             choices, has such a value; in the others it keeps its configured value. Several entries must all hold.
         enqueue: known good parameter sets, tried first and once in a study: a list of {dotted name: value, ...}. What
             one leaves out is drawn. Some may be added when a study is resumed. They count among its trials.
         pruner: which trials are ended early.
-        sampler: tpe (Optuna's default: multivariate, with constant liar) or random.
-        sampler_seed: of the sampler.
+        sampler: how parameter sets are drawn.
         timeout: seconds after which this call starts no further trial, as Optuna's; null: no limit.
+        terminator: end the study when Optuna's `Terminator` expects to gain less from further trials than the error of
+            cross-validation; it looks at complete trials, from the 20th on, and needs two folds or more.
+        max_failures: the study ends with an error when more trials than this have failed. A trial that raises an error
+            fails, and the study goes on: 10, so that a rare error does not end it, and one in each trial soon does.
+        max_worker_deaths: a parameter set whose process dies so many times in a row, with no report in between, fails.
+        workers: processes that `lightning-bge hpo` starts on this machine. null: workers_per_device for each GPU; one
+            without a GPU. On a CPU they share the cores.
+        workers_per_device: processes that share a GPU, and its memory.
         val_check_interval: the part of an epoch between two reports to the pruner, as the Trainer's: 1, or a part like
             0.5 or 0.25, which lets bad trials end earlier and costs as many more validations.
         seed_replicates: with how many other seeds each of the best five trials is trained at the end, to its last
@@ -61,9 +66,13 @@ class StudyConfig:
     space: dict[str, dict[str, Any]] = field(default_factory=dict)
     enqueue: list[dict[str, Any]] = field(default_factory=list)
     pruner: PrunerConfig = PrunerConfig()  # noqa: RUF009 - frozen
-    sampler: Sampler = "tpe"
-    sampler_seed: int = 42
+    sampler: SamplerConfig = SamplerConfig()  # noqa: RUF009 - frozen
     timeout: float | None = None
+    terminator: bool = False
+    max_failures: int = 10
+    max_worker_deaths: int = 3
+    workers: int | None = None
+    workers_per_device: int = 1
     val_check_interval: float = 1.0
     seed_replicates: int | None = None
     cost: CostName | None = None
@@ -84,10 +93,12 @@ class StudyConfig:
             raise ConfigError(f"hpo.encoder_cache_gb: expected 0 or more, or null, got {self.encoder_cache_gb}")
         if self.seed_replicates is not None and self.seed_replicates < 0:
             raise ConfigError(f"hpo.seed_replicates: expected 0 or more, or null, got {self.seed_replicates}")
-        for name, kind in (("cost", CostName), ("sampler", Sampler)):
+        if self.cost not in (None, *get_args(CostName)):
+            raise ConfigError(f"hpo.cost: expected one of {', '.join(get_args(CostName))}, got {self.cost}")
+        for name, least in (("max_failures", 0), ("max_worker_deaths", 1), ("workers", 1), ("workers_per_device", 1)):
             value = getattr(self, name)
-            if value not in (*get_args(kind), *([None] if name == "cost" else [])):
-                raise ConfigError(f"hpo.{name}: expected one of {', '.join(get_args(kind))}, got {value}")
+            if value is not None and value < least:
+                raise ConfigError(f"hpo.{name}: expected {least} or more, got {value}")
         if self.cost is not None and self.pruner.name != "none":
             raise ConfigError(
                 "hpo.cost: no trial can be pruned where a cost is minimised besides the score, but hpo.pruner.name is "

@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.forecast.eta import Eta, SearchOptions, being_run, estimate_end
+from lightning_bge.hpo.forecast.eta import Eta, SearchOptions, estimate_end
 from lightning_bge.hpo.pruning.asha import AshaPruner
-from lightning_bge.hpo.pruning.asha_trials import PAUSED_AT, RESUMES, ended_parameter_sets, resumed_numbers
 from lightning_bge.hpo.ranking import cost_of, front, maximizes, ranked, score_of
 from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.trials import (
+    ERROR,
+    INTERRUPTED,
+    PAUSED_AT,
+    RESUMES,
+    RETRY_OF,
+    ended_parameter_sets,
+    resumed_numbers,
+)
 
 if TYPE_CHECKING:
     from lightning_bge.hpo.config import StudyConfig
@@ -87,18 +95,20 @@ class Progress:
             self.n_trials,
             steps,
             direction,
-            self.config.sampler,
+            self.config.sampler.name,
             n_seeds=self.config.n_seed_replicates,
             refit=self.config.refit,
         )
-        return estimate_end(trials, search, 1 + len(being_run(trials)), datetime.now())
+        # the trial that has just ended is no longer among those that run, and its worker begins another one
+        return estimate_end(trials, search, 1 + count(study, TrialState.RUNNING), datetime.now())
 
     def _done(self, study: optuna.Study) -> int:
         return finished(study)
 
     def _name(self, trial: FrozenTrial) -> str:
-        resumes = trial.user_attrs.get(RESUMES)
-        return f"trial {trial.number}" + ("" if resumes is None else f" (resumes trial {resumes})")
+        known = trial.user_attrs
+        earlier = f" (continues trial {known[RETRY_OF]})" if RETRY_OF in known else ""
+        return f"trial {trial.number}" + (earlier or (f" (resumes trial {known[RESUMES]})" if RESUMES in known else ""))
 
     def _end(self, trial: FrozenTrial) -> str:
         if trial.state == TrialState.COMPLETE:
@@ -112,7 +122,9 @@ class Progress:
             shown = "no value" if value is None else f"{self.metric} {value:.4f}"
             how = "paused" if PAUSED_AT in trial.user_attrs else "pruned"
             return f"{how} at step {at} of {self.n_reports}: {shown}"
-        return "failed"
+        if INTERRUPTED in trial.user_attrs:
+            return f"interrupted: {trial.user_attrs[INTERRUPTED]}"
+        return f"failed: {trial.user_attrs.get(ERROR, 'its process is gone')}"
 
     def _best(self, study: optuna.Study, trial: FrozenTrial) -> str:
         found = ranked(study)

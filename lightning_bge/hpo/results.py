@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import optuna
 import yaml
+from lightning.pytorch import Callback
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
@@ -17,7 +19,7 @@ from lightning_bge.hpo.config import FINISHED
 from lightning_bge.hpo.progress import count, ended_early, finished
 from lightning_bge.hpo.ranking import cost_of, front, ranked, score_of
 from lightning_bge.hpo.seed_replicates import SeedReplicates, describe_seed_replicates
-from lightning_bge.hpo.trial.objective import Build, TrialSetup
+from lightning_bge.hpo.trial.objective import Build, StopOnRequest, TrialSetup
 from lightning_bge.hpo.trial.out_of_fold import (
     HAS_THRESHOLD,
     OutOfFold,
@@ -26,10 +28,22 @@ from lightning_bge.hpo.trial.out_of_fold import (
     majority_baseline,
     predictions_file,
 )
+from lightning_bge.hpo.trials import (
+    ERROR,
+    INTERRUPTED,
+    NOT_TRAINED,
+    PARAMETER_SET,
+    RESUMES,
+    RETRY_OF,
+    WORKER_LOST,
+    attempts,
+    has_failed,
+)
 from lightning_bge.models.metrics import MonitorConfig
 from lightning_bge.models.prediction_file import write_predictions
 from lightning_bge.runtime.memory import release
 from lightning_bge.runtime.run_folder import read_json, write_json, write_text
+from lightning_bge.runtime.stop import StopRequest
 from lightning_bge.types import Schema
 
 
@@ -42,6 +56,7 @@ def finish_study(
     epochs: int,
     refit: bool,
     replicates: SeedReplicates | None = None,
+    request: StopRequest | None = None,
 ) -> dict[str, Any]:
     """Write `best.yaml`, `trials.csv`, `oof.csv`, the exported model and `summary.json`; return the summary.
 
@@ -56,9 +71,11 @@ def finish_study(
         epochs: of a trial that has not drawn a number of them.
         refit: whether a model is trained on all rows and exported.
         replicates: results of the seed replicates.
+        request: whether to stop the refit.
 
     Raises:
         StudyError: no trial ran to its end.
+        Stopped: as requested; the next call does what is missing.
     """
     if count(study, TrialState.COMPLETE) == 0:
         raise StudyError(
@@ -69,7 +86,7 @@ def finish_study(
     write_text(run_dir / "trials.csv", trials_table(study))
     setup = build(best.params)
     key: dict[str, Any] = {
-        "n_trials": finished(study) + count(study, TrialState.FAIL),
+        "n_trials": finished(study),
         "n_runs": count(study, *FINISHED, TrialState.FAIL),  # a paused trial and the one that resumes it are two
         "best_trial": best.number,
         "refit": refit,
@@ -89,7 +106,8 @@ def finish_study(
     summary = _summary(study, best, monitor, schema, oof) | key
     if refit:  # with the learning rate's schedule of the folds, to the epoch at which they were best on average
         schedule = {"model.schedule.epochs": best.params.get("trainer.max_epochs", epochs)}
-        summary |= _refit(build, best.params | schedule, schema, summary["refit_epochs"], run_dir)
+        callbacks = [] if request is None else [StopOnRequest(request)]
+        summary |= _refit(build, best.params | schedule, schema, summary["refit_epochs"], run_dir, callbacks)
     write_json(run_dir / "summary.json", summary)
     return summary
 
@@ -98,8 +116,8 @@ def trials_table(study: optuna.Study) -> str:
     """All trials as CSV: number, state, value, cost, seconds, reports, where they ended, folds' scores, parameters."""
     names = sorted({name for trial in study.get_trials(deepcopy=False) for name in trial.params})
     attributes = [
-        *("pruned_at", "paused_at", "resumes", "oom_where", "oom_requested", "oom_free"),
-        *("fold_scores", "fold_epochs", "retry_of", "swept"),
+        *("pruned_at", "paused_at", RESUMES, "oom_where", "oom_requested", "oom_free"),
+        *("fold_scores", "fold_epochs", PARAMETER_SET, RETRY_OF, WORKER_LOST, INTERRUPTED, ERROR, NOT_TRAINED),
     ]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")  # it writes None as an empty field
@@ -121,15 +139,15 @@ def _summary(
     study: optuna.Study, best: FrozenTrial, monitor: MonitorConfig, schema: Schema, oof: OutOfFold
 ) -> dict[str, Any]:
     failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-    interrupted = [trial for trial in failed if "swept" in trial.user_attrs]
+    n_failed = sum(has_failed(tries) for tries in attempts(study.get_trials(deepcopy=False)).values())
     found: dict[str, Any] = {
         "study": study.study_name,
         "task": schema.task,
         "n_complete": count(study, TrialState.COMPLETE),
         "n_pruned": len(ended_early(study)),
         "n_out_of_memory": sum("oom_where" in trial.user_attrs for trial in study.get_trials(deepcopy=False)),
-        "n_failed": len(failed) - len(interrupted),
-        "n_interrupted": len(interrupted),
+        "n_failed": n_failed,
+        "n_interrupted": sum(bool({WORKER_LOST, INTERRUPTED} & trial.user_attrs.keys()) for trial in failed),
         "metric": monitor.metric,
         "objective": monitor.objective,
         "best_value": score_of(best),
@@ -168,13 +186,15 @@ def wall_seconds(study: optuna.Study) -> float:
     return total
 
 
-def _refit(build: Build, params: dict[str, Any], schema: Schema, epochs: int, run_dir: Path) -> dict[str, Any]:
+def _refit(
+    build: Build, params: dict[str, Any], schema: Schema, epochs: int, run_dir: Path, callbacks: Sequence[Callback]
+) -> dict[str, Any]:
     """Train with the hyperparameters on all rows for so many epochs; export the model; score the test file."""
     setup = build(params)
     model, datamodule = setup.model, setup.datamodule
     try:
         datamodule.select_fold(None)
-        trainer = setup.make_trainer(max_epochs=epochs, limit_val_batches=0)
+        trainer = setup.make_trainer(callbacks=callbacks, max_epochs=epochs, limit_val_batches=0)
         trainer.fit(model, datamodule=datamodule)
         assert model.schema is not None
         model.set_schema(replace(model.schema, threshold=schema.threshold))

@@ -1,70 +1,153 @@
 """A whole study, for the command line and for Python: its trials, seed replicates, refit and export."""
 
+import math
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
+from filelock import FileLock
 
+from lightning_bge.callbacks.torch_backends import choose_precision
+from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import BEST, StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.forecast.preview import describe_pruner
+from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.results import describe_study, finish_study
 from lightning_bge.hpo.seed_replicates import run_seed_replicates
+from lightning_bge.hpo.space.draw import space_size
+from lightning_bge.hpo.space.parameter_sets import parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, parse_space
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.study import open_study, others_running, run_study
+from lightning_bge.hpo.storage.workers import Worker, living_workers
+from lightning_bge.hpo.study import open_study
 from lightning_bge.hpo.trial.objective import Objective, TrialFiles
+from lightning_bge.hpo.trial_loop import run_trials
+from lightning_bge.hpo.trial_queue import CHECKPOINTS, LOCK, N_TRIALS, StudyQueue
 from lightning_bge.models.metrics import metric_direction
 from lightning_bge.runtime.dotted_config import comparable
 from lightning_bge.runtime.run_folder import create_run_dir, record_run
+from lightning_bge.runtime.stop import Stopped, StopRequest
+
+END_LOCK = "end.lock"  # file in the run folder: one process at a time ends the study
 
 
-def run_hpo(experiment: Experiment, hpo: StudyConfig) -> tuple[optuna.Study, dict[str, Any] | None]:
+@dataclass(frozen=True)
+class Prepared:
+    """A study that was checked, and created or opened.
+
+    Attributes:
+        study: Optuna's.
+        space: the search space.
+        steps: what a trial that runs to its end reports.
+        run_dir: the run's folder.
+    """
+
+    study: optuna.Study
+    space: Space
+    steps: Steps
+    run_dir: Path
+
+
+def prepare_study(
+    experiment: Experiment, hpo: StudyConfig, worker: Worker | None = None, joins: bool = False
+) -> Prepared:
+    """Check the options and the data of a study, say what it will do, and create or open it.
+
+    Args:
+        experiment: what the study varies.
+        hpo: its options.
+        worker: this process, where it is to run trials.
+        joins: the study is there: nothing is said, and its options are not written again.
+
+    Raises:
+        UserError: options, data or the folder's content are wrong.
+    """
+    space = parse_space(hpo.space)
+    parse_enqueued(hpo.enqueue, space)
+    experiment.check_space(hpo, space)
+    data = experiment.datamodule
+    data.setup("fit")
+    steps = Steps(data.num_folds, experiment.most_epochs(space), hpo.reports_per_epoch)
+    if hpo.terminator and steps.folds == 1:
+        raise ConfigError("hpo.terminator: expected two folds or more, as it compares with the error between folds")
+    if not joins:
+        _print_head(experiment, hpo, space, steps)
+    run_dir, metric = experiment.run_dir, str(experiment.monitor.metric)
+    with FileLock(run_dir / LOCK, mode=0o600):
+        options = _comparable_options(experiment, hpo, space)
+        own = "" if worker is None else worker.id
+        study = open_study(
+            run_dir, hpo, metric_direction(metric), steps, options, dict(experiment.config.items()), worker=own
+        )
+        if not joins:
+            if study.user_attrs.get(N_TRIALS) != hpo.n_trials:
+                study.set_user_attr(N_TRIALS, hpo.n_trials)
+            record_run(run_dir, experiment.plain(experiment.config), data.data_hash)
+    return Prepared(study, space, steps, run_dir)
+
+
+def run_hpo(
+    experiment: Experiment, hpo: StudyConfig, *, joins: bool = False, parent: int | None = None
+) -> tuple[optuna.Study, dict[str, Any] | None]:
     """Run the study of a folder, or what is missing of it, with a printed line after each trial and a summary.
+
+    Several processes may do so at once. Each stays until nothing is left to do; one of them ends the study.
+
+    Args:
+        experiment: what the study varies.
+        hpo: its options.
+        joins: the study is there, and its options are not written again.
+        parent: the process without which this one stops; None: there is none.
 
     Returns:
         The study, and the content of `summary.json`; None while other processes still run trials: the last writes it.
 
     Raises:
-        UserError: options, data or the folder's content are wrong, or no trial ran to its end.
+        UserError: options, data or the folder's content are wrong, no trial ran to its end, or too many have failed.
+        KeyboardInterrupt: Ctrl-C; what was being trained is saved, and the same call continues.
+        SystemExit: the same after SIGTERM (143) or SIGHUP (129).
     """
-    space = parse_space(hpo.space)
-    experiment.check_space(hpo, space)
-    data = experiment.datamodule
-    data.setup("fit")
-    steps = Steps(data.num_folds, experiment.most_epochs(space), hpo.reports_per_epoch)
+    until = math.inf if hpo.timeout is None else time.monotonic() + hpo.timeout
     run_dir = create_run_dir(experiment.run_dir)
-    _print_head(experiment, hpo, steps)
-    direction = metric_direction(str(experiment.monitor.metric))
-    study = open_study(run_dir, hpo, direction, steps, _comparable_options(experiment, hpo, space))
-    since = time.monotonic()
-    record_run(run_dir, experiment.plain(experiment.config), data.data_hash)
-    objective = Objective(
-        build=experiment.build,
-        space=space,
-        monitor=experiment.monitor,
-        steps=steps,
-        files=TrialFiles(out_of_fold=run_dir / "oof", paused=run_dir / "paused"),
-        n_trials=hpo.n_trials,
-        compile=experiment.compile,
-        encoder=experiment.encoder_cache(hpo),
-        cost=hpo.cost,
-    )
-    run_study(study, objective, hpo, str(experiment.monitor.metric), steps.total, objective.files.paused)
-    if others_running(study):
-        print("other processes are still running trials of this study: the last of them ends it")
-        return study, None
-    return study, _finish(experiment, hpo, study, objective, since)
+    with StopRequest(parent) as request, Worker(run_dir) as worker:
+        known = prepare_study(experiment, hpo, worker, joins)
+        queue = StudyQueue(known.study, worker, hpo, run_dir, known.space, parse_enqueued(hpo.enqueue, known.space))
+        objective = Objective(
+            build=experiment.build,
+            space=known.space,
+            monitor=experiment.monitor,
+            steps=known.steps,
+            files=TrialFiles(out_of_fold=run_dir / "oof", checkpoints=run_dir / CHECKPOINTS),
+            n_trials=queue.n_trials,
+            compile=experiment.compile,
+            encoder=experiment.encoder_cache(hpo),
+            cost=hpo.cost,
+            request=request,
+        )
+        progress = Progress(hpo, str(experiment.monitor.metric), known.steps.total)
+        run_trials(queue, objective, until=until, request=request, report=progress)
+        try:
+            summary = None if request.signal else _end(experiment, queue, objective, until)
+        except Stopped:
+            summary = None
+    request.leave()
+    return known.study, summary
 
 
-def _print_head(experiment: Experiment, hpo: StudyConfig, steps: Steps) -> None:
+def _print_head(experiment: Experiment, hpo: StudyConfig, space: Space, steps: Steps) -> None:
+    """Say what the study will do."""
     split = "a single split" if steps.folds == 1 else f"{steps.folds} folds"
-    monitor = experiment.monitor
+    monitor, size = experiment.monitor, space_size(space)
     print(
-        f"study {experiment.run_dir.name}: {hpo.n_trials} trials, {split}, at most {steps.epochs} epochs each; "
-        f"metric: {monitor.metric} of the {monitor.objective} epoch, mean over the folds"
+        f"study {experiment.run_dir.resolve().name}: {hpo.n_trials} trials, {split}, at most {steps.epochs} epochs "
+        f"each; metric: {monitor.metric} of the {monitor.objective} epoch, mean over the folds"
     )
-    print(describe_pruner(hpo.pruner, hpo.n_trials, steps))
+    if size < hpo.n_trials:
+        print(f"the search space has {int(size)} parameter sets, and none is trained twice: the study ends with them")
+    print(describe_pruner(hpo.pruner, int(min(hpo.n_trials, size)), steps))
     if hpo.n_seed_replicates:
         print(f"seed replicates at the end: {hpo.n_seed_replicates} of each of the best trials, up to {BEST}")
 
@@ -73,32 +156,37 @@ def _comparable_options(experiment: Experiment, hpo: StudyConfig, space: Space) 
     """The options that must be equal for trials to be comparable; a searched one is only among them if conditional."""
     always_drawn = tuple(name for name in space if name not in space.when)
     options = comparable(experiment.plain(experiment.config), always_drawn)
+    if options.get("trainer.precision") == "auto":  # else workers with and without bf16 would share a study
+        options["trainer.precision"] = choose_precision(str(options.get("trainer.accelerator", "auto")))[0]
     options |= {"data_hash": experiment.datamodule.data_hash, "folds_hash": experiment.datamodule.folds_hash}
     return options | ({"hpo.val_check_interval": hpo.val_check_interval} if hpo.reports_per_epoch > 1 else {})
 
 
-def _finish(
-    experiment: Experiment, hpo: StudyConfig, study: optuna.Study, objective: Objective, since: float
-) -> dict[str, Any] | None:
-    """Seed replicates, refit, export and results; None: other processes still run some of the seed replicates."""
-    config, metric = experiment.config, str(experiment.monitor.metric)
-    replicates = run_seed_replicates(study, objective, hpo, metric=metric, seed=config.seed_everything, since=since)
-    if replicates is not None and replicates.elsewhere:
-        print(
-            f"other processes are still running {replicates.elsewhere} of the seed replicates: the last of them ends "
-            "the study"
-        )
+def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until: float) -> dict[str, Any] | None:
+    """Seed replicates, refit, export and results; None: other processes end the study, or a stop was requested."""
+    config, metric, request = experiment.config, str(experiment.monitor.metric), objective.request
+    replicates = run_seed_replicates(
+        queue, objective, metric=metric, seed=config.seed_everything, until=until, request=request
+    )
+    others = living_workers(queue.run_dir) - {queue.worker.id}
+    if not request.signal and time.monotonic() >= until and others:
+        print("hpo.timeout is over; other processes go on with this study, and the last of them ends it")
+        return None
+    if request.signal:
         return None
     objective.encoder.clear()
-    summary = finish_study(
-        study,
-        experiment.run_dir,
-        build=experiment.build,
-        monitor=experiment.monitor,
-        # the epochs of a trial that has not drawn a number of them
-        epochs=config["trainer.max_epochs"] if "trainer.max_epochs" in objective.space.when else objective.steps.epochs,
-        refit=hpo.refit,
-        replicates=replicates,
-    )
-    print(describe_study(experiment.run_dir, summary))
+    # the epochs of a trial that has not drawn a number of them
+    epochs = config["trainer.max_epochs"] if "trainer.max_epochs" in objective.space.when else objective.steps.epochs
+    with FileLock(queue.run_dir / END_LOCK, mode=0o600):
+        summary = finish_study(
+            queue.study,
+            queue.run_dir,
+            build=experiment.build,
+            monitor=experiment.monitor,
+            epochs=epochs,
+            refit=queue.config.refit,
+            replicates=replicates,
+            request=request,
+        )
+    print(describe_study(queue.run_dir, summary))
     return summary

@@ -2,14 +2,10 @@
 
 Seed replicates are a study of their own beside the first, in the same journal. Each of their trials carries the number
 of the trial that it replicates (`replicate_of`) and its `seed`. What is missing follows from the two studies alone, so
-that any process may continue at any time: it queues what nobody has queued, and of two equal trials it skips the later.
+that any process may continue at any time.
 """
 
-import math
 import statistics
-import sys
-import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,18 +13,17 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.config import BEST, FINISHED, SEED_REPLICATES, StudyConfig
-from lightning_bge.hpo.progress import Progress, count
+from lightning_bge.hpo.config import BEST, SEED_REPLICATES
+from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import best_parameter_sets, ranked, score_of, sign_of
-from lightning_bge.hpo.storage.workers import sweep
-from lightning_bge.hpo.study import is_finished, stop_if_memory_is_kept
-from lightning_bge.hpo.trial.objective import Objective
+from lightning_bge.hpo.trial.objective import Objective, TrialFiles
+from lightning_bge.hpo.trial_loop import run_trials
+from lightning_bge.hpo.trial_queue import StudyQueue, TrialQueue, Tries
+from lightning_bge.hpo.trials import RETRY_OF, is_to_be_continued
 from lightning_bge.runtime.compat.optuna import storage_of
+from lightning_bge.runtime.stop import StopRequest
 
-ATTEMPTS = 3  # at one seed replicate, whose process dies or which fails; then it counts as one without a value
-
-TAKEN = (*FINISHED, TrialState.RUNNING, TrialState.WAITING)  # of a trial that has run, runs or will run
 Task = tuple[int, int]  # the replicated trial's number, and the seed
 
 
@@ -69,7 +64,6 @@ class SeedReplicates:
             (NaN, out of memory, or its process died each time) can't be it. `before`, where no trial can, or while
             some are `missing`.
         missing: number of seed replicates that have not ended.
-        elsewhere: how many of these other processes are running now.
     """
 
     seeds: tuple[int, ...]
@@ -77,7 +71,6 @@ class SeedReplicates:
     before: int
     winner: int
     missing: int
-    elsewhere: int
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for the summary."""
@@ -94,158 +87,131 @@ class SeedReplicates:
 
 
 def run_seed_replicates(
-    study: optuna.Study, objective: Objective, config: StudyConfig, *, metric: str, seed: int, since: float
+    studies: StudyQueue,
+    objective: Objective,
+    *,
+    metric: str,
+    seed: int,
+    until: float,
+    request: StopRequest,
 ) -> SeedReplicates | None:
     """Run the seed replicates that are missing; several processes may do so at once on one folder.
 
     Each of the best trials is trained with the seeds `seed + 1`, `seed + 2`, ... on the same folds, to its end. A seed
-    replicate whose process died is run once more.
+    replicate whose process died is continued.
 
     Args:
-        study: the study whose best trials are replicated.
+        studies: of the study whose best trials are replicated.
         objective: of that study.
-        config: options of that study: n_trials, seed_replicates, timeout.
         metric: its name.
         seed: the study's `seed_everything`.
-        since: `time.monotonic()` at the start of the call that `config.timeout` limits.
+        until: `time.monotonic()` after which none begins.
+        request: whether to stop.
 
     Returns:
         None where none are requested, trials of the study are missing, or none has ended with a score.
 
     Raises:
-        MemoryKeptError: as in `run_study`.
+        MemoryKeptError: as in `run_trials`.
     """
+    config, study = studies.config, studies.study
     seeds = tuple(range(seed + 1, seed + 1 + config.n_seed_replicates))
-    if not seeds or not is_finished(study, config) or not ranked(study):
+    if not seeds or not studies.is_finished() or not ranked(study):
         return None
-    todo = _Todo(study, _open(study), objective, seeds)
-    progress, once = _Progress(todo, config, metric), todo.objective()
-    until = math.inf if config.timeout is None else since + config.timeout
-    while todo.queue() and time.monotonic() < until:
-        todo.replicates.optimize(once, n_trials=1, callbacks=[progress, stop_if_memory_is_kept])
-    return todo.result()
+    queue = SeedReplicateQueue(studies, seeds)
+    files = TrialFiles(checkpoints=queue.checkpoints)
+    train = replace(objective, files=files, cost=None, n_trials=len(queue.tasks()))
+    run_trials(queue, train, until=until, request=request, report=_Progress(queue, metric, objective.steps.total))
+    return queue.result()
 
 
-def _open(study: optuna.Study) -> optuna.Study:
-    return optuna.create_study(
-        storage=storage_of(study),
-        study_name=f"{study.study_name}{SEED_REPLICATES}",
-        direction=study.directions[0],
-        sampler=optuna.samplers.RandomSampler(),  # never used: all parameters are given
-        pruner=optuna.pruners.NopPruner(),
-        load_if_exists=True,
-    )
+class SeedReplicateQueue(TrialQueue):
+    """The seed replicates of a study that are missing.
 
+    Args:
+        studies: of the study whose best trials are replicated.
+        seeds: the further ones.
+    """
 
-@dataclass(frozen=True)
-class _Todo:
-    study: optuna.Study
-    replicates: optuna.Study
-    trained: Objective
-    seeds: tuple[int, ...]
+    def __init__(self, studies: StudyQueue, seeds: Sequence[int]) -> None:
+        replicates = optuna.create_study(
+            storage=storage_of(studies.study),
+            study_name=f"{studies.study.study_name}{SEED_REPLICATES}",
+            direction=studies.study.directions[0],
+            sampler=optuna.samplers.RandomSampler(),  # never used: all parameters are given
+            pruner=optuna.pruners.NopPruner(),
+            load_if_exists=True,
+        )
+        checkpoints = studies.checkpoints / "seed_replicates"
+        super().__init__(replicates, studies.worker, studies.config, studies.run_dir, checkpoints)
+        self.replicated, self.seeds = studies.study, tuple(seeds)
 
     def best(self) -> list[FrozenTrial]:
         """The replicated trials; other processes may still end trials of the study, and so change which they are."""
-        return best_parameter_sets(self.study, BEST)
+        return best_parameter_sets(self.replicated, BEST)
 
     def tasks(self) -> list[Task]:
         """All seed replicates, seed by seed: the encoder is read once for each seed."""
         best = self.best()
         return [(trial.number, seed) for seed in self.seeds for trial in best]
 
-    def queue(self) -> bool:
-        """Queue what is missing and nobody has; return whether any trial is waiting."""
-        # given up by the number of failures (`ATTEMPTS`), not by that of retries, which include those after Ctrl-C
-        sweep(self.replicates, max_retries=sys.maxsize)
-        attempts = self.attempts()
-        params = {trial.number: trial.params for trial in self.best()}
+    def begin(self, tries: Tries) -> optuna.Trial | None:
+        """Continue a lost one that is still needed, else begin the first that is missing."""
+        found, best = _by_task(tries), {trial.number: trial for trial in self.best()}
         for number, seed in self.tasks():
-            if not _settled(attempts[number, seed], TAKEN):
-                self.replicates.enqueue_trial(params[number], user_attrs={"replicate_of": number, "seed": seed})
-        return count(self.replicates, TrialState.WAITING) > 0
+            made = found.get((number, seed))
+            if made is None:
+                return self.start(best[number], {"replicate_of": number, "seed": seed})
+            if is_to_be_continued(made):
+                return self.go_on(made[-1], {RETRY_OF: made[-1].number})
+        return None
 
-    def attempts(self) -> defaultdict[Task, list[FrozenTrial]]:
-        """All trials that were made of each seed replicate, the oldest first."""
-        found: defaultdict[Task, list[FrozenTrial]] = defaultdict(list)
-        for trial in self.replicates.get_trials(deepcopy=False):
-            if (task := _task(trial)) is not None:
-                found[task].append(trial)
-        return found
-
-    def objective(self) -> Any:
-        """Trains a seed replicate, unless it is redundant."""
-        files = replace(self.trained.files, out_of_fold=None)
-        train = replace(self.trained, files=files, cost=None, n_trials=len(self.tasks()))
-
-        def once(trial: optuna.Trial) -> Any:
-            if not self.redundant(trial):
-                return train(trial)
-            trial.set_user_attr("redundant", True)
-            return math.nan  # Optuna ends it as FAIL
-
-        return once
-
-    def redundant(self, trial: optuna.Trial) -> bool:
-        """Whether another process was faster, or the replicated trial is no longer among the best."""
-        task = _task(trial)
-        if task is None or task not in self.tasks():  # None: the queue was empty, and Optuna has made a new trial
-            return True
-        return _settled([other for other in self.attempts()[task] if other.number < trial.number], TAKEN)
+    def check_failures(self, tries: Tries) -> None:
+        """A seed replicate that fails counts as one without a value."""
 
     def result(self) -> SeedReplicates:
         """What is known by now."""
-        attempts = self.attempts()
-        missing = [attempts[task] for task in self.tasks() if not _settled(attempts[task], FINISHED)]
-        running = [tried for tried in missing if any(trial.state == TrialState.RUNNING for trial in tried)]
+        found, best, values = _by_task(self.tries()), self.best(), {}
+        for task in self.tasks():
+            made = found.get(task)
+            if made is not None and not is_to_be_continued(made) and made[-1].state.is_finished():
+                values[task] = score_of(made[-1]) if made[-1].state == TrialState.COMPLETE else None
         trials = tuple(
-            ReplicatedTrial(
-                trial.number, (score_of(trial), *(_value(attempts[trial.number, seed]) for seed in self.seeds))
-            )
-            for trial in self.best()
+            ReplicatedTrial(trial.number, (score_of(trial), *(values.get((trial.number, seed)) for seed in self.seeds)))
+            for trial in best
         )
-        before, sign = ranked(self.study)[0].number, sign_of(self.study)
+        missing = len(self.tasks()) - len(values)
+        before, sign = ranked(self.replicated)[0].number, sign_of(self.replicated)
         # of equal means the one with the better score in the study
         means = {one.trial: sign * one.mean for one in trials if one.mean is not None}
         winner = before if missing or not means else max(means, key=lambda number: means[number])
-        return SeedReplicates(self.seeds, trials, before, winner, len(missing), len(running))
+        return SeedReplicates(self.seeds, trials, before, winner, missing)
 
 
-def _task(trial: FrozenTrial | optuna.Trial) -> Task | None:
-    attributes = trial.user_attrs
-    return (attributes["replicate_of"], attributes["seed"]) if "replicate_of" in attributes else None
-
-
-def _settled(tried: Sequence[FrozenTrial], states: Sequence[TrialState]) -> bool:
-    """Whether one of the trials of a seed replicate is in such a state, or too many of them have failed."""
-    failed = [trial for trial in tried if trial.state == TrialState.FAIL and "redundant" not in trial.user_attrs]
-    attempts = sum(not str(trial.user_attrs.get("swept", "")).startswith("interrupted") for trial in failed)
-    return attempts >= ATTEMPTS or any(trial.state in states for trial in tried)
-
-
-def _value(tried: Sequence[FrozenTrial]) -> float | None:
-    return next((score_of(trial) for trial in tried if trial.state == TrialState.COMPLETE), None)
+def _by_task(tries: Tries) -> dict[Task, list[FrozenTrial]]:
+    """The attempts at each seed replicate, the oldest first."""
+    return {
+        (made[0].user_attrs["replicate_of"], made[0].user_attrs["seed"]): made
+        for made in tries.by_set.values()
+        if "replicate_of" in made[0].user_attrs
+    }
 
 
 class _Progress(Progress):
-    def __init__(self, todo: _Todo, config: StudyConfig, metric: str) -> None:
+    def __init__(self, queue: SeedReplicateQueue, metric: str, n_reports: int) -> None:
         # no replicate is pruned, and the time left is that of the replicates alone
         rest: dict[str, Any] = {"pruner": PrunerConfig("none"), "cost": None, "seed_replicates": 0, "refit": False}
-        super().__init__(replace(config, n_trials=len(todo.tasks()), **rest), metric, todo.trained.steps.total)
-        self.todo = todo
-
-    def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Optuna calls this after each trial."""
-        if "redundant" not in trial.user_attrs:
-            super().__call__(study, trial)
+        super().__init__(replace(queue.config, n_trials=len(queue.tasks()), **rest), metric, n_reports)
+        self.queue = queue
 
     def _done(self, study: optuna.Study) -> int:
-        return self.n_trials - self.todo.result().missing
+        return self.n_trials - self.queue.result().missing
 
     def _name(self, trial: FrozenTrial) -> str:
         return f"trial {trial.user_attrs['replicate_of']} with seed {trial.user_attrs['seed']}"
 
     def _best(self, study: optuna.Study, trial: FrozenTrial) -> str:
-        replicated = self.todo.study.get_trials(deepcopy=False)[trial.user_attrs["replicate_of"]]
+        replicated = self.queue.replicated.get_trials(deepcopy=False)[trial.user_attrs["replicate_of"]]
         return f"{score_of(replicated):.4f} in the study"
 
 

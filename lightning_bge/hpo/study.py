@@ -1,35 +1,29 @@
-"""A study opened or resumed, and its trials run."""
+"""The study of a run folder: created, continued, or begun anew from the trials of an earlier search space."""
 
-import gc
+from __future__ import annotations
+
 import json
-import logging
-import math
-import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.study import MaxTrialsCallback
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from lightning_bge.errors import StudyError
-from lightning_bge.hpo.config import FINISHED, JOURNAL, StudyConfig
-from lightning_bge.hpo.progress import Progress, finished
-from lightning_bge.hpo.pruning.asha import AshaPruner, nothing_left
-from lightning_bge.hpo.pruning.asha_scheduler import AshaScheduler
-from lightning_bge.hpo.pruning.asha_trials import RESUMES
+from lightning_bge.errors import ConfigError, StudyError
+from lightning_bge.hpo.config import JOURNAL, SEED_REPLICATES, StudyConfig
 from lightning_bge.hpo.pruning.config import build_pruner
+from lightning_bge.hpo.space.draw import check_grid, space_size
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
-from lightning_bge.hpo.space.search_space import parse_space, space_to_json
+from lightning_bge.hpo.space.search_space import Space, is_drawn, parse_space, space_to_json
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.storage.journal import JournalLock, hold, open_storage
-from lightning_bge.hpo.storage.workers import sweep
-from lightning_bge.runtime.memory import format_bytes
+from lightning_bge.hpo.storage.journal import open_storage
+from lightning_bge.hpo.storage.workers import living_workers
+from lightning_bge.hpo.trials import NOT_TRAINED
+from lightning_bge.runtime.compat.optuna import storage_of
 
-log = logging.getLogger("lightning_bge")
+TAKEN_OVER = "taken_over"  # attribute of a study with a changed search space: whether all earlier trials are in it
 
 
 def open_study(
@@ -38,10 +32,13 @@ def open_study(
     direction: Literal["maximize", "minimize"],
     steps: Steps,
     options: dict[str, Any],
+    configured: Mapping[str, Any] | None = None,
+    worker: str = "",
 ) -> optuna.Study:
-    """Create or resume the study of a run folder, and queue those of `config.enqueue` that are new to it.
+    """Create or continue the study of a run folder. Call it under the lock of the folder.
 
-    The study is named after its folder, and the name never changes: Hyperband's brackets depend on it.
+    The study has the name that its folder had at first, and the name never changes: Hyperband's brackets depend on it.
+    With a changed search space a new study begins in the same journal, which takes over the trials that fit into it.
 
     Args:
         run_dir: the run's folder, with the journal in it.
@@ -49,46 +46,75 @@ def open_study(
         direction: of the score: `maximize` or `minimize`. A cost is the second objective.
         steps: what a trial that runs to its end reports.
         options: those that must be equal for trials to be comparable, by dotted names, as plain data.
+        configured: the configured values of all options, by dotted names: a parameter that is not searched any more
+            has them.
+        worker: the id of this process among the workers.
 
     Raises:
-        ConfigError: the space or the enqueued parameter sets are wrong; nothing is written.
-        StudyError: the folder holds a study with another space or other options; the message lists the differences.
+        ConfigError: the space is wrong; nothing is written.
+        StudyError: the folder holds a study with other options, or processes are at work on it with another space,
+            pruner or sampler; the message lists the differences.
     """
-    parsed = parse_space(config.space)
-    enqueued = parse_enqueued(config.enqueue, parsed)
-    seeded = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}[config.sampler]
+    space = parse_space(config.space)
+    if config.sampler.name == "grid":
+        check_grid(space)
+    pruner = build_pruner(config.pruner, int(min(config.n_trials, space_size(space))), steps)
     storage = open_storage(run_dir / JOURNAL)
-    summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
-    # the number of trials is added, else a resumed study would draw its first parameter sets a second time
-    before = sum(summary.n_trials for summary in summaries if summary.study_name == run_dir.name)
+    names = study_names(storage)
+    options = json.loads(json.dumps(options | ({} if config.cost is None else {"hpo.cost": config.cost})))
+    content = {"space": space_to_json(space), "settings": options, "steps": asdict(steps)}
+    methods = json.loads(json.dumps({"hpo.pruner": asdict(config.pruner), "hpo.sampler": asdict(config.sampler)}))
+
+    def create(name: str) -> optuna.Study:
+        directions = [direction] if config.cost is None else [direction, "minimize"]
+        study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            directions=directions,
+            # draws are made by `draw_parameter_set`
+            sampler=optuna.samplers.RandomSampler(config.sampler.seed),
+            pruner=pruner,
+            load_if_exists=True,
+        )
+        for key, value in (content | {"methods": methods}).items():
+            if study.user_attrs.get(key) != value:
+                study.set_user_attr(key, value)
+        return study
+
+    if not names:
+        return create(run_dir.resolve().name)
+    found = optuna.load_study(study_name=names[-1], storage=storage).user_attrs
+    if found.get(TAKEN_OVER) is False:  # the process that began it was killed
+        names.pop()
+        found = optuna.load_study(study_name=names[-1], storage=storage).user_attrs
+    old_space = found.get("space", content["space"])
+    changed = {name for name in {*old_space, *content["space"]} if old_space.get(name) != content["space"].get(name)}
+    _check_options(run_dir, *(without(one, changed) for one in (found.get("settings", options), options)))
+    if living_workers(run_dir) - {worker}:
+        _check_methods(run_dir, {"hpo.space": old_space, **found.get("methods", methods)}, content["space"], methods)
+    if old_space == content["space"]:
+        return create(names[-1])
+    old = optuna.load_study(study_name=names[-1], storage=storage)
+    new = f"{names[0]}-space-{len(names) + 1}"
     study = optuna.create_study(
-        storage=storage,
-        study_name=run_dir.name,
-        directions=[direction] if config.cost is None else [direction, "minimize"],
-        sampler=seeded(seed=config.sampler_seed + before),
-        pruner=build_pruner(config.pruner, config.n_trials, steps),
-        load_if_exists=True,
+        storage=storage, study_name=new, directions=old.directions, pruner=pruner, load_if_exists=True
     )
-    space = space_to_json(parsed)
-    options = json.loads(json.dumps(options))
-    if config.cost is not None:
-        options["hpo.cost"] = config.cost
-    known = study.user_attrs
-    if "space" not in known or "settings" not in known:
-        study.set_user_attr("space", space)
-        study.set_user_attr("settings", options)
-    if known.get("steps") != asdict(steps):
-        study.set_user_attr("steps", asdict(steps))
-    _check_same(run_dir, study, space, options)
-    sweep(study)
-    enqueue_once(study, enqueued, run_dir / JOURNAL)
+    if TAKEN_OVER not in study.user_attrs:
+        study.set_user_attr(TAKEN_OVER, False)
+    _take_over(old, study, space, configured or {}, same_steps=found.get("steps") == content["steps"])
+    study = create(new)
+    study.set_user_attr(TAKEN_OVER, True)
     return study
 
 
-def _check_same(run_dir: Path, study: optuna.Study, space: dict[str, Any], options: dict[str, Any]) -> None:
-    attributes = study.user_attrs
-    found = differences({"hpo.space": attributes["space"], **attributes["settings"]}, {"hpo.space": space, **options})
-    if found:
+def study_names(storage: optuna.storages.BaseStorage) -> list[str]:
+    """The names of the studies in a journal, in their order, without those of seed replicates; the last one counts."""
+    names = [study.study_name for study in storage.get_all_studies()]
+    return [name for name in names if not name.endswith(SEED_REPLICATES)]
+
+
+def _check_options(run_dir: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    if found := differences(old, new):
         raise StudyError(
             f"{run_dir} holds a study whose trials can't be compared with the requested ones. Differences:\n  "
             + "\n  ".join(found)
@@ -96,29 +122,18 @@ def _check_same(run_dir: Path, study: optuna.Study, space: dict[str, Any], optio
         )
 
 
-def enqueue_once(study: optuna.Study, parameter_sets: Sequence[dict[str, Any]], journal: Path) -> int:
-    """Queue the parameter sets that this study has never queued before; they are tried before anything is drawn.
+def _check_methods(run_dir: Path, old: Mapping[str, Any], space: Mapping[str, Any], methods: Mapping[str, Any]) -> None:
+    if found := differences(old, {"hpo.space": space, **methods}):
+        raise StudyError(
+            f"other processes are at work on the study in {run_dir}, with other options. Differences:\n  "
+            + "\n  ".join(found)
+            + "\nStop them first, name another run_dir, or join them with `lightning-bge worker`."
+        )
 
-    Several processes may call it at once, and each start of a study does. A trial that was queued holds its parameter
-    set in the user attribute `enqueued`. The retry of a killed trial is queued by `sweep`, not here.
 
-    Args:
-        study: the study.
-        parameter_sets: values by the names of parameters; the others are drawn.
-        journal: the study's journal; the lock's files are beside it.
-
-    Returns:
-        How many were queued.
-    """
-    # The journal's own lock covers one record at a time, and this reads and writes many. A process on another host that
-    # is stopped for more than 30 s in the middle loses this lock (see `JournalLock`); parameter sets may then be queued
-    # twice, which costs a trial each. After a process was killed in the middle, the next call queues the rest.
-    with hold(JournalLock(journal.with_name(f"{journal.name}.enqueue"))):
-        known = [trial.user_attrs.get("enqueued") for trial in study.get_trials(deepcopy=False)]
-        missing = [values for values in parameter_sets if values not in known]
-        for values in missing:
-            study.enqueue_trial(values, user_attrs={"enqueued": values})
-    return len(missing)
+def without(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The options except some."""
+    return {name: value for name, value in options.items() if name not in names}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -133,96 +148,52 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
-def quiet_optuna() -> None:
-    """Show Optuna's errors only: `Progress` prints a line for each trial."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+# ---------------------------------------------------------------------- a changed search space
 
 
-def is_finished(study: optuna.Study, config: StudyConfig) -> bool:
-    """Whether no trial is missing, and none is to be resumed; other processes may be running more than were planned."""
-    if isinstance(study.pruner, AshaPruner):
-        return nothing_left(study, study.pruner, config.n_trials)
-    return finished(study) >= config.n_trials
-
-
-def others_running(study: optuna.Study) -> bool:
-    """Whether other processes run trials after whose end paused ones may be resumed: those processes end the study."""
-    if not isinstance(study.pruner, AshaPruner):
-        return False
-    sweep(study)
-    trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
-    return any(trial.state == TrialState.RUNNING or RESUMES in trial.user_attrs for trial in trials)
-
-
-def run_study(
-    study: optuna.Study,
-    objective: Callable[[optuna.Trial], float | Sequence[float]],
-    config: StudyConfig,
-    metric: str,
-    n_reports: int,
-    paused_dir: Path | None = None,
+def _take_over(
+    old: optuna.Study, new: optuna.Study, space: Space, configured: Mapping[str, Any], same_steps: bool
 ) -> None:
-    """Run the trials that are still missing; several processes may do so at once on one folder.
+    """Copy all trials, with their numbers, by which their files are found; one that does not fit counts as failed."""
+    storage, study_id = storage_of(new), storage_of(new).get_study_id_from_name(new.study_name)
+    before = old.user_attrs.get("settings", {})
+    for trial in old.get_trials(deepcopy=False)[len(new.get_trials(deepcopy=False)) :]:
+        storage.create_new_trial(study_id, _fitted(trial, space, before, configured, same_steps))
 
-    Args:
-        study: the study.
-        objective: trains a trial.
-        config: the options of the study.
-        metric: its name.
-        n_reports: reports of a trial that runs to its end.
-        paused_dir: where the pruner `asha` keeps paused trials.
 
-    Raises:
-        MemoryKeptError: a trial ran out of memory, and some of what it took is still held. The study has the trial. A
-            new process can continue the study; this one would run out of memory earlier each time.
-    """
-    if is_finished(study, config):
-        return
-    progress = Progress(config, metric, n_reports)
-    scheduler = _scheduler(study, config, paused_dir)
-    callbacks: list[Callable[[optuna.Study, FrozenTrial], None]] = [
-        *(progress, scheduler or MaxTrialsCallback(config.n_trials, FINISHED), stop_if_memory_is_kept)
-    ]
-    until = math.inf if config.timeout is None else time.monotonic() + config.timeout
-    gc.collect()
-    gc.freeze()  # else the objects of the libraries would be searched after each trial
+def _fitted(
+    trial: FrozenTrial, space: Space, before: Mapping[str, Any], configured: Mapping[str, Any], same_steps: bool
+) -> FrozenTrial:
+    """A trial as one of another search space; failed with the reason where it does not fit."""
+    values: dict[str, Any] = {}
+    for name in space:  # those that others depend on come first
+        if is_drawn(space, name, values):
+            values[name] = trial.params.get(name, before.get(name))
+    other = {
+        name: value for name, value in trial.params.items() if name not in values and value != configured.get(name)
+    }
+    reason = ", ".join(f"{name} is {value}" for name, value in other.items())
     try:
-        while not is_finished(study, config) and time.monotonic() < until:
-            if scheduler is not None:
-                scheduler(study)
-            left = None if config.timeout is None else max(0.0, until - time.monotonic())
-            study.optimize(objective, timeout=left, callbacks=callbacks)
-            sweep(study)  # a process that died may have left a trial to be run
-        while scheduler is not None and scheduler.resume_best(study):
-            print("hpo.timeout is over and no trial is complete: the best paused one is resumed", flush=True)
-            study.optimize(objective, n_trials=1, callbacks=[progress, stop_if_memory_is_kept])
-    finally:
-        gc.unfreeze()
-
-
-def _scheduler(study: optuna.Study, config: StudyConfig, paused_dir: Path | None) -> AshaScheduler | None:
-    """What resumes paused trials; None for another pruner, whose study keeps no paused trials."""
-    if isinstance(study.pruner, AshaPruner):
-        assert paused_dir is not None
-        room = config.pruner.paused_gb
-        return AshaScheduler(study.pruner, config.n_trials, paused_dir, None if room is None else room * 2**30)
-    if paused_dir is not None and paused_dir.is_dir():
-        log.warning(
-            "%s: deleting trials that another pruner has paused; %s resumes none", paused_dir, config.pruner.name
-        )
-        shutil.rmtree(paused_dir)
-    return None
-
-
-class MemoryKeptError(StudyError):
-    """Memory of a trial that ran out of it is still held."""
-
-
-def stop_if_memory_is_kept(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Optuna calls this after each trial."""
-    kept = trial.user_attrs.get("memory_kept")
-    if kept is not None:
-        raise MemoryKeptError(
-            f"trial {trial.number} ran out of memory, and {format_bytes(kept)} of what it took are still held. "
-            "Start the study in a new process, which continues it"
-        )
+        [params] = parse_enqueued([values], space)
+    except ConfigError as error:
+        reason = str(error)
+    if not same_steps:
+        reason = "it reports at other steps"
+    if NOT_TRAINED in trial.user_attrs or not trial.state.is_finished():
+        reason = "it was not trained"
+    if reason:
+        return create_trial(state=TrialState.FAIL, user_attrs={NOT_TRAINED: reason})
+    return FrozenTrial(
+        number=trial.number,
+        trial_id=-1,
+        state=trial.state,
+        value=None,
+        values=trial.values,
+        datetime_start=trial.datetime_start,
+        datetime_complete=trial.datetime_complete,
+        params=params,
+        distributions={name: space[name] for name in params},
+        user_attrs=trial.user_attrs,
+        system_attrs=trial.system_attrs,
+        intermediate_values=trial.intermediate_values,
+    )

@@ -39,6 +39,8 @@ def export_classifier(
     if folder.exists() and not (folder / SCHEMA_FILE).is_file():
         raise ConfigError(f"{folder} exists and is no exported model: name another folder, or delete that one")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _describe_outputs(net.model.config, schema)
@@ -48,9 +50,11 @@ def export_classifier(
         tokenizer.model_max_length = schema.max_length
         tokenizer.save_pretrained(draft)
         schema.save(draft)
+        old = draft.with_name(f"{draft.name}-old")
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, old)  # not deleted: a process that is killed meanwhile would leave a part of it
         os.replace(draft, folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,18 +25,29 @@ def create_run_dir(path: str | Path) -> Path:
     return folder
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file through a draft beside it, so that a kill or a full disk leaves the old one as it was."""
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file through a draft beside it, so that a kill or a full disk leaves the old one as it was.
+
+    Args:
+        path: the file.
+        write: called with the path of the draft, which only its owner can read.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(handle)
+    draft = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        write(draft)
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())  # else the name may reach the disk before the content does
         os.replace(draft, path)
     except BaseException:
-        Path(draft).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, as `write_atomically` does."""
+    write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8", newline=""))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -196,7 +196,7 @@ def make_plan(experiment: Experiment, hpo: StudyConfig, options: PlanConfig, pro
         workers=options.workers,
         seed_replicates=hpo.n_seed_replicates,
         refit=hpo.refit,
-        learns=hpo.sampler == "tpe",
+        learns=hpo.sampler.name == "tpe",
         patience=experiment.monitor.patience,
     )
     costs = StudyCosts.of(calibration, sets)

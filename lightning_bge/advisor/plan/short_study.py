@@ -22,13 +22,16 @@ from lightning_bge.advisor.report.report import write_report
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.pruning.asha_trials import resume
+from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.results import finish_study
+from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import open_study
 from lightning_bge.hpo.trial.objective import Build, Objective, TrialFiles, TrialSetup
+from lightning_bge.hpo.trial_queue import CHECKPOINTS
+from lightning_bge.hpo.trials import PARAMETER_SET, RESUMES
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics import MonitorConfig
 from lightning_bge.runtime.clock import wait_for
@@ -275,7 +278,7 @@ class ShortStudy:
         # one epoch before a pause and two after it, so that one epoch follows another
         self._epochs = 3 if self._pauses else 2
         pruner = PrunerConfig("asha", 1000, min_resource=1) if self._pauses else PrunerConfig("none")
-        config = StudyConfig(MANY, hpo.space, pruner=pruner, sampler="random", seed_replicates=0)
+        config = StudyConfig(MANY, hpo.space, pruner=pruner, sampler=SamplerConfig("random"), seed_replicates=0)
         options = {"monitor.metric": "loss", "monitor.objective": objective}  # read by the report
         steps = Steps(1, self._epochs)
         self._study = open_study(self._folder, config, "minimize", steps, options)
@@ -285,7 +288,7 @@ class ShortStudy:
             space=parse_space(hpo.space),
             monitor=self._monitor,
             steps=steps,
-            files=TrialFiles(self._folder / "oof", self._folder / "paused"),
+            files=TrialFiles(self._folder / "oof", self._folder / CHECKPOINTS),
             n_trials=MANY,
             compile=replace(compile, policy="never") if compile.policy == "auto" else compile,
             encoder=encoder,
@@ -319,7 +322,8 @@ class ShortStudy:
         if "oom_where" in trial.user_attrs:
             return ()
         if self._pauses:
-            resume(self._study, trial, [1])
+            resumption = {RESUMES: trial.number, PARAMETER_SET: trial.number, SETTLED_RUNGS: 1}
+            self._study.enqueue_trial(params, user_attrs=resumption)
             runs.append(self._run())
         return tuple(runs)
 

@@ -4,15 +4,25 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.pruning.asha_trials import PAUSED_AT, RESUMES, resumed_numbers
 from lightning_bge.hpo.ranking import cost_of, maximizes, score_of
 from lightning_bge.hpo.steps import Report, Steps
-from lightning_bge.hpo.storage.workers import death_of
+from lightning_bge.hpo.storage.workers import loss_of
+from lightning_bge.hpo.trials import (
+    ERROR,
+    INTERRUPTED,
+    NOT_TRAINED,
+    PAUSED_AT,
+    RESUMES,
+    WORKER_LOST,
+    parameter_set_of,
+    resumed_numbers,
+)
 
 # outcomes of a trial with their meaning, in the order in which they are listed
 OUTCOMES = {
@@ -23,7 +33,8 @@ OUTCOMES = {
     "diverged": "diverged: the metric became NaN or infinite",
     "out of memory": "out of memory: did not fit even in the smallest micro-batches",
     "failed": "failed: ended by an error",
-    "interrupted": "interrupted: its process was stopped or died",
+    "interrupted": "interrupted: its process was stopped or died, and a later trial continues it",
+    "left out": "left out: not in the present search space, or there already",
     "running": "running",
     "waiting": "waiting to run",
 }
@@ -61,7 +72,9 @@ class PastTrial:
             of `curve`.
         curve: the validations of each fold; empty before the trial's end.
         resumes: the number of the paused trial that it resumes; None: it resumes none.
-        note: why it was interrupted, the value that was not finite, or where memory ran out; empty otherwise.
+        parameter_set: the number of the first trial that has its parameter set; None: this one.
+        note: why it was interrupted, has failed or is left out, the value that was not finite, or where memory ran out;
+            empty otherwise.
     """
 
     number: int
@@ -73,6 +86,7 @@ class PastTrial:
     values: dict[int, float] = field(default_factory=dict)
     curve: tuple[tuple[Report, ...], ...] = ()
     resumes: int | None = None
+    parameter_set: int | None = None
     note: str = ""
 
     @property
@@ -149,8 +163,9 @@ class History:
 
     @property
     def n_finished(self) -> int:
-        """Finished trials, to be compared with `n_trials`: a trial that was paused and resumed counts once."""
-        return sum(trial.outcome in ENDED and trial.resumes is None for trial in self.trials)
+        """Finished parameter sets, to be compared with `n_trials`: one that was paused and resumed counts once."""
+        ended = [trial for trial in self.trials if trial.outcome in ENDED]
+        return len({trial.number if trial.parameter_set is None else trial.parameter_set for trial in ended})
 
     @property
     def is_running(self) -> bool:
@@ -173,13 +188,16 @@ class History:
         return -score if self.goal.direction == "maximize" else score, trial.cost or 0.0, trial.number
 
 
-def history_of(study: optuna.Study, seed_replicates: Sequence[FrozenTrial], options: Mapping[str, Any]) -> History:
+def history_of(
+    study: optuna.Study, seed_replicates: Sequence[FrozenTrial], options: Mapping[str, Any], run_dir: Path
+) -> History:
     """Describe a study as plain data.
 
     Args:
         study: of `lightning-bge hpo`.
         seed_replicates: the trials of its seed replicates.
         options: the section `hpo` of the run's config.yaml; empty where there is none.
+        run_dir: the run's folder, which shows which processes are at work.
     """
     return History(
         goal=_goal(study),
@@ -187,8 +205,8 @@ def history_of(study: optuna.Study, seed_replicates: Sequence[FrozenTrial], opti
         n_trials=options.get("n_trials"),
         pruner=(options.get("pruner") or {}).get("name"),
         space=study.user_attrs["space"],
-        trials=_past_trials(study.get_trials(deepcopy=False)),
-        seed_replicates=_past_trials(seed_replicates),
+        trials=_past_trials(study.get_trials(deepcopy=False), run_dir),
+        seed_replicates=_past_trials(seed_replicates, run_dir),
         read_at=datetime.now(),
     )
 
@@ -203,14 +221,14 @@ def _goal(study: optuna.Study) -> StudyGoal:
     )
 
 
-def _past_trials(trials: Sequence[FrozenTrial]) -> tuple[PastTrial, ...]:
+def _past_trials(trials: Sequence[FrozenTrial], run_dir: Path) -> tuple[PastTrial, ...]:
     resumed = resumed_numbers(trials)
-    return tuple(_past_trial(trial, trial.number in resumed) for trial in trials)
+    return tuple(_past_trial(trial, trial.number in resumed, run_dir) for trial in trials)
 
 
-def _past_trial(trial: FrozenTrial, resumed: bool) -> PastTrial:
+def _past_trial(trial: FrozenTrial, resumed: bool, run_dir: Path) -> PastTrial:
     known = trial.user_attrs
-    outcome, note = _outcome(trial, resumed)
+    outcome, note = _outcome(trial, resumed, run_dir)
     score, result = score_of(trial), None
     curve = tuple(tuple(Report(*report) for report in fold) for fold in known.get("curve", ()))
     if trial.state == TrialState.COMPLETE and score is not None:  # of a pruned trial Optuna has its last value here
@@ -226,11 +244,12 @@ def _past_trial(trial: FrozenTrial, resumed: bool) -> PastTrial:
         or {one.step: one.value for fold in curve for one in fold},
         curve=curve,
         resumes=known.get(RESUMES),
+        parameter_set=parameter_set_of(trial),
         note=note,
     )
 
 
-def _outcome(trial: FrozenTrial, resumed: bool) -> tuple[str, str]:
+def _outcome(trial: FrozenTrial, resumed: bool, run_dir: Path) -> tuple[str, str]:
     """The outcome of a trial, and the note on it."""
     known = trial.user_attrs
     if trial.state == TrialState.COMPLETE:
@@ -238,10 +257,10 @@ def _outcome(trial: FrozenTrial, resumed: bool) -> tuple[str, str]:
     if trial.state == TrialState.WAITING:
         return "waiting", ""
     if trial.state == TrialState.RUNNING:
-        death = death_of(trial)
-        return ("running", "") if death is None else ("interrupted", death)
+        loss = loss_of(trial, run_dir)
+        return ("running", "") if loss is None else ("interrupted", loss)
     if trial.state == TrialState.FAIL:
-        return ("interrupted", str(known["swept"])) if "swept" in known else ("failed", "")
+        return _failure(known)
     if "oom_where" in known:
         return "out of memory", f"in {known['oom_where']}"
     if "nan" in known:
@@ -249,3 +268,12 @@ def _outcome(trial: FrozenTrial, resumed: bool) -> tuple[str, str]:
     if PAUSED_AT in known:
         return "resumed" if resumed else "paused", ""
     return "pruned", ""
+
+
+def _failure(known: Mapping[str, Any]) -> tuple[str, str]:
+    if NOT_TRAINED in known:
+        return "left out", str(known[NOT_TRAINED])
+    if ERROR in known:
+        return "failed", str(known[ERROR])
+    stopped = known.get(WORKER_LOST, known.get(INTERRUPTED))
+    return ("failed", "") if stopped is None else ("interrupted", str(stopped))

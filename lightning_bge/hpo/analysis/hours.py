@@ -5,17 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.hpo.analysis.history import History, PastTrial
 from lightning_bge.hpo.config import FINISHED, StudyConfig
-from lightning_bge.hpo.forecast.eta import Eta, SearchOptions, being_run, estimate_end
+from lightning_bge.hpo.forecast.eta import Eta, SearchOptions, estimate_end
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import maximizes
 from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.storage.workers import loss_of
 
 
 class StudyClock:
@@ -87,19 +89,23 @@ def hours_saved(history: History) -> Savings:
     return Savings(spent / 3600, saved / 3600, len(early))
 
 
-def time_left(study: optuna.Study, seed_replicates: Sequence[FrozenTrial], options: Mapping[str, Any]) -> Eta | None:
+def time_left(
+    study: optuna.Study, seed_replicates: Sequence[FrozenTrial], options: Mapping[str, Any], run_dir: Path
+) -> Eta | None:
     """Estimate how long a running study still takes, seed replicates and refit included.
 
     Args:
         study: of `lightning-bge hpo`.
         seed_replicates: the trials of its seed replicates.
         options: the section `hpo` of the run's config.yaml; empty where there is none.
+        run_dir: the run's folder, which shows which processes are at work.
 
     Returns:
         None where nothing is running, no trial has ended, or the options do not have the number of trials.
     """
     trials = study.get_trials(deepcopy=False)
-    running = being_run([*trials, *seed_replicates])
+    running = [one for one in [*trials, *seed_replicates] if one.state == TrialState.RUNNING]
+    running = [trial for trial in running if loss_of(trial, run_dir) is None]
     n_trials = options.get("n_trials")
     if not running or n_trials is None:
         return None
@@ -108,7 +114,7 @@ def time_left(study: optuna.Study, seed_replicates: Sequence[FrozenTrial], optio
         n_trials,
         Steps(**study.user_attrs["steps"]),
         "maximize" if maximizes(study) else "minimize",
-        sampler=options.get("sampler", "tpe"),
+        sampler=(options.get("sampler") or {}).get("name", "tpe"),
         n_seeds=StudyConfig(n_trials=n_trials, seed_replicates=options.get("seed_replicates")).n_seed_replicates,
         refit=bool(options.get("refit", True)),
     )

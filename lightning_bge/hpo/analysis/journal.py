@@ -33,9 +33,8 @@ def load_study(run_dir: Path) -> tuple[optuna.Study, list[FrozenTrial]] | None:
         return None
     storage = JournalStorage(_ReadOnlyJournal(journal))
     names = [study.study_name for study in storage.get_all_studies()]
-    # the study has the name of its folder, unless the folder was renamed since
-    name = run_dir.name if run_dir.name in names else None
-    name = name or next((name for name in names if not name.endswith(SEED_REPLICATES)), None)
+    # each change of the search space begins another study
+    name = next((name for name in reversed(names) if not name.endswith(SEED_REPLICATES)), None)
     if name is None:
         return None
     study = optuna.load_study(study_name=name, storage=storage)
@@ -49,7 +48,7 @@ def load_study(run_dir: Path) -> tuple[optuna.Study, list[FrozenTrial]] | None:
     if f"{name}{SEED_REPLICATES}" not in names:
         return study, []
     replicates = optuna.load_study(study_name=f"{name}{SEED_REPLICATES}", storage=storage)
-    return study, [trial for trial in replicates.get_trials(deepcopy=False) if "redundant" not in trial.user_attrs]
+    return study, replicates.get_trials(deepcopy=False)
 
 
 class _ReadOnlyJournal(BaseJournalBackend):

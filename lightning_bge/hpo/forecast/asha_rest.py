@@ -10,15 +10,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.hpo.forecast.simulator import STARTUP, AshaSimulation, Durations, Running, skill
 from lightning_bge.hpo.forecast.trial_times import TrialTimes
-from lightning_bge.hpo.pruning.asha_trials import (
-    RESUMES,
-    any_complete,
-    ended_parameter_sets,
-    latest_trials,
-    not_resumable,
-    standings,
-)
+from lightning_bge.hpo.pruning.asha_trials import paused_parameter_sets, standings
 from lightning_bge.hpo.pruning.halving import Entry, Halving
+from lightning_bge.hpo.trials import RESUMES, any_complete, ended_parameter_sets, latest_trials
 
 LAST_PLACES = 30  # the places of so many trials at the first rung are those of the next ones
 UNKNOWN = 20  # as if so many trials had had any place: what was seen has to outweigh them
@@ -55,11 +49,10 @@ class AshaRest:
         self.n_trials, self.times, self.learns = n_trials, times, learns
         self.ended = ended_parameter_sets(trials)
         self.stages = [times.seconds(start, end) for start, end in pairwise([0, *at, n_steps])]
-        # a queued one that resumes another is still paused here
         self.known = [
             (number, latest)
             for number, latest in sorted(latest_trials(trials).items())
-            if latest.state != TrialState.WAITING or RESUMES in latest.user_attrs
+            if latest.state != TrialState.WAITING
         ]
         self.own = {i: times.ratios[one.number] for i, (_, one) in enumerate(self.known) if one.number in times.ratios}
         self.halving = Halving(len(at), reduction_factor)
@@ -69,19 +62,18 @@ class AshaRest:
         self.before: list[list[float]] = [[] for _ in at]  # at the rung before, of those at each rung; lower is better
         self.reached: dict[int, float] = {}  # the value of each at the last rung that it has reached
         self.rungs: dict[int, int] = {}  # how many rungs each has reached
-        self._read_rungs(standings(trials, at, sign), not_resumable(trials))
+        self._read_rungs(standings(trials, at, sign), paused_parameter_sets(trials))
 
-    def _read_rungs(self, values: dict[int, dict[int, float]], busy: set[int]) -> None:
+    def _read_rungs(self, values: dict[int, dict[int, float]], paused: set[int]) -> None:
         random = np.random.default_rng(0)
-        for i, (number, latest) in enumerate(self.known):
+        for i, (number, _) in enumerate(self.known):
             found = values.get(number, {})
-            can_resume = number not in busy or latest.state == TrialState.WAITING
             self.rungs[i] = len(found)
             for rung, value in found.items():
                 if rung:
                     insort(self.before[rung], -found[rung - 1])
                 self.reached[i] = value
-                place = self.halving.add(i, rung, value, paused=can_resume and rung == max(found))
+                place = self.halving.add(i, rung, value, paused=number in paused and rung == max(found))
                 count = len(self.halving.ranking[0])
                 if rung == 0 and count > 1:
                     self.places.append((place + random.random()) / count)

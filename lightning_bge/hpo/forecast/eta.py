@@ -7,7 +7,6 @@ scaled to what they have done so far.
 """
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -20,10 +19,9 @@ from lightning_bge.hpo.forecast.asha_rest import UNKNOWN, AshaRest, elapsed
 from lightning_bge.hpo.forecast.preview import simulated_steps
 from lightning_bge.hpo.forecast.simulator import schedule
 from lightning_bge.hpo.forecast.trial_times import TrialTimes
-from lightning_bge.hpo.pruning.asha_trials import ended_parameter_sets
 from lightning_bge.hpo.pruning.config import PrunerConfig, rungs, startup_trials
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.storage.workers import death_of
+from lightning_bge.hpo.trials import ended_parameter_sets
 
 RUNS = 100  # simulations of the rest of the search
 MOST_TRIALS = 40_000  # of all simulations together: about a second
@@ -56,7 +54,7 @@ class SearchOptions:
     n_trials: int
     steps: Steps
     direction: Literal["maximize", "minimize"] = "maximize"
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: str = "tpe"
     n_seeds: int = 0
     refit: bool = False
 
@@ -68,8 +66,7 @@ def estimate_end(
 
     Args:
         trials: all of the study, in their order, running and waiting ones too. What they took is the time from start to
-            end; their user attribute `curve` has the part of it that was training and validation. One that runs in a
-            process that is gone counts as failed.
+            end; their user attribute `curve` has the part of it that was training and validation.
         search: its options.
         workers: processes that run it now.
         now: local time without a time zone, as Optuna's times are.
@@ -78,7 +75,6 @@ def estimate_end(
     Returns:
         None where no trial has ended yet.
     """
-    trials = [_failed(one) if _is_dead(one) else one for one in trials]
     steps, times = search.steps, TrialTimes.read(trials, search.steps)
     if times is None:
         return None
@@ -104,22 +100,6 @@ def estimate_end(
     after = replicates / workers * times.seconds(0, steps.total) + search.refit * times.refit_seconds(steps)
     low, mid, high = np.quantile(np.array(found) + after, [0.1, 0.5, 0.9])
     return Eta(float(low), float(mid), float(high))
-
-
-def being_run(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The running trials whose processes are not known to be gone."""
-    return [trial for trial in trials if trial.state == TrialState.RUNNING and not _is_dead(trial)]
-
-
-def _is_dead(trial: FrozenTrial) -> bool:
-    """Whether a running trial's process is known to be gone."""
-    return trial.state == TrialState.RUNNING and "worker" in trial.user_attrs and death_of(trial) is not None
-
-
-def _failed(trial: FrozenTrial) -> FrozenTrial:
-    found = copy(trial)
-    found.state = TrialState.FAIL
-    return found
 
 
 def _n_best(trials: Sequence[FrozenTrial], search: SearchOptions) -> int:

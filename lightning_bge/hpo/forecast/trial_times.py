@@ -12,8 +12,8 @@ from itertools import pairwise
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.pruning.asha_trials import RESUMES
 from lightning_bge.hpo.steps import Report, Steps
+from lightning_bge.hpo.trials import REPORTS_BEFORE, WORKER
 
 DRIFT = 0.03  # standard deviation of a machine's speed in the rest over that so far
 FIRST_SPREAD = 0.3  # standard error of the mean, as a share of it, where a single trial has ended
@@ -64,7 +64,7 @@ class TrialTimes:
         """
         by_worker = _by_worker(trials)
         first = {mine[0].number for mine in by_worker.values() if len(mine) > 2}
-        times = {trial.number: time for trial in trials if (time := _trial_time(trial, trials, steps)) is not None}
+        times = {trial.number: time for trial in trials if (time := _trial_time(trial, steps)) is not None}
         if not times:
             return None
         return cls({number: time for number, time in times.items() if number not in first} or times, _gap(by_worker))
@@ -124,12 +124,11 @@ def refit_epochs(epochs: int) -> float:
     return max(1.0, REFIT * epochs)
 
 
-def _trial_time(trial: FrozenTrial, trials: Sequence[FrozenTrial], steps: Steps) -> TrialTime | None:
+def _trial_time(trial: FrozenTrial, steps: Steps) -> TrialTime | None:
     """None: it has not ended, or made no step."""
     if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or trial.duration is None:
         return None
-    paused = trial.user_attrs.get(RESUMES)
-    start = 0 if paused is None else len(trials[paused].intermediate_values)
+    start = trial.user_attrs.get(REPORTS_BEFORE, 0)
     # where there is a cost as well, Optuna takes no reports
     made = (steps.total if trial.state == TrialState.COMPLETE else len(trial.intermediate_values)) - start
     if made < 1:
@@ -142,17 +141,17 @@ def _trial_time(trial: FrozenTrial, trials: Sequence[FrozenTrial], steps: Steps)
     return TrialTime(seconds, min(inside, seconds), min(train, seconds), made, start)
 
 
-def _by_worker(trials: Sequence[FrozenTrial]) -> dict[tuple[str, int], list[FrozenTrial]]:
-    """The ended trials of each process, in their order; those that `mark_alive` has marked."""
-    found: dict[tuple[str, int], list[FrozenTrial]] = {}
+def _by_worker(trials: Sequence[FrozenTrial]) -> dict[str, list[FrozenTrial]]:
+    """The ended trials of each process, in their order; those that name one."""
+    found: dict[str, list[FrozenTrial]] = {}
     for trial in trials:
-        worker = trial.user_attrs.get("worker")
+        worker = trial.user_attrs.get(WORKER)
         if worker and trial.datetime_start and trial.datetime_complete:
-            found.setdefault((worker["host"], worker["pid"]), []).append(trial)
+            found.setdefault(worker["id"], []).append(trial)
     return found
 
 
-def _gap(by_worker: dict[tuple[str, int], list[FrozenTrial]]) -> float:
+def _gap(by_worker: dict[str, list[FrozenTrial]]) -> float:
     """Median seconds between a process's trials; 0 where it is not known who ran them."""
     gaps = [
         (after.datetime_start - before.datetime_complete).total_seconds()  # type: ignore[operator]

@@ -8,25 +8,19 @@ from collections.abc import Sequence
 
 import optuna
 from optuna.pruners import BasePruner
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
-from lightning_bge.hpo.pruning.asha_trials import (
-    SETTLED_RUNGS,
-    any_queued,
-    ended_parameter_sets,
-    parameter_set_of,
-    read_halving,
-    rung_values,
-)
+from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS, read_halving, rung_values
 from lightning_bge.hpo.pruning.halving import Halving
 from lightning_bge.hpo.ranking import sign_of
+from lightning_bge.hpo.trials import parameter_set_of
 from lightning_bge.runtime.compat.optuna import storage_of, trial_id_of
 
 
 class AshaPruner(BasePruner):
     """Decides at each rung whether a trial pauses: always, unless it is the one that would be resumed next anyway.
 
-    The trial then ends as PRUNED; `AshaScheduler` resumes it.
+    The trial then ends as PRUNED; `TrialQueue` resumes it.
 
     Args:
         steps: the rungs' steps, ascending.
@@ -64,12 +58,6 @@ class AshaPruner(BasePruner):
         """The state of successive halving that the study's trials have led to; `without`: a parameter set left out."""
         return read_halving(trials, self.steps, self.reduction_factor, sign_of(study), without=without)
 
-    def next_resumed(self, study: optuna.Study, trials: Sequence[FrozenTrial], n_trials: int) -> int | None:
-        """The parameter set to be resumed next in a study of so many trials; None: there is none."""
-        running = any(trial.state == TrialState.RUNNING for trial in trials)
-        nothing_else = ended_parameter_sets(trials) >= n_trials and not running and not any_queued(trials)
-        return self.halving(study, trials).next_resumed(nothing_else)
-
     def _before(self, study: optuna.Study, trial: FrozenTrial) -> tuple[Halving, int, float]:
         """The state before a trial reaches its last rung, that rung, and its value there."""
         number = parameter_set_of(trial)
@@ -78,11 +66,3 @@ class AshaPruner(BasePruner):
         for passed, at in earlier:
             halving.add(number, passed, at, paused=False)
         return halving, rung, value
-
-
-def nothing_left(study: optuna.Study, pruner: AshaPruner, n_trials: int) -> bool:
-    """Whether all trials have started, and none is to be resumed or queued to be."""
-    trials = study.get_trials(deepcopy=False)
-    if ended_parameter_sets(trials) < n_trials or any_queued(trials):
-        return False
-    return pruner.next_resumed(study, trials, n_trials) is None

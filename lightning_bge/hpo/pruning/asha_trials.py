@@ -1,27 +1,13 @@
-"""How an Optuna study records paused and resumed trials, and the state of successive halving read from its trials.
+"""The state of successive halving, read from the trials of an Optuna study."""
 
-Optuna cannot reopen a trial. A resumed trial is a new one with the same parameters and the number of the paused trial
-in a user attribute. All trials of one parameter set count as one; its number is that of its first trial.
-"""
-
-from collections import Counter
 from collections.abc import Sequence
 
-import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.hpo.pruning.halving import Halving
+from lightning_bge.hpo.trials import PAUSED_AT, any_complete, attempts, parameter_set_of
 
-RESUMES = "resumes"  # user attribute of a resumed trial: the number of the paused trial
-PARAMETER_SET = "parameter_set"  # user attribute of a resumed trial: the number of its parameter set's first trial
-PAUSED_AT = "paused_at"  # user attribute of a paused trial: the step
 SETTLED_RUNGS = "settled_rungs"  # attribute of a trial: how many rungs it has passed, at which it is not asked any more
-ATTEMPTS = 3  # to resume a parameter set whose process dies or fails each time
-
-
-def parameter_set_of(trial: FrozenTrial) -> int:
-    """The number of the first trial that has a trial's parameter set."""
-    return int(trial.user_attrs.get(PARAMETER_SET, trial.number))
 
 
 def rung_values(trial: FrozenTrial, steps: Sequence[int], sign: float) -> dict[int, float]:
@@ -62,70 +48,21 @@ def read_halving(
         sign: 1 where a higher score is better, else -1.
         without: the number of a parameter set that is left out.
     """
-    halving, busy = Halving(len(steps), reduction_factor), not_resumable(trials)
+    halving, paused = Halving(len(steps), reduction_factor), paused_parameter_sets(trials)
     for parameter_set, values in standings(trials, steps, sign).items():
         if parameter_set != without:
             for rung, value in values.items():
-                halving.add(parameter_set, rung, value, paused=rung == max(values) and parameter_set not in busy)
+                halving.add(parameter_set, rung, value, paused=rung == max(values) and parameter_set in paused)
     if any_complete(trials):
         halving.complete()
     return halving
 
 
-def not_resumable(trials: Sequence[FrozenTrial]) -> set[int]:
-    """Parameter sets that cannot be resumed.
-
-    They run, wait, are complete, ended by an out-of-memory error or a NaN, or failed too often after they were resumed.
-    """
-    found = {
-        parameter_set
-        for parameter_set, latest in latest_trials(trials).items()
-        if latest.state != TrialState.PRUNED or PAUSED_AT not in latest.user_attrs
-    }
-    failed = Counter(
-        parameter_set_of(trial)
-        for trial in trials
-        if trial.state == TrialState.FAIL
-        and RESUMES in trial.user_attrs
-        and not str(trial.user_attrs.get("swept", "")).startswith("interrupted")
-    )
-    return found | {parameter_set for parameter_set, times in failed.items() if times >= ATTEMPTS}
+def paused_parameter_sets(trials: Sequence[FrozenTrial]) -> set[int]:
+    """Parameter sets whose last trial has paused; others run, are complete, ended for another reason, or failed."""
+    return {number for number, tries in attempts(trials).items() if is_paused(tries[-1])}
 
 
-def latest_trials(trials: Sequence[FrozenTrial]) -> dict[int, FrozenTrial]:
-    """Each parameter set's last trial that did not fail."""
-    return {parameter_set_of(trial): trial for trial in trials if trial.state != TrialState.FAIL}
-
-
-def any_complete(trials: Sequence[FrozenTrial]) -> bool:
-    """Whether any trial ran to its end."""
-    return any(trial.state == TrialState.COMPLETE for trial in trials)
-
-
-def resumed_numbers(trials: Sequence[FrozenTrial]) -> set[int]:
-    """The numbers of paused trials that were resumed, or are queued to be resumed."""
-    return {trial.user_attrs[RESUMES] for trial in trials if RESUMES in trial.user_attrs}
-
-
-def ended_parameter_sets(trials: Sequence[FrozenTrial]) -> int:
-    """How many parameter sets have a first trial that has ended: complete, pruned or paused."""
-    ended = (TrialState.COMPLETE, TrialState.PRUNED)
-    return sum(trial.state in ended and RESUMES not in trial.user_attrs for trial in trials)
-
-
-def any_queued(trials: Sequence[FrozenTrial]) -> bool:
-    """Whether a trial that resumes a paused one is queued."""
-    return any(trial.state == TrialState.WAITING and RESUMES in trial.user_attrs for trial in trials)
-
-
-def resume(study: optuna.Study, paused: FrozenTrial, steps: Sequence[int]) -> None:
-    """Queue a trial that resumes a paused one.
-
-    Args:
-        study: the study of the paused trial.
-        paused: the trial, with the user attribute `paused_at`.
-        steps: the rungs' steps.
-    """
-    settled = sum(step <= paused.user_attrs[PAUSED_AT] for step in steps)
-    attributes = {RESUMES: paused.number, PARAMETER_SET: parameter_set_of(paused), SETTLED_RUNGS: settled}
-    study.enqueue_trial(paused.params, user_attrs=attributes)
+def is_paused(trial: FrozenTrial) -> bool:
+    """Whether a trial has paused, and can be resumed."""
+    return trial.state == TrialState.PRUNED and PAUSED_AT in trial.user_attrs

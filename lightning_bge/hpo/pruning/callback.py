@@ -14,6 +14,7 @@ from optuna_integration import PyTorchLightningPruningCallback
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.steps import Report
+from lightning_bge.hpo.trials import PAUSED_AT
 
 
 class FoldPruningCallback(PyTorchLightningPruningCallback):
@@ -120,12 +121,17 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         """Whether all reports of the fold are made."""
         return self._parts == self.epochs * self.per_epoch
 
+    @property
+    def last_step(self) -> int:
+        """The trial's last step that was reported."""
+        return self._step(self._parts)
+
     def state(self) -> dict[str, Any]:
         """What another callback needs to resume this fold, besides `curve`: plain data."""
         return {"history": list(self.history), "parts": self._parts, "within": self._within}
 
     def restore(self, state: dict[str, Any], curve: Sequence[Report]) -> None:
-        """Resume a fold of a paused trial, whose reports so far this trial has repeated already.
+        """Continue a fold of a paused or stopped trial, whose reports so far this trial has taken over already.
 
         Args:
             state: the `state` of the callback that stopped.
@@ -241,8 +247,9 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         if step >= self._all or not self._single or not self.trial.should_prune():
             return
         if self._pause is not None:
+            # first: from here on the trial is known to pause, also if its process dies before the checkpoint is written
+            self.trial.set_user_attr(PAUSED_AT, step)
             self._pause(None if self.closed else trainer)
-            self.trial.set_user_attr("paused_at", step)
         self._stop("stopped by the pruner", step)
 
     def _stop(self, why: str, step: int) -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import filelock
@@ -12,11 +13,17 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo.storage.workers import boot_id
 
 log = logging.getLogger("lightning_bge")
 
 POLL_SECONDS = 0.002  # between two tries to get the kernel's lock; a record of the journal takes about as long
+
+
+@cache
+def boot_id() -> str | None:
+    """Which start of the kernel this is; None where the system does not tell (macOS, Windows)."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text().strip() if file.exists() else None
 
 
 class JournalLock(JournalFileOpenLock):

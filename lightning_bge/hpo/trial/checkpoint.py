@@ -1,4 +1,4 @@
-"""What is kept of a trial's folds, and the checkpoint from which a paused trial is resumed bit for bit."""
+"""What is kept of a trial's folds, and the files from which it is continued bit for bit after a pause or a stop."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.steps import Report
 from lightning_bge.models.metrics import Predictions
+from lightning_bge.runtime.run_folder import write_atomically
+
+STATE = "state.pt"
 
 
 @dataclass(frozen=True)
@@ -68,67 +71,95 @@ class ScoredEpoch(Callback):
 
 
 @dataclass(frozen=True)
-class PausedTrial:
-    """A trial that was paused after a report, to be resumed.
+class OpenFold:
+    """A fold in the middle of which a trial was saved.
 
     Attributes:
-        folds: those that were finished.
-        curve: all validations so far, of each fold.
-        reports: what the current fold had reported (`FoldPruningCallback.state`).
+        reports: what it had reported (`FoldPruningCallback.state`).
+        curve: its validations so far.
         scored: its scored epoch so far (`ScoredEpoch.state`).
         checkpoint: its trainer's checkpoint; None: the fold had made its last report.
     """
 
-    folds: list[FoldResult]
-    curve: list[list[Report]]
     reports: dict[str, Any]
+    curve: list[Report]
     scored: dict[str, Any]
     checkpoint: Path | None
 
+
+@dataclass(frozen=True)
+class SavedTrial:
+    """What is needed to continue a trial that was paused or stopped.
+
+    Attributes:
+        step: the last one that it had reported.
+        folds: those that are finished.
+        curve: all validations of each of them.
+        fold: the one in the middle of which it was saved; None: it was saved between two folds.
+    """
+
+    step: int
+    folds: list[FoldResult]
+    curve: list[list[Report]]
+    fold: OpenFold | None
+
     @classmethod
-    def load(cls, folder: Path) -> PausedTrial | None:
-        """Read what `pause` wrote; None: a part or all of it was deleted."""
-        path, checkpoint = folder / "state.pt", folder / "fold.ckpt"
-        state = torch.load(path, weights_only=True) if path.is_file() else None
-        if state is None or (state["checkpoint"] and not checkpoint.is_file()):
+    def load(cls, folder: Path) -> SavedTrial | None:
+        """Read what `save_trial` wrote; None: there is nothing, or a part of it was deleted."""
+        path = folder / STATE
+        if not path.is_file():
             return None
+        state = torch.load(path, weights_only=True)
+        *curve, current = [[Report(*report) for report in fold] for fold in state["curve"]]
         folds = [FoldResult(**{**fold, "predictions": _predictions(fold["predictions"])}) for fold in state["folds"]]
-        curve = [[Report(*report) for report in fold] for fold in state["curve"]]
-        return cls(folds, curve, state["reports"], state["scored"], checkpoint if state["checkpoint"] else None)
+        if state["fold"] is None:
+            return cls(state["step"], folds, [*curve, current], None)
+        name = state["fold"].pop("checkpoint")
+        checkpoint = None if name is None else folder / name
+        if checkpoint is not None and not checkpoint.is_file():
+            return None
+        fold = OpenFold(**state["fold"], curve=current, checkpoint=checkpoint)
+        return cls(state["step"], folds, curve, fold)
 
 
-def pause(
+def save_trial(
     folder: Path,
-    trainer: Trainer | None,
     *,
+    step: int,
     folds: Sequence[FoldResult],
     curve: Sequence[Sequence[Report]],
-    reports: FoldPruningCallback,
-    scored: ScoredEpoch,
+    fold: tuple[FoldPruningCallback, ScoredEpoch, Trainer | None] | None = None,
 ) -> None:
-    """Write what is needed to resume a trial.
+    """Write what is needed to continue a trial, whole or not at all.
 
     Args:
-        folder: the trial's own.
-        trainer: of the current fold; None: it has made its last report, and no weights are needed.
+        folder: of the trial's parameter set.
+        step: the last one that it has reported.
         folds: those that are finished.
         curve: all validations so far, of each fold.
-        reports: the fold's callback that reports.
-        scored: the fold's callback that keeps the scored epoch.
+        fold: the callbacks of the current fold, and its trainer; without a trainer where it has made its last report,
+            as no weights are needed. None: the trial is between two folds.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if trainer is not None:
-        trainer.save_checkpoint(folder / "fold.ckpt")
-    state = {
-        "folds": [{**vars(fold), "predictions": _plain(fold.predictions)} for fold in folds],
-        "curve": [[list(report) for report in fold] for fold in curve],
-        "reports": reports.state(),
-        "scored": scored.state(),
-        "checkpoint": trainer is not None,
+    for place in (folder.parent, folder):  # one by one: the mode is that of the last folder alone
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    state: dict[str, Any] = {
+        "step": step,
+        "folds": [{**vars(one), "predictions": _plain(one.predictions)} for one in folds],
+        "curve": [[list(report) for report in one] for one in curve],
+        "fold": None,
     }
-    draft = folder / "state.draft"
-    torch.save(state, draft)
-    draft.replace(folder / "state.pt")
+    name = None
+    if fold is not None:
+        reports, scored, trainer = fold
+        # a name of its own: the old state refers to the old weights until it is replaced
+        name = None if trainer is None else f"fold-{len(folds)}-step-{trainer.global_step}.ckpt"
+        state["fold"] = {"reports": reports.state(), "scored": scored.state(), "checkpoint": name}
+        if trainer is not None:
+            write_atomically(folder / str(name), trainer.save_checkpoint)
+    write_atomically(folder / STATE, lambda draft: torch.save(state, draft))
+    for path in folder.iterdir():
+        if path.name not in (STATE, name):
+            path.unlink(missing_ok=True)
 
 
 def _plain(predictions: Predictions | None) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """What a trial does: train and validate the model on each fold, report to the study, and clean up however it ends."""
 
 import logging
-import sys
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,21 +16,20 @@ from lightning_bge.callbacks.compile.callback import CompileLayers
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.data.datamodule import TextDataModule
-from lightning_bge.errors import INTERRUPTED
 from lightning_bge.hpo.pruning.asha import AshaPruner
-from lightning_bge.hpo.pruning.asha_trials import RESUMES
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.ranking import CostName, cost
 from lightning_bge.hpo.space.search_space import Space, suggest
 from lightning_bge.hpo.steps import Report, Steps
-from lightning_bge.hpo.storage.workers import abandon, mark_alive
-from lightning_bge.hpo.trial.checkpoint import FoldResult, PausedTrial, ScoredEpoch, pause
+from lightning_bge.hpo.trial.checkpoint import FoldResult, OpenFold, SavedTrial, ScoredEpoch, save_trial
 from lightning_bge.hpo.trial.out_of_fold import drop_predictions, save_predictions
+from lightning_bge.hpo.trials import PARAMETER_SET, RESUMES
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics import MonitorConfig, metric_direction
 from lightning_bge.runtime.memory import live_bytes, release
 from lightning_bge.runtime.oom import clean_up, find_oom
+from lightning_bge.runtime.stop import Stopped, StopRequest
 
 SEED = "seed_everything"
 KEPT_BYTES = 2**20  # that an out-of-memory trial may leave behind: the libraries' small caches
@@ -63,11 +62,11 @@ class TrialFiles:
 
     Attributes:
         out_of_fold: the out-of-fold predictions of the best trials, a file each.
-        paused: the checkpoints of trials that the ASHA pruner has paused, a folder each.
+        checkpoints: what is needed to continue trials that were paused or stopped, a folder for each parameter set.
     """
 
     out_of_fold: Path | None = None
-    paused: Path | None = None
+    checkpoints: Path | None = None
 
 
 class ReleaseEncoder(Callback):
@@ -80,6 +79,32 @@ class ReleaseEncoder(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The trial was pruned, has failed or was interrupted."""
         pl_module.release_encoder()  # type: ignore[operator]
+
+
+class StopOnRequest(Callback):
+    """Ends training on request, where it can be continued: after a batch, or after a validation.
+
+    Args:
+        request: whether to stop.
+        save: called with the trainer before.
+    """
+
+    def __init__(self, request: StopRequest, save: Callable[[Trainer], None] | None = None) -> None:
+        self.request, self.save = request, save
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """A batch was trained."""
+        self._stop(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The validation was reported; the callbacks before this one have ended the trial if it was to end."""
+        self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
+        if self.request.signal:
+            if self.save is not None:
+                self.save(trainer)
+            raise Stopped(signal.Signals(self.request.signal).name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +124,7 @@ class Objective:
         compile: when the encoder's layers are compiled.
         encoder: loads the encoders of all trials of this process.
         cost: what is minimised besides the score; None: nothing.
+        request: whether to stop; a trial is then saved in the middle of a fold.
     """
 
     build: Build
@@ -110,26 +136,22 @@ class Objective:
     compile: CompileConfig = CompileConfig()  # noqa: RUF009 - frozen
     encoder: EncoderCache = field(default_factory=EncoderCache)
     cost: CostName | None = None
+    request: StopRequest = field(default_factory=StopRequest)
 
     def __call__(self, trial: optuna.Trial) -> float | tuple[float, float]:
         """Train all folds; the trial's value is the mean of their scores, and where there is a cost, that as well.
 
         Raises:
             optuna.TrialPruned: the pruner stopped it.
+            Stopped: as requested; with `files.checkpoints` it can be continued.
         """
-        mark_alive(trial)
         # bytes of live tensors, without those of the encoder cache
         before, loads = live_bytes() - self.encoder.nbytes, self.encoder.loads
         try:
             params, seed = suggest(trial, self.space), trial.user_attrs.get("seed")
             return self._run(trial, params if seed is None else {**params, SEED: seed})
-        except optuna.TrialPruned:
+        except (optuna.TrialPruned, Stopped):
             raise
-        except (KeyboardInterrupt, SystemExit) as stop:
-            # Lightning turns Ctrl-C in `fit` into SystemExit, which Optuna does not catch: the trial would stay
-            # RUNNING. KeyboardInterrupt it catches, and would then end a trial that has already ended here.
-            abandon(trial.study, trial.number, f"interrupted: {type(stop).__name__}", max_retries=sys.maxsize)
-            raise SystemExit(INTERRUPTED) from stop
         except Exception as error:
             failed = find_oom(error)
             if failed is None:
@@ -145,13 +167,15 @@ class Objective:
         raise optuna.TrialPruned(str(failed))
 
     def _run(self, trial: optuna.Trial, params: dict[str, Any]) -> float | tuple[float, float]:
-        paused = self._paused(trial)
-        folds: list[FoldResult] = [] if paused is None else paused.folds
-        curve: list[list[Report]] = [] if paused is None else paused.curve[:-1]
+        saved = self._saved(trial)
+        folds: list[FoldResult] = [] if saved is None else saved.folds
+        curve: list[list[Report]] = [] if saved is None else saved.curve
         try:
             while len(folds) < self.steps.folds:
-                folds.append(self._fold(trial, params, folds, curve, paused))
-                paused = None
+                folds.append(self._fold(trial, params, folds, curve, None if saved is None else saved.fold))
+                saved = None
+                if (folder := self._folder(trial)) is not None:
+                    save_trial(folder, step=len(folds) * self.steps.per_fold, folds=folds, curve=curve)
         finally:
             release(host=False)  # trainer and module hold each other until the garbage collector has run
             trial.set_user_attr("curve", curve)
@@ -165,21 +189,20 @@ class Objective:
             drop_predictions(trial.study, self.files.out_of_fold)
         return value if self.cost is None else (value, cost(self.cost, curve, [fold.rows for fold in folds]))
 
-    def _paused(self, trial: optuna.Trial) -> PausedTrial | None:
-        """The paused trial that this one resumes, whose reports it repeats; None: it resumes none."""
-        number = trial.user_attrs.get(RESUMES)
-        if number is None:
-            return None
-        assert self.files.paused is not None
-        paused = PausedTrial.load(self.files.paused / str(number))
-        if paused is None:
+    def _folder(self, trial: optuna.Trial) -> Path | None:
+        """Where the trial is saved; None: nowhere."""
+        folder = self.files.checkpoints
+        return None if folder is None else folder / str(trial.user_attrs.get(PARAMETER_SET, trial.number))
+
+    def _saved(self, trial: optuna.Trial) -> SavedTrial | None:
+        """What another trial has left of this parameter set; None: nothing."""
+        folder, known = self._folder(trial), trial.user_attrs
+        saved = None if folder is None or PARAMETER_SET not in known else SavedTrial.load(folder)
+        if saved is None and RESUMES in known:
             # the disk had no room for it, or it could not be resumed any more and then hpo.n_trials was raised
             text = "trial %d: the checkpoint of trial %d was deleted; training starts from the first epoch"
-            log.warning(text, trial.number, number)
-            return None
-        for step, value in trial.study.get_trials(deepcopy=False)[number].intermediate_values.items():
-            trial.report(value, step)
-        return paused
+            log.warning(text, trial.number, known[RESUMES])
+        return saved
 
     def _fold(
         self,
@@ -187,18 +210,20 @@ class Objective:
         params: dict[str, Any],
         done: list[FoldResult],
         curve: list[list[Report]],
-        paused: PausedTrial | None,
+        opened: OpenFold | None,
     ) -> FoldResult:
         metric, direction = f"val_{self.monitor.metric}", metric_direction(str(self.monitor.metric))
         scored, pruner = ScoredEpoch(metric, self.monitor.objective, direction), trial.study.pruner
 
-        def write_checkpoint(trainer: Trainer | None) -> None:
+        def save(trainer: Trainer | None) -> None:
+            if (folder := self._folder(trial)) is not None:
+                save_trial(folder, step=reports.last_step, folds=done, curve=curve, fold=(reports, scored, trainer))
+
+        def save_paused(trainer: Trainer | None) -> None:
             study = trial.study
-            assert self.files.paused is not None
             assert isinstance(pruner, AshaPruner)
             if pruner.can_be_resumed(study, study.get_trials(deepcopy=False)[trial.number], self.n_trials):
-                folder = self.files.paused / str(trial.number)
-                pause(folder, trainer, folds=done, curve=curve, reports=reports, scored=scored)
+                save(trainer)
 
         reports = FoldPruningCallback(
             trial,
@@ -210,20 +235,21 @@ class Objective:
             objective=self.monitor.objective,
             direction=direction,
             per_epoch=self.steps.per_epoch,
-            pause=write_checkpoint if isinstance(pruner, AshaPruner) else None,
+            pause=save_paused if isinstance(pruner, AshaPruner) else None,
         )
         curve.append(reports.curve)
-        if paused is not None:
-            reports.restore(paused.reports, paused.curve[-1])
-            scored.restore(paused.scored)
+        if opened is not None:
+            reports.restore(opened.reports, opened.curve)
+            scored.restore(opened.scored)
         setup = self.build(params)
         setup.datamodule.select_fold(len(done))
         if not reports.closed:
             steps_left = self._steps_left(trial.study, setup.datamodule, len(done))
             compiler = CompileLayers(self.compile, steps_left=steps_left)
-            callbacks = [OOMHandler(), compiler, scored, *early_stopping(self.monitor), reports, ReleaseEncoder()]
+            stop = StopOnRequest(self.request, save)
+            callbacks = [OOMHandler(), compiler, scored, *early_stopping(self.monitor), reports, stop, ReleaseEncoder()]
             setup.model.load_encoder_with(self.encoder.load)
-            checkpoint = None if paused is None else paused.checkpoint
+            checkpoint = None if opened is None else opened.checkpoint
             setup.make_trainer(callbacks=callbacks).fit(
                 setup.model, datamodule=setup.datamodule, ckpt_path=checkpoint, weights_only=True
             )

@@ -1,6 +1,6 @@
 """What this package needs of Optuna and Optuna does not offer in public."""
 
-from optuna import Study
+from optuna import Study, Trial
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
@@ -16,3 +16,12 @@ def storage_of(study: Study) -> BaseStorage:
 def trial_id_of(trial: FrozenTrial) -> int:
     """The number by which the storage knows a trial; `trial.number` counts within one study."""
     return trial._trial_id
+
+
+def running_trial(study: Study, template: FrozenTrial) -> Trial:
+    """Begin a trial with all that is in a template, in one write of the storage; `Study.ask` needs several.
+
+    So there is no moment at which a killed process leaves a trial behind that has no parameters, or no worker.
+    """
+    trial_id = study._storage.create_new_trial(study._study_id, template)
+    return Trial(study, trial_id)

@@ -1,0 +1,106 @@
+"""The trials of a study, run one after another by one process."""
+
+import gc
+import logging
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from lightning_bge.errors import StudyError, UserError
+from lightning_bge.hpo.trial_queue import TrialQueue
+from lightning_bge.hpo.trials import ERROR, INTERRUPTED
+from lightning_bge.runtime.memory import format_bytes
+from lightning_bge.runtime.run_folder import write_text
+from lightning_bge.runtime.stop import Stopped, StopRequest
+
+log = logging.getLogger("lightning_bge")
+
+FAILURES = "failures"  # folder in the run folder
+Evaluate = Callable[[optuna.Trial], float | Sequence[float]]
+
+
+def quiet_optuna() -> None:
+    """Show Optuna's errors only: `Progress` prints a line for each trial."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+class MemoryKeptError(StudyError):
+    """Memory of a trial that ran out of it is still held."""
+
+
+def run_trials(
+    queue: TrialQueue,
+    objective: Evaluate,
+    *,
+    until: float,
+    request: StopRequest,
+    report: Callable[[optuna.Study, FrozenTrial], None],
+) -> None:
+    """Run what is left of a study; several processes may do so at once on one folder.
+
+    A trial that raises an error ends as FAIL, with the reason in the user attribute `error` and the traceback in
+    `failures/`, and the next one begins. One that is stopped on request is to be continued.
+
+    Args:
+        queue: of the study.
+        objective: trains a trial.
+        until: `time.monotonic()` after which no trial begins.
+        request: whether to stop.
+        report: called after each trial.
+
+    Raises:
+        MemoryKeptError: a trial ran out of memory, and some of what it took is still held. The study has the trial. A
+            new process can continue the study; this one would run out of memory earlier each time.
+        StudyError: more trials have failed than `hpo.max_failures`.
+        UserError: an option or a file is wrong.
+        OSError: the disk is full, or the folder can't be written.
+    """
+    gc.collect()
+    gc.freeze()  # else the objects of the libraries would be searched after each trial
+    try:
+        while (trial := queue.next(until, request)) is not None:
+            ended = _run_trial(queue, objective, trial)
+            report(queue.study, ended)
+            kept = ended.user_attrs.get("memory_kept")
+            if kept is not None:
+                raise MemoryKeptError(
+                    f"trial {ended.number} ran out of memory, and {format_bytes(kept)} of what it took are still held. "
+                    "Start the study in a new process, which continues it"
+                )
+    finally:
+        gc.unfreeze()
+
+
+def _run_trial(queue: TrialQueue, objective: Evaluate, trial: optuna.Trial) -> FrozenTrial:
+    study = queue.study
+    try:
+        values = objective(trial)
+    except optuna.TrialPruned:
+        study.tell(trial, state=TrialState.PRUNED)
+    except (Stopped, UserError, OSError, KeyboardInterrupt, SystemExit) as error:
+        # an error of the user's, or of the disk: the trial is continued when it is corrected
+        _end(study, trial, INTERRUPTED, str(error) or type(error).__name__)
+        if not isinstance(error, Stopped):
+            raise
+    except Exception as error:
+        _write_failure(queue.run_dir, study, trial, error)
+        _end(study, trial, ERROR, f"{type(error).__name__}: {error}")
+    else:
+        study.tell(trial, values)
+    return study.get_trials(deepcopy=False)[trial.number]
+
+
+def _end(study: optuna.Study, trial: optuna.Trial, why: str, text: str) -> None:
+    trial.set_user_attr(why, text.strip().splitlines()[0] if text.strip() else "unknown")
+    study.tell(trial, state=TrialState.FAIL)
+
+
+def _write_failure(run_dir: Path, study: optuna.Study, trial: optuna.Trial, error: Exception) -> None:
+    folder = run_dir / FAILURES
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"{study.study_name}-trial-{trial.number}.txt"
+    write_text(path, "".join([f"{trial.params}\n\n", *traceback.format_exception(error)]))
+    log.warning("trial %d failed: %s: %s (%s)", trial.number, type(error).__name__, error, path)

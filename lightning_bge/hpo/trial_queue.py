@@ -1,0 +1,394 @@
+"""Which trial a process runs next: decided under a lock, from the trials of the study alone.
+
+No queue is stored. What is to be continued, resumed, tried or drawn follows from the trials that are there, and a trial
+begins with one write that holds its parameters, its worker and the reports that it takes over. So a process may be
+killed anywhere, and the next one decides the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from lightning_bge.errors import StudyError
+from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.pruning.asha import AshaPruner
+from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS, is_paused
+from lightning_bge.hpo.space.draw import draw_parameter_set, space_size
+from lightning_bge.hpo.space.search_space import Space
+from lightning_bge.hpo.storage.workers import Worker, end_lost_trials, living_workers
+from lightning_bge.hpo.trial.checkpoint import SavedTrial
+from lightning_bge.hpo.trials import (
+    ENQUEUED,
+    ERROR,
+    INTERRUPTED,
+    NOT_TRAINED,
+    PARAMETER_SET,
+    PAUSED_AT,
+    REPORTS_BEFORE,
+    RESUMES,
+    RETRY_OF,
+    WORKER,
+    WORKER_LOST,
+    any_complete,
+    attempts,
+    has_failed,
+    is_to_be_continued,
+    key_of,
+    one_trial_each,
+    parameter_set_of,
+)
+from lightning_bge.runtime.compat.optuna import running_trial, storage_of, trial_id_of
+from lightning_bge.runtime.stop import StopRequest
+
+log = logging.getLogger("lightning_bge")
+
+LOCK = "study.lock"  # file in the run folder
+CHECKPOINTS = "checkpoints"  # folder in the run folder
+N_TRIALS = "n_trials"  # attribute of a study: what the last call has asked for, which all processes follow
+POLL_SECONDS = 0.5  # between two looks of a process that waits for others
+# user attributes that say what became of a trial, which the one that continues it does not take over
+FATE = (
+    WORKER,
+    WORKER_LOST,
+    INTERRUPTED,
+    ERROR,
+    PAUSED_AT,
+    REPORTS_BEFORE,
+    RETRY_OF,
+    "pruned_at",
+    "fold",
+    "epoch",
+    "curve",
+)
+# system attributes of a trial that the one that continues it does not take over, nor a trial what its draft has
+OF_DRAFTS = ("fixed_params", "tpe:", SETTLED_RUNGS)
+
+
+@dataclass(frozen=True)
+class Tries:
+    """All trials of a study, by parameter set.
+
+    Attributes:
+        trials: all of them.
+        by_set: the attempts at each parameter set, by its number.
+    """
+
+    trials: Sequence[FrozenTrial]
+    by_set: Mapping[int, list[FrozenTrial]]
+
+    @property
+    def running(self) -> bool:
+        """Whether any trial runs."""
+        return any(tries[-1].state == TrialState.RUNNING for tries in self.by_set.values())
+
+    @property
+    def lost(self) -> list[FrozenTrial]:
+        """The last attempts that are to be continued, as their process is gone or was interrupted; the oldest first."""
+        return [tries[-1] for tries in self.by_set.values() if is_to_be_continued(tries)]
+
+    @property
+    def failed(self) -> list[FrozenTrial]:
+        """The last attempts at the parameter sets that are not tried once more."""
+        return [tries[-1] for tries in self.by_set.values() if has_failed(tries)]
+
+
+class TrialQueue(ABC):
+    """What a process runs of a study, one trial after another; others may do so at once.
+
+    Args:
+        study: the study.
+        worker: this process.
+        config: the options of the study.
+        run_dir: the run's folder.
+        checkpoints: what is needed to continue a trial, a folder for each parameter set.
+    """
+
+    def __init__(
+        self, study: optuna.Study, worker: Worker, config: StudyConfig, run_dir: Path, checkpoints: Path
+    ) -> None:
+        self.study, self.worker, self.config = study, worker, config
+        self.run_dir, self.checkpoints = run_dir, checkpoints
+        self.lock = FileLock(run_dir / LOCK, mode=0o600)
+
+    def next(self, until: float, request: StopRequest) -> optuna.Trial | None:
+        """Begin the next trial; wait while there is none to begin, but other processes may leave one.
+
+        Args:
+            until: `time.monotonic()` after which no trial begins, unless none has run to its end.
+            request: ends the waiting.
+
+        Returns:
+            None: nothing is left, or it is left to other processes, or a stop was requested.
+
+        Raises:
+            StudyError: too many trials have failed.
+        """
+        while not request.signal:
+            with self.lock:
+                end_lost_trials(self.study, self.run_dir, self.config.max_worker_deaths)
+                tries = self.tries()
+                self.check_failures(tries)
+                over = time.monotonic() >= until
+                trial = self.last_resort(tries) if over else self.begin(tries)
+                if trial is not None:
+                    return trial
+                self.clear(self.tries())
+            if not tries.running or (over and len(living_workers(self.run_dir)) > 1):
+                return None
+            time.sleep(POLL_SECONDS)
+        return None
+
+    def tries(self) -> Tries:
+        """All trials, as they are now."""
+        trials = self.study.get_trials(deepcopy=False)
+        return Tries(trials, attempts(trials))
+
+    @abstractmethod
+    def begin(self, tries: Tries) -> optuna.Trial | None:
+        """Begin the next trial; None: there is none now."""
+
+    def last_resort(self, tries: Tries) -> optuna.Trial | None:
+        """Begin a trial although the time is over; None: none has to."""
+        return None
+
+    def resumable(self, tries: Tries) -> list[int]:
+        """The parameter sets that may be resumed later, those first whose checkpoints are kept first."""
+        return []
+
+    def check_failures(self, tries: Tries) -> None:
+        """Raise StudyError where too many parameter sets have failed."""
+        failed = tries.failed
+        if len(failed) > self.config.max_failures:
+            last = failed[-1]
+            raise StudyError(
+                f"{len(failed)} trials have failed, and hpo.max_failures is {self.config.max_failures}. The last one, "
+                f"trial {last.number}: {last.user_attrs.get(ERROR, 'unknown')}. `lightning-bge status {self.run_dir} "
+                "--failures` shows why each failed. Correct the cause, or raise hpo.max_failures, and start again"
+            )
+
+    def start(
+        self, trial: FrozenTrial, attributes: Mapping[str, Any], reports: Mapping[int, float] | None = None
+    ) -> optuna.Trial:
+        """Begin a trial with the parameters and the system attributes of another one.
+
+        Args:
+            trial: the other one; it may be a draft.
+            attributes: its user attributes, besides the worker.
+            reports: what it takes over, value by step.
+        """
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs={**attributes, WORKER: self.worker.record},
+            system_attrs={name: value for name, value in trial.system_attrs.items() if not name.startswith(OF_DRAFTS)},
+            intermediate_values=dict(reports or {}),
+        )
+        return running_trial(self.study, template)
+
+    def go_on(self, earlier: FrozenTrial, attributes: Mapping[str, Any]) -> optuna.Trial:
+        """Begin a trial that continues an earlier one, from what was saved of it.
+
+        Args:
+            earlier: the last attempt at the parameter set.
+            attributes: user attributes, besides those that it takes over.
+        """
+        number = parameter_set_of(earlier)
+        saved = SavedTrial.load(self.checkpoints / str(number))
+        step = 0 if saved is None else saved.step
+        reports = {at: value for at, value in earlier.intermediate_values.items() if at <= step}
+        kept = {name: value for name, value in earlier.user_attrs.items() if name not in FATE}
+        settled = sum(rung <= step for rung in self.rungs)
+        attributes = (
+            {SETTLED_RUNGS: max(settled, kept.get(SETTLED_RUNGS, 0)), **attributes} if self.rungs else attributes
+        )
+        return self.start(earlier, {**kept, **attributes, PARAMETER_SET: number, REPORTS_BEFORE: len(reports)}, reports)
+
+    @property
+    def rungs(self) -> Sequence[int]:
+        """The steps at which trials pause."""
+        pruner = self.study.pruner
+        return pruner.steps if isinstance(pruner, AshaPruner) else ()
+
+    def clear(self, tries: Tries) -> None:
+        """Delete the checkpoints of trials that can't be continued any more, and those beyond the limit."""
+        if not self.checkpoints.is_dir():
+            return
+        needed = {parameter_set_of(trial) for trial in tries.lost}
+        needed |= {number for number, made in tries.by_set.items() if made[-1].state == TrialState.RUNNING}
+        limit = self.config.pruner.paused_gb
+        room = (
+            limit * 2**30
+            if limit is not None
+            else (shutil.disk_usage(self.checkpoints).free + _size(self.checkpoints)) / 4
+        )
+        kept = set()
+        for number in [*needed, *self.resumable(tries)]:
+            room -= _size(self.checkpoints / str(number))
+            if room >= 0 or number in needed:
+                kept.add(number)
+        for folder in self.checkpoints.iterdir():
+            if folder.name.isdecimal() and int(folder.name) not in kept:
+                (folder / "state.pt").unlink(missing_ok=True)  # first: without it the rest is not read
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class StudyQueue(TrialQueue):
+    """What is left of a study: trials to be continued, resumed, enqueued or drawn.
+
+    Args:
+        study: the study.
+        worker: this process.
+        config: the options of the study.
+        run_dir: the run's folder.
+        space: the search space.
+        enqueued: parameter sets that are tried first.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        worker: Worker,
+        config: StudyConfig,
+        run_dir: Path,
+        space: Space,
+        enqueued: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        super().__init__(study, worker, config, run_dir, run_dir / CHECKPOINTS)
+        self.space, self.enqueued, self.size = space, [dict(values) for values in enqueued], space_size(space)
+
+    @property
+    def n_trials(self) -> int:
+        """How many parameter sets the study has in all."""
+        return int(min(self.study.user_attrs.get(N_TRIALS, self.config.n_trials), self.size))
+
+    def is_finished(self) -> bool:
+        """Whether nothing is left; what other processes run may leave more."""
+        tries = self.tries()
+        return self._to_resume(tries) is None and not tries.lost and not self._is_new(tries)
+
+    def begin(self, tries: Tries) -> optuna.Trial | None:
+        """Continue a lost trial, else resume a paused one, else begin a new one."""
+        if tries.lost:
+            return self.go_on(tries.lost[0], {RETRY_OF: tries.lost[0].number})
+        if (paused := self._to_resume(tries)) is not None:
+            return self._resume(paused)
+        while self._is_new(tries):
+            trial, decided = self._new(tries)
+            if decided:
+                return trial
+            tries = self.tries()
+        return None
+
+    def last_resort(self, tries: Tries) -> optuna.Trial | None:
+        """Where no trial is complete and none runs: one of those that have got furthest."""
+        if any_complete(tries.trials) or tries.running:
+            return None
+        if tries.lost:
+            return self.go_on(tries.lost[0], {RETRY_OF: tries.lost[0].number})
+        pruner = self.study.pruner
+        found = pruner.halving(self.study, tries.trials).best_paused() if isinstance(pruner, AshaPruner) else None
+        if found is None:
+            return None
+        print("hpo.timeout is over and no trial is complete: the best paused one is resumed", flush=True)
+        return self._resume(tries.by_set[found][-1])
+
+    def resumable(self, tries: Tries) -> list[int]:
+        """The paused parameter sets that may be resumed, the best first."""
+        pruner = self.study.pruner
+        if not isinstance(pruner, AshaPruner):
+            return []
+        return pruner.halving(self.study, tries.trials).resumable(self.n_trials)
+
+    def _to_resume(self, tries: Tries) -> FrozenTrial | None:
+        pruner = self.study.pruner
+        if not isinstance(pruner, AshaPruner):
+            return None
+        nothing_else = not (tries.running or tries.lost or self._is_new(tries))
+        found = pruner.halving(self.study, tries.trials).next_resumed(nothing_else)
+        return None if found is None else tries.by_set[found][-1]
+
+    def _resume(self, paused: FrozenTrial) -> optuna.Trial:
+        assert is_paused(paused)
+        settled = sum(rung <= paused.user_attrs[PAUSED_AT] for rung in self.rungs)
+        return self.go_on(paused, {RESUMES: paused.number, SETTLED_RUNGS: settled})
+
+    def _is_new(self, tries: Tries) -> bool:
+        """Whether another parameter set is to be tried."""
+        begun = len(tries.by_set)
+        return begun - len(tries.failed) < self.n_trials and begun < self.size
+
+    def _new(self, tries: Tries) -> tuple[optuna.Trial | None, bool]:
+        """Begin a parameter set that the study has not; the second value is false where it is to be called again."""
+        taken = {key_of(made[0].params): number for number, made in tries.by_set.items()}
+        waiting = next((trial for trial in tries.trials if trial.state == TrialState.WAITING), None)
+        if waiting is not None:
+            given = {**waiting.system_attrs.get("fixed_params", {}), **waiting.params}
+        else:
+            given = next(self._not_tried(tries, taken), {})
+        found = draw_parameter_set(
+            self.study,
+            self.space,
+            self.config.sampler,
+            seen=one_trial_each(tries.trials),
+            ordinal=len(tries.by_set),
+            taken=taken.keys(),
+            given=given,
+        )
+        if waiting is not None:
+            return self._take_waiting(waiting, found)
+        if found is None and given:
+            self.enqueued.remove(given)  # the study has every parameter set with these values
+            return None, False
+        if found is None:
+            text = "hpo.sampler found no parameter set that the study has not after %d trials: the study ends with them"
+            log.warning(text, len(tries.by_set))
+            self.size = len(tries.by_set)
+            return None, True
+        return self.start(found, {ENQUEUED: given} if given else {}), True
+
+    def _not_tried(self, tries: Tries, taken: Mapping[Any, int]) -> Iterator[dict[str, Any]]:
+        """The parameter sets of `hpo.enqueue` that the study has not."""
+        known = [trial.user_attrs.get(ENQUEUED) for trial in tries.trials]
+        for values in self.enqueued:
+            complete = [key for key in taken if set(key_of(values)) == set(key)]
+            if values not in known and not complete:
+                yield values
+
+    def _take_waiting(self, waiting: FrozenTrial, found: FrozenTrial | None) -> tuple[optuna.Trial | None, bool]:
+        """Begin a trial that another program has queued, such as with `Study.enqueue_trial`."""
+        storage, trial_id = storage_of(self.study), trial_id_of(waiting)
+        if found is None:
+            log.warning("trial %d is not trained: the study has its parameter set already", waiting.number)
+            storage.set_trial_user_attr(trial_id, NOT_TRAINED, "its parameter set was there already")
+            storage.set_trial_state_values(trial_id, TrialState.FAIL)
+            return None, False
+        for name, value in found.params.items():
+            distribution = found.distributions[name]
+            storage.set_trial_param(trial_id, name, distribution.to_internal_repr(value), distribution)
+        storage.set_trial_user_attr(trial_id, WORKER, self.worker.record)
+        storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+        return optuna.Trial(self.study, trial_id), True
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files below a folder; other processes may write and delete there meanwhile."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total

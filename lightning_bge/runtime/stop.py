@@ -1,0 +1,70 @@
+"""Stopping on request: after a signal the work goes on to the next point at which it can be saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class StopRequest:
+    """While it is entered, Ctrl-C, SIGTERM and SIGHUP ask for a stop; a second Ctrl-C raises KeyboardInterrupt.
+
+    Outside of the main thread, where Python cannot handle signals, nothing changes.
+
+    Args:
+        parent: the process without which this one is to stop as well; None: it has none.
+    """
+
+    def __init__(self, parent: int | None = None) -> None:
+        self._parent, self._received = parent, 0
+        self._former: dict[int, Any] = {}
+
+    @property
+    def signal(self) -> int:
+        """The signal that asked for a stop, SIGTERM where the parent is gone; 0: none."""
+        if not self._received and self._parent is not None and os.getppid() != self._parent:
+            self._received = signal.SIGTERM
+        return self._received
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as with nohup
+                    self._former[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def leave(self) -> None:
+        """End the process as the signal asks for; return where none has come.
+
+        Raises:
+            KeyboardInterrupt: it was Ctrl-C.
+            SystemExit: with the status 128 + the signal's number.
+        """
+        if self._received == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._received:
+            raise SystemExit(128 + self._received)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self._received:
+            again = "; Ctrl-C once more stops at once" if number == signal.SIGINT else ""
+            print(f"{signal.Signals(number).name}: saving what is being trained{again}", file=sys.stderr, flush=True)
+        self._received = self._received or number
+
+
+class Stopped(Exception):
+    """Training was stopped on request, and saved."""
