@@ -99,6 +99,8 @@ class StudyConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"hpo.{name}: expected {least} or more, got {value}")
+        if self.cost is not None and self.terminator:
+            raise ConfigError("hpo.terminator: not with hpo.cost, as it looks at one objective; set one of them alone")
         if self.cost is not None and self.pruner.name != "none":
             raise ConfigError(
                 "hpo.cost: no trial can be pruned where a cost is minimised besides the score, but hpo.pruner.name is "

@@ -23,9 +23,10 @@ from lightning_bge.hpo.space.search_space import Space, parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.workers import Worker, living_workers
 from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.study_queue import StudyQueue
 from lightning_bge.hpo.trial.objective import Objective, TrialFiles
 from lightning_bge.hpo.trial_loop import run_trials
-from lightning_bge.hpo.trial_queue import CHECKPOINTS, LOCK, N_TRIALS, StudyQueue
+from lightning_bge.hpo.trial_queue import CHECKPOINTS, LOCK, N_TRIALS
 from lightning_bge.models.metrics import metric_direction
 from lightning_bge.runtime.dotted_config import comparable
 from lightning_bge.runtime.run_folder import create_run_dir, record_run
@@ -125,6 +126,7 @@ def run_hpo(
             compile=experiment.compile,
             encoder=experiment.encoder_cache(hpo),
             cost=hpo.cost,
+            reports_scores=hpo.terminator,
             request=request,
         )
         progress = Progress(hpo, str(experiment.monitor.metric), known.steps.total)

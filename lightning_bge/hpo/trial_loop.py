@@ -11,14 +11,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError, UserError
 from lightning_bge.hpo.trial_queue import TrialQueue
-from lightning_bge.hpo.trials import ERROR, INTERRUPTED
+from lightning_bge.hpo.trials import ERROR, FAILURES, INTERRUPTED
 from lightning_bge.runtime.memory import format_bytes
 from lightning_bge.runtime.run_folder import write_text
 from lightning_bge.runtime.stop import Stopped, StopRequest
 
 log = logging.getLogger("lightning_bge")
 
-FAILURES = "failures"  # folder in the run folder
 Evaluate = Callable[[optuna.Trial], float | Sequence[float]]
 
 

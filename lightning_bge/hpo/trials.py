@@ -22,6 +22,8 @@ INTERRUPTED = "interrupted"  # of a failed trial: why its process stopped it
 ERROR = "error"  # of a failed trial: why its parameter set is not tried once more
 NOT_TRAINED = "not_trained"  # of a failed trial that stands for no parameter set of the study: why
 
+FAILURES = "failures"  # folder in the run folder: the tracebacks of failed trials
+
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 

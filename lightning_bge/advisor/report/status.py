@@ -17,6 +17,7 @@ from lightning_bge.advisor.report.run_data import RunData, read_run
 from lightning_bge.hpo.analysis.history import History, PastTrial
 from lightning_bge.hpo.analysis.hours import StudyClock, hours_saved
 from lightning_bge.hpo.forecast.eta import Eta
+from lightning_bge.hpo.trials import FAILURES
 
 MAX_RUNNING = 10  # running trials that are listed
 MAX_ENDED = 5  # ended trials that are listed
@@ -34,6 +35,27 @@ def describe_status(run_dir: Path) -> str:
         StudyError: its journal is corrupt.
     """
     return _describe(read_run(run_dir))
+
+
+def describe_failures(run_dir: Path) -> str:
+    """Why each trial of a study has failed: its error, its hyperparameters, and where its traceback is.
+
+    Args:
+        run_dir: the run's folder.
+
+    Raises:
+        ConfigError: it is not a run folder.
+        StudyError: its journal is corrupt.
+    """
+    run = read_run(run_dir)
+    trials = () if run.history is None else (*run.history.trials, *run.history.seed_replicates)
+    lines: list[str] = []
+    for trial in trials:
+        if trial.outcome in ("failed", "interrupted", "left out"):
+            lines.append(f"trial {trial.number} {trial.outcome}: {trial.note or 'no reason is recorded'}")
+            lines += [f"  {name}: {value}" for name, value in trial.params.items()]
+            lines += [f"  {path}" for path in sorted((run_dir / FAILURES).glob(f"*-trial-{trial.number}.txt"))]
+    return "\n".join(lines or ["no trial has failed"])
 
 
 def watch_status(run_dir: Path, seconds: float) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_bge.runtime.compat.torch import compiled_call
@@ -59,11 +60,13 @@ class MicroBatchSizes:
         return min((found for found in (_known.get(key), self._read(key)) if found is not None), default=None)
 
     def put(self, key: str, found: FoundSize) -> None:
-        """Keep a size."""
+        """Keep a size, unless a smaller one is known: another process may have lowered it meanwhile."""
         _known[key] = found
         if self.folder is not None:
             try:
-                write_json(create_run_dir(self.folder) / f"{key}.json", found._asdict())
+                with FileLock(create_run_dir(self.folder) / "lock", mode=0o600):
+                    smallest = min(found, self._read(key) or found)
+                    write_json(self.folder / f"{key}.json", smallest._asdict())
             except OSError as error:
                 text = f"micro-batch sizes can't be kept in {self.folder} ({error}): each process finds its own"
                 log_once(text, logging.WARNING)

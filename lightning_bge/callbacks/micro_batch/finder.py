@@ -17,6 +17,7 @@ from lightning_bge.runtime.memory import Limit, cache_bytes, format_bytes, limit
 from lightning_bge.runtime.micro_batch import SupportsMicroBatchSize, batch_source
 
 NOT_EVEN = "not even this fits"
+CONTEXT_BYTES = 2**30  # CUDA's own, of this process, at most
 
 
 class MicroBatchFinder(Callback):
@@ -103,6 +104,8 @@ class MicroBatchFinder(Callback):
         data = {name: getattr(source, f"micro_batch_size_{name}", None) for name in ("key", "step")}
         config = {name: value for name, value in asdict(self.config).items() if name != "cache"}
         content = {**describe_step(trainer, module), "data": data, "limits": totals, "config": config}
+        if not any(limit.stated for limit in known):  # else the rest of the device is not this process's
+            content["others"] = others_share(module.device)
         if module.device.type == "cpu" and (most := cache_bytes()[1]):
             content["caches"] = most
         return digest(content)
@@ -178,6 +181,18 @@ def _untried_bytes(known: list[Limit], on_host: bool) -> int | None:
     """
     promised = cache_bytes()[0] if on_host else 0
     return min((max(limit.free - promised, 0) for limit in known if on_host or not limit.raises), default=None)
+
+
+def others_share(device: torch.device) -> int:
+    """How many eighths of a GPU's memory other processes hold, rounded up; 0 on other devices.
+
+    A size that was found while others used the device must not be taken when it is free, nor the other way round.
+    """
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    others = max(0, total - free - torch.cuda.memory_reserved(device))
+    return -(-8 * max(0, others - CONTEXT_BYTES) // total)
 
 
 def _smallest(size: int, device: torch.device) -> int:

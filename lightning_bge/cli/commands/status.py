@@ -3,7 +3,7 @@
 from argparse import ArgumentParser
 from pathlib import Path
 
-from lightning_bge.advisor.report.status import describe_status, watch_status
+from lightning_bge.advisor.report.status import describe_failures, describe_status, watch_status
 from lightning_bge.errors import ConfigError
 
 
@@ -15,9 +15,12 @@ def run(args: list[str]) -> None:
     )
     parser.add_argument("run", type=Path, help="The run's folder.")
     parser.add_argument("--watch", type=float, metavar="N", help="Print it every N seconds until the run has ended.")
+    parser.add_argument("--failures", action="store_true", help="Show why each failed trial has failed.")
     chosen = parser.parse_args(args)
     folder = chosen.run.expanduser()
-    if chosen.watch is None:
+    if chosen.failures:
+        print(describe_failures(folder))
+    elif chosen.watch is None:
         print(describe_status(folder))
     elif chosen.watch > 0:
         watch_status(folder, chosen.watch)

@@ -7,8 +7,8 @@ on that; `FoldPruningCallback` reports so.
 
 import math
 import warnings
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, PatientPruner, PercentilePruner
@@ -18,8 +18,7 @@ from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.halving import rung_steps
 from lightning_bge.hpo.pruning.pruners import FoldEndPruner, FoldWilcoxonPruner, StartupTrialsPruner, WarmupPruner
 from lightning_bge.hpo.steps import Steps
-
-PrunerName = Literal["asha", "hyperband", "median", "percentile", "wilcoxon", "none"]
+from lightning_bge.runtime.class_path import import_class
 
 _WRAPPERS = {"patience", "n_startup_trials"}
 _OPTIONS: dict[str, set[str]] = {
@@ -30,6 +29,7 @@ _OPTIONS: dict[str, set[str]] = {
     "wilcoxon": {"p_threshold", *_WRAPPERS},
     "none": set(),
 }
+_OF_CLASSES = {"init_args", *_WRAPPERS}
 # each option with a lower limit, and that limit
 _AT_LEAST = {"reduction_factor": 2, "min_resource": 1, "n_warmup_steps": 0, "patience": 0, "n_startup_trials": 0}
 _AT_LEAST |= {"paused_gb": 0}
@@ -42,7 +42,8 @@ class PrunerConfig:
     Attributes:
         name: `asha` (asynchronous successive halving, Li et al. 2020: a trial pauses at each rung, and is resumed from
             its checkpoint when it is in the top 1/reduction_factor there), `hyperband` (Li et al., 2018), `median`,
-            `percentile`, `wilcoxon` (Optuna's, by folds) or `none`. Median and percentile compare a trial's best value
+            `percentile`, `wilcoxon` (Optuna's, by folds), `none`, or the path of a pruner's class, such as
+            `optuna.pruners.ThresholdPruner`. Median and percentile compare a trial's best value
             over all its steps, so that an easy first fold shields a bad trial.
         reduction_factor: for asha and hyperband: of the trials that reach a rung, one in this many trains on. 4 keeps
             brackets few.
@@ -66,12 +67,13 @@ class PrunerConfig:
         paused_gb: for asha: disk space for the checkpoints of paused trials (weights, the optimizer's state and
             predictions of each that may still be resumed), in units of 2**30 bytes. Beyond it the lowest of the ranking
             lose theirs, and are trained from their start if they are resumed. Default: a quarter of what is free.
+        init_args: of a pruner that is given by the path of its class.
 
     Raises:
         ConfigError: a value is out of range, or an option was set for a pruner that does not use it.
     """
 
-    name: PrunerName = "asha"
+    name: str = "asha"
     reduction_factor: int = 4
     min_resource: int | None = None
     percentile: float = 50.0
@@ -81,17 +83,17 @@ class PrunerConfig:
     fold_confidence: float | None = 0.9
     n_startup_trials: int | None = None
     paused_gb: float | None = None
+    init_args: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(PrunerName):
-            raise ConfigError(f"hpo.pruner.name: expected one of {', '.join(get_args(PrunerName))}, got {self.name!r}.")
-        for field in fields(self):
-            used = field.name == "name" or field.name in _OPTIONS[self.name]
-            if not used and getattr(self, field.name) != field.default:
-                known = ", ".join(sorted(_OPTIONS[self.name])) or "no options"
-                raise ConfigError(
-                    f"hpo.pruner.{field.name}: not used by {self.name!r}, which takes {known}; remove it."
-                )
+        if is_class(self):
+            _of_class(self)
+        used = _OPTIONS.get(self.name, _OF_CLASSES)
+        for one in fields(self):
+            default = {} if one.name == "init_args" else one.default
+            if one.name not in {"name", *used} and getattr(self, one.name) != default:
+                known = ", ".join(sorted(used)) or "no options"
+                raise ConfigError(f"hpo.pruner.{one.name}: not used by {self.name!r}, which takes {known}; remove it.")
         for name, bound in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < bound:
@@ -106,16 +108,34 @@ class PrunerConfig:
             raise ConfigError(f"hpo.pruner.fold_confidence: expected between 0.5 and 1, got {self.fold_confidence}.")
 
 
+def is_class(config: PrunerConfig) -> bool:
+    """Whether the pruner is given by the path of its class."""
+    return config.name not in _OPTIONS
+
+
+def _of_class(config: PrunerConfig) -> BasePruner:
+    expected = f"hpo.pruner.name: expected one of {', '.join(_OPTIONS)}, or the path of a class"
+    kind = import_class(config.name, BasePruner, expected)
+    try:
+        with warnings.catch_warnings():  # some are experimental
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            pruner: BasePruner = kind(**config.init_args)
+    except (TypeError, ValueError) as error:
+        text = f"hpo.pruner.init_args: {config.name} does not accept {config.init_args}: {error}"
+        raise ConfigError(text) from error
+    return pruner
+
+
 def startup_trials(config: PrunerConfig, n_trials: int) -> int:
     """Return how many trials have to run to their end before any is pruned: n_startup_trials, or min(30, 10 %)."""
-    if config.name in ("asha", "none"):
+    if config.name in ("asha", "none") or (is_class(config) and config.n_startup_trials is None):
         return 0
     return min(30, n_trials // 10) if config.n_startup_trials is None else config.n_startup_trials
 
 
 def judges_between_folds(config: PrunerConfig) -> bool:
     """Return whether a trial can be stopped between folds, besides what the pruner decides."""
-    return config.fold_confidence is not None and "fold_confidence" in _OPTIONS[config.name]
+    return config.fold_confidence is not None and "fold_confidence" in _OPTIONS.get(config.name, ())
 
 
 def warmup_steps(config: PrunerConfig, steps: Steps) -> int:
@@ -146,6 +166,8 @@ def rungs(config: PrunerConfig, steps: Steps) -> list[list[int]]:
     least = 1 if config.patience is None else config.patience + 2  # Optuna's PatientPruner prunes nothing before
     if config.name == "hyperband":
         brackets = _hyperband(config, steps, least)
+    elif is_class(config):
+        brackets = [list(range(least, last))]
     elif config.name == "wilcoxon":
         able = [k for k in range(2, steps.folds) if 0.5**k < config.p_threshold]
         brackets = [[k * steps.per_fold for k in able if k * steps.per_fold >= least]]
@@ -227,6 +249,8 @@ def _inner_pruner(config: PrunerConfig, steps: Steps) -> BasePruner:
     if config.name == "hyperband":
         # an int: with 'auto' each worker would fix its own maximum from the trials that it happens to see
         return HyperbandPruner(first_rung(config, steps), steps.total, config.reduction_factor)
+    if is_class(config):
+        return _of_class(config)
     if config.name == "wilcoxon":
         return FoldWilcoxonPruner(steps.per_fold, config.p_threshold)
     # StartupTrialsPruner and WarmupPruner alone decide where nothing is pruned

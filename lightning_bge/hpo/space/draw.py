@@ -5,7 +5,6 @@ same values, and a study that was stopped goes on with other ones. Here the seed
 seed and of the ordinal of the parameter set.
 """
 
-import importlib
 import inspect
 import math
 import warnings
@@ -25,6 +24,7 @@ from optuna.trial import FrozenTrial
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.space.search_space import Space, is_drawn, suggest
 from lightning_bge.hpo.trials import key_of
+from lightning_bge.runtime.class_path import import_class
 from lightning_bge.runtime.compat.optuna import storage_of
 
 ATTEMPTS = 20  # at a parameter set that is not there yet, before one is drawn at random
@@ -83,22 +83,6 @@ class SamplerConfig:
             raise ConfigError(
                 f"hpo.sampler.init_args: {self.name} does not accept {self.init_args}: {error}"
             ) from error
-
-
-def import_class(path: str, base: type, expected: str) -> Any:
-    """The class at a path such as `optuna.samplers.CmaEsSampler`.
-
-    Raises:
-        ConfigError: there is none, or it is no subclass of `base`; begins with `expected`.
-    """
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name) if module else None
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{expected}, got {path}: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"{expected} that inherits from {base.__name__}, got {path}")
-    return found
 
 
 def space_size(space: Space) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
+from optuna.terminator import report_cross_validation_scores
 from optuna.trial import TrialState
 
 from lightning_bge.callbacks.compile.callback import CompileLayers
@@ -124,6 +125,7 @@ class Objective:
         compile: when the encoder's layers are compiled.
         encoder: loads the encoders of all trials of this process.
         cost: what is minimised besides the score; None: nothing.
+        reports_scores: whether the scores of the folds are kept for `hpo.terminator`.
         request: whether to stop; a trial is then saved in the middle of a fold.
     """
 
@@ -136,6 +138,7 @@ class Objective:
     compile: CompileConfig = CompileConfig()  # noqa: RUF009 - frozen
     encoder: EncoderCache = field(default_factory=EncoderCache)
     cost: CostName | None = None
+    reports_scores: bool = False
     request: StopRequest = field(default_factory=StopRequest)
 
     def __call__(self, trial: optuna.Trial) -> float | tuple[float, float]:
@@ -182,6 +185,8 @@ class Objective:
         scores = [fold.score for fold in folds]
         trial.set_user_attr("fold_scores", scores)
         trial.set_user_attr("fold_epochs", [fold.epochs for fold in folds])
+        if len(scores) > 1 and self.reports_scores:
+            report_cross_validation_scores(trial, scores)
         value = sum(scores) / len(scores)
         if self.files.out_of_fold is not None:
             predictions = [fold.predictions for fold in folds if fold.predictions]

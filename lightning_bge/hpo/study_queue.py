@@ -1,0 +1,217 @@
+"""The trials of a study that are left: to be continued, resumed, enqueued or drawn."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.terminator import Terminator
+from optuna.trial import FrozenTrial, TrialState
+
+from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.pruning.asha import AshaPruner
+from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS, is_paused
+from lightning_bge.hpo.space.draw import draw_parameter_set, space_size
+from lightning_bge.hpo.space.search_space import Space
+from lightning_bge.hpo.storage.workers import Worker
+from lightning_bge.hpo.trial_queue import CHECKPOINTS, N_TRIALS, TrialQueue, Tries
+from lightning_bge.hpo.trials import (
+    ENQUEUED,
+    NOT_TRAINED,
+    PAUSED_AT,
+    RESUMES,
+    RETRY_OF,
+    WORKER,
+    any_complete,
+    key_of,
+    one_trial_each,
+)
+from lightning_bge.runtime.compat.optuna import storage_of, trial_id_of
+from lightning_bge.runtime.stop import StopRequest
+
+log = logging.getLogger("lightning_bge")
+
+
+class StudyQueue(TrialQueue):
+    """What is left of a study: trials to be continued, resumed, enqueued or drawn.
+
+    Args:
+        study: the study.
+        worker: this process.
+        config: the options of the study.
+        run_dir: the run's folder.
+        space: the search space.
+        enqueued: parameter sets that are tried first.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        worker: Worker,
+        config: StudyConfig,
+        run_dir: Path,
+        space: Space,
+        enqueued: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        super().__init__(study, worker, config, run_dir, run_dir / CHECKPOINTS)
+        self.end = StudyEnd(study) if config.terminator else None
+        self.space, self.enqueued, self.size = space, [dict(values) for values in enqueued], space_size(space)
+
+    @property
+    def n_trials(self) -> int:
+        """How many parameter sets the study has in all."""
+        return int(min(self.study.user_attrs.get(N_TRIALS, self.config.n_trials), self.size))
+
+    def next(self, until: float, request: StopRequest) -> optuna.Trial | None:
+        """As `TrialQueue.next`; looks first whether `hpo.terminator` ends the study."""
+        if self.end is not None:
+            self.end.update()
+        return super().next(until, request)
+
+    def is_finished(self) -> bool:
+        """Whether nothing is left; what other processes run may leave more."""
+        tries = self.tries()
+        return self._to_resume(tries) is None and not tries.lost and not self._is_new(tries)
+
+    def begin(self, tries: Tries) -> optuna.Trial | None:
+        """Continue a lost trial, else resume a paused one, else begin a new one."""
+        if tries.lost:
+            return self.go_on(tries.lost[0], {RETRY_OF: tries.lost[0].number})
+        if (paused := self._to_resume(tries)) is not None:
+            return self._resume(paused)
+        while self._is_new(tries):
+            trial, decided = self._new(tries)
+            if decided:
+                return trial
+            tries = self.tries()
+        return None
+
+    def last_resort(self, tries: Tries) -> optuna.Trial | None:
+        """Where no trial is complete and none runs: one of those that have got furthest."""
+        if any_complete(tries.trials) or tries.running:
+            return None
+        if tries.lost:
+            return self.go_on(tries.lost[0], {RETRY_OF: tries.lost[0].number})
+        pruner = self.study.pruner
+        found = pruner.halving(self.study, tries.trials).best_paused() if isinstance(pruner, AshaPruner) else None
+        if found is None:
+            return None
+        print("hpo.timeout is over and no trial is complete: the best paused one is resumed", flush=True)
+        return self._resume(tries.by_set[found][-1])
+
+    def resumable(self, tries: Tries) -> list[int]:
+        """The paused parameter sets that may be resumed, the best first."""
+        pruner = self.study.pruner
+        if not isinstance(pruner, AshaPruner):
+            return []
+        return pruner.halving(self.study, tries.trials).resumable(self.n_trials)
+
+    def _to_resume(self, tries: Tries) -> FrozenTrial | None:
+        pruner = self.study.pruner
+        if not isinstance(pruner, AshaPruner) or self._is_terminated:
+            return None
+        nothing_else = not (tries.running or tries.lost or self._is_new(tries))
+        found = pruner.halving(self.study, tries.trials).next_resumed(nothing_else)
+        return None if found is None else tries.by_set[found][-1]
+
+    def _resume(self, paused: FrozenTrial) -> optuna.Trial:
+        assert is_paused(paused)
+        settled = sum(rung <= paused.user_attrs[PAUSED_AT] for rung in self.rungs)
+        return self.go_on(paused, {RESUMES: paused.number, SETTLED_RUNGS: settled})
+
+    @property
+    def _is_terminated(self) -> bool:
+        return self.end is not None and self.end.reached
+
+    def _is_new(self, tries: Tries) -> bool:
+        """Whether another parameter set is to be tried."""
+        begun = len(tries.by_set)
+        if self._is_terminated:
+            return False
+        return begun - len(tries.failed) < self.n_trials and begun < self.size
+
+    def _new(self, tries: Tries) -> tuple[optuna.Trial | None, bool]:
+        """Begin a parameter set that the study has not; the second value is false where it is to be called again."""
+        taken = {key_of(made[0].params): number for number, made in tries.by_set.items()}
+        waiting = next((trial for trial in tries.trials if trial.state == TrialState.WAITING), None)
+        if waiting is not None:
+            given = {**waiting.system_attrs.get("fixed_params", {}), **waiting.params}
+        else:
+            given = next(self._not_tried(tries, taken), {})
+        found = draw_parameter_set(
+            self.study,
+            self.space,
+            self.config.sampler,
+            seen=one_trial_each(tries.trials),
+            ordinal=len(tries.by_set),
+            taken=taken.keys(),
+            given=given,
+        )
+        if waiting is not None:
+            return self._take_waiting(waiting, found)
+        if found is None and given:
+            self.enqueued.remove(given)  # the study has every parameter set with these values
+            return None, False
+        if found is None:
+            text = "hpo.sampler found no parameter set that the study has not after %d trials: the study ends with them"
+            log.warning(text, len(tries.by_set))
+            self.size = len(tries.by_set)
+            return None, True
+        return self.start(found, {ENQUEUED: given} if given else {}), True
+
+    def _not_tried(self, tries: Tries, taken: Mapping[Any, int]) -> Iterator[dict[str, Any]]:
+        """The parameter sets of `hpo.enqueue` that the study has not."""
+        known = [trial.user_attrs.get(ENQUEUED) for trial in tries.trials]
+        for values in self.enqueued:
+            complete = [key for key in taken if set(key_of(values)) == set(key)]
+            if values not in known and not complete:
+                yield values
+
+    def _take_waiting(self, waiting: FrozenTrial, found: FrozenTrial | None) -> tuple[optuna.Trial | None, bool]:
+        """Begin a trial that another program has queued, such as with `Study.enqueue_trial`."""
+        storage, trial_id = storage_of(self.study), trial_id_of(waiting)
+        if found is None:
+            log.warning("trial %d is not trained: the study has its parameter set already", waiting.number)
+            storage.set_trial_user_attr(trial_id, NOT_TRAINED, "its parameter set was there already")
+            storage.set_trial_state_values(trial_id, TrialState.FAIL)
+            return None, False
+        for name, value in found.params.items():
+            distribution = found.distributions[name]
+            storage.set_trial_param(trial_id, name, distribution.to_internal_repr(value), distribution)
+        storage.set_trial_user_attr(trial_id, WORKER, self.worker.record)
+        storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+        return optuna.Trial(self.study, trial_id), True
+
+
+class StudyEnd:
+    """Whether further trials are worth their time, as Optuna's `Terminator` estimates it from the complete ones.
+
+    It compares the improvement that may still be expected with the error of cross-validation of the best trial
+    (Makarova et al., 2022, arXiv:2104.08166). It is asked when another trial is complete, from the 20th on.
+
+    Args:
+        study: its complete trials have the scores of their folds.
+    """
+
+    def __init__(self, study: optuna.Study) -> None:
+        self.study, self.reached, self._seen = study, False, 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            self._terminator = Terminator()
+
+    def update(self) -> None:
+        """Ask again if there are more complete trials than before."""
+        complete = len(self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+        if complete == self._seen or self.reached:
+            return
+        self._seen = complete
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            self.reached = self._terminator.should_terminate(self.study)
+        if self.reached:
+            print(f"hpo.terminator: after {complete} complete trials more is not expected to be gained", flush=True)
