@@ -130,9 +130,14 @@ def run_hpo(
             request=request,
         )
         progress = Progress(hpo, str(experiment.monitor.metric), known.steps.total)
-        run_trials(queue, objective, until=until, request=request, report=progress)
+        summary = None
         try:
-            summary = None if request.signal else _end(experiment, queue, objective, until)
+            while not request.signal:
+                run_trials(queue, objective, until=until, request=request, report=progress)
+                if not request.signal:
+                    summary = _end(experiment, queue, objective, until)
+                if queue.is_finished() or time.monotonic() >= until:  # else trials were added meanwhile
+                    break
         except Stopped:
             summary = None
     request.leave()

@@ -50,6 +50,7 @@ log = logging.getLogger("lightning_bge")
 LOCK = "study.lock"  # file in the run folder
 CHECKPOINTS = "checkpoints"  # folder in the run folder
 N_TRIALS = "n_trials"  # attribute of a study: what the last call has asked for, which all processes follow
+LOCK_POLL_SECONDS = 0.01  # between two tries to get the lock; a decision takes a few times as long
 POLL_SECONDS = 0.5  # between two looks of a process that waits for others
 # user attributes that say what became of a trial, which the one that continues it does not take over
 FATE = (
@@ -129,7 +130,7 @@ class TrialQueue(ABC):
             StudyError: too many trials have failed.
         """
         while not request.signal:
-            with self.lock:
+            with self.lock.acquire(poll_interval=LOCK_POLL_SECONDS):
                 end_lost_trials(self.study, self.run_dir, self.config.max_worker_deaths)
                 tries = self.tries()
                 self.check_failures(tries)

@@ -100,7 +100,9 @@ def one_trial_each(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def key_of(params: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """A key by which equal parameter sets are found: true is not 1, and floats are equal to 12 digits."""
-    return tuple(
-        sorted((name, f"{value:.12g}" if isinstance(value, float) else repr(value)) for name, value in params.items())
-    )
+    """A key by which equal parameter sets are found: true is not 1, and numbers are equal to 12 digits."""
+    return tuple(sorted((name, _key_of(value)) for name, value in params.items()))
+
+
+def _key_of(value: Any) -> str:
+    return f"{value:.12g}" if isinstance(value, int | float) and not isinstance(value, bool) else repr(value)

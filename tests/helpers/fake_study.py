@@ -1,0 +1,112 @@
+"""A study whose trials do no training, for processes that share it.
+
+    python -m tests.helpers.fake_study RUN '{"sampler": {"name": "tpe"}, ...}'
+
+prints `ready`, waits for a line, and runs the study: so several processes start at the same moment.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock
+from optuna.trial import FrozenTrial
+
+from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.space.draw import SamplerConfig
+from lightning_bge.hpo.space.search_space import parse_space, suggest
+from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.storage.workers import Worker
+from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.study_queue import StudyQueue
+from lightning_bge.hpo.trial_loop import Evaluate, run_trials
+from lightning_bge.hpo.trial_queue import LOCK
+from lightning_bge.hpo.trials import PAUSED_AT
+from lightning_bge.runtime.stop import StopRequest
+
+STEPS = Steps(2, 4)
+SPACE = {"x": {"low": 0.0, "high": 1.0}, "y": {"low": 0.0, "high": 1.0}}
+
+
+def fake_config(**options: Any) -> StudyConfig:
+    """The options of a study over two numbers, without a pruner; configs may be dicts."""
+    kinds = {"sampler": SamplerConfig, "pruner": PrunerConfig}
+    given = {"n_trials": 8, "space": SPACE, "pruner": {"name": "none"}, **options}
+    return StudyConfig(**{name: kinds[name](**value) if name in kinds else value for name, value in given.items()})
+
+
+def open_fake(run_dir: Path, config: StudyConfig, worker: Worker | None = None, **options: Any) -> optuna.Study:
+    """Create or open the study."""
+    run_dir.mkdir(exist_ok=True)
+    with FileLock(run_dir / LOCK):
+        own = "" if worker is None else worker.id
+        return open_study(run_dir, config, "maximize", STEPS, {"monitor.metric": "f1", **options}, {}, own)
+
+
+def run_fake(
+    run_dir: Path,
+    config: StudyConfig,
+    objective: Evaluate | None = None,
+    timeout: float = math.inf,
+    request: StopRequest | None = None,
+) -> tuple[optuna.Study, list[FrozenTrial]]:
+    """Run the study; returns it, and the trials that this process has ended."""
+    mine: list[FrozenTrial] = []
+    with Worker(run_dir) as worker:
+        study = open_fake(run_dir, config, worker)
+        space = parse_space(config.space)
+        queue = StudyQueue(study, worker, config, run_dir, space, config.enqueue)
+        run_trials(
+            queue,
+            objective or (lambda trial: value_of(suggest(trial, space))),
+            until=time.monotonic() + timeout,
+            request=request or StopRequest(),
+            report=lambda _, trial: mine.append(trial),
+        )
+    return study, mine
+
+
+def value_of(params: dict[str, Any]) -> float:
+    """The score of a parameter set: higher near 0.7."""
+    return -math.fsum((value - 0.7) ** 2 for value in params.values() if isinstance(value, int | float))
+
+
+def learning_curve(trial: optuna.Trial) -> float:
+    """An objective that reports at each step, and pauses where the pruner says so; it repeats nothing it resumes."""
+    space = parse_space(SPACE)
+    value = value_of(suggest(trial, space))
+    done = len(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+    for step in range(done + 1, STEPS.total + 1):
+        trial.report(value - 1 / step, step)
+        if step < STEPS.total and trial.should_prune():
+            trial.set_user_attr(PAUSED_AT, step)
+            raise optuna.TrialPruned
+    return value
+
+
+def main() -> None:
+    """Run it as one of several processes."""
+    run_dir, config = Path(sys.argv[1]), fake_config(**json.loads(sys.argv[2]))
+    asha = config.pruner.name == "asha"
+
+    def slowly(trial: optuna.Trial) -> float:
+        time.sleep(random.uniform(0, 0.1))
+        return learning_curve(trial) if asha else value_of(suggest(trial, parse_space(config.space)))
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    _, mine = run_fake(run_dir, config, slowly)
+    print(len(mine), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Kills the workers of searches at random moments, and checks what is left of each search.
+
+    python tests/tools/chaos.py --runs 10 --json F      # 4 workers, 60 trials, 20 kills a search: most of an hour
+    python tests/tools/chaos.py --runs 1 --trials 12 --kills 5 --aimed 1
+
+Each search is `lightning-bge hpo --hpo.workers 4`. Its workers get SIGKILL, at a mean interval of three durations of a
+trial; some of the kills are aimed at a worker that is starting, and some at the end, when seed replicates, refit and
+export run. Trials are added until enough kills have fallen. Then the search has to end by itself, with every
+parameter set complete, pruned or paused, none twice, none running, no finished fold trained a second time, and one
+summary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from lightning_bge.hpo.config import SEED_REPLICATES
+from lightning_bge.hpo.storage.journal import open_storage
+from lightning_bge.hpo.study import study_names
+from lightning_bge.hpo.trial_queue import N_TRIALS
+from lightning_bge.hpo.trials import (
+    REPORTS_BEFORE,
+    attempts,
+    ended_parameter_sets,
+    has_failed,
+    is_to_be_continued,
+    key_of,
+)
+
+PAIRS = [("asha", "tpe"), ("median", "random"), ("asha", "random"), ("median", "tpe")]
+POLL_SECONDS = 0.05
+LIMIT_SECONDS = 1800  # of a search; it never takes half of that
+
+
+@dataclass
+class Search:
+    """One search that is being disturbed.
+
+    Args:
+        run_dir: its folder.
+        arguments: of `lightning-bge hpo`.
+        kills: how many in all.
+        aimed: how many of them at a start, and at the end.
+        seed: of the moments.
+    """
+
+    run_dir: Path
+    arguments: list[str]
+    kills: int
+    aimed: int
+    seed: int
+    random: random.Random = field(init=False)
+    done: dict[str, int] = field(default_factory=lambda: {"start": 0, "random": 0, "end": 0})
+    summaries: set[int] = field(default_factory=set)
+
+    def run(self) -> dict[str, Any]:
+        """Run and disturb it, and check what is left; returns figures, and `faults`."""
+        self.random, since = random.Random(self.seed), time.monotonic()
+        command = [sys.executable, "-m", "lightning_bge.cli", "hpo", *self.arguments, "--run_dir", str(self.run_dir)]
+        with self.run_dir.with_suffix(".log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+            try:
+                self._disturb(process, since)
+                status = process.wait(LIMIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                status = None
+            finally:
+                process.kill()
+        faults = [] if status == 0 else [f"exit status {status}"]
+        if status == 0:
+            faults += self._faults()
+        found = {"seconds": round(time.monotonic() - since), "kills": self.done, "faults": faults}
+        return found | self._counts()
+
+    # ------------------------------------------------------------------ killing
+
+    def _disturb(self, process: subprocess.Popen[bytes], since: float) -> None:
+        known: dict[int, float] = {}  # the workers, and when they were first seen
+        next_kill, n_end = time.monotonic() + 15.0, self.aimed
+        while process.poll() is None and time.monotonic() - since < LIMIT_SECONDS:
+            time.sleep(POLL_SECONDS)
+            self._look_at_summary()
+            now, workers = time.monotonic(), children(process.pid)
+            fresh = [pid for pid in workers if pid not in known]
+            known |= dict.fromkeys(fresh, now)
+            study = self._study()
+            if study is None:
+                continue
+            at_end = self._is_over(study)
+            n_before = self.done["start"] + self.done["random"]
+            if n_before < self.kills - n_end and self._left(study) < 2 * len(workers):
+                study.set_user_attr(N_TRIALS, study.user_attrs[N_TRIALS] + 10)
+            elif at_end and self.done["end"] < n_end:
+                if now >= next_kill and self._kill(self._at_work(workers, known, now), "end"):
+                    next_kill = now + self.random.uniform(0.3, 2.0)
+            elif n_before < self.kills - n_end and now >= next_kill:
+                starting = [pid for pid in workers if now - known[pid] < 4.0]
+                if starting and self.done["start"] < self.aimed:
+                    self._kill(starting, "start")
+                else:
+                    self._kill(workers, "random")
+                next_kill = now + self.random.expovariate(1 / (3 * self._trial_seconds(study)))
+
+    def _kill(self, pids: list[int], kind: str) -> bool:
+        if not pids:
+            return False
+        try:
+            os.kill(self.random.choice(pids), signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        self.done[kind] += 1
+        return True
+
+    def _at_work(self, workers: list[int], known: dict[int, float], now: float) -> list[int]:
+        """Those that have had the time to open the study."""
+        names = [path.stem.split("-")[-2] for path in (self.run_dir / "workers").glob("*.lock")]
+        return [pid for pid in workers if str(pid) in names and now - known[pid] > 1.0]
+
+    def _study(self) -> optuna.Study | None:
+        journal = self.run_dir / "journal.log"
+        if not journal.is_file():
+            return None
+        if not hasattr(self, "_opened"):
+            storage = open_storage(journal)
+            names = study_names(storage)
+            if not names:
+                return None
+            self._opened = optuna.load_study(study_name=names[-1], storage=storage)
+            self._storage = storage
+        return self._opened if N_TRIALS in self._opened.user_attrs else None
+
+    def _is_over(self, study: optuna.Study) -> bool:
+        trials = study.get_trials(deepcopy=False)
+        made = attempts(trials).values()
+        busy = any(tries[-1].state == TrialState.RUNNING or is_to_be_continued(tries) for tries in made)
+        return not busy and ended_parameter_sets(trials) >= study.user_attrs[N_TRIALS]
+
+    def _left(self, study: optuna.Study) -> int:
+        return int(study.user_attrs[N_TRIALS] - ended_parameter_sets(study.get_trials(deepcopy=False)))
+
+    def _trial_seconds(self, study: optuna.Study) -> float:
+        ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        seconds = [trial.duration.total_seconds() for trial in ended if trial.duration]
+        return statistics.median(seconds) if len(seconds) > 3 else 2.0
+
+    def _look_at_summary(self) -> None:
+        path = self.run_dir / "summary.json"
+        if path.exists():
+            self.summaries.add(path.stat().st_ino)
+
+    # ------------------------------------------------------------------ checking
+
+    def _replicates(self) -> list[FrozenTrial]:
+        name = f"{self._opened.study_name}{SEED_REPLICATES}"
+        names = [study.study_name for study in self._storage.get_all_studies()]
+        return optuna.load_study(study_name=name, storage=self._storage).trials if name in names else []
+
+    def _counts(self) -> dict[str, Any]:
+        study = self._study()
+        if study is None:
+            return {}
+        trials = study.get_trials(deepcopy=False)
+        return {
+            "n_trials": study.user_attrs[N_TRIALS],
+            "parameter_sets": len(attempts(trials)),
+            "trials": len(trials),
+            "states": {state.name: sum(trial.state == state for trial in trials) for state in TrialState},
+            "seed_replicates": len(self._replicates()),
+        }
+
+    def _faults(self) -> list[str]:
+        study = self._study()
+        assert study is not None
+        per_fold = study.user_attrs["steps"]["epochs"] * study.user_attrs["steps"]["per_epoch"]
+        trials, faults = study.get_trials(deepcopy=False), []
+        made = attempts(trials)
+        if len(made) != study.user_attrs[N_TRIALS] or ended_parameter_sets(trials) != len(made):
+            faults.append(f"{len(made)} parameter sets, {ended_parameter_sets(trials)} ended")
+        if len({key_of(tries[0].params) for tries in made.values()}) != len(made):
+            faults.append("a parameter set was begun twice")
+        for name, tries in [*made.items(), *attempts(self._replicates()).items()]:
+            faults += [f"{name}: {text}" for text in faults_of(tries, per_fold)]
+        if len(self.summaries) != 1:
+            faults.append(f"summary.json was written {len(self.summaries)} times")
+        if sum(self.done.values()) < self.kills or min(self.done["start"], self.done["end"]) < self.aimed:
+            faults.append(f"too few kills: {self.done}")
+        return faults
+
+
+def faults_of(tries: list[FrozenTrial], per_fold: int) -> list[str]:
+    """What is wrong with the attempts at one parameter set."""
+    faults = []
+    if has_failed(tries):
+        faults.append("failed")
+    if is_to_be_continued(tries) or tries[-1].state not in (TrialState.COMPLETE, TrialState.PRUNED):
+        faults.append(f"ended as {tries[-1].state.name}, not continued")
+    if sum(trial.state == TrialState.COMPLETE for trial in tries) > 1:
+        faults.append("complete twice")
+    for before, after in pairwise(tries):
+        # a fold whose last report was made, but whose process died before it was saved, is not finished
+        reported, kept = before.last_step or 0, after.user_attrs.get(REPORTS_BEFORE, 0)
+        finished = max(0, reported - 1) // per_fold * per_fold
+        if kept < finished:
+            faults.append(f"trial {after.number} trained again what trial {before.number} had finished")
+    return faults
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started, without those that have ended."""
+    found = subprocess.run(["ps", "-o", "pid=,stat=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    rows = [line.split(None, 2) for line in found.splitlines()]
+    return [int(row[0]) for row in rows if len(row) == 3 and not row[1].startswith("Z") and " worker " in row[2]]
+
+
+def main() -> None:
+    """Parse the arguments, and run."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--trials", type=int, default=60, help="of each search, at first")
+    parser.add_argument("--kills", type=int, default=20, help="in each search")
+    parser.add_argument("--aimed", type=int, default=3, help="of them at a start, and as many at the end")
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    chosen = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        program = [sys.executable, "-m", "lightning_bge.cli"]
+        subprocess.run([*program, "sample", str(place / "S")], check=True, stdout=subprocess.DEVNULL)
+        for number in range(chosen.runs):
+            pruner, sampler = PAIRS[number % len(PAIRS)]
+            arguments = [
+                *("-c", "configs/quickstart.yaml", "--model.name_or_path", str(place / "S/model")),
+                *("--data.train_file", str(place / "S/train.csv"), "--data.test_file", str(place / "S/test.csv")),
+                *("--data.cache_dir", str(place / "cache"), "--hpo.n_trials", str(chosen.trials)),
+                *("--hpo.pruner.name", pruner, "--hpo.sampler.name", sampler, "--hpo.sampler.seed", str(number)),
+                *("--hpo.seed_replicates", "1", "--hpo.max_worker_deaths", "1000"),
+                *("--hpo.workers", str(chosen.workers)),
+            ]
+            run_dir = place / f"run-{number}"
+            one = {"pruner": pruner, "sampler": sampler}
+            one |= Search(run_dir, arguments, chosen.kills, chosen.aimed, number).run()
+            print(json.dumps(one), flush=True)
+            if one["faults"]:
+                print(run_dir.with_suffix(".log").read_text(encoding="utf-8")[-3000:], flush=True)
+            found.append(one)
+    if chosen.json is not None:
+        chosen.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    sys.exit(any(one["faults"] for one in found))
+
+
+if __name__ == "__main__":
+    main()
