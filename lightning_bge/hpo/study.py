@@ -12,7 +12,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_bge.errors import ConfigError, StudyError
-from lightning_bge.hpo.config import JOURNAL, SEED_REPLICATES, StudyConfig
+from lightning_bge.hpo.analysis.journal import TAKEN_OVER, present_study, study_names
+from lightning_bge.hpo.config import JOURNAL, StudyConfig
 from lightning_bge.hpo.pruning.config import build_pruner
 from lightning_bge.hpo.space.draw import check_grid, space_size
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
@@ -22,8 +23,6 @@ from lightning_bge.hpo.storage.journal import open_storage
 from lightning_bge.hpo.storage.workers import living_workers
 from lightning_bge.hpo.trials import NOT_TRAINED
 from lightning_bge.runtime.compat.optuna import storage_of
-
-TAKEN_OVER = "taken_over"  # attribute of a study with a changed search space: whether all earlier trials are in it
 
 
 def open_study(
@@ -60,7 +59,7 @@ def open_study(
         check_grid(space)
     pruner = build_pruner(config.pruner, int(min(config.n_trials, space_size(space))), steps)
     storage = open_storage(run_dir / JOURNAL)
-    names = study_names(storage)
+    present = present_study(storage)
     options = json.loads(json.dumps(options | ({} if config.cost is None else {"hpo.cost": config.cost})))
     content = {"space": space_to_json(space), "settings": options, "steps": asdict(steps)}
     methods = json.loads(json.dumps({"hpo.pruner": asdict(config.pruner), "hpo.sampler": asdict(config.sampler)}))
@@ -81,36 +80,27 @@ def open_study(
                 study.set_user_attr(key, value)
         return study
 
-    if not names:
+    if present is None:
         return create(run_dir.resolve().name)
-    found = optuna.load_study(study_name=names[-1], storage=storage).user_attrs
-    if found.get(TAKEN_OVER) is False:  # the process that began it was killed
-        names.pop()
-        found = optuna.load_study(study_name=names[-1], storage=storage).user_attrs
+    old = optuna.load_study(study_name=present, storage=storage)
+    found = old.user_attrs
     old_space = found.get("space", content["space"])
     changed = {name for name in {*old_space, *content["space"]} if old_space.get(name) != content["space"].get(name)}
     _check_options(run_dir, *(without(one, changed) for one in (found.get("settings", options), options)))
     if living_workers(run_dir) - {worker}:
         _check_methods(run_dir, {"hpo.space": old_space, **found.get("methods", methods)}, content["space"], methods)
     if old_space == content["space"]:
-        return create(names[-1])
-    old = optuna.load_study(study_name=names[-1], storage=storage)
-    new = f"{names[0]}-space-{len(names) + 1}"
-    study = optuna.create_study(
-        storage=storage, study_name=new, directions=old.directions, pruner=pruner, load_if_exists=True
-    )
-    if TAKEN_OVER not in study.user_attrs:
-        study.set_user_attr(TAKEN_OVER, False)
-    _take_over(old, study, space, configured or {}, same_steps=found.get("steps") == content["steps"])
-    study = create(new)
+        return create(present)
+    names = study_names(storage)
+    begun = names.index(present) + 1
+    for name in names[begun:]:  # a process that was killed in the middle has left it
+        optuna.delete_study(study_name=name, storage=storage)
+    name = f"{names[0]}-space-{begun + 1}"
+    new = optuna.create_study(storage=storage, study_name=name, directions=old.directions, pruner=pruner)
+    _take_over(old, new, space, configured or {}, same_steps=found.get("steps") == content["steps"])
+    study = create(name)
     study.set_user_attr(TAKEN_OVER, True)
     return study
-
-
-def study_names(storage: optuna.storages.BaseStorage) -> list[str]:
-    """The names of the studies in a journal, in their order, without those of seed replicates; the last one counts."""
-    names = [study.study_name for study in storage.get_all_studies()]
-    return [name for name in names if not name.endswith(SEED_REPLICATES)]
 
 
 def _check_options(run_dir: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -157,7 +147,7 @@ def _take_over(
     """Copy all trials, with their numbers, by which their files are found; one that does not fit counts as failed."""
     storage, study_id = storage_of(new), storage_of(new).get_study_id_from_name(new.study_name)
     before = old.user_attrs.get("settings", {})
-    for trial in old.get_trials(deepcopy=False)[len(new.get_trials(deepcopy=False)) :]:
+    for trial in old.get_trials(deepcopy=False):
         storage.create_new_trial(study_id, _fitted(trial, space, before, configured, same_steps))
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
-from optuna.terminator import Terminator
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.hpo.config import StudyConfig
@@ -19,6 +16,7 @@ from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS, is_paused
 from lightning_bge.hpo.space.draw import draw_parameter_set, space_size
 from lightning_bge.hpo.space.search_space import Space
 from lightning_bge.hpo.storage.workers import Worker
+from lightning_bge.hpo.terminator import StudyEnd
 from lightning_bge.hpo.trial_queue import CHECKPOINTS, N_TRIALS, TrialQueue, Tries
 from lightning_bge.hpo.trials import (
     ENQUEUED,
@@ -186,32 +184,3 @@ class StudyQueue(TrialQueue):
         storage.set_trial_user_attr(trial_id, WORKER, self.worker.record)
         storage.set_trial_state_values(trial_id, TrialState.RUNNING)
         return optuna.Trial(self.study, trial_id), True
-
-
-class StudyEnd:
-    """Whether further trials are worth their time, as Optuna's `Terminator` estimates it from the complete ones.
-
-    It compares the improvement that may still be expected with the error of cross-validation of the best trial
-    (Makarova et al., 2022, arXiv:2104.08166). It is asked when another trial is complete, from the 20th on.
-
-    Args:
-        study: its complete trials have the scores of their folds.
-    """
-
-    def __init__(self, study: optuna.Study) -> None:
-        self.study, self.reached, self._seen = study, False, 0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            self._terminator = Terminator()
-
-    def update(self) -> None:
-        """Ask again if there are more complete trials than before."""
-        complete = len(self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
-        if complete == self._seen or self.reached:
-            return
-        self._seen = complete
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            self.reached = self._terminator.should_terminate(self.study)
-        if self.reached:
-            print(f"hpo.terminator: after {complete} complete trials more is not expected to be gained", flush=True)

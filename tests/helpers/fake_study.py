@@ -20,6 +20,7 @@ from filelock import FileLock
 from optuna.trial import FrozenTrial
 
 from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space, suggest
@@ -27,9 +28,10 @@ from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.hpo.study import open_study
 from lightning_bge.hpo.study_queue import StudyQueue
+from lightning_bge.hpo.trial.checkpoint import save_trial
 from lightning_bge.hpo.trial_loop import Evaluate, run_trials
-from lightning_bge.hpo.trial_queue import LOCK
-from lightning_bge.hpo.trials import PAUSED_AT
+from lightning_bge.hpo.trial_queue import CHECKPOINTS, LOCK
+from lightning_bge.hpo.trials import PAUSED_AT, parameter_set_of
 from lightning_bge.runtime.stop import StopRequest
 
 STEPS = Steps(2, 4)
@@ -43,12 +45,14 @@ def fake_config(**options: Any) -> StudyConfig:
     return StudyConfig(**{name: kinds[name](**value) if name in kinds else value for name, value in given.items()})
 
 
-def open_fake(run_dir: Path, config: StudyConfig, worker: Worker | None = None, **options: Any) -> optuna.Study:
+def open_fake(
+    run_dir: Path, config: StudyConfig, worker: Worker | None = None, direction: Any = "maximize"
+) -> optuna.Study:
     """Create or open the study."""
     run_dir.mkdir(exist_ok=True)
     with FileLock(run_dir / LOCK):
         own = "" if worker is None else worker.id
-        return open_study(run_dir, config, "maximize", STEPS, {"monitor.metric": "f1", **options}, {}, own)
+        return open_study(run_dir, config, direction, STEPS, {"monitor.metric": "f1"}, {}, own)
 
 
 def run_fake(
@@ -57,11 +61,18 @@ def run_fake(
     objective: Evaluate | None = None,
     timeout: float = math.inf,
     request: StopRequest | None = None,
+    direction: Any = "maximize",
 ) -> tuple[optuna.Study, list[FrozenTrial]]:
-    """Run the study; returns it, and the trials that this process has ended."""
+    """Run the study, with a line for each trial; returns it, and the trials that this process has ended."""
     mine: list[FrozenTrial] = []
+    progress = Progress(config, "f1", STEPS.total)
+
+    def report(study: optuna.Study, trial: FrozenTrial) -> None:
+        mine.append(trial)
+        progress(study, trial)
+
     with Worker(run_dir) as worker:
-        study = open_fake(run_dir, config, worker)
+        study = open_fake(run_dir, config, worker, direction)
         space = parse_space(config.space)
         queue = StudyQueue(study, worker, config, run_dir, space, config.enqueue)
         run_trials(
@@ -69,7 +80,7 @@ def run_fake(
             objective or (lambda trial: value_of(suggest(trial, space))),
             until=time.monotonic() + timeout,
             request=request or StopRequest(),
-            report=lambda _, trial: mine.append(trial),
+            report=report,
         )
     return study, mine
 
@@ -79,17 +90,21 @@ def value_of(params: dict[str, Any]) -> float:
     return -math.fsum((value - 0.7) ** 2 for value in params.values() if isinstance(value, int | float))
 
 
-def learning_curve(trial: optuna.Trial) -> float:
+def learning_curve(run_dir: Path) -> Evaluate:
     """An objective that reports at each step, and pauses where the pruner says so; it repeats nothing it resumes."""
-    space = parse_space(SPACE)
-    value = value_of(suggest(trial, space))
-    done = len(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
-    for step in range(done + 1, STEPS.total + 1):
-        trial.report(value - 1 / step, step)
-        if step < STEPS.total and trial.should_prune():
-            trial.set_user_attr(PAUSED_AT, step)
-            raise optuna.TrialPruned
-    return value
+
+    def objective(trial: optuna.Trial) -> float:
+        value = value_of(suggest(trial, parse_space(SPACE)))
+        known = trial.study.get_trials(deepcopy=False)[trial.number]
+        for step in range(len(known.intermediate_values) + 1, STEPS.total + 1):
+            trial.report(value - 1 / step, step)
+            if step < STEPS.total and trial.should_prune():
+                trial.set_user_attr(PAUSED_AT, step)
+                save_trial(run_dir / CHECKPOINTS / str(parameter_set_of(known)), step=step, folds=[], curve=[[]])
+                raise optuna.TrialPruned
+        return value
+
+    return objective
 
 
 def main() -> None:
@@ -99,7 +114,7 @@ def main() -> None:
 
     def slowly(trial: optuna.Trial) -> float:
         time.sleep(random.uniform(0, 0.1))
-        return learning_curve(trial) if asha else value_of(suggest(trial, parse_space(config.space)))
+        return learning_curve(run_dir)(trial) if asha else value_of(suggest(trial, parse_space(config.space)))
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     print("ready", flush=True)

@@ -1,188 +1,168 @@
+"""The study of a run folder: created, continued, moved, and begun anew with a changed search space."""
+
 from __future__ import annotations
 
-import csv
-import io
-from datetime import datetime, timedelta
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pytest
-import torch
-from optuna.distributions import FloatDistribution
-from optuna.trial import TrialState, create_trial
+from optuna.trial import TrialState
 
 from lightning_bge.errors import StudyError
+from lightning_bge.hpo.analysis.journal import TAKEN_OVER, load_study, study_names
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.results import describe_study, trials_table, wall_seconds
+from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.study import open_study, run_study
-from lightning_bge.hpo.trial.out_of_fold import (
-    judge_out_of_fold,
-    load_predictions,
-    majority_baseline,
-    predictions_file,
-    save_predictions,
-)
-from lightning_bge.models.metrics import Predictions
-from lightning_bge.types import Schema
+from lightning_bge.hpo.storage.journal import open_storage
+from lightning_bge.hpo.storage.workers import Worker
+from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.trials import NOT_TRAINED, attempts, key_of
+from tests.helpers.fake_study import STEPS, fake_config, open_fake, run_fake, value_of
 
-SPACE = {"model.optimizer.lr": {"low": 0.0, "high": 1.0}}
-CONFIG = StudyConfig(n_trials=6, space=SPACE, pruner=PrunerConfig(name="none"), sampler="random")
-BINARY = Schema("binary", ("no", "yes"), ("text",), 16)
+SETTINGS = {"monitor.metric": "f1", "model.name_or_path": "m"}
+LR = {"low": 0.0, "high": 1.0}
 
 
-def opened(folder: Path, config: StudyConfig = CONFIG, **settings: Any) -> optuna.Study:
-    return open_study(folder, config, "maximize", Steps(2, 2), {"model.name_or_path": "m", **settings})
+def opened(folder: Path, configured: dict[str, Any] | None = None, **options: Any) -> optuna.Study:
+    """The study of a space over lr alone, unless the options have another one."""
+    config = fake_config(**{"space": {"lr": LR}, **options})
+    folder.mkdir(exist_ok=True)
+    return open_study(folder, config, "maximize", STEPS, settings_of(config, configured), configured)
 
 
-def value(trial: optuna.Trial) -> float:
-    return trial.suggest_float("model.optimizer.lr", 0.0, 1.0)
+def settings_of(config: StudyConfig, configured: dict[str, Any] | None = None) -> dict[str, Any]:
+    """As a run has them: without what each trial draws."""
+    space = parse_space(config.space)
+    always = {name for name in space if name not in space.when}
+    return {**SETTINGS, **{name: value for name, value in (configured or {}).items() if name not in always}}
 
 
-def test_a_study_goes_on_where_it_was_and_does_not_draw_the_same_points_again(tmp_path: Path) -> None:
-    run_study(opened(tmp_path), value, StudyConfig(n_trials=3, space=SPACE), "f1", 4)
-    study = opened(tmp_path)
-    run_study(study, value, CONFIG, "f1", 4)
-    assert len(study.trials) == 6
-    assert len({trial.value for trial in study.trials}) == 6
-    run_study(study, value, CONFIG, "f1", 4)
-    assert len(study.trials) == 6
+def tried(study: optuna.Study, *values: dict[str, Any]) -> None:
+    """Complete trials with these values."""
+    for given in values:
+        study.enqueue_trial(given)
+        trial = study.ask()
+        for name in given:
+            trial.suggest_float(name, 0.0, 1.0)
+        study.tell(trial, value_of(given))
 
 
-def test_other_options_or_another_space_are_named(tmp_path: Path) -> None:
+def test_other_options_are_named(tmp_path: Path) -> None:
     opened(tmp_path)
     with pytest.raises(StudyError, match=r"model.name_or_path: m in the folder, other requested"):
-        open_study(tmp_path, CONFIG, "maximize", Steps(2, 2), {"model.name_or_path": "other"})
-    wider = StudyConfig(n_trials=6, space={"model.optimizer.lr": {"low": 0.0, "high": 2.0}}, pruner=CONFIG.pruner)
-    with pytest.raises(StudyError, match=r"hpo.space.model.optimizer.lr.high: 1\.0 in the folder, 2\.0 requested"):
-        opened(tmp_path, wider)
+        open_study(
+            tmp_path, fake_config(space={"lr": LR}), "maximize", STEPS, {**SETTINGS, "model.name_or_path": "other"}
+        )
+    assert len(open_storage(tmp_path / "journal.log").get_all_studies()) == 1
 
 
-def test_each_trial_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def sometimes(trial: optuna.Trial) -> float:
-        if trial.number == 1:
-            trial.report(0.25, 2)
-            trial.set_user_attr("pruned_at", 2)
-            raise optuna.TrialPruned
-        return value(trial)
-
-    run_study(opened(tmp_path), sometimes, StudyConfig(n_trials=2, space=SPACE), "f1", 4)
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("[1/2] trial 0 done: f1 0.")
-    assert "0 pruned | best 0." in first
-    assert second.startswith("[2/2] trial 1 pruned at step 2 of 4: f1 0.2500 | 1 pruned")
-    assert second.endswith("about 0:00:00 left")
-
-
-def test_a_failing_trial_ends_the_study_with_its_error(tmp_path: Path) -> None:
-    def fails(trial: optuna.Trial) -> float:
-        raise ZeroDivisionError
-
-    study = opened(tmp_path)
-    with pytest.raises(ZeroDivisionError):
-        run_study(study, fails, CONFIG, "f1", 4)
-    assert [trial.state for trial in study.trials] == [TrialState.FAIL]
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_a_folder_of_another_name_goes_on_with_its_study(tmp_path: Path, how: str) -> None:
+    study, _ = run_fake(tmp_path / "a", fake_config(n_trials=3))
+    with Worker(tmp_path / "a") as worker:  # one trial was running, its process lives
+        running = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={"worker": worker.record})
+        study._storage.create_new_trial(study._study_id, running)
+        shutil.copytree(tmp_path / "a", tmp_path / "b") if how == "copied" else (tmp_path / "a").rename(tmp_path / "b")
+        if how == "moved":
+            assert Worker(tmp_path / "b").id != worker.id
+    found, _ = run_fake(tmp_path / "b", fake_config(n_trials=5))
+    assert found.study_name == "a"
+    assert len(open_storage(tmp_path / "b" / "journal.log").get_all_studies()) == 1
+    assert [trial.state.name for trial in found.trials].count("COMPLETE") == 5
+    assert not [trial for trial in found.trials if trial.state == TrialState.RUNNING]
+    assert len({key_of(trial.params) for trial in found.trials if trial.params}) == 5
+    loaded = load_study(tmp_path / "b")
+    assert loaded is not None
+    assert loaded[0].study_name == "a"
 
 
-def test_wall_seconds_counts_overlaps_once_and_pauses_not_at_all() -> None:
-    study = optuna.create_study()
-    start = datetime(2026, 1, 1)
-    for begin, end in ((0, 10), (5, 12), (100, 103), (101, 102)):
-        trial = create_trial(value=0.0)
-        trial.datetime_start = start + timedelta(seconds=begin)
-        trial.datetime_complete = start + timedelta(seconds=end)
-        study.add_trial(trial)
-    assert wall_seconds(study) == 15
+def test_a_wider_space_takes_over_all_trials(tmp_path: Path) -> None:
+    old = opened(tmp_path)
+    tried(old, {"lr": 0.25}, {"lr": 0.75})
+    new = opened(tmp_path, space={"lr": {"low": 0.0, "high": 2.0}})
+    assert new.study_name != old.study_name
+    assert [(trial.params, trial.value, trial.number) for trial in new.trials] == [
+        (trial.params, trial.value, trial.number) for trial in old.trials
+    ]
+    assert [trial.distributions["lr"].high for trial in new.trials] == [2.0, 2.0]  # type: ignore[attr-defined]
+    assert opened(tmp_path, space={"lr": {"low": 0.0, "high": 2.0}}).study_name == new.study_name
+    loaded = load_study(tmp_path)
+    assert loaded is not None
+    assert loaded[0].study_name == new.study_name
 
 
-def test_the_table_has_a_row_for_each_trial() -> None:
-    study = optuna.create_study()
-    lr = {"lr": FloatDistribution(0, 1)}
-    study.add_trial(create_trial(value=0.5, params={"lr": 0.1}, distributions=lr, user_attrs={"fold_scores": [0.4]}))
-    pruned = create_trial(
-        state=TrialState.PRUNED,
-        value=0.2,
-        params={"lr": 0.2},
-        distributions=lr,
-        intermediate_values={1: 0.2},
-        user_attrs={"pruned_at": 1},
-    )
-    study.add_trial(pruned)
-    first, second = csv.DictReader(io.StringIO(trials_table(study)))
-    assert (first["state"], first["value"], first["lr"], first["fold_scores"]) == ("COMPLETE", "0.5", "0.1", "[0.4]")
-    assert (second["state"], second["value"], second["pruned_at"], second["reports"]) == ("PRUNED", "0.2", "1", "1")
+def test_a_narrower_space_leaves_out_what_does_not_fit_and_keeps_the_numbers(tmp_path: Path) -> None:
+    tried(opened(tmp_path), {"lr": 0.25}, {"lr": 0.75}, {"lr": 0.5})
+    new = opened(tmp_path, space={"lr": {"low": 0.4, "high": 1.0}})
+    assert [trial.state for trial in new.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert "expected 0.4 to 1.0, got 0.25" in new.trials[0].user_attrs[NOT_TRAINED]
+    assert list(attempts(new.trials)) == [1, 2]
+
+
+def test_a_hyperparameter_that_is_added_or_removed_has_its_configured_value(tmp_path: Path) -> None:
+    configured = {"lr": 0.1, "dropout": 0.5}
+    tried(opened(tmp_path, configured), {"lr": 0.25}, {"lr": 0.75})
+    both = {"lr": LR, "dropout": LR}
+    new = opened(tmp_path, configured, space=both)
+    assert [trial.params for trial in new.trials] == [{"lr": 0.25, "dropout": 0.5}, {"lr": 0.75, "dropout": 0.5}]
+    tried(new, {"lr": 0.25, "dropout": 0.75})
+    last = opened(tmp_path, {"lr": 0.25, "dropout": 0.5}, space={"dropout": LR})  # lr is no longer searched
+    assert [(trial.state.name, trial.params) for trial in last.trials] == [
+        ("COMPLETE", {"dropout": 0.5}),
+        ("FAIL", {}),
+        ("COMPLETE", {"dropout": 0.75}),
+    ]
+    assert last.trials[1].user_attrs[NOT_TRAINED] == "lr is 0.75"
+    assert len(study_names(open_storage(tmp_path / "journal.log"))) == 3
+
+
+def test_trials_that_report_at_other_steps_are_left_out(tmp_path: Path) -> None:
+    tried(opened(tmp_path), {"lr": 0.25})
+    config = fake_config(space={"lr": {"low": 0.0, "high": 2.0}})
+    new = open_study(tmp_path, config, "maximize", Steps(2, 5), SETTINGS)
+    assert new.trials[0].user_attrs[NOT_TRAINED] == "it reports at other steps"
+
+
+def test_a_change_of_the_space_that_was_interrupted_is_completed(tmp_path: Path) -> None:
+    tried(opened(tmp_path), {"lr": 0.25}, {"lr": 0.75}, {"lr": 0.5})
+    wider = {"lr": {"low": 0.0, "high": 2.0}}
+    new = opened(tmp_path, space=wider)
+    lines = (tmp_path / "journal.log").read_bytes().splitlines(keepends=True)
+    done = next(number for number, line in enumerate(lines) if TAKEN_OVER.encode() in line and b"true" in line)
+    records = [json.loads(line) for line in lines]
+    begun = next(i for i, record in enumerate(records) if record.get("study_name") == new.study_name)
+    for kept in range(begun + 1, done + 1):
+        folder = tmp_path / str(kept)
+        folder.mkdir()
+        (folder / "journal.log").write_bytes(b"".join(lines[:kept]))
+        found = opened(folder, space=wider)
+        assert [trial.params for trial in found.trials] == [{"lr": 0.25}, {"lr": 0.75}, {"lr": 0.5}]
+        assert found.user_attrs[TAKEN_OVER]
 
 
 @pytest.mark.parametrize(
-    ("task", "labels", "metric", "expected"),
+    ("options", "difference"),
     [
-        ("binary", [1.0, 0.0, 0.0, 0.0], "accuracy", 0.75),
-        ("binary", [1.0, 0.0, 0.0, 0.0], "f1", 0.4),
-        ("binary", [1.0, 0.0, 0.0, 0.0], "average_precision", 0.25),
-        ("multiclass", [0, 1, 1, 2], "accuracy", 0.5),
-        ("regression", [1.0, 3.0], "mse", 1.0),
-        ("regression", [1.0, 3.0], "spearman", 0.0),
+        ({"space": {"lr": {"low": 0.0, "high": 2.0}}}, r"hpo.space.lr.high: 1.0 in the folder, 2.0 requested"),
+        ({"sampler": {"name": "random"}}, "hpo.sampler.name: tpe in the folder, random requested"),
+        ({"pruner": {"name": "median"}}, "hpo.pruner.name: none in the folder, median requested"),
     ],
 )
-def test_the_baseline_is_the_best_of_the_constant_answers(
-    task: Any, labels: list[float], metric: str, expected: float
+def test_other_options_are_refused_while_another_process_is_at_work(
+    tmp_path: Path, options: dict[str, Any], difference: str
 ) -> None:
-    names = ("a", "b", "c") if task == "multiclass" else BINARY.labels
-    schema = Schema(task, names if task != "regression" else (), ("text",), 16)
-    rows = torch.arange(len(labels))
-    predictions = Predictions(rows, torch.randn(len(labels), schema.num_outputs), torch.tensor(labels))
-    assert majority_baseline(schema, predictions, metric) == pytest.approx(expected)
+    opened(tmp_path)
+    with Worker(tmp_path):
+        with pytest.raises(StudyError, match=difference):
+            opened(tmp_path, **options)
+        opened(tmp_path, n_trials=100)
+    opened(tmp_path, **options)  # nobody is at work any more
 
 
-def out_of_fold(tmp_path: Path, folds: int) -> Path:
-    random = np.random.default_rng(0)
-    labels = (random.random(60) < 0.4).astype(np.float32)
-    logits = torch.from_numpy((labels * 2 + random.normal(size=60)).astype(np.float32))[:, None]
-    parts = [
-        Predictions(rows := torch.arange(k, 60, folds), logits[rows], torch.from_numpy(labels)[rows], rows // 3)
-        for k in range(folds)
-    ]
-    save_predictions(parts, tmp_path, 7)
-    return predictions_file(tmp_path, 7)
-
-
-def test_predictions_come_back_in_the_order_of_the_rows(tmp_path: Path) -> None:
-    found, fold = load_predictions(out_of_fold(tmp_path, 3))
-    assert found.rows.tolist() == list(range(60))
-    assert fold.tolist() == [row % 3 for row in range(60)]
-    assert found.groups is not None
-    assert found.groups.tolist() == [row // 3 for row in range(60)]
-    assert not list(tmp_path.glob("*.draft"))
-
-
-def test_the_threshold_is_judged_on_rows_it_has_not_seen(tmp_path: Path) -> None:
-    three = judge_out_of_fold(out_of_fold(tmp_path, 3), BINARY, "f1")
-    one = judge_out_of_fold(out_of_fold(tmp_path, 1), BINARY, "f1")
-    assert three.threshold == one.threshold  # the one that is stored is chosen on all rows
-    assert "other folds" in three.threshold_note
-    assert "optimistic" in one.threshold_note
-    assert three.metrics["f1"] <= one.metrics["f1"]
-    assert three.metrics["auroc"] == pytest.approx(one.metrics["auroc"])  # of the scores, not of the decisions
-
-
-def test_the_closing_lines_name_the_results_and_the_files() -> None:
-    summary = {
-        **dict.fromkeys(("n_complete", "n_pruned", "n_failed", "best_trial", "refit_epochs"), 3),
-        **dict.fromkeys(("wall_seconds", "best_value", "majority_baseline", "threshold"), 0.5),
-        **{
-            "study": "s",
-            "task": "binary",
-            "n_out_of_memory": 0,
-            "seed_replicates": None,
-            "metric": "f1",
-            "best_params": {"lr": 0.1},
-            "threshold_note": "note",
-        },
-        **{"out_of_fold": {"f1": 0.75}, "model_dir": "runs/s/model", "test": {"f1": 0.625}},
-    }
-    text = describe_study(Path("runs/s"), summary)
-    for part in ("majority class: 0.5000", "out-of-fold f1 0.7500", "scored once: f1 0.6250", "model/"):
-        assert part in text
+def test_the_name_of_a_study_is_that_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert open_fake(Path(), fake_config()).study_name == "here"

@@ -30,9 +30,9 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from lightning_bge.hpo.analysis.journal import present_study
 from lightning_bge.hpo.config import SEED_REPLICATES
 from lightning_bge.hpo.storage.journal import open_storage
-from lightning_bge.hpo.study import study_names
 from lightning_bge.hpo.trial_queue import N_TRIALS
 from lightning_bge.hpo.trials import (
     REPORTS_BEFORE,
@@ -138,10 +138,10 @@ class Search:
             return None
         if not hasattr(self, "_opened"):
             storage = open_storage(journal)
-            names = study_names(storage)
-            if not names:
+            name = present_study(storage)
+            if name is None:
                 return None
-            self._opened = optuna.load_study(study_name=names[-1], storage=storage)
+            self._opened = optuna.load_study(study_name=name, storage=storage)
             self._storage = storage
         return self._opened if N_TRIALS in self._opened.user_attrs else None
 

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import FrozenTrial
 
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.config import JOURNAL, SEED_REPLICATES
+
+TAKEN_OVER = "taken_over"  # attribute of a study with a changed search space: all earlier trials are in it
 
 
 def load_study(run_dir: Path) -> tuple[optuna.Study, list[FrozenTrial]] | None:
@@ -32,9 +34,7 @@ def load_study(run_dir: Path) -> tuple[optuna.Study, list[FrozenTrial]] | None:
     if not journal.is_file():
         return None
     storage = JournalStorage(_ReadOnlyJournal(journal))
-    names = [study.study_name for study in storage.get_all_studies()]
-    # each change of the search space begins another study
-    name = next((name for name in reversed(names) if not name.endswith(SEED_REPLICATES)), None)
+    name = present_study(storage)
     if name is None:
         return None
     study = optuna.load_study(study_name=name, storage=storage)
@@ -45,10 +45,28 @@ def load_study(run_dir: Path) -> tuple[optuna.Study, list[FrozenTrial]] | None:
             f"{journal}: expected a study that `lightning-bge hpo` created, but the study {study.study_name} does not "
             "name its metric. Name the run folder of a search"
         )
-    if f"{name}{SEED_REPLICATES}" not in names:
+    if f"{name}{SEED_REPLICATES}" not in [study.study_name for study in storage.get_all_studies()]:
         return study, []
     replicates = optuna.load_study(study_name=f"{name}{SEED_REPLICATES}", storage=storage)
     return study, replicates.get_trials(deepcopy=False)
+
+
+def study_names(storage: BaseStorage) -> list[str]:
+    """The names of the studies in a journal, in their order, without those of seed replicates."""
+    names = [study.study_name for study in storage.get_all_studies()]
+    return [name for name in names if not name.endswith(SEED_REPLICATES)]
+
+
+def present_study(storage: BaseStorage) -> str | None:
+    """The name of a run folder's study; None: there is none.
+
+    Each change of the search space begins another study in the journal. The last one that has taken over the trials of
+    the one before counts: a process may have been killed meanwhile.
+    """
+    names = study_names(storage)
+    while len(names) > 1 and not optuna.load_study(study_name=names[-1], storage=storage).user_attrs.get(TAKEN_OVER):
+        names.pop()
+    return names[-1] if names else None
 
 
 class _ReadOnlyJournal(BaseJournalBackend):

@@ -10,7 +10,6 @@ from typing import Any
 import optuna
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
-from optuna.terminator import report_cross_validation_scores
 from optuna.trial import TrialState
 
 from lightning_bge.callbacks.compile.callback import CompileLayers
@@ -22,6 +21,7 @@ from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.ranking import CostName, cost
 from lightning_bge.hpo.space.search_space import Space, suggest
 from lightning_bge.hpo.steps import Report, Steps
+from lightning_bge.hpo.terminator import report_fold_scores
 from lightning_bge.hpo.trial.checkpoint import FoldResult, OpenFold, SavedTrial, ScoredEpoch, save_trial
 from lightning_bge.hpo.trial.out_of_fold import drop_predictions, save_predictions
 from lightning_bge.hpo.trials import PARAMETER_SET, RESUMES
@@ -186,7 +186,7 @@ class Objective:
         trial.set_user_attr("fold_scores", scores)
         trial.set_user_attr("fold_epochs", [fold.epochs for fold in folds])
         if len(scores) > 1 and self.reports_scores:
-            report_cross_validation_scores(trial, scores)
+            report_fold_scores(trial, scores)
         value = sum(scores) / len(scores)
         if self.files.out_of_fold is not None:
             predictions = [fold.predictions for fold in folds if fold.predictions]

@@ -1,0 +1,130 @@
+"""What a study ends with: the table of trials, thresholds on out-of-fold predictions, the closing lines."""
+
+from __future__ import annotations
+
+import csv
+import io
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState, create_trial
+
+from lightning_bge.hpo.results import describe_study, trials_table, wall_seconds
+from lightning_bge.hpo.trial.out_of_fold import (
+    judge_out_of_fold,
+    load_predictions,
+    majority_baseline,
+    predictions_file,
+    save_predictions,
+)
+from lightning_bge.models.metrics import Predictions
+from lightning_bge.types import Schema
+
+BINARY = Schema("binary", ("no", "yes"), ("text",), 16)
+
+
+def test_wall_seconds_counts_overlaps_once_and_pauses_not_at_all() -> None:
+    study = optuna.create_study()
+    start = datetime(2026, 1, 1)
+    for begin, end in ((0, 10), (5, 12), (100, 103), (101, 102)):
+        trial = create_trial(value=0.0)
+        trial.datetime_start = start + timedelta(seconds=begin)
+        trial.datetime_complete = start + timedelta(seconds=end)
+        study.add_trial(trial)
+    assert wall_seconds(study) == 15
+
+
+def test_the_table_has_a_row_for_each_trial() -> None:
+    study = optuna.create_study()
+    lr = {"lr": FloatDistribution(0, 1)}
+    study.add_trial(create_trial(value=0.5, params={"lr": 0.1}, distributions=lr, user_attrs={"fold_scores": [0.4]}))
+    pruned = create_trial(
+        state=TrialState.PRUNED,
+        value=0.2,
+        params={"lr": 0.2},
+        distributions=lr,
+        intermediate_values={1: 0.2},
+        user_attrs={"pruned_at": 1},
+    )
+    study.add_trial(pruned)
+    first, second = csv.DictReader(io.StringIO(trials_table(study)))
+    assert (first["state"], first["value"], first["lr"], first["fold_scores"]) == ("COMPLETE", "0.5", "0.1", "[0.4]")
+    assert (second["state"], second["value"], second["pruned_at"], second["reports"]) == ("PRUNED", "0.2", "1", "1")
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "metric", "expected"),
+    [
+        ("binary", [1.0, 0.0, 0.0, 0.0], "accuracy", 0.75),
+        ("binary", [1.0, 0.0, 0.0, 0.0], "f1", 0.4),
+        ("binary", [1.0, 0.0, 0.0, 0.0], "average_precision", 0.25),
+        ("multiclass", [0, 1, 1, 2], "accuracy", 0.5),
+        ("regression", [1.0, 3.0], "mse", 1.0),
+        ("regression", [1.0, 3.0], "spearman", 0.0),
+    ],
+)
+def test_the_baseline_is_the_best_of_the_constant_answers(
+    task: Any, labels: list[float], metric: str, expected: float
+) -> None:
+    names = ("a", "b", "c") if task == "multiclass" else BINARY.labels
+    schema = Schema(task, names if task != "regression" else (), ("text",), 16)
+    rows = torch.arange(len(labels))
+    predictions = Predictions(rows, torch.randn(len(labels), schema.num_outputs), torch.tensor(labels))
+    assert majority_baseline(schema, predictions, metric) == pytest.approx(expected)
+
+
+def out_of_fold(tmp_path: Path, folds: int) -> Path:
+    random = np.random.default_rng(0)
+    labels = (random.random(60) < 0.4).astype(np.float32)
+    logits = torch.from_numpy((labels * 2 + random.normal(size=60)).astype(np.float32))[:, None]
+    parts = [
+        Predictions(rows := torch.arange(k, 60, folds), logits[rows], torch.from_numpy(labels)[rows], rows // 3)
+        for k in range(folds)
+    ]
+    save_predictions(parts, tmp_path, 7)
+    return predictions_file(tmp_path, 7)
+
+
+def test_predictions_come_back_in_the_order_of_the_rows(tmp_path: Path) -> None:
+    found, fold = load_predictions(out_of_fold(tmp_path, 3))
+    assert found.rows.tolist() == list(range(60))
+    assert fold.tolist() == [row % 3 for row in range(60)]
+    assert found.groups is not None
+    assert found.groups.tolist() == [row // 3 for row in range(60)]
+    assert not list(tmp_path.glob("*.draft"))
+
+
+def test_the_threshold_is_judged_on_rows_it_has_not_seen(tmp_path: Path) -> None:
+    three = judge_out_of_fold(out_of_fold(tmp_path, 3), BINARY, "f1")
+    one = judge_out_of_fold(out_of_fold(tmp_path, 1), BINARY, "f1")
+    assert three.threshold == one.threshold  # the one that is stored is chosen on all rows
+    assert "other folds" in three.threshold_note
+    assert "optimistic" in one.threshold_note
+    assert three.metrics["f1"] <= one.metrics["f1"]
+    assert three.metrics["auroc"] == pytest.approx(one.metrics["auroc"])  # of the scores, not of the decisions
+
+
+def test_the_closing_lines_name_the_results_and_the_files() -> None:
+    summary = {
+        **dict.fromkeys(("n_complete", "n_pruned", "n_failed", "best_trial", "refit_epochs"), 3),
+        **dict.fromkeys(("wall_seconds", "best_value", "majority_baseline", "threshold"), 0.5),
+        **{
+            "study": "s",
+            "task": "binary",
+            "n_out_of_memory": 0,
+            "seed_replicates": None,
+            "metric": "f1",
+            "best_params": {"lr": 0.1},
+            "threshold_note": "note",
+        },
+        **{"out_of_fold": {"f1": 0.75}, "model_dir": "runs/s/model", "test": {"f1": 0.625}},
+    }
+    text = describe_study(Path("runs/s"), summary)
+    for part in ("majority class: 0.5000", "out-of-fold f1 0.7500", "scored once: f1 0.6250", "model/"):
+        assert part in text

@@ -1,0 +1,228 @@
+"""Which trial comes next, and how trials end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from lightning_bge.errors import ConfigError, StudyError
+from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.space.search_space import parse_space, suggest
+from lightning_bge.hpo.terminator import report_fold_scores
+from lightning_bge.hpo.trials import FAILURES, attempts, key_of
+from lightning_bge.runtime.stop import Stopped, StopRequest
+from tests.helpers.fake_study import SPACE, fake_config, learning_curve, open_fake, run_fake, value_of
+
+GRID = {"x": {"choices": [1, 2]}, "y": {"choices": [True, False]}}
+PARSED = parse_space(SPACE)
+
+
+def params_of(study: optuna.Study) -> list[dict[str, float]]:
+    return [trial.params for trial in study.trials]
+
+
+def test_a_study_goes_on_where_it_was_with_what_it_would_have_drawn(tmp_path: Path) -> None:
+    for sampler in ("random", "tpe"):
+        whole, _ = run_fake(tmp_path / f"whole-{sampler}", fake_config(n_trials=14, sampler={"name": sampler}))
+        folder = tmp_path / sampler
+        for count in (3, 12, 14, 14):
+            study, _ = run_fake(folder, fake_config(n_trials=count, sampler={"name": sampler}))
+            assert len(study.trials) == count
+        assert params_of(study) == params_of(whole)
+        assert len({key_of(params) for params in params_of(study)}) == 14
+
+
+def test_a_small_space_ends_the_study(tmp_path: Path) -> None:
+    study, _ = run_fake(tmp_path / "run", fake_config(n_trials=6, space=GRID))
+    assert len({key_of(params) for params in params_of(study)}) == len(study.trials) == 4
+    study, mine = run_fake(tmp_path / "run", fake_config(n_trials=6, space=GRID))
+    assert not mine
+
+
+def test_enqueued_parameter_sets_come_first_and_once(tmp_path: Path) -> None:
+    given = [{"x": 0.5}, {"x": 0.25, "y": 0.75}]
+    study, _ = run_fake(tmp_path / "run", fake_config(n_trials=3, enqueue=given))
+    first, second, _ = params_of(study)
+    assert first["x"] == 0.5
+    assert second == given[1]
+    study, _ = run_fake(tmp_path / "run", fake_config(n_trials=6, enqueue=[*given, {"y": 0.125}]))
+    assert study.trials[3].params["y"] == 0.125
+    assert [trial.user_attrs.get("enqueued") for trial in study.trials] == [*given, None, {"y": 0.125}, None, None]
+
+
+def test_an_enqueued_parameter_set_that_was_drawn_before_is_not_trained_twice(tmp_path: Path) -> None:
+    study, _ = run_fake(tmp_path / "run", fake_config(n_trials=4, space=GRID))
+    again = [dict(trial.params) for trial in study.trials[:2]]
+    _, mine = run_fake(tmp_path / "run", fake_config(n_trials=6, space=GRID, enqueue=again))
+    assert not mine
+
+
+def test_trials_that_another_program_has_queued_are_run_unless_they_were(tmp_path: Path) -> None:
+    study, _ = run_fake(tmp_path / "run", fake_config(n_trials=1, space=GRID))
+    other = {"x": 1 + study.trials[0].params["x"] % 2, "y": True}
+    study.enqueue_trial(other)
+    study.enqueue_trial(dict(study.trials[0].params))
+    study, mine = run_fake(tmp_path / "run", fake_config(n_trials=3, space=GRID))
+    assert study.trials[1].params == other
+    assert study.trials[1].state == TrialState.COMPLETE
+    assert study.trials[2].state == TrialState.FAIL
+    assert "was there already" in study.trials[2].user_attrs["not_trained"]
+    assert len(attempts(study.trials)) == len(mine) + 1 == 3
+
+
+def test_paused_trials_are_resumed_with_their_reports(tmp_path: Path) -> None:
+    pruner = {"name": "asha", "reduction_factor": 2, "min_resource": 2}
+    study, _ = run_fake(tmp_path / "run", fake_config(n_trials=12, pruner=pruner), learning_curve(tmp_path / "run"))
+    made = attempts(study.trials)
+    assert len(made) == 12
+    best = max(made.values(), key=lambda tries: value_of(tries[0].params))
+    assert best[-1].state == TrialState.COMPLETE
+    for trial in study.trials:
+        if "resumes" in trial.user_attrs:
+            earlier = study.trials[trial.user_attrs["resumes"]]
+            assert earlier.intermediate_values.items() < trial.intermediate_values.items()
+            assert trial.user_attrs["reports_before"] == len(earlier.intermediate_values)
+
+
+def test_a_trial_that_fails_does_not_end_the_study(tmp_path: Path) -> None:
+    def sometimes(trial: optuna.Trial) -> float:
+        params = suggest(trial, PARSED)
+        if trial.number in (1, 2):
+            raise ZeroDivisionError(f"number {trial.number}\nand more")
+        return value_of(params)
+
+    run_dir = tmp_path / "run"
+    study, mine = run_fake(run_dir, fake_config(n_trials=4), sometimes)
+    assert [trial.state.name for trial in study.trials] == [
+        "COMPLETE",
+        "FAIL",
+        "FAIL",
+        "COMPLETE",
+        "COMPLETE",
+        "COMPLETE",
+    ]
+    assert study.trials[1].user_attrs["error"] == "ZeroDivisionError: number 1"
+    text = (run_dir / FAILURES / "run-trial-1.txt").read_text()
+    assert "in sometimes" in text
+    assert str(study.trials[1].params) in text
+    _, mine = run_fake(run_dir, fake_config(n_trials=4), sometimes)
+    assert not mine  # a failed parameter set is not tried once more
+
+
+def test_too_many_failures_end_the_study(tmp_path: Path) -> None:
+    def never(trial: optuna.Trial) -> float:
+        suggest(trial, PARSED)
+        raise ZeroDivisionError("division by zero")
+
+    with pytest.raises(StudyError, match=r"3 trials have failed, and hpo.max_failures is 2.*2: ZeroDiv"):
+        run_fake(tmp_path / "run", fake_config(max_failures=2), never)
+    with pytest.raises(StudyError, match="3 trials have failed"):
+        run_fake(tmp_path / "run", fake_config(max_failures=2), never)
+    _, mine = run_fake(tmp_path / "run", fake_config(max_failures=3, n_trials=2))
+    assert len(mine) == 2
+
+
+@pytest.mark.parametrize("error", [ConfigError("wrong"), OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_error_that_the_user_can_fix_ends_the_call_and_the_trial_is_continued(
+    tmp_path: Path, error: BaseException
+) -> None:
+    def fails(trial: optuna.Trial) -> float:
+        params = suggest(trial, PARSED)
+        if trial.number == 1:
+            raise error
+        return value_of(params)
+
+    with pytest.raises(type(error)):
+        run_fake(tmp_path / "run", fake_config(n_trials=4), fails)
+    study, _ = run_fake(tmp_path / "run", fake_config(n_trials=4), fails)
+    assert study.trials[1].state == TrialState.FAIL
+    assert "interrupted" in study.trials[1].user_attrs
+    assert study.trials[2].params == study.trials[1].params
+    assert study.trials[2].user_attrs["retry_of"] == 1
+    whole, _ = run_fake(tmp_path / "whole", fake_config(n_trials=4))
+    assert [trial.params for trial in study.trials if trial.number != 1] == params_of(whole)
+
+
+def test_a_signal_stops_between_trials_and_what_was_stopped_is_continued(tmp_path: Path) -> None:
+    def stops(trial: optuna.Trial) -> float:
+        params = suggest(trial, PARSED)
+        if trial.number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise Stopped("SIGTERM")
+        return value_of(params)
+
+    with StopRequest() as request:
+        study, mine = run_fake(tmp_path / "run", fake_config(n_trials=4), stops, request=request)
+        assert request.signal == signal.SIGTERM
+    assert [trial.state.name for trial in mine] == ["COMPLETE", "FAIL"]
+    with pytest.raises(SystemExit) as stop:
+        request.leave()
+    assert stop.value.code == 143
+    study, _ = run_fake(tmp_path / "run", fake_config(n_trials=4))
+    assert study.trials[2].user_attrs["retry_of"] == 1
+    assert len(attempts(study.trials)) == 4
+
+
+def test_a_second_ctrl_c_interrupts_at_once() -> None:
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_after_the_timeout_no_trial_begins_unless_none_is_complete(tmp_path: Path) -> None:
+    pruner = {"name": "asha", "reduction_factor": 2, "min_resource": 2}
+    config = fake_config(n_trials=12, pruner=pruner)
+    study, mine = run_fake(tmp_path / "run", config, learning_curve(tmp_path / "run"), timeout=0.0)
+    assert not mine
+    for _ in range(3):
+        study, _ = run_fake(
+            tmp_path / "run",
+            fake_config(n_trials=3, pruner={**pruner, "reduction_factor": 4}),
+            learning_curve(tmp_path / "run"),
+        )
+    study, mine = run_fake(tmp_path / "run", config, learning_curve(tmp_path / "run"), timeout=0.0)
+    assert not mine
+    assert any(trial.state == TrialState.COMPLETE for trial in study.trials)
+
+
+def test_the_terminator_of_optuna_ends_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def noisy(trial: optuna.Trial) -> float:
+        params = suggest(trial, PARSED)
+        value = value_of(params)
+        report_fold_scores(trial, [value - 3, value + 3, value - 2, value + 2, value])
+        return value
+
+    _, mine = run_fake(tmp_path / "run", fake_config(n_trials=60, terminator=True), noisy)
+    assert 20 <= len(mine) < 60
+    assert "hpo.terminator: after" in capsys.readouterr().out
+    _, mine = run_fake(tmp_path / "run", fake_config(n_trials=60, terminator=True), noisy)
+    assert not mine
+    with pytest.raises(ConfigError, match=r"hpo.terminator: not with hpo.cost"):
+        StudyConfig(cost="train_seconds", terminator=True)
+
+
+def test_all_processes_follow_a_higher_number_of_trials(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+
+    def raises(trial: optuna.Trial) -> float:
+        if trial.number == 1:
+            trial.study.set_user_attr("n_trials", 5)
+        return value_of(suggest(trial, PARSED))
+
+    _, mine = run_fake(run_dir, fake_config(n_trials=3), raises)
+    assert len(mine) == 5
+    assert open_fake(run_dir, fake_config(n_trials=3)).user_attrs["n_trials"] == 5
+
+
+@pytest.mark.parametrize("name", ["max_failures", "max_worker_deaths", "workers", "workers_per_device"])
+def test_numbers_out_of_range_are_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"hpo.{name}: expected"):
+        StudyConfig(**{name: -1})  # type: ignore[arg-type]
