@@ -129,12 +129,12 @@ def test_the_trials_and_the_model_are_those_of_the_command_line(
 def test_the_same_call_continues_and_another_study_is_refused(
     model: BGEClassifier, data: TextDataModule, tmp_path: Path
 ) -> None:
-    first = short(model, data, tmp_path, sampler="random", pruner={"name": "none"})
+    first = short(model, data, tmp_path, sampler={"name": "random"}, pruner={"name": "none"})
     before = outcome(first.study.trials)
     assert len(before) == 2
-    again = short(model, data, tmp_path, sampler="random", pruner={"name": "none"})
+    again = short(model, data, tmp_path, sampler={"name": "random"}, pruner={"name": "none"})
     assert outcome(again.study.trials) == before
-    more = short(model, data, tmp_path, sampler="random", pruner={"name": "none"}, n_trials=3)
+    more = short(model, data, tmp_path, sampler={"name": "random"}, pruner={"name": "none"}, n_trials=3)
     assert outcome(more.study.trials)[:2] == before
     assert len(more.study.trials) == 3
     assert more.model_dir is None

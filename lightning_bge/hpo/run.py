@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def run_hpo(
             cost=hpo.cost,
             request=request,
         )
-        progress = Progress(hpo, str(experiment.monitor.metric), known.steps.total)
+        progress = Progress(replace(hpo, n_trials=queue.n_trials), str(experiment.monitor.metric), known.steps.total)
         run_trials(queue, objective, until=until, request=request, report=progress)
         try:
             summary = None if request.signal else _end(experiment, queue, objective, until)

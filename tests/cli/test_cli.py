@@ -27,9 +27,10 @@ from lightning_bge.data.sample import write_sample
 from lightning_bge.hpo import run as hpo_run
 from lightning_bge.hpo.seed_replicates import run_seed_replicates
 from lightning_bge.hpo.storage.journal import open_storage
+from lightning_bge.hpo.storage.workers import living_workers
 from lightning_bge.models.tiny_bert import build_tiny_bert
 from lightning_bge.trainer import BGETrainer
-from tests.helpers.paths import CONFIGS
+from tests.helpers.paths import CONFIGS, ROOT
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -60,8 +61,8 @@ def search(options: list[str]) -> list[str]:
     return ["hpo", *options, "--data.split.folds", "2", "--hpo.n_trials", "3", "--hpo.space", space]
 
 
-def trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name=folder.name, storage=open_storage(folder / "journal.log")).trials
+def trials(folder: Path, name: str = "study") -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name=name, storage=open_storage(folder / "journal.log")).trials
 
 
 def test_a_search_ends_with_a_model_that_the_peers_load_and_that_predicts_the_same(
@@ -122,16 +123,45 @@ def test_the_same_command_again_runs_only_what_is_missing(run: Run, search: list
     assert len({tuple(params.values()) for _, params, _ in after}) == 4  # a resumed sampler does not start over
 
 
-def test_a_study_of_another_space_or_other_data_is_refused(run: Run, search: list[str], tmp_path: Path) -> None:
+def test_a_study_of_other_data_is_refused(run: Run, search: list[str], tmp_path: Path) -> None:
     assert run(*search, "--hpo.n_trials", "1", "--hpo.pruner.name", "none", "--hpo.refit", "false")[0] == 0
-    other = '{"model.optimizer.lr": {"low": 1.0e-4, "high": 2.0e-2, "log": true}}'
-    status, _, err = run(*search, "--hpo.space", other)
-    assert status == 2
-    assert "hpo.space.model.optimizer.lr.high: 0.01 in the folder, 0.02 requested" in err
     status, _, err = run(*search, "--data.batch_size", "8")
     assert status == 2
     assert "data.batch_size: 32 in the folder, 8 requested" in err
     assert len(trials(tmp_path / "study")) == 1
+
+
+def test_a_changed_space_goes_on_with_the_trials_that_fit_into_it(run: Run, search: list[str], tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    quick = [*search, "--hpo.pruner.name", "none", "--hpo.refit", "false", "--hpo.n_trials", "2"]
+    assert run(*quick)[0] == 0
+    before = sorted(trials(study), key=lambda trial: trial.params["model.optimizer.lr"])
+    middle = sum(trial.params["model.optimizer.lr"] for trial in before) / 2
+    space = f'{{"model.optimizer.lr": {{"low": {middle}, "high": 2.0e-2, "log": true}}}}'
+    status, _, err = run(*quick, "--hpo.space", space)
+    assert status == 0, err
+    after = trials(study, "study-space-2")
+    assert [trial.state for trial in after].count(TrialState.COMPLETE) == 2
+    left_out, kept = (after[trial.number] for trial in before)
+    assert (left_out.state, left_out.params) == (TrialState.FAIL, {})
+    assert "model.optimizer.lr" in left_out.user_attrs["not_trained"]
+    assert (kept.values, kept.params) == (before[1].values, before[1].params)
+    assert after[2].params["model.optimizer.lr"] >= middle
+    assert sorted(trials(study), key=lambda trial: trial.params["model.optimizer.lr"]) == before  # nothing is lost
+    summary = json.loads((study / "summary.json").read_text())
+    assert (summary["n_complete"], summary["n_failed"]) == (2, 0)
+
+
+def test_a_space_of_fewer_parameter_sets_than_trials_ends_with_them_and_says_so_first(
+    run: Run, search: list[str], tmp_path: Path
+) -> None:
+    options = ("--hpo.space", '{"model.dropout": {"choices": [0.0, 0.1]}}', "--hpo.n_trials", "6")
+    status, out, err = run(*search, *options, "--hpo.pruner.name", "none", "--hpo.refit", "false")
+    assert status == 0, err
+    before, after = out.split("[1/2]")
+    assert "the search space has 2 parameter sets, and none is trained twice: the study ends with them" in before
+    assert "[2/2]" in after
+    assert sorted(trial.params["model.dropout"] for trial in trials(tmp_path / "study")) == [0.0, 0.1]
 
 
 MISTAKES = {
@@ -179,7 +209,7 @@ def test_a_full_disk_has_a_clear_message(run: Run, search: list[str], monkeypatc
     monkeypatch.undo()
 
 
-def test_ctrl_c_leaves_no_trial_running_and_its_point_is_tried_again(
+def test_ctrl_c_leaves_no_trial_running_and_its_trial_is_continued(
     run: Run, search: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     fit = BGETrainer.fit
@@ -191,13 +221,15 @@ def test_ctrl_c_leaves_no_trial_running_and_its_point_is_tried_again(
     status, _, err = run(*search)
     assert status == 130
     assert "the same command continues" in err
-    [first, queued] = trials(tmp_path / "study")
-    assert (first.state, queued.state) == (TrialState.FAIL, TrialState.WAITING)
+    [first] = trials(tmp_path / "study")
+    assert first.state == TrialState.FAIL
+    assert first.user_attrs["interrupted"] == "KeyboardInterrupt"
     monkeypatch.setattr(BGETrainer, "fit", fit)
     status, _, err = run(*search)
     assert status == 0, err
-    retried = trials(tmp_path / "study")[1]
-    assert retried.params == first.params
+    continued = trials(tmp_path / "study")[1]
+    assert continued.params == first.params
+    assert continued.user_attrs["retry_of"] == 0
     summary = json.loads((tmp_path / "study" / "summary.json").read_text())
     assert (summary["n_failed"], summary["n_interrupted"]) == (0, 1)
 
@@ -224,7 +256,7 @@ def test_the_best_trials_are_run_again_with_other_seeds_and_ctrl_c_loses_none(
     status, out, err = run(*search)
     assert status == 130
     assert "seed replicates at the end: 2 of each of the best trials, up to 5" in out
-    assert [t.state.name for t in seed_replicates(study)] == ["COMPLETE"] * 2 + ["FAIL"] + ["WAITING"] * 4
+    assert [t.state.name for t in seed_replicates(study)] == ["COMPLETE"] * 2 + ["FAIL"]
     before = [(t.number, t.value, t.datetime_complete) for t in seed_replicates(study)[:2]]
     monkeypatch.setattr(BGETrainer, "fit", fit)
     status, out, err = run(*search)
@@ -323,11 +355,12 @@ def test_a_search_with_a_cost_ends_with_the_front(run: Run, search: list[str], t
     assert "hpo.cost: predict_seconds in the folder, None requested" in err
 
 
-def start(args: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(args: list[str], folder: Path | None = None) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-m", "lightning_bge.cli", *args],
         env=environment,
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -368,13 +401,120 @@ def test_a_killed_study_loses_no_finished_trial_and_leaves_none_running(
     assert states.count(TrialState.COMPLETE) == 5
     assert [(t.number, t.value, t.datetime_complete) for t in after if t.number < len(done)] == done
     points = [tuple(t.params.values()) for t in after if t.state == TrialState.COMPLETE]
-    assert len(set(points)) == 5  # none is repeated, and the killed one is tried again
+    assert len(set(points)) == 5  # none is repeated
     [killed] = [t for t in after if t.state == TrialState.FAIL]
-    assert tuple(killed.params.values()) in points
+    assert ("interrupted" if kill == signal.SIGINT else "worker_lost") in killed.user_attrs
+    [continued] = [t for t in after if t.user_attrs.get("retry_of") == killed.number]
+    assert (continued.state, continued.params) == (TrialState.COMPLETE, killed.params)
+    if kill == signal.SIGINT:  # it was saved where it was
+        assert continued.user_attrs["reports_before"] == len(killed.intermediate_values)
 
 
-def running(study: Path) -> bool:
-    return any(t.state == TrialState.RUNNING and t.params for t in trials(study))
+def running(study: Path) -> set[int]:
+    """The processes that train a trial."""
+    if not (study / "journal.log").exists() or not open_storage(study / "journal.log").get_all_studies():
+        return set()
+    return {t.user_attrs["worker"]["pid"] for t in trials(study) if t.state == TrialState.RUNNING}
+
+
+@pytest.fixture
+def held(search: list[str], tmp_path: Path) -> list[str]:
+    """A search of four trials, each of which waits for the file `go` before it trains."""
+    wait = f"[{{class_path: tests.helpers.wait_for_file.WaitForFile, init_args: {{path: {tmp_path / 'go'}}}}}]"
+    return [*search, "--hpo.n_trials", "4", "--hpo.pruner.name", "none", "--trainer.callbacks", wait]
+
+
+def test_two_processes_at_once_on_one_run_folder_end_with_one_summary(held: list[str], tmp_path: Path) -> None:
+    study, processes = tmp_path / "study", []
+    try:
+        for number in (1, 2):
+            processes.append(start(held))
+            wait_for(lambda number=number: len(running(study)) == number, processes[-1])
+        assert running(study) == {process.pid for process in processes}
+        (tmp_path / "go").touch()
+        outs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        stop(processes)
+    assert [process.returncode for process in processes] == [0, 0], outs
+    done = trials(study)
+    assert [trial.state for trial in done] == [TrialState.COMPLETE] * 4
+    assert len({trial.params["model.optimizer.lr"] for trial in done}) == 4
+    summary = json.loads((study / "summary.json").read_text())
+    assert (summary["n_trials"], summary["n_complete"], summary["n_failed"]) == (4, 4, 0)
+    assert all(f"best f1 {summary['best_value']:.4f}" in out for out in outs)
+    assert len(json.loads((study / "run.json").read_text())["calls"]) == 2
+    assert living_workers(study) == set()
+
+
+def stop(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def test_a_worker_joins_a_study_from_another_folder_although_the_paths_in_it_are_relative(
+    held: list[str], tmp_path: Path, sample: Path
+) -> None:
+    study, elsewhere, processes = tmp_path / "study", tmp_path / "elsewhere", []
+    elsewhere.mkdir()
+    for name in ("model", "train.csv"):
+        (tmp_path / name).symlink_to(sample / name)
+    relative = {"--run_dir": "study", "--model.name_or_path": "model", "--data.train_file": "train.csv"}
+    try:
+        processes.append(start([*held, *(word for option in relative.items() for word in option)], tmp_path))
+        wait_for(lambda: len(running(study)) == 1, processes[0])
+        processes.append(start(["worker", "../study"], elsewhere))
+        wait_for(lambda: len(running(study)) == 2, processes[1])
+        assert running(study) == {process.pid for process in processes}
+        (tmp_path / "go").touch()
+        outs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        stop(processes)
+    assert [process.returncode for process in processes] == [0, 0], outs
+    assert [trial.state for trial in trials(study)] == [TrialState.COMPLETE] * 4
+    assert (study / "summary.json").is_file()
+    assert list(elsewhere.iterdir()) == []
+    assert yaml.safe_load((study / "config.yaml").read_text())["model"]["name_or_path"] == "model"
+
+
+def test_a_worker_needs_a_study_that_was_started(run: Run, tmp_path: Path) -> None:
+    status, _, err = run("worker", str(tmp_path))
+    assert status == 2
+    assert "expected the run folder of a study that `lightning-bge hpo` has started" in err
+
+
+def test_a_moved_run_folder_goes_on_with_its_study(
+    run: Run, search: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fit, calls = BGETrainer.fit, []
+
+    def interrupted(self: BGETrainer, *args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 4:  # in the second fold of the second trial
+            raise KeyboardInterrupt
+        fit(self, *args, **kwargs)
+
+    search = [*search, "--hpo.pruner.name", "none", "--hpo.refit", "false", "--hpo.n_trials", "2"]
+    moved = tmp_path / "moved"
+    monkeypatch.setattr(BGETrainer, "fit", interrupted)
+    assert run(*search)[0] == 130
+    monkeypatch.setattr(BGETrainer, "fit", fit)
+    (tmp_path / "study").rename(moved)
+    status, out, err = run(*search, "--run_dir", str(moved))
+    assert status == 0, err
+    assert "trial 2 (continues trial 1)" in out
+    [first, stopped, continued] = trials(moved)
+    assert (stopped.state, continued.state) == (TrialState.FAIL, TrialState.COMPLETE)
+    assert continued.params == stopped.params
+    assert continued.user_attrs["reports_before"] == 2  # its first fold is not trained once more
+    assert not (tmp_path / "study").exists()
+    monkeypatch.chdir(moved)
+    status, out, err = run(*search, "--run_dir", ".", "--hpo.n_trials", "3")
+    assert status == 0, err
+    assert trials(moved)[:3] == [first, stopped, continued]
+    assert len(trials(moved)) == 4
+    assert json.loads((moved / "summary.json").read_text())["study"] == "study"
 
 
 def test_a_killed_fit_goes_on_and_ends_with_the_same_weights(options: list[str], run: Run, tmp_path: Path) -> None:

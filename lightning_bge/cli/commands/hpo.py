@@ -1,5 +1,6 @@
 """`lightning-bge hpo`: a study with Optuna, its refit and its export."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning_bge.cli.search_options import add_hpo, check_one_device, starting
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.results import describe_study
 from lightning_bge.hpo.run import prepare_study, run_hpo
+from lightning_bge.hpo.space.draw import space_size
 from lightning_bge.hpo.trial_loop import quiet_optuna
 from lightning_bge.hpo.worker_pool import WorkerPool, slots
 from lightning_bge.runtime.run_folder import create_run_dir, read_json
@@ -37,7 +39,8 @@ def _run_pool(cli: BGECLI, workers: list[Any]) -> dict[str, Any] | None:
     hpo, experiment = cli.config_init.hpo, cli.experiment
     run_dir: Path = create_run_dir(cli.run_dir)
     known = prepare_study(experiment, hpo)
-    progress = Progress(hpo, str(experiment.monitor.metric), known.steps.total)
+    n_trials = int(min(hpo.n_trials, space_size(known.space)))
+    progress = Progress(replace(hpo, n_trials=n_trials), str(experiment.monitor.metric), known.steps.total)
     WorkerPool(known.study, run_dir, hpo, progress, workers).run()
     summary = read_json(run_dir / "summary.json")
     if summary is not None:
