@@ -3,8 +3,8 @@
     python examples/benchmarks/pruned_search.py trecqa --data FOLDER --model FOLDER --trials 24
     python examples/benchmarks/pruned_search.py sample --trials 40 --sampler tpe --seeds 1 2 3 --out tpe.json
 
-With `--sampler random` both try the same parameter sets; an interrupted search draws others when it is continued, and
-is refused. Of a search that `record_searches.py` recorded in the same folder, with as many trials or more, the first
+With `--sampler random` both try the same parameter sets. An interrupted search is refused: it repeats work when it is
+continued. Of a search that `record_searches.py` recorded in the same folder, with as many trials or more, the first
 ones count as the unpruned search. Seconds are the process's CPU seconds of the reports that were made, training and
 validation, as on a machine that does other work as well wall time is no measure. What is outside of them (building,
 checkpoints, storage) is given in wall seconds, all trials together.
