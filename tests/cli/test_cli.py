@@ -424,6 +424,81 @@ def held(search: list[str], tmp_path: Path) -> list[str]:
     return [*search, "--hpo.n_trials", "4", "--hpo.pruner.name", "none", "--trainer.callbacks", wait]
 
 
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_saves_the_trial_that_runs_and_ends_the_process_with_its_own_status(
+    held: list[str], tmp_path: Path, sent: signal.Signals, status: int
+) -> None:
+    process = start(held)
+    wait_for(lambda: bool(running(tmp_path / "study")), process)
+    process.send_signal(sent)
+    (tmp_path / "go").touch()
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == status, out
+    assert f"{sent.name}: saving what is being trained" in out
+    [stopped] = trials(tmp_path / "study")
+    assert (stopped.state, stopped.user_attrs["interrupted"]) == (TrialState.FAIL, sent.name)
+    assert (tmp_path / "study" / "checkpoints" / "0" / "state.pt").is_file()
+
+
+def test_a_second_ctrl_c_stops_at_once(held: list[str], tmp_path: Path) -> None:
+    process = start(held)
+    try:
+        wait_for(lambda: bool(running(tmp_path / "study")), process)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        assert any("Ctrl-C once more stops at once" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        out = process.communicate(timeout=60)[0]  # no trial was allowed to begin its training
+    finally:
+        stop([process])
+    assert process.returncode == 130, out
+    assert "the same command continues" in out
+    [stopped] = trials(tmp_path / "study")
+    assert (stopped.state, stopped.user_attrs["interrupted"]) == (TrialState.FAIL, "KeyboardInterrupt")
+
+
+def test_several_workers_of_one_command_share_a_study(held: list[str], tmp_path: Path) -> None:
+    study, process = tmp_path / "study", start([*held, "--hpo.workers", "2", "--hpo.seed_replicates", "1"])
+    try:
+        wait_for(lambda: len(running(study)) == 2, process)
+        assert process.pid not in running(study)
+        (tmp_path / "go").touch()
+        out = process.communicate(timeout=240)[0]
+    finally:
+        stop([process])
+    assert process.returncode == 0, out
+    assert [trial.state for trial in trials(study)] == [TrialState.COMPLETE] * 4
+    assert len({trial.user_attrs["worker"]["pid"] for trial in trials(study)}) == 2
+    for words in ("2 workers; what each prints is in", "[4/4] trial", "with seed 43 done: ", "best f1", "report.html"):
+        assert words in out
+    assert sorted(path.name for path in (study / "workers").glob("*.log")) == ["worker-0.log", "worker-1.log"]
+    assert json.loads((study / "summary.json").read_text())["n_complete"] == 4
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_the_workers_of_a_command_save_their_trials_and_end_when_it_ends(
+    held: list[str], tmp_path: Path, sent: signal.Signals, status: int
+) -> None:
+    study, process = tmp_path / "study", start([*held, "--hpo.workers", "2"])
+    try:
+        wait_for(lambda: len(running(study)) == 2, process)
+        process.send_signal(sent)
+        (tmp_path / "go").touch()
+        out = process.communicate(timeout=120)[0]
+        assert process.returncode == status, out
+        until = time.monotonic() + 120
+        while living_workers(study):
+            assert time.monotonic() < until, "workers are left"
+            time.sleep(0.1)
+    finally:
+        stop([process])
+    # one with a trial that had ended before the request came begins no other
+    stopped = [trial for trial in trials(study) if trial.state == TrialState.FAIL]
+    assert {trial.state for trial in trials(study)} <= {TrialState.FAIL, TrialState.COMPLETE}
+    assert [trial.user_attrs["interrupted"] for trial in stopped] == ["SIGTERM"] * len(stopped)
+    assert not (study / "summary.json").exists()
+
+
 def test_two_processes_at_once_on_one_run_folder_end_with_one_summary(held: list[str], tmp_path: Path) -> None:
     study, processes = tmp_path / "study", []
     try:
