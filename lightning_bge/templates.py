@@ -220,6 +220,8 @@ def errors_of_arguments(kept: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise type(error)(re.sub(r"(?<![\w/.-])hpo\.", "", str(error))) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept) from None
     except SystemExit as stop:
         # 1 is what Lightning's `fit` makes of Ctrl-C
         if stop.code in (1, INTERRUPTED):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import optuna
 import pytest
 import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from transformers import AutoModelForSequenceClassification
 
 from lightning_bge.data.datamodule import TextDataModule
@@ -23,7 +22,7 @@ from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.space.search_space import parse_space, spec_of
 from lightning_bge.hpo.storage.journal import open_storage
-from lightning_bge.hpo.storage.workers import _start_time, this_worker
+from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.trainer import BGETrainer
 from lightning_bge.tuning import TuneResult, tune
@@ -129,33 +128,49 @@ def test_the_trials_and_the_model_are_those_of_the_command_line(
 def test_the_same_call_continues_and_another_study_is_refused(
     model: BGEClassifier, data: TextDataModule, tmp_path: Path
 ) -> None:
-    first = short(model, data, tmp_path, sampler="random", pruner={"name": "none"})
+    first = short(model, data, tmp_path, sampler={"name": "random"}, pruner={"name": "none"})
     before = outcome(first.study.trials)
     assert len(before) == 2
-    again = short(model, data, tmp_path, sampler="random", pruner={"name": "none"})
+    again = short(model, data, tmp_path, sampler={"name": "random"}, pruner={"name": "none"})
     assert outcome(again.study.trials) == before
-    more = short(model, data, tmp_path, sampler="random", pruner={"name": "none"}, n_trials=3)
+    more = short(model, data, tmp_path, sampler={"name": "random"}, pruner={"name": "none"}, n_trials=3)
     assert outcome(more.study.trials)[:2] == before
     assert len(more.study.trials) == 3
     assert more.model_dir is None
     with pytest.raises(StudyError, match=r"seed_everything: 42 in the folder, 1 requested\n.*Name another run_dir"):
         short(model, data, tmp_path, seed=1)
-    with pytest.raises(StudyError, match=r"  space.model.dropout: None in the folder, {.* requested"):
-        short(model, data, tmp_path, space=SPACE)
+
+
+def test_a_changed_space_begins_another_study_with_the_trials_that_fit(
+    model: BGEClassifier, data: TextDataModule, tmp_path: Path
+) -> None:
+    first = short(model, data, tmp_path, pruner={"name": "none"})
+    wider = {"model.optimizer.lr": FloatDistribution(1e-5, 1e-2, log=True)}
+    more = short(model, data, tmp_path, pruner={"name": "none"}, space=wider, n_trials=3)
+    assert outcome(more.study.trials)[:2] == outcome(first.study.trials)
+    assert len(more.study.trials) == 3
+    assert more.study.study_name == f"{first.study.study_name}-space-2"
 
 
 def test_a_study_whose_trials_another_process_still_runs_has_no_summary_yet(
     model: BGEClassifier, data: TextDataModule, tmp_path: Path
 ) -> None:
     study = short(model, data, tmp_path).study
-    parent = os.getppid()
-    other = study.ask()
-    other.set_user_attr("worker", {**this_worker(), "pid": parent, "start": _start_time(parent)})
-    found = short(model, data, tmp_path)
-    assert (found.summary, found.model_dir) == (None, None)
-    assert found.best_value == study.trials[2].value  # a resumed trial, the only complete one
-    study.tell(other, state=TrialState.FAIL)
-    assert short(model, data, tmp_path).summary is not None
+    with Worker(tmp_path) as other:
+        started = create_trial(
+            state=TrialState.RUNNING,
+            params={"model.optimizer.lr": 1e-3},
+            distributions={"model.optimizer.lr": FloatDistribution(1e-4, 1e-2, log=True)},
+            user_attrs={"worker": other.record},
+        )
+        study.add_trial(started)
+        found = short(model, data, tmp_path, n_trials=3, timeout=1e-3)
+        assert (found.summary, found.model_dir) == (None, None)
+        assert found.best_value == study.trials[2].value  # a resumed trial, the only complete one
+    ended = short(model, data, tmp_path, n_trials=3)
+    assert ended.summary is not None
+    assert ended.study.trials[3].state == TrialState.FAIL
+    assert ended.study.trials[4].params == started.params  # the other process's trial is continued
 
 
 def test_ctrl_c_raises_and_keeps_finished_trials(
@@ -172,8 +187,10 @@ def test_ctrl_c_raises_and_keeps_finished_trials(
     monkeypatch.setattr(BGETrainer, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt, match="the same call continues"):
         short(model, data, tmp_path, pruner=PrunerConfig("none"))
-    states = [trial.state for trial in short(model, data, tmp_path, pruner=PrunerConfig("none")).study.trials]
-    assert states == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
+    trials = short(model, data, tmp_path, pruner=PrunerConfig("none")).study.trials
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
+    assert trials[2].params == trials[1].params
+    assert trials[2].user_attrs["reports_before"] == 1  # its first fold is not trained once more
 
 
 @pytest.mark.parametrize(
@@ -192,6 +209,10 @@ def test_ctrl_c_raises_and_keeps_finished_trials(
         ({"space": {"model.seed": IntDistribution(0, 2)}}, "^space: there is no option model.seed"),
         ({"metric": "rouge"}, "metric.* binary task has f1"),
         ({"pruner": {"kind": "none"}}, "^pruner has no key kind"),
+        ({"sampler": {"name": "anneal"}}, "^sampler.name: expected one of tpe, random, grid, qmc, or the path"),
+        ({"sampler": {"name": "grid"}}, "^sampler.name: grid needs a space of at most .* model.optimizer.lr have no"),
+        ({"sampler": "random"}, "^sampler must be a SamplerConfig or a dict of its fields"),
+        ({"terminator": True, "max_failures": -1}, "^max_failures: expected 0 or more, got -1"),
         ({"enqueue": [{"model.optimizer.lr": 1.0}]}, "^enqueue, parameter set 1: model.optimizer.lr: expected 0.0001"),
         ({"max_epochs": 0}, "max_epochs: a study needs 1 or more, got 0"),
     ],

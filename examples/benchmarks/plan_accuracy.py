@@ -68,7 +68,7 @@ def options(given: argparse.Namespace, folds: int, rows: float, seed: int, prune
         "trainer.max_epochs": EPOCHS,
         "hpo.n_trials": given.trials,
         "hpo.space": SPACE,
-        "hpo.sampler_seed": seed,
+        "hpo.sampler.seed": seed,
         "hpo.pruner.name": pruner,
     }
     return [word for name, value in named.items() for word in (f"--{name}", str(value))]
@@ -126,7 +126,9 @@ def given_reports(run_dir: Path, planned: dict[str, Any]) -> float:
     assert loaded is not None
     assert summary is not None
     known, pruner = load_calibration(planned["calibration"]), PrunerConfig(**asked["pruner"])
-    return seconds_of(known, parse_space(asked["space"]), pruner, history_of(*loaded, asked), summary["refit_epochs"])
+    return seconds_of(
+        known, parse_space(asked["space"]), pruner, history_of(*loaded, asked, run_dir), summary["refit_epochs"]
+    )
 
 
 def seconds_of(

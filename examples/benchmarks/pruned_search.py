@@ -3,8 +3,8 @@
     python examples/benchmarks/pruned_search.py trecqa --data FOLDER --model FOLDER --trials 24
     python examples/benchmarks/pruned_search.py sample --trials 40 --sampler tpe --seeds 1 2 3 --out tpe.json
 
-With `--sampler random` both try the same parameter sets; an interrupted search draws others when it is continued, and
-is refused. Of a search that `record_searches.py` recorded in the same folder, with as many trials or more, the first
+With `--sampler random` both try the same parameter sets. An interrupted search is refused: it repeats work when it is
+continued. Of a search that `record_searches.py` recorded in the same folder, with as many trials or more, the first
 ones count as the unpruned search. Seconds are the process's CPU seconds of the reports that were made, training and
 validation, as on a machine that does other work as well wall time is no measure. What is outside of them (building,
 checkpoints, storage) is given in wall seconds, all trials together.
@@ -24,9 +24,9 @@ from common import git_commit, hardware, markdown_table, versions
 from optuna.trial import FrozenTrial, TrialState
 from record_searches import SEARCHES, add_arguments, search
 
-from lightning_bge.hpo.pruning.asha_trials import latest_trials, parameter_set_of
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Report
+from lightning_bge.hpo.trials import latest_trials, parameter_set_of
 from lightning_bge.runtime.run_folder import write_json, write_text
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks"
@@ -72,7 +72,7 @@ def pair(chosen: argparse.Namespace, seed: int) -> dict[str, Any]:
         raise SystemExit(
             f"{chosen.work / chosen.search / names[0]} is there already: name another --work, or delete it"
         )
-    more = {"hpo.sampler": chosen.sampler, "hpo.sampler_seed": seed}
+    more = {"hpo.sampler.name": chosen.sampler, "hpo.sampler.seed": seed}
     pruned = search(chosen.search, chosen, run=names[0], **more, **{"hpo.pruner.name": PrunerConfig().name})
     whole = search(chosen.search, chosen, run=names[1], **more)
     sign = 1.0 if whole.direction == optuna.study.StudyDirection.MAXIMIZE else -1.0

@@ -111,7 +111,7 @@ def search(name: str, chosen: argparse.Namespace, **more: Any) -> optuna.Study:
         "data.split.folds": FOLDS,
         "hpo.n_trials": chosen.trials,
         "hpo.space": SPACE,
-        "hpo.sampler": "random",
+        "hpo.sampler.name": "random",
         "hpo.pruner.name": "none",
         "hpo.val_check_interval": 1 / PER_EPOCH,
         "hpo.refit": "false",

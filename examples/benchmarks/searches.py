@@ -37,8 +37,8 @@ from transformers import Trainer as TransformersTrainer
 
 import lightning_bge.cli.main
 from lightning_bge.hpo.config import JOURNAL
-from lightning_bge.hpo.pruning.asha_trials import parameter_set_of
 from lightning_bge.hpo.storage.journal import open_storage
+from lightning_bge.hpo.trials import parameter_set_of
 
 NAME = "race"
 # What is searched: name, lowest, highest, logarithmic. Warm-up is a share of the steps.

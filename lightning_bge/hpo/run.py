@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +52,14 @@ class Prepared:
     run_dir: Path
 
 
-def prepare_study(
-    experiment: Experiment, hpo: StudyConfig, worker: Worker | None = None, joins: bool = False
-) -> Prepared:
-    """Check the options and the data of a study, say what it will do, and create or open it.
+def check_study(experiment: Experiment, hpo: StudyConfig) -> tuple[Space, Steps]:
+    """Check the options and the data of a study; nothing is written.
 
-    Args:
-        experiment: what the study varies.
-        hpo: its options.
-        worker: this process, where it is to run trials.
-        joins: the study is there: nothing is said, and its options are not written again.
+    Returns:
+        The search space, and what a trial that runs to its end reports.
 
     Raises:
-        UserError: options, data or the folder's content are wrong.
+        UserError: options or data are wrong.
     """
     space = parse_space(hpo.space)
     parse_enqueued(hpo.enqueue, space)
@@ -74,6 +69,32 @@ def prepare_study(
     steps = Steps(data.num_folds, experiment.most_epochs(space), hpo.reports_per_epoch)
     if hpo.terminator and steps.folds == 1:
         raise ConfigError("hpo.terminator: expected two folds or more, as it compares with the error between folds")
+    return space, steps
+
+
+def prepare_study(
+    experiment: Experiment,
+    hpo: StudyConfig,
+    space: Space,
+    steps: Steps,
+    *,
+    worker: Worker | None = None,
+    joins: bool = False,
+) -> Prepared:
+    """Say what a study will do, and create or open it.
+
+    Args:
+        experiment: what the study varies.
+        hpo: its options.
+        space: the search space.
+        steps: what a trial that runs to its end reports.
+        worker: this process, where it is to run trials.
+        joins: the study is there: nothing is said, and its options are not written again.
+
+    Raises:
+        UserError: options, or the folder's content, are wrong.
+    """
+    data = experiment.datamodule
     if not joins:
         _print_head(experiment, hpo, space, steps)
     run_dir, metric = experiment.run_dir, str(experiment.monitor.metric)
@@ -112,9 +133,10 @@ def run_hpo(
         SystemExit: the same after SIGTERM (143) or SIGHUP (129).
     """
     until = math.inf if hpo.timeout is None else time.monotonic() + hpo.timeout
+    space, steps = check_study(experiment, hpo)
     run_dir = create_run_dir(experiment.run_dir)
     with StopRequest(parent) as request, Worker(run_dir) as worker:
-        known = prepare_study(experiment, hpo, worker, joins)
+        known = prepare_study(experiment, hpo, space, steps, worker=worker, joins=joins)
         queue = StudyQueue(known.study, worker, hpo, run_dir, known.space, parse_enqueued(hpo.enqueue, known.space))
         objective = Objective(
             build=experiment.build,
@@ -129,7 +151,7 @@ def run_hpo(
             reports_scores=hpo.terminator,
             request=request,
         )
-        progress = Progress(hpo, str(experiment.monitor.metric), known.steps.total)
+        progress = Progress(replace(hpo, n_trials=queue.n_trials), str(experiment.monitor.metric), known.steps.total)
         summary = None
         try:
             while not request.signal:

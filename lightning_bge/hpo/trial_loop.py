@@ -81,7 +81,9 @@ def _run_trial(queue: TrialQueue, objective: Evaluate, trial: optuna.Trial) -> F
         study.tell(trial, state=TrialState.PRUNED)
     except (Stopped, UserError, OSError, KeyboardInterrupt, SystemExit) as error:
         # an error of the user's, or of the disk: the trial is continued when it is corrected
-        _end(study, trial, INTERRUPTED, str(error) or type(error).__name__)
+        by_key = isinstance(error, SystemExit) and error.code == 1  # what Lightning's `fit` makes of Ctrl-C
+        text = KeyboardInterrupt.__name__ if by_key else str(error) or type(error).__name__
+        _end(study, trial, INTERRUPTED, text)
         if not isinstance(error, Stopped):
             raise
     except Exception as error:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -60,10 +61,12 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self._received:
-            again = "; Ctrl-C once more stops at once" if number == signal.SIGINT else ""
+        if self._received:
+            return
+        self._received = number  # before the text, which may be read and answered while it is still being printed
+        again = "; Ctrl-C once more stops at once" if number == signal.SIGINT else ""
+        with suppress(RuntimeError):  # the signal came in the middle of another write to this stream
             print(f"{signal.Signals(number).name}: saving what is being trained{again}", file=sys.stderr, flush=True)
-        self._received = self._received or number
 
 
 class Stopped(Exception):

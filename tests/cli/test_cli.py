@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -18,50 +13,18 @@ from typing import Any
 
 import optuna
 import pytest
-import torch
 import yaml
 from optuna.trial import TrialState
 from safetensors.torch import load_file
 
-from lightning_bge.data.sample import write_sample
 from lightning_bge.hpo import run as hpo_run
 from lightning_bge.hpo.seed_replicates import run_seed_replicates
 from lightning_bge.hpo.storage.journal import open_storage
-from lightning_bge.models.tiny_bert import build_tiny_bert
 from lightning_bge.trainer import BGETrainer
+from tests.helpers.cli_processes import trials
 from tests.helpers.paths import CONFIGS
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sample")
-    write_sample(folder, posts=30, test_posts=12)
-    with (folder / "train.csv").open(newline="") as file:
-        texts = [text for row in csv.DictReader(file) for text in (row["text"], row["criterion"])]
-    build_tiny_bert(folder / "model", texts, vocab_size=300, hidden_size=16, layers=1, max_positions=128)
-    return folder
-
-
-@pytest.fixture
-def options(sample: Path, tmp_path: Path) -> list[str]:
-    return [
-        *("--model.name_or_path", str(sample / "model"), "--run_dir", str(tmp_path / "study")),
-        *("--data.train_file", str(sample / "train.csv"), "--data.cache_dir", str(tmp_path / "cache")),
-        *("--data.text_columns", "[text, criterion]", "--data.group_column", "post_id"),
-        *("--data.max_length", "64", "--trainer.precision", "32-true", "--trainer.max_epochs", "2"),
-    ]
-
-
-@pytest.fixture
-def search(options: list[str]) -> list[str]:
-    space = '{"model.optimizer.lr": {"low": 1.0e-4, "high": 1.0e-2, "log": true}}'
-    return ["hpo", *options, "--data.split.folds", "2", "--hpo.n_trials", "3", "--hpo.space", space]
-
-
-def trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name=folder.name, storage=open_storage(folder / "journal.log")).trials
 
 
 def test_a_search_ends_with_a_model_that_the_peers_load_and_that_predicts_the_same(
@@ -122,16 +85,45 @@ def test_the_same_command_again_runs_only_what_is_missing(run: Run, search: list
     assert len({tuple(params.values()) for _, params, _ in after}) == 4  # a resumed sampler does not start over
 
 
-def test_a_study_of_another_space_or_other_data_is_refused(run: Run, search: list[str], tmp_path: Path) -> None:
+def test_a_study_of_other_data_is_refused(run: Run, search: list[str], tmp_path: Path) -> None:
     assert run(*search, "--hpo.n_trials", "1", "--hpo.pruner.name", "none", "--hpo.refit", "false")[0] == 0
-    other = '{"model.optimizer.lr": {"low": 1.0e-4, "high": 2.0e-2, "log": true}}'
-    status, _, err = run(*search, "--hpo.space", other)
-    assert status == 2
-    assert "hpo.space.model.optimizer.lr.high: 0.01 in the folder, 0.02 requested" in err
     status, _, err = run(*search, "--data.batch_size", "8")
     assert status == 2
     assert "data.batch_size: 32 in the folder, 8 requested" in err
     assert len(trials(tmp_path / "study")) == 1
+
+
+def test_a_changed_space_goes_on_with_the_trials_that_fit_into_it(run: Run, search: list[str], tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    quick = [*search, "--hpo.pruner.name", "none", "--hpo.refit", "false", "--hpo.n_trials", "2"]
+    assert run(*quick)[0] == 0
+    before = sorted(trials(study), key=lambda trial: trial.params["model.optimizer.lr"])
+    middle = sum(trial.params["model.optimizer.lr"] for trial in before) / 2
+    space = f'{{"model.optimizer.lr": {{"low": {middle}, "high": 2.0e-2, "log": true}}}}'
+    status, _, err = run(*quick, "--hpo.space", space)
+    assert status == 0, err
+    after = trials(study, "study-space-2")
+    assert [trial.state for trial in after].count(TrialState.COMPLETE) == 2
+    left_out, kept = (after[trial.number] for trial in before)
+    assert (left_out.state, left_out.params) == (TrialState.FAIL, {})
+    assert "model.optimizer.lr" in left_out.user_attrs["not_trained"]
+    assert (kept.values, kept.params) == (before[1].values, before[1].params)
+    assert after[2].params["model.optimizer.lr"] >= middle
+    assert sorted(trials(study), key=lambda trial: trial.params["model.optimizer.lr"]) == before  # nothing is lost
+    summary = json.loads((study / "summary.json").read_text())
+    assert (summary["n_complete"], summary["n_failed"]) == (2, 0)
+
+
+def test_a_space_of_fewer_parameter_sets_than_trials_ends_with_them_and_says_so_first(
+    run: Run, search: list[str], tmp_path: Path
+) -> None:
+    options = ("--hpo.space", '{"model.dropout": {"choices": [0.0, 0.1]}}', "--hpo.n_trials", "6")
+    status, out, err = run(*search, *options, "--hpo.pruner.name", "none", "--hpo.refit", "false")
+    assert status == 0, err
+    before, after = out.split("[1/2]")
+    assert "the search space has 2 parameter sets, and none is trained twice: the study ends with them" in before
+    assert "[2/2]" in after
+    assert sorted(trial.params["model.dropout"] for trial in trials(tmp_path / "study")) == [0.0, 0.1]
 
 
 MISTAKES = {
@@ -179,7 +171,7 @@ def test_a_full_disk_has_a_clear_message(run: Run, search: list[str], monkeypatc
     monkeypatch.undo()
 
 
-def test_ctrl_c_leaves_no_trial_running_and_its_point_is_tried_again(
+def test_ctrl_c_leaves_no_trial_running_and_its_trial_is_continued(
     run: Run, search: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     fit = BGETrainer.fit
@@ -191,13 +183,15 @@ def test_ctrl_c_leaves_no_trial_running_and_its_point_is_tried_again(
     status, _, err = run(*search)
     assert status == 130
     assert "the same command continues" in err
-    [first, queued] = trials(tmp_path / "study")
-    assert (first.state, queued.state) == (TrialState.FAIL, TrialState.WAITING)
+    [first] = trials(tmp_path / "study")
+    assert first.state == TrialState.FAIL
+    assert first.user_attrs["interrupted"] == "KeyboardInterrupt"
     monkeypatch.setattr(BGETrainer, "fit", fit)
     status, _, err = run(*search)
     assert status == 0, err
-    retried = trials(tmp_path / "study")[1]
-    assert retried.params == first.params
+    continued = trials(tmp_path / "study")[1]
+    assert continued.params == first.params
+    assert continued.user_attrs["retry_of"] == 0
     summary = json.loads((tmp_path / "study" / "summary.json").read_text())
     assert (summary["n_failed"], summary["n_interrupted"]) == (0, 1)
 
@@ -224,7 +218,7 @@ def test_the_best_trials_are_run_again_with_other_seeds_and_ctrl_c_loses_none(
     status, out, err = run(*search)
     assert status == 130
     assert "seed replicates at the end: 2 of each of the best trials, up to 5" in out
-    assert [t.state.name for t in seed_replicates(study)] == ["COMPLETE"] * 2 + ["FAIL"] + ["WAITING"] * 4
+    assert [t.state.name for t in seed_replicates(study)] == ["COMPLETE"] * 2 + ["FAIL"]
     before = [(t.number, t.value, t.datetime_complete) for t in seed_replicates(study)[:2]]
     monkeypatch.setattr(BGETrainer, "fit", fit)
     status, out, err = run(*search)
@@ -323,81 +317,37 @@ def test_a_search_with_a_cost_ends_with_the_front(run: Run, search: list[str], t
     assert "hpo.cost: predict_seconds in the folder, None requested" in err
 
 
-def start(args: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "lightning_bge.cli", *args],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # a shell that runs the tests in the background lets them ignore Ctrl-C, and children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until, "nothing happened for two minutes"
-        time.sleep(0.02)
-
-
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_study_loses_no_finished_trial_and_leaves_none_running(
-    search: list[str], tmp_path: Path, kill: signal.Signals
+def test_a_moved_run_folder_goes_on_with_its_study(
+    run: Run, search: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    study = tmp_path / "study"
-    search = [*search, "--hpo.n_trials", "5", "--trainer.max_epochs", "20", "--hpo.pruner.name", "none"]
-    process = start(search)
-    journal = study / "journal.log"
-    wait_for(lambda: journal.exists() and journal.read_text().count('"state":1') >= 1 and running(study), process)
-    process.send_signal(kill)
-    out = process.communicate(timeout=60)[0]
-    assert process.returncode == (130 if kill == signal.SIGINT else -kill), out
-    done = [(t.number, t.value, t.datetime_complete) for t in trials(study) if t.state == TrialState.COMPLETE]
-    assert done
-    again = start([*search, "--hpo.refit", "false"])
-    out = again.communicate(timeout=240)[0]
-    assert again.returncode == 0, out
-    after = trials(study)
-    states = [t.state for t in after]
-    assert TrialState.RUNNING not in states
-    assert TrialState.WAITING not in states
-    assert states.count(TrialState.COMPLETE) == 5
-    assert [(t.number, t.value, t.datetime_complete) for t in after if t.number < len(done)] == done
-    points = [tuple(t.params.values()) for t in after if t.state == TrialState.COMPLETE]
-    assert len(set(points)) == 5  # none is repeated, and the killed one is tried again
-    [killed] = [t for t in after if t.state == TrialState.FAIL]
-    assert tuple(killed.params.values()) in points
+    fit, calls = BGETrainer.fit, []
 
+    def interrupted(self: BGETrainer, *args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 4:  # in the second fold of the second trial
+            raise KeyboardInterrupt
+        fit(self, *args, **kwargs)
 
-def running(study: Path) -> bool:
-    return any(t.state == TrialState.RUNNING and t.params for t in trials(study))
-
-
-def test_a_killed_fit_goes_on_and_ends_with_the_same_weights(options: list[str], run: Run, tmp_path: Path) -> None:
-    quiet = ("--trainer.enable_progress_bar", "false", "--model.optimizer.lr", "1e-3", "--trainer.max_epochs", "12")
-    args = ["fit", *options, *quiet]
-    status, _, err = run(*args, "--run_dir", str(tmp_path / "whole"))
+    search = [*search, "--hpo.pruner.name", "none", "--hpo.refit", "false", "--hpo.n_trials", "2"]
+    moved = tmp_path / "moved"
+    monkeypatch.setattr(BGETrainer, "fit", interrupted)
+    assert run(*search)[0] == 130
+    monkeypatch.setattr(BGETrainer, "fit", fit)
+    (tmp_path / "study").rename(moved)
+    status, out, err = run(*search, "--run_dir", str(moved))
     assert status == 0, err
-    process = start([*args, "--run_dir", str(tmp_path / "killed")])
-    wait_for((tmp_path / "killed" / "checkpoints" / "last.ckpt").exists, process)
-    process.kill()
-    process.communicate(timeout=60)
-    assert not (tmp_path / "killed" / "summary.json").exists()
-    status, out, err = run(*args, "--run_dir", str(tmp_path / "killed"))
+    assert "trial 2 (continues trial 1)" in out
+    [first, stopped, continued] = trials(moved)
+    assert (stopped.state, continued.state) == (TrialState.FAIL, TrialState.COMPLETE)
+    assert continued.params == stopped.params
+    assert continued.user_attrs["reports_before"] == 2  # its first fold is not trained once more
+    assert not (tmp_path / "study").exists()
+    monkeypatch.chdir(moved)
+    status, out, err = run(*search, "--run_dir", ".", "--hpo.n_trials", "3")
     assert status == 0, err
-    assert "resuming from" in out
-    whole, killed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
-    # a finished run is not trained again; one of other settings is refused
-    status, out, _ = run(*args, "--run_dir", str(tmp_path / "killed"))
-    assert "is finished" in out
-    status, _, err = run(*args, "--run_dir", str(tmp_path / "killed"), "--model.optimizer.lr", "2e-3")
-    assert status == 2
-    assert "model.optimizer.lr: 0.001 in the folder, 0.002 requested" in err
+    assert trials(moved)[:3] == [first, stopped, continued]
+    assert len(trials(moved)) == 4
+    assert json.loads((moved / "summary.json").read_text())["study"] == "study"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)

@@ -58,7 +58,7 @@ def options(sample: Path, tmp_path: Path) -> dict[str, Any]:
         "model": {"name_or_path": str(sample / "one")},
         "data": data,
         "trainer": {"precision": "32-true", "max_epochs": 1},
-        "hpo": {"n_trials": 1, "sampler": "random", "refit": False, "pruner": {"name": "none"}},
+        "hpo": {"n_trials": 1, "sampler": {"name": "random"}, "refit": False, "pruner": {"name": "none"}},
     }
 
 

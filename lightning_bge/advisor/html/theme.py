@@ -3,7 +3,7 @@
 # Figures are made in the light colours; the page replaces them where the reader's system is dark.
 INK, MUTED, GRID, PAPER, SOFT = "#1b2530", "#596673", "#dfe4e9", "#ffffff", "#f4f6f8"
 BLUE, AMBER, TEAL, PURPLE = "#0b63b0", "#a86f00", "#00806a", "#8e4b96"
-ROSE, RUST, BLACK, GREY, GREEN = "#b03068", "#c2410c", "#2a333c", "#6c7782", "#3c7d23"
+ROSE, RUST, BLACK, GREY, GREEN, BROWN = "#b03068", "#c2410c", "#2a333c", "#6c7782", "#3c7d23", "#7a5a2f"
 GOOD, BAD = "#00705c", "#b3261e"
 # light colour -> dark colour
 DARK = {
@@ -21,6 +21,7 @@ DARK = {
     BLACK: "#d5dce3",
     GREY: "#95a0ab",
     GREEN: "#88cb6c",
+    BROWN: "#c9a876",
     GOOD: "#45c8ae",
     BAD: "#ff9a8f",
 }

@@ -49,7 +49,7 @@ OUTCOME_MARKS = {
     "out of memory": Mark(theme.RUST, "x", "dashdot"),
     "failed": Mark(theme.BLACK, "square", "solid"),
     "interrupted": Mark(theme.GREY, "square-open", "dash"),
-    "left out": Mark(theme.GREY, "circle-open", "dot"),
+    "left out": Mark(theme.BROWN, "circle-open", "dot"),
     "running": Mark(theme.GREEN, "star", "solid"),
 }
 # for the metrics of a training run, in this order

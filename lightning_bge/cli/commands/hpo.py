@@ -1,5 +1,6 @@
 """`lightning-bge hpo`: a study with Optuna, its refit and its export."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.search_options import add_hpo, check_one_device, starting_again
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.results import describe_study
-from lightning_bge.hpo.run import prepare_study, run_hpo
+from lightning_bge.hpo.run import check_study, prepare_study, run_hpo
+from lightning_bge.hpo.space.draw import space_size
 from lightning_bge.hpo.trial_loop import quiet_optuna
 from lightning_bge.hpo.worker_pool import WorkerPool, slots
 from lightning_bge.runtime.run_folder import create_run_dir, read_json
@@ -35,9 +37,11 @@ def run(args: list[str]) -> None:
 
 def _run_pool(cli: BGECLI, workers: list[Any]) -> dict[str, Any] | None:
     hpo, experiment = cli.config_init.hpo, cli.experiment
+    space, steps = check_study(experiment, hpo)
     run_dir: Path = create_run_dir(cli.run_dir)
-    known = prepare_study(experiment, hpo)
-    progress = Progress(hpo, str(experiment.monitor.metric), known.steps.total)
+    known = prepare_study(experiment, hpo, space, steps)
+    n_trials = int(min(hpo.n_trials, space_size(space)))
+    progress = Progress(replace(hpo, n_trials=n_trials), str(experiment.monitor.metric), steps.total)
     WorkerPool(known.study, run_dir, hpo, progress, workers).run()
     summary = read_json(run_dir / "summary.json")
     if summary is not None:

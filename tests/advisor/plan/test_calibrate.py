@@ -18,10 +18,11 @@ from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets
 from lightning_bge.hpo.space.search_space import parse_space
-from lightning_bge.hpo.study import quiet_optuna
 from lightning_bge.hpo.trial.objective import Build, TrialSetup
+from lightning_bge.hpo.trial_loop import quiet_optuna
 from lightning_bge.models.encoder_cache import EncoderCache
 from tests.helpers.small_search import SPACE, make, write_files
 
@@ -102,7 +103,7 @@ def slow_build(tmp_path: Path, clock: Clock, batch_size: int = 4) -> Build:
 
 
 def study_of(tmp_path: Path, clock: Clock, build: Build, pruner: str = "asha") -> ShortStudy:
-    hpo = StudyConfig(12, SPACE, pruner=PrunerConfig(pruner), sampler="random")  # type: ignore[arg-type]
+    hpo = StudyConfig(12, SPACE, pruner=PrunerConfig(pruner), sampler=SamplerConfig("random"))  # type: ignore[arg-type]
     folder = tmp_path / "calibration"
     folder.mkdir()
     return ShortStudy(build, hpo, "best", CompileConfig("never"), SlowToRead(clock), folder)

@@ -16,6 +16,7 @@ from lightning_bge.advisor.report.run_data import read_epochs
 from lightning_bge.advisor.report.status import describe_status, watch_status
 from lightning_bge.cli.main import main
 from lightning_bge.errors import ConfigError, StudyError
+from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.runtime.run_folder import write_json
 from tests.helpers.audit_sample import AUDIT
 from tests.helpers.html_page import page_of
@@ -85,17 +86,31 @@ def test_a_study_with_few_results_has_fewer_figures(
         made = {TrialState.COMPLETE: 15, TrialState.PRUNED: 1, TrialState.FAIL: 0}[state]
         scores = {"fold_scores": [0.5] * 5} if state == TrialState.COMPLETE else {}
         maker.add(state, drawn, made, 60.0, scores)
-    if running:
-        more = {"datetime_start": START, "datetime_complete": None}
-        maker.add(TrialState.RUNNING, drawn, 2, 60.0, {"worker": {"host": "another"}}, **more)
+    with Worker(run) as worker:
+        if running:
+            more = {"datetime_start": START, "datetime_complete": None}
+            maker.add(TrialState.RUNNING, drawn, 2, 60.0, {"worker": worker.record}, **more)
+        study.add_trials(maker.trials)
+        page = page_of(run)
+        assert page.figures == [name for name in STUDY if name not in missing]
+        assert ("best" in missing) == ("No trial is complete yet" in page.shown or not maker.trials)
+        assert ("saved (estimate)" in page.shown) == (TrialState.PRUNED in ended)
+        text = describe_status(run)
+        assert ("running (1 trial)" in text) == running
+        assert ("no trial is complete yet" in text) == ("best" in missing and bool(maker.trials))
+
+
+def test_a_trial_whose_process_is_gone_is_not_shown_as_running(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    study, maker = new_study(run, 5), Maker()
+    params, distributions = draw(maker.rng)
+    drawn = (params, distributions, *draw_values(params, maker.rng), 60.0)
+    worker = {"id": "gone", "host": "this-one", "pid": 4711}
+    more = {"datetime_start": START, "datetime_complete": None}
+    maker.add(TrialState.RUNNING, drawn, 2, 60.0, {"worker": worker}, **more)
     study.add_trials(maker.trials)
-    page = page_of(run)
-    assert page.figures == [name for name in STUDY if name not in missing]
-    assert ("best" in missing) == ("No trial is complete yet" in page.shown or not maker.trials)
-    assert ("saved (estimate)" in page.shown) == (TrialState.PRUNED in ended)
-    text = describe_status(run)
-    assert ("running (1 trial)" in text) == running
-    assert ("no trial is complete yet" in text) == ("best" in missing and bool(maker.trials))
+    for shown in (page_of(run).shown, describe_status(run)):
+        assert "not finished, and no trial is running" in shown
 
 
 def test_a_single_split_and_a_study_of_two_objectives(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,17 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 
 from lightning_bge.advisor.report.report import write_report
 from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.space.draw import SamplerConfig
+from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.study import open_study, run_study
+from lightning_bge.hpo.storage.workers import Worker
+from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.trial_loop import run_trials
+from lightning_bge.hpo.trial_queue import StudyQueue
 from lightning_bge.runtime.run_folder import write_json
+from lightning_bge.runtime.stop import StopRequest
 from tests.helpers.audit_sample import AUDIT
 from tests.helpers.made_study import make_study
 from tests.helpers.small_search import SPACE, make, write_files
@@ -85,10 +93,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a real study of six parameter sets."""
     folder = write_files(tmp_path_factory.mktemp("search"))
     run = folder / "small search"
-    config = StudyConfig(6, SPACE, pruner=PrunerConfig("asha", 2, 1), sampler="random")
+    config = StudyConfig(6, SPACE, pruner=PrunerConfig("asha", 2, 1), sampler=SamplerConfig("random"))
     settings = {"monitor.metric": "loss", "data.split.folds": 2, "trainer.max_epochs": 2}
     study = open_study(run, config, "minimize", Steps(2, 2), settings)
-    run_study(study, make(folder, paused_dir=run / "paused", n_trials=6), config, "loss", 4, run / "paused")
+    progress = Progress(config, "loss", 4)
+    with StopRequest() as request, Worker(run) as worker:
+        queue = StudyQueue(study, worker, config, run, parse_space(SPACE))
+        objective = make(folder, paused_dir=queue.checkpoints, n_trials=6)
+        run_trials(queue, objective, until=math.inf, request=request, report=progress)
     write_json(run / "audit.json", AUDIT)
     return write_report(run)
 

@@ -1,0 +1,37 @@
+"""A generated sample with a very small BERT, and commands that train on it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from lightning_bge.data.sample import write_sample
+from lightning_bge.models.tiny_bert import build_tiny_bert
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sample")
+    write_sample(folder, posts=30, test_posts=12)
+    with (folder / "train.csv").open(newline="") as file:
+        texts = [text for row in csv.DictReader(file) for text in (row["text"], row["criterion"])]
+    build_tiny_bert(folder / "model", texts, vocab_size=300, hidden_size=16, layers=1, max_positions=128)
+    return folder
+
+
+@pytest.fixture
+def options(sample: Path, tmp_path: Path) -> list[str]:
+    return [
+        *("--model.name_or_path", str(sample / "model"), "--run_dir", str(tmp_path / "study")),
+        *("--data.train_file", str(sample / "train.csv"), "--data.cache_dir", str(tmp_path / "cache")),
+        *("--data.text_columns", "[text, criterion]", "--data.group_column", "post_id"),
+        *("--data.max_length", "64", "--trainer.precision", "32-true", "--trainer.max_epochs", "2"),
+    ]
+
+
+@pytest.fixture
+def search(options: list[str]) -> list[str]:
+    space = '{"model.optimizer.lr": {"low": 1.0e-4, "high": 1.0e-2, "log": true}}'
+    return ["hpo", *options, "--data.split.folds", "2", "--hpo.n_trials", "3", "--hpo.space", space]
