@@ -18,17 +18,19 @@ import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial
 
 ROUNDS = 5
 SECONDS = 15.0  # of training, for each measurement of `fit`
@@ -60,8 +62,8 @@ class Steps(pl.Callback):
             print((trainer.global_step - self.first) / (time.perf_counter() - self.since), flush=True)
             trainer.should_stop = True
             raise SystemExit(0)
-trainer = BGETrainer(max_epochs=1000, precision="32-true", logger=False, enable_checkpointing=False, limit_val_batches=0,
-                     enable_progress_bar=False, enable_model_summary=False, callbacks=[Steps()])
+off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+trainer = BGETrainer(max_epochs=1000, precision="32-true", limit_val_batches=0, callbacks=[Steps()], **off)
 trainer.fit(BGEClassifier(str(folder / "model")), datamodule=data)
 """
 
@@ -110,7 +112,7 @@ def run_search(folder: Path, run_dir: Path, workers: int, n_trials: int) -> floa
 
 
 def rate(trials: list[FrozenTrial]) -> float:
-    """Trials per second from the end of each worker's first trial to the first moment at which one has nothing to do."""
+    """Trials per second from the end of each worker's first trial to the end of a worker's last one."""
     by_worker: dict[str, list[tuple[float, float]]] = {}
     for trial in trials:
         assert trial.datetime_start is not None
@@ -119,11 +121,8 @@ def rate(trials: list[FrozenTrial]) -> float:
         by_worker.setdefault(trial.user_attrs["worker"]["id"], []).append(span)
     since = max(spans[0][1] for spans in by_worker.values())
     until = min(spans[-1][1] for spans in by_worker.values())
-    shares = [
-        max(0.0, min(end, until) - max(start, since)) / (end - start)
-        for spans in by_worker.values()
-        for start, end in spans
-    ]
+    spans = [span for one in by_worker.values() for span in one]
+    shares = [max(0.0, min(end, until) - max(start, since)) / (end - start) for start, end in spans]
     return math.fsum(shares) / (until - since)
 
 
@@ -132,54 +131,83 @@ def rate(trials: list[FrozenTrial]) -> float:
 
 def overhead(folder: Path, run_dir: Path, before: int) -> float:
     """Seconds of a trial besides training and validation, in a study that has so many trials."""
-    code = f"from examples.benchmarks.search_workers import measure_overhead; measure_overhead({str(folder)!r}, {str(run_dir)!r}, {before})"
+    grown = folder / f"grown-{before}"
+    call = "from examples.benchmarks.search_workers import {0}; {0}({1!r}, {2!r}, {3})"
+    if not grown.exists():
+        code = call.format("grow", str(folder), str(grown), before)
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    shutil.copytree(grown, run_dir)
+    code = call.format("measure_overhead", str(folder), str(run_dir), before)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
 
 
-def measure_overhead(folder: str, run_dir: str, before: int) -> None:
-    """Print the median seconds of a trial besides its training; run in a process of its own."""
-    import numpy as np
+def templates(folder: str) -> dict[str, Any]:
+    """Model, data and options of the study."""
+    from lightning_bge import BGEClassifier, TextDataModule
 
-    from lightning_bge import BGEClassifier, TextDataModule, tune
-    from lightning_bge.hpo.run import prepare_study
-    from lightning_bge.hpo.trial_loop import quiet_optuna
-    from lightning_bge.templates import study_of_templates
-
-    quiet_optuna()
-    place = Path(folder)
-    model = BGEClassifier(str(place / "model"))
+    model = str(Path(folder) / "model")
     data = TextDataModule(
-        str(place / "model"),
-        train_file=str(place / "train.csv"),
+        model,
+        train_file=str(Path(folder) / "train.csv"),
         text_columns=["text", "criterion"],
         group_column="post_id",
         split={"folds": FOLDS},
-        cache_dir=str(place / "cache"),
+        cache_dir=str(Path(folder) / "cache"),
     )
-    options: dict[str, Any] = {"refit": False, "seed_replicates": 0}
+    return {"model": BGEClassifier(model), "data": data, "space": SPACE}
+
+
+def grow(folder: str, run_dir: str, count: int) -> None:
+    """Make a study of so many trials that are not trained; run in a process of its own."""
+    import numpy as np
+
+    from lightning_bge.hpo.run import check_study, prepare_study
+    from lightning_bge.hpo.space.search_space import suggest
+    from lightning_bge.hpo.storage.workers import Worker
+    from lightning_bge.hpo.study_queue import StudyQueue
+    from lightning_bge.hpo.trial_loop import quiet_optuna, run_trials
+    from lightning_bge.runtime.stop import StopRequest
+    from lightning_bge.templates import study_of_templates
+
+    quiet_optuna()
     trainer = {"precision": "32-true", "max_epochs": EPOCHS}
-    rest: dict[str, Any] = {"run_dir": Path(run_dir), "n_trials": before + 12, "metric": None, "seed": 42}
-    experiment, hpo = study_of_templates(model, data, SPACE, trainer=trainer, options=options, **rest)
+    rest: dict[str, Any] = {"run_dir": Path(run_dir), "n_trials": count, "metric": None, "seed": 42}
+    experiment, hpo = study_of_templates(**templates(folder), trainer=trainer, options={}, **rest)
     Path(run_dir).mkdir()
-    known = prepare_study(experiment, hpo)
-    random = np.random.default_rng(0)
-    for _ in range(before):
-        lr, dropout = float(10 ** random.uniform(-4, -2)), float(random.uniform(0, 0.3))
-        known.study.add_trial(paused_trial({"model.optimizer.lr": lr, "model.dropout": dropout}, known, random))
-    result = tune(
-        model,
-        data,
-        SPACE,
-        run_dir=run_dir,
-        n_trials=before + 12,
-        max_epochs=EPOCHS,
-        trainer={"precision": "32-true"},
-        **options,
-    )
-    ours = [trial for trial in result.study.get_trials(deepcopy=False)[before:] if trial.datetime_complete is not None]
+    space, steps = check_study(experiment, hpo)
+    known, random = prepare_study(experiment, hpo, space, steps), np.random.default_rng(0)
+
+    def objective(trial: optuna.Trial) -> float:
+        params = suggest(trial, space)
+        value = 0.8 - 0.1 * abs(math.log10(params["model.optimizer.lr"]) + 3) - params["model.dropout"] / 10
+        value += random.normal(0, 0.02)
+        done = len(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+        for step in range(done + 1, steps.total + 1):
+            trial.report(value - 0.3 / step, step)
+            if step < steps.total and trial.should_prune():
+                trial.set_user_attr("paused_at", step)
+                raise optuna.TrialPruned
+        trial.set_user_attr("fold_scores", [value] * FOLDS)
+        trial.set_user_attr("fold_epochs", [1] * FOLDS)
+        return value
+
+    with Worker(Path(run_dir)) as worker:
+        queue = StudyQueue(known.study, worker, hpo, Path(run_dir), space)
+        run_trials(queue, objective, until=math.inf, request=StopRequest(), report=lambda *_: None)
+
+
+def measure_overhead(folder: str, run_dir: str, before: int) -> None:
+    """Print the median seconds of a trial besides its training; run in a process of its own."""
+    from lightning_bge import tune
+
+    options: dict[str, Any] = {"refit": False, "seed_replicates": 0, "trainer": {"precision": "32-true"}}
+    result = tune(**templates(folder), run_dir=run_dir, n_trials=before + 12, max_epochs=EPOCHS, **options)
+    trials = result.study.get_trials(deepcopy=False)
+    last = trials[-1].user_attrs["worker"]["id"]
+    ours = [trial for trial in trials if trial.user_attrs["worker"]["id"] == last]
     spent = []
-    for earlier, trial in zip(ours[1:-1], ours[2:], strict=True):  # the first ones pay for what a process does once
+    for earlier, trial in list(pairwise(ours))[2:]:  # the first ones pay for what a process does once
         assert trial.datetime_complete is not None
         assert earlier.datetime_complete is not None
         reports = [report for fold in trial.user_attrs["curve"] for report in fold]
@@ -187,28 +215,6 @@ def measure_overhead(folder: str, run_dir: str, before: int) -> None:
         trained = math.fsum(one[2] + one[3] for one in own)
         spent.append((trial.datetime_complete - earlier.datetime_complete).total_seconds() - trained)
     print(statistics.median(spent))
-
-
-def paused_trial(params: dict[str, float], known: Any, random: Any) -> FrozenTrial:
-    """A trial that was paused at the first rung, or one that ran to its end."""
-    from optuna.distributions import FloatDistribution
-
-    distributions = {
-        "model.optimizer.lr": FloatDistribution(1e-4, 1e-2, log=True),
-        "model.dropout": FloatDistribution(0.0, 0.3),
-    }
-    value, complete = float(random.normal(0.6, 0.1)), random.random() < 0.03
-    steps = range(1, (known.steps.total if complete else 1) + 1)
-    attributes: dict[str, Any] = {"curve": [[]], "worker": {"id": "earlier", "host": "h", "pid": 1}}
-    attributes |= {"fold_scores": [value] * FOLDS, "fold_epochs": [1] * FOLDS} if complete else {"paused_at": 1}
-    return create_trial(
-        state=TrialState.COMPLETE if complete else TrialState.PRUNED,
-        value=value,
-        params=params,
-        distributions=distributions,
-        user_attrs=attributes,
-        intermediate_values=dict.fromkeys(steps, value),
-    )
 
 
 # ---------------------------------------------------------------------- rounds
@@ -249,17 +255,15 @@ def main() -> None:
             }
             found = in_turns(calls, chosen.rounds)
             gains = {
-                what: [
-                    two / one
-                    for two, one in zip(found[f"{what}, two {many}"], found[f"{what}, one {few}"], strict=True)
-                ]
-                for what, many, few in (("fit", "processes", "process"), ("search", "workers", "worker"))
+                what: [two / one for two, one in zip(found[many], found[few], strict=True)]
+                for what, many, few in (
+                    ("fit", "fit, two processes", "fit, one process"),
+                    ("search", "search, two workers", "search, one worker"),
+                )
             }
-            ratio = statistics.median(gains["search"]) / statistics.median(gains["fit"])
-            result["gain"] = {"rates": found, "gains": gains, "ratio of medians": ratio}
-            print(
-                f"gain of two: fit {statistics.median(gains['fit']):.3f}, search {statistics.median(gains['search']):.3f}, ratio {ratio:.3f}"
-            )
+            fit, search = (statistics.median(gains[what]) for what in ("fit", "search"))
+            result["gain"] = {"rates": found, "gains": gains, "ratio of medians": search / fit}
+            print(f"gain of two: fit {fit:.3f}, search {search:.3f}, ratio {search / fit:.3f}")
         if "overhead" in chosen.parts:
             sizes = {f"{size} trials": size for size in (50, 2000)}
             found = in_turns(

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS, is_paused
+from lightning_bge.hpo.pruning.halving import Halving
 from lightning_bge.hpo.space.draw import draw_parameter_set, space_size
 from lightning_bge.hpo.space.search_space import Space
 from lightning_bge.hpo.storage.workers import Worker
@@ -58,6 +59,7 @@ class StudyQueue(TrialQueue):
     ) -> None:
         super().__init__(study, worker, config, run_dir, run_dir / CHECKPOINTS)
         self.end = StudyEnd(study) if config.terminator else None
+        self._known: tuple[Tries, Halving] | None = None  # computed once for each look at the trials
         self.space, self.enqueued, self.size = space, [dict(values) for values in enqueued], space_size(space)
 
     @property
@@ -95,8 +97,8 @@ class StudyQueue(TrialQueue):
             return None
         if tries.lost:
             return self.go_on(tries.lost[0], {RETRY_OF: tries.lost[0].number})
-        pruner = self.study.pruner
-        found = pruner.halving(self.study, tries.trials).best_paused() if isinstance(pruner, AshaPruner) else None
+        halving = self._halving(tries)
+        found = None if halving is None else halving.best_paused()
         if found is None:
             return None
         print("hpo.timeout is over and no trial is complete: the best paused one is resumed", flush=True)
@@ -104,17 +106,24 @@ class StudyQueue(TrialQueue):
 
     def resumable(self, tries: Tries) -> list[int]:
         """The paused parameter sets that may be resumed, the best first."""
+        halving = self._halving(tries)
+        return [] if halving is None else halving.resumable(self.n_trials)
+
+    def _halving(self, tries: Tries) -> Halving | None:
+        """The state of successive halving; None with another pruner."""
         pruner = self.study.pruner
         if not isinstance(pruner, AshaPruner):
-            return []
-        return pruner.halving(self.study, tries.trials).resumable(self.n_trials)
+            return None
+        if self._known is None or self._known[0] is not tries:
+            self._known = tries, pruner.halving(self.study, tries.trials)
+        return self._known[1]
 
     def _to_resume(self, tries: Tries) -> FrozenTrial | None:
-        pruner = self.study.pruner
-        if not isinstance(pruner, AshaPruner) or self._is_terminated:
+        halving = self._halving(tries)
+        if halving is None or self._is_terminated:
             return None
         nothing_else = not (tries.running or tries.lost or self._is_new(tries))
-        found = pruner.halving(self.study, tries.trials).next_resumed(nothing_else)
+        found = halving.next_resumed(nothing_else)
         return None if found is None else tries.by_set[found][-1]
 
     def _resume(self, paused: FrozenTrial) -> optuna.Trial:

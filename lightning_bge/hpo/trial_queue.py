@@ -135,10 +135,10 @@ class TrialQueue(ABC):
                 tries = self.tries()
                 self.check_failures(tries)
                 over = time.monotonic() >= until
+                self.clear(tries)
                 trial = self.last_resort(tries) if over else self.begin(tries)
                 if trial is not None:
                     return trial
-                self.clear(self.tries())
             if not tries.running or (over and len(living_workers(self.run_dir)) > 1):
                 return None
             time.sleep(POLL_SECONDS)

@@ -77,7 +77,7 @@ def is_alive(run_dir: Path, worker_id: str) -> bool:
     lock = FileLock(path, mode=0o600)
     try:
         lock.acquire(timeout=0)
-    except Timeout:
+    except (Timeout, OSError):  # held, or on a disk that can't be written, where nothing is known
         return True
     lock.release()
     return False
@@ -115,6 +115,8 @@ def end_lost_trials(study: optuna.Study, run_dir: Path, max_worker_deaths: int) 
         reason = loss_of(trial, run_dir)
         if reason is None:
             continue
+        if WORKER in trial.user_attrs:
+            _lock_file(run_dir, trial.user_attrs[WORKER]["id"]).unlink(missing_ok=True)
         if PAUSED_AT in trial.user_attrs:
             study.tell(trial.number, state=TrialState.PRUNED)
             continue
