@@ -184,7 +184,9 @@ def test_other_errors_end_the_trial_with_their_text_and_the_study_goes_on(
     study = search(folder, inject(monkeypatch, place, fault))
     [failed] = [trial for trial in study.trials if trial.state == TrialState.FAIL]
     assert failed.number == fault.trial
-    assert "shape mismatch" in failed.user_attrs[ERROR]
+    kind, says = ("BackendCompilerFailed", "") if place == "compile" else ("RuntimeError", "shape mismatch")
+    assert failed.user_attrs[ERROR].startswith(f"{kind}: ")
+    assert says in failed.user_attrs[ERROR]  # its first line
     assert [trial.state for trial in study.trials].count(TrialState.COMPLETE) == 3
     text = (folder / "failures" / f"s-trial-{fault.trial}.txt").read_text()
     assert "Traceback" in text
