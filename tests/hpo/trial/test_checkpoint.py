@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.steps import Report
+from lightning_bge.hpo.space.draw import SamplerConfig
+from lightning_bge.hpo.steps import Report, Steps
+from lightning_bge.hpo.study import open_study
 from lightning_bge.hpo.trial.checkpoint import STATE, FoldResult, SavedTrial, save_trial
 from lightning_bge.hpo.trial.out_of_fold import predictions_file
 from lightning_bge.hpo.trial_queue import CHECKPOINTS
-from lightning_bge.hpo.trials import INTERRUPTED, PARAMETER_SET, REPORTS_BEFORE, RETRY_OF
+from lightning_bge.hpo.trials import INTERRUPTED, PARAMETER_SET, REPORTS_BEFORE, RETRY_OF, attempts
 from lightning_bge.models.metrics import MonitorConfig, Predictions
 from lightning_bge.runtime.stop import StopRequest
 from tests.helpers.small_search import SPACE, make, write_files
@@ -150,6 +152,31 @@ def test_without_its_checkpoint_a_stopped_trial_is_trained_from_its_start(
     assert stop.trained == 5 + BATCHES
     assert last.user_attrs[REPORTS_BEFORE] == 0
     assert (last.value, last.intermediate_values) == (whole[0].value, whole[0].intermediate_values)
+
+
+@pytest.mark.parametrize("every", [4, 5])
+def test_a_search_that_was_stopped_often_equals_an_uninterrupted_one(files: Path, tmp_path: Path, every: int) -> None:
+    def search(run_dir: Path, stops: Sequence[int]) -> tuple[dict[int, tuple[Any, ...]], int]:
+        """What became of each parameter set; and how many trials were stopped."""
+        stop = StopAt(stops)
+        config = StudyConfig(6, SPACE, pruner=PrunerConfig("asha", 2, 1), sampler=SamplerConfig("random"))
+        study = open_study(run_dir, config, "minimize", Steps(2, 2), {})
+        objective = make(files, (stop,), request=stop.request, paused_dir=run_dir / CHECKPOINTS, n_trials=6)
+        while not run_study(study, objective, config, run_dir, request=stop.request).is_finished():
+            stop.request.signal = 0  # type: ignore[misc]
+        names = ("paused_at", "fold_scores", "fold_epochs")
+        found = {}
+        for number, (*_, last) in enumerate(attempts(study.trials).values()):
+            assert last.state in (TrialState.COMPLETE, TrialState.PRUNED)
+            known = [last.user_attrs.get(name) for name in names]
+            found[number] = (last.state, last.value, last.params, last.intermediate_values, known)
+        return found, sum(INTERRUPTED in trial.user_attrs for trial in study.trials)
+
+    expected, _ = search(tmp_path / "whole", [])
+    assert {one[0] for one in expected.values()} == {TrialState.COMPLETE, TrialState.PRUNED}
+    found, stopped = search(tmp_path / "stopped", range(every, 1000, every))
+    assert found == expected
+    assert stopped >= 3
 
 
 # ---------------------------------------------------------------------- the files
