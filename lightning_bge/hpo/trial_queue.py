@@ -65,6 +65,9 @@ FATE = (
     "fold",
     "epoch",
     "curve",
+    "nan",
+    "memory_kept",
+    *(f"oom_{name}" for name in ("where", "kind", "requested", "free", "text")),
 )
 # system attributes of a trial that the one that continues it does not take over, nor a trial what its draft has
 OF_DRAFTS = ("fixed_params", "tpe:", SETTLED_RUNGS)

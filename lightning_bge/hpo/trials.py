@@ -57,12 +57,11 @@ def deaths_in_a_row(tries: Sequence[FrozenTrial]) -> int:
     """How many workers have died at a parameter set since it last reported; interruptions do not count."""
     deaths = 0
     for trial in reversed(tries):
-        if INTERRUPTED in trial.user_attrs:
-            continue
         made = len(trial.intermediate_values) > trial.user_attrs.get(REPORTS_BEFORE, 0)
-        if WORKER_LOST not in trial.user_attrs or made:
+        interrupted = INTERRUPTED in trial.user_attrs
+        if made or not (interrupted or WORKER_LOST in trial.user_attrs):
             break
-        deaths += 1
+        deaths += not interrupted
     return deaths
 
 

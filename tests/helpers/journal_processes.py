@@ -6,13 +6,12 @@ import sys
 import optuna
 
 from lightning_bge.hpo.storage.journal import open_storage
-from lightning_bge.hpo.storage.workers import this_worker
 
 
-def start(code, path):
-    """Run the code in a process with the journal's path as its argument, and wait until it prints `ready`."""
+def start(code, *arguments):
+    """Run the code in a process, and wait until it prints `ready`."""
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "ready\n"
     return process
@@ -28,11 +27,3 @@ def finish(process):
 def create(path):
     """A study in a new journal."""
     return optuna.create_study(study_name="s", storage=open_storage(path), direction="maximize")
-
-
-def pretend(study, **changes):
-    """Leave a RUNNING trial with a changed record of its worker, and return its number."""
-    trial = study.ask()
-    trial.suggest_float("x", 0, 1)
-    trial.set_user_attr("worker", {**this_worker(), **changes})
-    return trial.number

@@ -17,6 +17,16 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_bge.hpo.space.search_space import is_drawn, parse_space, space_to_json
+from lightning_bge.hpo.storage.workers import Worker
+from lightning_bge.hpo.trials import (
+    ERROR,
+    PARAMETER_SET,
+    PAUSED_AT,
+    REPORTS_BEFORE,
+    RESUMES,
+    WORKER,
+    WORKER_LOST,
+)
 
 SPACE: dict[str, dict[str, Any]] = {
     "model.optimizer.lr": {"low": 1.0e-5, "high": 3.0e-4, "log": True},
@@ -30,6 +40,7 @@ SPACE: dict[str, dict[str, Any]] = {
 START = datetime(2026, 3, 2, 9, 0)
 TOTAL = 15  # 5 folds of 3 epochs
 RUNGS = (1, 4)
+_workers: list[Worker] = []  # those that live until this process ends
 
 
 class Unlocked(JournalFileBackend):
@@ -140,9 +151,9 @@ class Maker:
             oom = {"oom_where": "training", "oom_kind": "cuda", "oom_requested": 2 * 2**30, "oom_free": 2**29}
             return self.add(TrialState.PRUNED, drawn, 0, 0.2 * pace, oom)
         if luck < 0.010:
-            return self.add(TrialState.FAIL, drawn, 0, 0.4 * pace, {})
+            return self.add(TrialState.FAIL, drawn, 0, 0.4 * pace, {ERROR: "ValueError: a row has no label"})
         if luck < 0.014:
-            return self.add(TrialState.FAIL, drawn, 1, 1.4 * pace, {"swept": "process 4711 is gone"})
+            return self.add(TrialState.FAIL, drawn, 1, 1.4 * pace, {WORKER_LOST: "process 4711 on here is gone"})
         if luck < 0.018:
             return self.add(TrialState.PRUNED, drawn, 1, 1.1 * pace, {"nan": "nan", "pruned_at": 2})
         parent, done = {}, 0
@@ -154,17 +165,18 @@ class Maker:
             top = sorted(self.seen[rung], reverse=True)[: max(1, len(self.seen[rung]) // 4)]
             if drawn[2][rung - 1] >= top[-1] and self.rng.random() < 0.6:
                 continue
-            paused = {**parent, "paused_at": rung, "pruned_at": rung}
+            paused = {**parent, PAUSED_AT: rung, "pruned_at": rung}
             self.add(TrialState.PRUNED, drawn, rung, (rung - done) * pace, paused)
             if drawn[2][rung - 1] < top[-1]:
                 return None
-            first = parent.get("parameter_set", len(self.trials) - 1)
-            parent, done = {"resumes": len(self.trials) - 1, "parameter_set": first}, rung
+            last = len(self.trials) - 1
+            parent = {RESUMES: last, PARAMETER_SET: parent.get(PARAMETER_SET, last), REPORTS_BEFORE: rung}
+            done = rung
         return None
 
 
 def make_study(run_dir: Path, parameter_sets: int, seed: int = 0, workers: int = 1, running: bool = False) -> Path:
-    """Write the run folder of a made-up study of so many parameter sets."""
+    """Write the run folder of a made-up study of so many parameter sets; `running`: this process is its worker."""
     study, maker = new_study(run_dir, parameter_sets + 100 * running), Maker(seed, workers)
     for _ in range(parameter_sets):
         maker.one()
@@ -174,9 +186,16 @@ def make_study(run_dir: Path, parameter_sets: int, seed: int = 0, workers: int =
             trial.datetime_start, trial.datetime_complete = trial.datetime_start + late, trial.datetime_complete + late
         params, distributions = draw(maker.rng)
         drawn = (params, distributions, *draw_values(params, maker.rng), maker.seconds)
-        # a process of another host cannot be checked from here, so it counts as alive
-        worker = {"host": "another", "pid": 1, "start": "1", "boot": "b", "namespace": "n"}
+        _workers.append(Worker(run_dir).__enter__())
         start = datetime.now() - timedelta(minutes=7)
-        maker.add(TrialState.RUNNING, drawn, 4, 60, {"worker": worker}, datetime_start=start, datetime_complete=None)
+        maker.add(
+            TrialState.RUNNING,
+            drawn,
+            4,
+            60,
+            {WORKER: _workers[-1].record},
+            datetime_start=start,
+            datetime_complete=None,
+        )
     study.add_trials(maker.trials)
     return run_dir

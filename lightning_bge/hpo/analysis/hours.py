@@ -103,9 +103,11 @@ def time_left(
     Returns:
         None where nothing is running, no trial has ended, or the options do not have the number of trials.
     """
-    trials = study.get_trials(deepcopy=False)
-    running = [one for one in [*trials, *seed_replicates] if one.state == TrialState.RUNNING]
-    running = [trial for trial in running if loss_of(trial, run_dir) is None]
+    trials, replicates = (
+        [one for one in found if one.state != TrialState.RUNNING or loss_of(one, run_dir) is None]
+        for found in (study.get_trials(deepcopy=False), seed_replicates)
+    )
+    running = [trial for trial in [*trials, *replicates] if trial.state == TrialState.RUNNING]
     n_trials = options.get("n_trials")
     if not running or n_trials is None:
         return None
@@ -118,5 +120,5 @@ def time_left(
         n_seeds=StudyConfig(n_trials=n_trials, seed_replicates=options.get("seed_replicates")).n_seed_replicates,
         refit=bool(options.get("refit", True)),
     )
-    n_replicated = sum(trial.state in FINISHED for trial in seed_replicates)
+    n_replicated = sum(trial.state in FINISHED for trial in replicates)
     return estimate_end(trials, search, len(running), datetime.now(), n_replicated)

@@ -1,6 +1,6 @@
 """The rules of asynchronous successive halving: who pauses, who is resumed next, and who can never be resumed.
 
-One state machine, without Optuna, torch or a clock. A study runs it (`AshaPruner`, `AshaScheduler`); the preview, the
+One state machine, without Optuna, torch or a clock. A study runs it (`AshaPruner`, `StudyQueue`); the preview, the
 time left, the replay of recorded searches and `lightning-bge plan` run it too (`hpo.forecast`).
 """
 

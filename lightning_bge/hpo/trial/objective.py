@@ -1,6 +1,7 @@
 """What a trial does: train and validate the model on each fold, report to the study, and clean up however it ends."""
 
 import logging
+import math
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -93,13 +94,18 @@ class StopOnRequest(Callback):
     def __init__(self, request: StopRequest, save: Callable[[Trainer], None] | None = None) -> None:
         self.request, self.save = request, save
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        """A batch was trained."""
-        self._stop(trainer)
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A batch was trained. Where its validation follows, that comes first: Lightning would not make it up."""
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if not (last or (batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0):
+            self._stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The validation was reported; the callbacks before this one have ended the trial if it was to end."""
-        self._stop(trainer)
+        if not trainer.sanity_checking:
+            self._stop(trainer)
 
     def _stop(self, trainer: Trainer) -> None:
         if self.request.signal:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import optuna
@@ -12,6 +12,8 @@ from lightning_bge.hpo.analysis.hours import StudyClock, best_over_hours, hours_
 from lightning_bge.hpo.analysis.journal import load_study
 from lightning_bge.hpo.forecast.eta import Eta
 from lightning_bge.hpo.steps import Report
+from lightning_bge.hpo.storage.workers import Worker
+from lightning_bge.hpo.trials import WORKER
 from tests.helpers.made_study import START, make_study, new_study
 from tests.helpers.past_study import complete, options_of, past, study_of
 
@@ -60,7 +62,7 @@ def test_hours_saved_are_the_missing_steps_at_the_seconds_per_step_of_each_trial
 def left(run_dir: Path) -> Eta | None:
     loaded = load_study(run_dir)
     assert loaded is not None
-    return time_left(*loaded, options_of(run_dir))
+    return time_left(*loaded, options_of(run_dir), run_dir)
 
 
 def test_the_time_left_is_known_when_something_runs_and_something_has_ended(tmp_path: Path) -> None:
@@ -71,5 +73,29 @@ def test_the_time_left_is_known_when_something_runs_and_something_has_ended(tmp_
     (tmp_path / "running" / "config.yaml").write_text("hpo: {}")
     assert left(tmp_path / "running") is None
     study = new_study(tmp_path / "first", 5)
-    study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={"worker": {"host": "another"}}))
-    assert left(tmp_path / "first") is None
+    with Worker(tmp_path / "first") as worker:
+        study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={WORKER: worker.record}))
+        assert left(tmp_path / "first") is None
+
+
+def test_trials_of_workers_that_are_gone_are_left_to_be_done_by_those_that_live(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    study = new_study(run_dir, 20)
+    (run_dir / "config.yaml").write_text("hpo: {n_trials: 20, pruner: {name: none}, refit: false}")
+    for number in range(8):
+        trial = create_trial(value=0.5, intermediate_values=dict.fromkeys(range(1, 16), 0.5))
+        trial.datetime_start = START + timedelta(hours=number)
+        trial.datetime_complete = START + timedelta(hours=number + 1)
+        study.add_trial(trial)
+    gone = create_trial(state=TrialState.RUNNING, user_attrs={WORKER: {"id": "gone", "host": "here", "pid": 7}})
+    gone.datetime_start = datetime.now() - timedelta(hours=1)
+    with Worker(run_dir) as worker:
+        study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={WORKER: worker.record}))
+        before = left(run_dir)
+        for _ in range(3):
+            study.add_trial(gone)
+        after = left(run_dir)
+    assert before is not None
+    assert after is not None
+    assert after.mid == pytest.approx(before.mid, rel=0.05)
+    assert left(run_dir) is None

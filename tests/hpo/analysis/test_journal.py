@@ -6,11 +6,11 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.analysis.journal import load_study
-from tests.helpers.made_study import journal_of, make_study
+from tests.helpers.made_study import journal_of, make_study, new_study
 from tests.helpers.past_study import history_at
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -54,6 +54,26 @@ def test_a_folder_that_was_renamed_is_read(tmp_path: Path) -> None:
     make_study(tmp_path / "before", 5)
     (tmp_path / "before").rename(tmp_path / "after")
     assert len(history_at(tmp_path / "after").trials) >= 5
+
+
+def test_the_last_study_of_a_journal_is_read_with_its_own_seed_replicates(tmp_path: Path) -> None:
+    """A changed search space begins another study."""
+    study = new_study(tmp_path / "run", 5)
+    storage = journal_of(tmp_path / "run")
+    optuna.create_study(storage=storage, study_name="run-seed-replicates").add_trial(create_trial(value=0.1))
+    later = optuna.create_study(storage=storage, study_name="run-space-2", direction="maximize")
+    for name, value in study.user_attrs.items():
+        later.set_user_attr(name, value)
+    later.add_trial(create_trial(value=0.5))
+    loaded = load_study(tmp_path / "run")
+    assert loaded is not None
+    assert (loaded[0].study_name, [trial.value for trial in loaded[0].trials], loaded[1]) == ("run-space-2", [0.5], [])
+    replicates = optuna.create_study(storage=storage, study_name="run-space-2-seed-replicates")
+    replicates.add_trial(create_trial(value=0.2))
+    loaded = load_study(tmp_path / "run")
+    assert loaded is not None
+    assert loaded[0].study_name == "run-space-2"
+    assert [trial.value for trial in loaded[1]] == [0.2]
 
 
 def test_the_made_up_journal_is_one_of_optuna(tmp_path: Path) -> None:

@@ -14,16 +14,15 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.forecast import eta as module
 from lightning_bge.hpo.forecast.eta import Eta, SearchOptions, _n_best, estimate_end
 from lightning_bge.hpo.forecast.recording import Curve, Recording
 from lightning_bge.hpo.forecast.replay import replay_pruned
 from lightning_bge.hpo.progress import Progress
-from lightning_bge.hpo.pruning.asha_trials import PARAMETER_SET, PAUSED_AT, RESUMES, parameter_set_of
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
 from lightning_bge.hpo.pruning.halving import Halving, rung_steps
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.trials import PARAMETER_SET, PAUSED_AT, REPORTS_BEFORE, RESUMES, parameter_set_of
 from tests.helpers.paths import CURVES
 
 START = datetime(2026, 1, 1)
@@ -46,7 +45,7 @@ class Machine:
             state=TrialState.COMPLETE if complete else TrialState.PRUNED,
             value=curve.value if complete else curve.values[end - 1],
             intermediate_values={step + 1: curve.values[step] for step in range(end)},
-            user_attrs={"worker": {"host": "h", "pid": 1}, "curve": [reports], **attributes},
+            user_attrs={"worker": {"id": "h-1", "host": "h", "pid": 1}, "curve": [reports], **attributes},
         )
         trial.number, trial.datetime_start = len(self.trials), self.now
         self.now += timedelta(seconds=OUTSIDE + sum(curve.seconds[start:end]))
@@ -79,7 +78,9 @@ def searched(recording: Recording, order: Sequence[int], rungs: Sequence[int], f
         if complete:
             halving.complete()
         start = 0 if before is None else len(before.intermediate_values)
-        resumed = {} if before is None else {RESUMES: before.number, PARAMETER_SET: parameter_set_of(before)}
+        resumed = {}
+        if before is not None:
+            resumed = {RESUMES: before.number, PARAMETER_SET: parameter_set_of(before), REPORTS_BEFORE: start}
         end = paused.get(PAUSED_AT, len(curve.values))
         latest[number] = machine.ran(curve, start, end, complete, **resumed, **paused)
 
@@ -177,19 +178,6 @@ def test_few_trials_of_a_long_search_have_seed_replicates() -> None:
     assert _n_best((), SearchOptions(PrunerConfig(), 30, Steps(5, 10))) == 1
     assert _n_best(made(8), SearchOptions(PrunerConfig("none"), 2000, Steps(2, 2))) == 5
     assert _n_best(made(3), SearchOptions(PrunerConfig("none"), 3, Steps(2, 2))) == 3
-
-
-def test_a_worker_that_died_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    trials, now = made(8, workers=2), START + timedelta(seconds=40)
-    running = create_trial(state=TrialState.RUNNING, user_attrs={"worker": {"host": "here", "pid": 1}})
-    running.number, running.datetime_start = 8, now
-    alone = estimate_end([*trials], SearchOptions(PrunerConfig("none"), 20, Steps(2, 2)), 1, now)
-    monkeypatch.setattr(module, "death_of", lambda trial: "process 1 is gone")
-    dead = estimate_end([*trials, running], SearchOptions(PrunerConfig("none"), 20, Steps(2, 2)), 1, now)
-    assert alone is not None
-    assert dead is not None
-    assert dead.mid == pytest.approx(alone.mid, rel=0.03)
-    assert running.state == TrialState.RUNNING
 
 
 def test_what_runs_is_counted_by_what_it_has_still_to_do() -> None:

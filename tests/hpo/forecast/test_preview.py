@@ -14,11 +14,11 @@ from optuna.trial import TrialState
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.forecast.preview import describe_pruner, forecast, sample_curves
-from lightning_bge.hpo.pruning.asha_trials import PAUSED_AT
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner, startup_trials
 from lightning_bge.hpo.pruning.pruners import FoldWilcoxonPruner
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.trials import PAUSED_AT
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 TRIALS = 60

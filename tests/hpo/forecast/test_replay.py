@@ -11,16 +11,18 @@ import pytest
 from optuna.pruners import NopPruner
 from optuna.trial import TrialState
 
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.forecast.preview import sample_curves
 from lightning_bge.hpo.forecast.recording import Curve, Recording, record_study
 from lightning_bge.hpo.forecast.replay import policy_of, replay_asha, replay_pruned
 from lightning_bge.hpo.pruning.asha import AshaPruner
-from lightning_bge.hpo.pruning.asha_scheduler import AshaScheduler
-from lightning_bge.hpo.pruning.asha_trials import PAUSED_AT, RESUMES, parameter_set_of
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
 from lightning_bge.hpo.pruning.halving import rung_steps
+from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.steps import Steps
+from tests.helpers.curve_objective import SPACE, CurveObjective
 from tests.helpers.plain_halving import plain_halving
+from tests.helpers.study_run import run_study
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 STEPS = Steps(3, 2, 2)
@@ -105,32 +107,8 @@ def test_nans_in_a_replay_of_asha_end_trials_as_in_a_study(tmp_path: Path) -> No
     recording = Recording("n", "maximize", 1, 6, 1, {}, trials)
     run = replay_asha(recording, [1, 3], 2, range(8))
     study = optuna.create_study(direction="maximize", pruner=AshaPruner([1, 3], 2), study_name="s")
-    scheduler = AshaScheduler(study.pruner, 8, tmp_path)
-    points: list[int] = []
-
-    def objective(trial: optuna.Trial) -> float:
-        frozen = study.get_trials(deepcopy=False)[trial.number]
-        if parameter_set_of(frozen) not in points:
-            points.append(parameter_set_of(frozen))
-        row = rows[points.index(parameter_set_of(frozen))]
-        parent = trial.user_attrs.get(RESUMES)
-        start = 0 if parent is None else study.trials[parent].last_step
-        for step, value in enumerate(row, start=1):
-            if value != value:
-                trial.set_user_attr("nan", "nan")
-                raise optuna.TrialPruned
-            trial.report(value, step)
-            if start < step < 6 and trial.should_prune():
-                trial.set_user_attr(PAUSED_AT, step)
-                raise optuna.TrialPruned
-        return row[-1]
-
-    scheduler(study)
-    study.optimize(objective, callbacks=[scheduler])
-    made = [0] * 8
-    for trial in study.trials:
-        at = points.index(parameter_set_of(trial))
-        made[at] = (trial.last_step or 0) + ("nan" in trial.user_attrs)
-    assert run.steps == tuple(made)
+    objective = CurveObjective(rows)
+    run_study(study, objective, StudyConfig(8, SPACE, sampler=SamplerConfig("random")), tmp_path)
+    assert run.steps == tuple(objective.steps_made(study.trials))
     done = [trial.value for trial in study.trials if trial.state is TrialState.COMPLETE]
     assert [value for _, value in run.found] == done

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from lightning_bge.hpo.pruning.asha_trials import (
+from lightning_bge.hpo.pruning.asha_trials import paused_parameter_sets, read_halving, standings
+from lightning_bge.hpo.trials import (
+    ERROR,
+    INTERRUPTED,
     PARAMETER_SET,
     PAUSED_AT,
     RESUMES,
-    any_queued,
+    WORKER_LOST,
     ended_parameter_sets,
     latest_trials,
-    not_resumable,
     parameter_set_of,
-    read_halving,
-    resume,
     resumed_numbers,
-    standings,
 )
 
 PAUSED = {PAUSED_AT: 1}
@@ -58,7 +56,7 @@ def test_the_trials_of_one_parameter_set_count_as_one() -> None:
     assert {number: trial.number for number, trial in latest_trials(trials).items()} == {0: 3, 1: 1}
     assert resumed_numbers(trials) == {0, 2}
     assert ended_parameter_sets(trials) == 2
-    assert not_resumable(trials) == {0}
+    assert paused_parameter_sets(trials) == {1}
 
 
 @pytest.mark.parametrize(
@@ -73,16 +71,24 @@ def test_the_trials_of_one_parameter_set_count_as_one() -> None:
 )
 def test_only_a_paused_parameter_set_can_be_resumed(state: TrialState, attributes: dict[str, Any], can: bool) -> None:
     trials = trials_of((state, [0.5], attributes))
-    assert (not_resumable(trials) == set()) is can
+    assert paused_parameter_sets(trials) == ({0} if can else set())
     assert read_halving(trials, (1,), 1, 1.0).next_resumed() == (0 if can else None)
 
 
-def test_a_parameter_set_that_fails_three_times_after_it_was_resumed_is_given_up() -> None:
-    failed = (TrialState.FAIL, [0.5], resumed(0, swept="process 1 is gone"))
-    interrupted = (TrialState.FAIL, [0.5], resumed(0, swept="interrupted: SystemExit"))
-    paused = (TrialState.PRUNED, [0.5], PAUSED)
-    assert not_resumable(trials_of(paused, failed, failed, interrupted)) == set()
-    assert not_resumable(trials_of(paused, failed, failed, failed)) == {0}
+@pytest.mark.parametrize(
+    "why",
+    [{WORKER_LOST: "process 1 is gone"}, {INTERRUPTED: "SIGTERM"}, {WORKER_LOST: "process 1 is gone", ERROR: "3"}],
+)
+def test_a_parameter_set_that_failed_after_it_was_resumed_is_not_resumed_but_keeps_its_place(
+    why: dict[str, str],
+) -> None:
+    paused, failed = (TrialState.PRUNED, [0.5], PAUSED), (TrialState.FAIL, [0.5, 0.9], resumed(0, **why))
+    trials = trials_of(paused, failed)
+    assert paused_parameter_sets(trials) == set()
+    assert standings(trials, (1, 2), 1.0) == {0: {0: 0.5}}
+    again = trials_of(paused, failed, (TrialState.PRUNED, [0.5, 0.6], resumed(0, **{PAUSED_AT: 2})))
+    assert paused_parameter_sets(again) == {0}
+    assert read_halving(again, (1, 2), 1, 1.0).next_resumed() == 0
 
 
 def test_a_parameter_set_can_be_left_out_of_the_state() -> None:
@@ -90,17 +96,3 @@ def test_a_parameter_set_can_be_left_out_of_the_state() -> None:
     assert read_halving(trials, (1,), 2, 1.0).next_resumed() == 1
     assert read_halving(trials, (1,), 1, 1.0, without=1).next_resumed() == 0
     assert len(read_halving(trials, (1,), 1, 1.0, without=1).ranking[0]) == 1
-
-
-def test_a_resumed_trial_has_the_parameters_and_the_number_of_the_paused_one() -> None:
-    study = optuna.create_study()
-    trial = study.ask()
-    value = trial.suggest_float("x", 0.0, 1.0)
-    trial.set_user_attr(PAUSED_AT, 4)
-    study.tell(trial, state=TrialState.PRUNED)
-    resume(study, study.trials[0], (1, 4, 16))
-    assert any_queued(study.trials)
-    other = study.ask()
-    assert other.suggest_float("x", 0.0, 1.0) == value
-    assert other.user_attrs == {RESUMES: 0, PARAMETER_SET: 0, "settled_rungs": 2}
-    assert not any_queued(study.trials)

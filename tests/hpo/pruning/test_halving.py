@@ -8,12 +8,14 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.asha import AshaPruner
-from lightning_bge.hpo.pruning.asha_scheduler import AshaScheduler
-from lightning_bge.hpo.pruning.asha_trials import PAUSED_AT, RESUMES, parameter_set_of
 from lightning_bge.hpo.pruning.halving import Halving, rung_steps
+from lightning_bge.hpo.space.draw import SamplerConfig
+from tests.helpers.curve_objective import SPACE, CurveObjective, Decision
+from tests.helpers.study_run import run_study
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 Standings = Mapping[int, Mapping[int, float]]  # parameter set -> rung -> value there, higher is better
@@ -126,9 +128,6 @@ def test_each_decision_equals_a_plain_version(seed: int) -> None:
     assert resumed > 40
 
 
-Decision = tuple[str, int, int]  # what was decided, about which parameter set, at which rung
-
-
 def machine_decisions(curves: list[list[float]], steps: tuple[int, ...], factor: int) -> list[Decision]:
     """Drive the state machine alone, on one worker."""
     halving, found, started = Halving(len(steps), factor), [], 0
@@ -159,39 +158,9 @@ def test_a_real_study_decides_as_the_state_machine_does(tmp_path: Path, seed: in
     draw, steps, factor = random.Random(seed), (1, 3), 3
     # coarse values, so that some are equal
     curves = [[round(draw.random() + 0.1 * step, 1) for step in range(9)] for _ in range(40)]
-    expected = machine_decisions(curves, steps, factor)
-    sign = 1.0 if direction == "maximize" else -1.0
     study = optuna.create_study(direction=direction, pruner=AshaPruner(steps, factor), study_name="s")
-    scheduler = AshaScheduler(AshaPruner(steps, factor), len(curves), tmp_path / "paused")
-    found: list[Decision] = []
-    numbers: list[int] = []  # of the parameter sets' first trials
-
-    def objective(trial: optuna.Trial) -> float:
-        first, paused = parameter_set_of(frozen(study, trial.number)), trial.user_attrs.get(RESUMES)
-        if paused is None:
-            numbers.append(first)
-        number, start = numbers.index(first), 0 if paused is None else frozen(study, paused).last_step
-        assert start is not None
-        found.append(("resume", number, steps.index(start)) if start else ("start", number, 0))
-        for step, value in enumerate(curves[number], start=1):
-            trial.report(sign * value, step)
-            if start < step < len(curves[number]):
-                pauses = trial.should_prune()
-                if step in steps:
-                    found.append(("pause" if pauses else "train on", number, steps.index(step)))
-                assert step in steps or not pauses
-                if pauses:
-                    trial.set_user_attr(PAUSED_AT, step)
-                    raise optuna.TrialPruned
-        found.append(("complete", number, len(steps)))
-        return sign * curves[number][-1]
-
-    scheduler(study)
-    study.optimize(objective, callbacks=[scheduler])
-    assert found == expected
-    assert {kind for kind, _, _ in found} == {"start", "pause", "train on", "resume", "complete"}
+    objective = CurveObjective(curves, 1.0 if direction == "maximize" else -1.0)
+    run_study(study, objective, StudyConfig(40, SPACE, sampler=SamplerConfig("random")), tmp_path)
+    assert objective.decisions == machine_decisions(curves, steps, factor)
+    assert {kind for kind, _, _ in objective.decisions} == {"start", "pause", "train on", "resume", "complete"}
     assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) > 1
-
-
-def frozen(study: optuna.Study, number: int) -> FrozenTrial:
-    return study.get_trials(deepcopy=False)[number]

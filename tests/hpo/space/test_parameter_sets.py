@@ -12,10 +12,13 @@ from optuna.trial import TrialState
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.parameter_sets import complete_parameter_set, parameter_sets_to_check, parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, parse_space, suggest
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.study import open_study, run_study
+from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.trials import ENQUEUED
+from tests.helpers.study_run import run_study
 
 RAW: dict[str, Any] = {
     "alpha": {"low": 1.0, "high": 4.0, "when": {"lora": True, "model": ["base", "large"]}},
@@ -121,20 +124,20 @@ def test_mistakes_name_parameter_set_and_parameter(space: Space, enqueued: Any, 
 # ---------------------------------------------------------------------- in a study
 
 
-def run(folder: Path, trials: int, enqueued: list[dict[str, Any]], sampler: Any = "tpe") -> optuna.Study:
+def run(folder: Path, trials: int, enqueued: list[dict[str, Any]], sampler: str = "tpe") -> optuna.Study:
     config = StudyConfig(
-        n_trials=trials, space=RAW, enqueue=enqueued, pruner=PrunerConfig(name="none"), sampler=sampler
+        n_trials=trials, space=RAW, enqueue=enqueued, pruner=PrunerConfig(name="none"), sampler=SamplerConfig(sampler)
     )
     study = open_study(folder, config, "maximize", Steps(1, 1), {})
 
     def objective(trial: optuna.Trial) -> float:
         return float(suggest(trial, parse_space(RAW))["length"])
 
-    run_study(study, objective, config, "f1", 1)
+    run_study(study, objective, config, folder, enqueued=parse_enqueued(enqueued, parse_space(RAW)))
     return study
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
 def test_enqueued_are_tried_first_and_what_they_leave_out_is_drawn(tmp_path: Path, sampler: str) -> None:
     enqueued = [{"length": 48, "model": "small"}, {"lora": True, "model": "base", "alpha": 2}]
     study = run(tmp_path, 15, enqueued, sampler)
@@ -143,7 +146,8 @@ def test_enqueued_are_tried_first_and_what_they_leave_out_is_drawn(tmp_path: Pat
     assert first.params.keys() == {"length", "model", "lora"}
     assert second.params.items() >= enqueued[1].items()
     assert second.params["length"] in (32, 48, 64)
-    assert not any("enqueued" in trial.user_attrs for trial in others)
+    assert first.user_attrs[ENQUEUED] == enqueued[0]
+    assert not any(ENQUEUED in trial.user_attrs for trial in others)
     assert len(others) == 13
 
 
@@ -151,15 +155,22 @@ def test_a_study_that_goes_on_tries_only_new_enqueued(tmp_path: Path) -> None:
     enqueued = [{"length": 48}, {"length": 64}]
     run(tmp_path, 1, enqueued)
     study = run(tmp_path, 1, enqueued)
-    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.WAITING]
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE]
     study = run(tmp_path, 4, [{"length": 32}, *reversed(enqueued)])
-    assert [trial.params["length"] for trial in study.trials[:3]] == [48, 64, 32]
-    assert ["enqueued" in trial.user_attrs for trial in study.trials] == [True, True, True, False]
+    assert [trial.params["length"] for trial in study.trials[:3]] == [48, 32, 64]
+    assert [ENQUEUED in trial.user_attrs for trial in study.trials] == [True, True, True, False]
 
 
-def test_wrong_enqueued_and_spaces_leave_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="width is not searched"):
-        run(tmp_path, 1, [{"width": 1}])
+def test_an_enqueued_parameter_set_that_was_drawn_before_is_not_tried_once_more(tmp_path: Path) -> None:
+    drawn = run(tmp_path, 3, [], "random").trials[1].params
+    study = run(tmp_path, 4, [drawn, {"length": 48}], "random")
+    assert [trial.user_attrs.get(ENQUEUED) for trial in study.trials] == [None, None, None, {"length": 48}]
+
+
+def test_a_wrong_space_leaves_nothing(tmp_path: Path) -> None:
+    config = StudyConfig(n_trials=1, space={"length": {"low": 64, "high": 32}})
+    with pytest.raises(ConfigError, match="length"):
+        open_study(tmp_path / "run", config, "maximize", Steps(1, 1), {})
     assert not list(tmp_path.iterdir())
 
 

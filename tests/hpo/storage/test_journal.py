@@ -15,7 +15,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo.storage.journal import JournalLock, open_storage
+from lightning_bge.hpo.storage import journal as module
+from lightning_bge.hpo.storage.journal import JournalLock, boot_id, open_storage
 from tests.helpers.journal_processes import create, finish, start
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -133,6 +134,30 @@ def test_lock_of_others_is_waited_for(journal, kind, monkeypatch):
     monkeypatch.setattr(time, "sleep", release)
     open_storage(journal)
     assert len(waited) == 1
+
+
+def test_without_a_boot_id_every_lock_is_waited_for(journal, monkeypatch):
+    """As on macOS and Windows."""
+    create(journal)
+    real = module.Path
+    monkeypatch.setattr(module, "Path", lambda path: real(str(path).replace("/proc/", "/no-proc/")))
+    boot_id.cache_clear()
+    try:
+        assert boot_id() is None
+        lock = f"{journal}.lock"
+        with open(lock, "w"):
+            pass
+        waited = []
+
+        def release(seconds):
+            waited.append(seconds)
+            os.unlink(lock)
+
+        monkeypatch.setattr(time, "sleep", release)
+        assert open_storage(journal).get_all_studies()[0].study_name == "s"
+        assert len(waited) == 1
+    finally:
+        boot_id.cache_clear()
 
 
 def test_lock_excludes_and_must_be_held_to_be_released(journal):

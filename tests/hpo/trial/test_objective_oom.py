@@ -16,10 +16,12 @@ from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.data.batches.micro_batches import EncodedDataset
 from lightning_bge.data.tables.splits import SplitConfig
 from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.study import MemoryKeptError, run_study
 from lightning_bge.hpo.trial.objective import Objective, TrialFiles, TrialSetup
+from lightning_bge.hpo.trial_loop import MemoryKeptError
+from lightning_bge.hpo.trials import ERROR
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import TextClassifier
 from lightning_bge.models.encoder_cache import EncoderCache
@@ -29,6 +31,7 @@ from lightning_bge.runtime.memory import live_bytes
 from lightning_bge.trainer import quiet_trainer
 from tests.helpers.small_models import small_model
 from tests.helpers.small_search import small_data, write_files
+from tests.helpers.study_run import run_study
 
 SPACE = {"lr": {"low": 1e-4, "high": 1e-2, "log": True}}
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15 GiB of which 1.00 GiB is free."
@@ -69,8 +72,9 @@ def search(folder: Path, compiling: CompileConfig = EAGER, trials: int = 3) -> o
         n_trials=trials,
         compile=compiling,
     )
-    study = optuna.create_study(direction="minimize", sampler=optuna.samplers.RandomSampler(seed=1), study_name="s")
-    run_study(study, objective, StudyConfig(n_trials=trials, space=SPACE), "loss", 4)
+    study = optuna.create_study(direction="minimize", study_name="s")
+    config = StudyConfig(n_trials=trials, space=SPACE, sampler=SamplerConfig("random", seed=1))
+    run_study(study, objective, config, folder)
     return study
 
 
@@ -173,12 +177,20 @@ def test_always_and_the_trial_is_pruned(folder: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_other_errors_come_out(folder: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_other_errors_end_the_trial_with_their_text_and_the_study_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     fault = Fault(lambda: RuntimeError("shape mismatch"), times=1)
-    config = inject(monkeypatch, place, fault)
-    with pytest.raises(Exception, match="shape mismatch") as caught:
-        search(folder, config)
-    assert isinstance(caught.value, RuntimeError)
+    study = search(folder, inject(monkeypatch, place, fault))
+    [failed] = [trial for trial in study.trials if trial.state == TrialState.FAIL]
+    assert failed.number == fault.trial
+    kind, says = ("BackendCompilerFailed", "") if place == "compile" else ("RuntimeError", "shape mismatch")
+    assert failed.user_attrs[ERROR].startswith(f"{kind}: ")
+    assert says in failed.user_attrs[ERROR]  # its first line
+    assert [trial.state for trial in study.trials].count(TrialState.COMPLETE) == 3
+    text = (folder / "failures" / f"s-trial-{fault.trial}.txt").read_text()
+    assert "Traceback" in text
+    assert "shape mismatch" in text
 
 
 def test_live_bytes_are_as_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
