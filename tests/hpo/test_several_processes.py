@@ -31,7 +31,7 @@ def run_processes(run_dir: Path, count: int, **options: Any) -> optuna.Study:
     for process in processes:
         process.stdin.write("\n")  # type: ignore[union-attr]
         process.stdin.flush()  # type: ignore[union-attr]
-    made = [int(process.communicate(timeout=120)[0]) for process in processes]
+    made = [int(process.communicate(timeout=120)[0].split()[-1]) for process in processes]
     assert all(process.returncode == 0 for process in processes)
     [study] = open_storage(run_dir / "journal.log").get_all_studies()
     found = optuna.load_study(study_name=study.study_name, storage=open_storage(run_dir / "journal.log"))

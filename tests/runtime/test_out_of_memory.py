@@ -106,7 +106,16 @@ def test_fit_goes_on_with_smaller_micro_batches_to_the_same_weights(folder: Path
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS binds on Linux alone")
 def test_a_search_prunes_what_cannot_fit_and_keeps_nothing_of_it(folder: Path) -> None:
     space = {"data.max_length": {"choices": [16, LONGEST]}, "model.optimizer.lr": {"low": 1e-4, "high": 1e-2}}
-    asked = ["--hpo.n_trials", "8", "--hpo.space", json.dumps(space), "--hpo.sampler", "random", "--hpo.refit", "false"]
+    asked = [
+        "--hpo.n_trials",
+        "8",
+        "--hpo.space",
+        json.dumps(space),
+        "--hpo.sampler.name",
+        "random",
+        "--hpo.refit",
+        "false",
+    ]
     more = ["--data.split.folds", "2", "--trainer.max_epochs", "1", "--hpo.pruner.name", "none"]
     done = run(folder, 800, "hpo", *settings(folder, "study"), *asked, *more)
     assert done.returncode == 0, done.stderr

@@ -134,7 +134,9 @@ def _pruner_flags(now: PrunerConfig, name: str) -> str:
     """The flags that set a pruner with its default options: those that are not default now are reset."""
     flags = [f"--hpo.pruner.name {name}"]
     for option in fields(now):
-        if option.name != "name" and getattr(now, option.name) != option.default:
+        if option.name == "init_args" and now.init_args:
+            flags.append("--hpo.pruner.init_args '{}'")
+        elif option.name not in ("name", "init_args") and getattr(now, option.name) != option.default:
             flags.append(f"--hpo.pruner.{option.name} {'null' if option.default is None else option.default}")
     return " ".join(flags)
 

@@ -64,7 +64,7 @@ class MicroBatchSizes:
         _known[key] = found
         if self.folder is not None:
             try:
-                with FileLock(create_run_dir(self.folder) / "lock", mode=0o600):
+                with FileLock(create_run_dir(self.folder).with_suffix(".lock"), mode=0o600):
                     smallest = min(found, self._read(key) or found)
                     write_json(self.folder / f"{key}.json", smallest._asdict())
             except OSError as error:

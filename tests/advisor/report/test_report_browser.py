@@ -20,8 +20,8 @@ from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.study_queue import StudyQueue
 from lightning_bge.hpo.trial_loop import run_trials
-from lightning_bge.hpo.trial_queue import StudyQueue
 from lightning_bge.runtime.run_folder import write_json
 from lightning_bge.runtime.stop import StopRequest
 from tests.helpers.audit_sample import AUDIT

@@ -9,7 +9,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo.analysis.journal import load_study
+from lightning_bge.hpo.analysis.journal import TAKEN_OVER, load_study
 from tests.helpers.made_study import journal_of, make_study, new_study
 from tests.helpers.past_study import history_at
 
@@ -64,6 +64,10 @@ def test_the_last_study_of_a_journal_is_read_with_its_own_seed_replicates(tmp_pa
     later = optuna.create_study(storage=storage, study_name="run-space-2", direction="maximize")
     for name, value in study.user_attrs.items():
         later.set_user_attr(name, value)
+    loaded = load_study(tmp_path / "run")
+    assert loaded is not None
+    assert loaded[0].study_name == "run"  # until all trials are taken over
+    later.set_user_attr(TAKEN_OVER, True)
     later.add_trial(create_trial(value=0.5))
     loaded = load_study(tmp_path / "run")
     assert loaded is not None

@@ -218,7 +218,10 @@ def test_a_pruner_that_could_never_prune_is_refused(config, n_trials, n_reports,
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"name": "sha"}, "expected one of asha, hyperband, median, percentile, wilcoxon, none, got 'sha'"),
+        (
+            {"name": "sha"},
+            "expected one of asha, hyperband, median, percentile, wilcoxon, none, or the path of a class .*got sha",
+        ),
         ({"reduction_factor": 1}, "at least 2"),
         ({"min_resource": 0}, "at least 1"),
         ({"patience": -1}, "patience"),

@@ -23,8 +23,9 @@ from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.storage.workers import Worker
+from lightning_bge.hpo.study_queue import StudyQueue
 from lightning_bge.hpo.trial.checkpoint import STATE, save_trial
-from lightning_bge.hpo.trial_queue import CHECKPOINTS, StudyQueue
+from lightning_bge.hpo.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.trials import (
     ERROR,
     INTERRUPTED,
