@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class StudyQueue(TrialQueue):
     ) -> None:
         super().__init__(study, worker, config, run_dir, run_dir / CHECKPOINTS)
         self.end = StudyEnd(study) if config.terminator else None
+        self._keys: dict[int, Any] = {}  # of each parameter set
         self._known: tuple[Tries, Halving] | None = None  # computed once for each look at the trials
         self.space, self.enqueued, self.size = space, [dict(values) for values in enqueued], space_size(space)
 
@@ -144,7 +145,10 @@ class StudyQueue(TrialQueue):
 
     def _new(self, tries: Tries) -> tuple[optuna.Trial | None, bool]:
         """Begin a parameter set that the study has not; the second value is false where it is to be called again."""
-        taken = {key_of(made[0].params): number for number, made in tries.by_set.items()}
+        for number, made in tries.by_set.items():
+            if number not in self._keys:
+                self._keys[number] = key_of(made[0].params)
+        taken = {self._keys[number] for number in tries.by_set}
         waiting = next((trial for trial in tries.trials if trial.state == TrialState.WAITING), None)
         if waiting is not None:
             given = {**waiting.system_attrs.get("fixed_params", {}), **waiting.params}
@@ -156,7 +160,7 @@ class StudyQueue(TrialQueue):
             self.config.sampler,
             seen=one_trial_each(tries.trials),
             ordinal=len(tries.by_set),
-            taken=taken.keys(),
+            taken=taken,
             given=given,
         )
         if waiting is not None:
@@ -171,13 +175,11 @@ class StudyQueue(TrialQueue):
             return None, True
         return self.start(found, {ENQUEUED: given} if given else {}), True
 
-    def _not_tried(self, tries: Tries, taken: Mapping[Any, int]) -> Iterator[dict[str, Any]]:
+    def _not_tried(self, tries: Tries, taken: Collection[Any]) -> Iterator[dict[str, Any]]:
         """The parameter sets of `hpo.enqueue` that the study has not."""
-        known = [trial.user_attrs.get(ENQUEUED) for trial in tries.trials]
-        for values in self.enqueued:
-            complete = [key for key in taken if set(key_of(values)) == set(key)]
-            if values not in known and not complete:
-                yield values
+        if self.enqueued:
+            known = [trial.user_attrs.get(ENQUEUED) for trial in tries.trials]
+            yield from (values for values in self.enqueued if values not in known and key_of(values) not in taken)
 
     def _take_waiting(self, waiting: FrozenTrial, found: FrozenTrial | None) -> tuple[optuna.Trial | None, bool]:
         """Begin a trial that another program has queued, such as with `Study.enqueue_trial`."""

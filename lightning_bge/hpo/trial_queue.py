@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS
 from lightning_bge.hpo.storage.workers import Worker, end_lost_trials, living_workers
 from lightning_bge.hpo.trial.checkpoint import SavedTrial
 from lightning_bge.hpo.trials import (
+    ENDED,
     ERROR,
     INTERRUPTED,
     PARAMETER_SET,
@@ -85,20 +87,25 @@ class Tries:
     trials: Sequence[FrozenTrial]
     by_set: Mapping[int, list[FrozenTrial]]
 
-    @property
+    @cached_property
+    def _unsettled(self) -> list[list[FrozenTrial]]:
+        """The attempts at the parameter sets whose last one has not ended by itself."""
+        return [tries for tries in self.by_set.values() if tries[-1].state not in ENDED]
+
+    @cached_property
     def running(self) -> bool:
         """Whether any trial runs."""
-        return any(tries[-1].state == TrialState.RUNNING for tries in self.by_set.values())
+        return any(tries[-1].state == TrialState.RUNNING for tries in self._unsettled)
 
-    @property
+    @cached_property
     def lost(self) -> list[FrozenTrial]:
         """The last attempts that are to be continued, as their process is gone or was interrupted; the oldest first."""
-        return [tries[-1] for tries in self.by_set.values() if is_to_be_continued(tries)]
+        return [tries[-1] for tries in self._unsettled if is_to_be_continued(tries)]
 
-    @property
+    @cached_property
     def failed(self) -> list[FrozenTrial]:
         """The last attempts at the parameter sets that are not tried once more."""
-        return [tries[-1] for tries in self.by_set.values() if has_failed(tries)]
+        return [tries[-1] for tries in self._unsettled if has_failed(tries)]
 
 
 class TrialQueue(ABC):

@@ -29,16 +29,22 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 def parameter_set_of(trial: FrozenTrial) -> int:
     """The number of the first trial that has a trial's parameter set."""
-    return int(trial.user_attrs.get(PARAMETER_SET, trial.number))
+    found: int = trial.user_attrs.get(PARAMETER_SET, trial.number)
+    return found
 
 
 def attempts(trials: Sequence[FrozenTrial]) -> dict[int, list[FrozenTrial]]:
-    """The trials of each parameter set, the oldest first; not those that wait, nor those that were never trained."""
+    """The trials of each parameter set, the oldest first."""
     found: dict[int, list[FrozenTrial]] = {}
     for trial in trials:
-        if trial.state != TrialState.WAITING and NOT_TRAINED not in trial.user_attrs:
+        if is_attempt(trial):
             found.setdefault(parameter_set_of(trial), []).append(trial)
     return found
+
+
+def is_attempt(trial: FrozenTrial) -> bool:
+    """Whether a trial stands for a parameter set of the study: it does not wait, and was or is trained."""
+    return trial.state != TrialState.WAITING and NOT_TRAINED not in trial.user_attrs
 
 
 def has_failed(tries: Sequence[FrozenTrial]) -> bool:

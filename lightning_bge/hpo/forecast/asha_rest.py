@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.hpo.forecast.simulator import STARTUP, AshaSimulation, Durations, Running, skill
 from lightning_bge.hpo.forecast.trial_times import TrialTimes
-from lightning_bge.hpo.pruning.asha_trials import paused_parameter_sets, standings
+from lightning_bge.hpo.pruning.asha_trials import AshaTrials
 from lightning_bge.hpo.pruning.halving import Entry, Halving
 from lightning_bge.hpo.trials import RESUMES, any_complete, ended_parameter_sets, latest_trials
 
@@ -62,7 +62,9 @@ class AshaRest:
         self.before: list[list[float]] = [[] for _ in at]  # at the rung before, of those at each rung; lower is better
         self.reached: dict[int, float] = {}  # the value of each at the last rung that it has reached
         self.rungs: dict[int, int] = {}  # how many rungs each has reached
-        self._read_rungs(standings(trials, at, sign), paused_parameter_sets(trials))
+        found = AshaTrials(at, reduction_factor, sign)
+        found.add(trials)
+        self._read_rungs(found.standings, found.paused)
 
     def _read_rungs(self, values: dict[int, dict[int, float]], paused: set[int]) -> None:
         random = np.random.default_rng(0)

@@ -1,11 +1,13 @@
 """The state of successive halving, read from the trials of an Optuna study."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
 
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.hpo.pruning.halving import Halving
-from lightning_bge.hpo.trials import PAUSED_AT, any_complete, attempts, parameter_set_of
+from lightning_bge.hpo.trials import PAUSED_AT, is_attempt, parameter_set_of
 
 SETTLED_RUNGS = "settled_rungs"  # attribute of a trial: how many rungs it has passed, at which it is not asked any more
 
@@ -19,48 +21,74 @@ def rung_values(trial: FrozenTrial, steps: Sequence[int], sign: float) -> dict[i
         sign: 1 where a higher score is better, else -1.
     """
     values = trial.intermediate_values
+    if len(values) == 1:  # most trials of a search have paused at the first rung
+        [(only, value)] = values.items()
+        return {steps.index(only): sign * value} if only in steps else {}
     return {rung: sign * values[step] for rung, step in enumerate(steps) if step in values}
 
 
-def standings(trials: Sequence[FrozenTrial], steps: Sequence[int], sign: float) -> dict[int, dict[int, float]]:
-    """What each parameter set has at each rung that it has reached, as in `rung_values`; failed trials are left out."""
-    found: dict[int, dict[int, float]] = {}
-    for trial in trials:
-        if trial.state != TrialState.FAIL and (values := rung_values(trial, steps, sign)):
-            found.setdefault(parameter_set_of(trial), {}).update(values)
-    return found
-
-
-def read_halving(
-    trials: Sequence[FrozenTrial],
-    steps: Sequence[int],
-    reduction_factor: int,
-    sign: float,
-    *,
-    without: int | None = None,
-) -> Halving:
-    """The state of successive halving that a study's trials have led to.
+class AshaTrials:
+    """What each parameter set has at the rungs, its last trial, and the state of successive halving.
 
     Args:
-        trials: all trials of the study.
         steps: the rungs' steps, ascending.
         reduction_factor: of the parameter sets that reach a rung, one in this many trains on.
         sign: 1 where a higher score is better, else -1.
-        without: the number of a parameter set that is left out.
+
+    Attributes:
+        standings: of each parameter set the values at the rungs that it has reached (`rung_values`); failed trials are
+            left out.
+        last: the last trial of each parameter set. One that is not paused cannot be resumed: it runs, is complete,
+            ended in another way, or failed.
+        halving: the state that the trials have led to.
     """
-    halving, paused = Halving(len(steps), reduction_factor), paused_parameter_sets(trials)
-    for parameter_set, values in standings(trials, steps, sign).items():
-        if parameter_set != without:
-            for rung, value in values.items():
-                halving.add(parameter_set, rung, value, paused=rung == max(values) and parameter_set in paused)
-    if any_complete(trials):
-        halving.complete()
-    return halving
 
+    def __init__(self, steps: Sequence[int], reduction_factor: int, sign: float) -> None:
+        self.steps, self.sign = tuple(steps), sign
+        self.standings: dict[int, dict[int, float]] = {}
+        self.last: dict[int, FrozenTrial] = {}
+        self.halving = Halving(len(self.steps), reduction_factor)
 
-def paused_parameter_sets(trials: Sequence[FrozenTrial]) -> set[int]:
-    """Parameter sets whose last trial has paused; others run, are complete, ended for another reason, or failed."""
-    return {number for number, tries in attempts(trials).items() if is_paused(tries[-1])}
+    def add(self, trials: Iterable[FrozenTrial]) -> None:
+        """Add trials, in their order."""
+        for trial in trials:
+            if not is_attempt(trial):
+                continue
+            number = parameter_set_of(trial)
+            before, self.last[number] = self.last.get(number), trial
+            if before is not None and is_paused(before):
+                self.halving.resume(number)
+            if trial.state == TrialState.COMPLETE:
+                self.halving.complete()
+            if trial.state != TrialState.FAIL:
+                self._add_values(number, rung_values(trial, self.steps, self.sign))
+            if is_paused(trial):
+                self.halving.pause(number)
+
+    def _add_values(self, number: int, values: Mapping[int, float]) -> None:
+        known = self.standings.get(number, {})
+        for rung, value in values.items():
+            if rung not in known:  # one that continues another has taken over its values
+                self.halving.add(number, rung, value, paused=False)
+        if values:
+            self.standings[number] = {**known, **values}
+
+    def copy(self) -> AshaTrials:
+        """The same, to be added to independently."""
+        found = AshaTrials(self.steps, self.halving.reduction_factor, self.sign)
+        found.standings, found.last, found.halving = dict(self.standings), dict(self.last), self.halving.copy()
+        return found
+
+    def without(self, number: int) -> Halving:
+        """The state without a parameter set."""
+        if number in self.standings:
+            self.halving.remove(number, self.standings[number])
+        return self.halving
+
+    @property
+    def paused(self) -> set[int]:
+        """Parameter sets whose last trial has paused."""
+        return {number for number, trial in self.last.items() if is_paused(trial)}
 
 
 def is_paused(trial: FrozenTrial) -> bool:

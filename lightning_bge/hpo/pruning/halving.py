@@ -7,6 +7,7 @@ time left, the replay of recorded searches and `lightning-bge plan` run it too (
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Mapping
 
 Entry = tuple[float, int]  # a value with its sign changed, so that the best one sorts first, and the parameter set
 
@@ -113,6 +114,26 @@ class Halving:
         del paused[bisect_left(paused, entry)]
         return rung
 
+    def pause(self, parameter_set: int) -> None:
+        """Record that a parameter set has paused at the last rung that it has reached, and can be resumed."""
+        rung, entry = self._last[parameter_set]
+        insort(self._paused[rung], entry)
+
+    def remove(self, parameter_set: int, values: Mapping[int, float]) -> None:
+        """Leave out a parameter set.
+
+        Args:
+            parameter_set: its number.
+            values: what it has at each rung that it has reached.
+        """
+        for rung, value in values.items():
+            entry = (-value, parameter_set)
+            for entries in (self.ranking[rung], self._paused[rung]):
+                place = bisect_left(entries, entry)
+                if place < len(entries) and entries[place] == entry:
+                    del entries[place]
+        self._last.pop(parameter_set, None)
+
     def complete(self) -> None:
         """Record that a parameter set has run to its end."""
         self._any_complete = True
@@ -134,5 +155,10 @@ class Halving:
 
     def resumable(self, n_parameter_sets: int) -> list[int]:
         """The paused parameter sets that may still be resumed: the higher rung first, and the better ones of a rung."""
-        ordered = [number for paused in reversed(self._paused) for _, number in paused]
-        return [number for number in ordered if self.can_be_resumed(number, n_parameter_sets)]
+        found, best, top = list[int](), self.best_paused(), n_parameter_sets // self.reduction_factor
+        for ranked, paused in zip(reversed(self.ranking), reversed(self._paused), strict=True):
+            n_top = len(paused) if top >= len(ranked) else bisect_left(paused, ranked[top])
+            found += [number for _, number in paused[:n_top]]
+            if not n_top and paused and paused[0][1] == best:
+                found.append(best)
+        return found

@@ -214,6 +214,27 @@ def draw_parameter_set(
     return None
 
 
+class _KnownSpace(BaseSampler):
+    """A TPE sampler that is told what all trials have; it would find that by comparing all of them each time."""
+
+    def __init__(self, sampler: optuna.samplers.TPESampler, space: Space) -> None:
+        self.sampler = sampler
+        self.always = {name: one for name, one in sorted(space.items()) if name not in space.when and not one.single()}
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self.always
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self.sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self.sampler.sample_independent(study, trial, param_name, param_distribution)
+
+
 def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
@@ -224,6 +245,8 @@ def _sample(
     storage, real = storage_of(study), study.study_name
     study_id = storage.get_study_id_from_name(real)
     draft = _Draft(seen, max((trial.number for trial in seen), default=-1) + 1, fixed)
+    if isinstance(sampler, optuna.samplers.TPESampler):
+        sampler = _KnownSpace(sampler, space)
     copy = optuna.create_study(storage=draft, study_name=real, directions=study.directions, sampler=sampler)
     known, draft_id = storage.get_study_system_attrs(study_id), draft.get_study_id_from_name(real)
     for name, value in known.items():  # in which some samplers keep their state

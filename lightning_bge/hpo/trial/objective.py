@@ -25,7 +25,7 @@ from lightning_bge.hpo.steps import Report, Steps
 from lightning_bge.hpo.terminator import report_fold_scores
 from lightning_bge.hpo.trial.checkpoint import FoldResult, OpenFold, SavedTrial, ScoredEpoch, save_trial
 from lightning_bge.hpo.trial.out_of_fold import drop_predictions, save_predictions
-from lightning_bge.hpo.trials import PARAMETER_SET, RESUMES
+from lightning_bge.hpo.trials import ENDED, PARAMETER_SET, RESUMES
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics import MonitorConfig, metric_direction
@@ -179,9 +179,10 @@ class Objective:
         saved = self._saved(trial)
         folds: list[FoldResult] = [] if saved is None else saved.folds
         curve: list[list[Report]] = [] if saved is None else saved.curve
+        later = self._later_folds(trial.study)
         try:
             while len(folds) < self.steps.folds:
-                folds.append(self._fold(trial, params, folds, curve, None if saved is None else saved.fold))
+                folds.append(self._fold(trial, params, folds, curve, None if saved is None else saved.fold, later))
                 saved = None
                 if (folder := self._folder(trial)) is not None:
                     save_trial(folder, step=len(folds) * self.steps.per_fold, folds=folds, curve=curve)
@@ -222,6 +223,7 @@ class Objective:
         done: list[FoldResult],
         curve: list[list[Report]],
         opened: OpenFold | None,
+        later: float,
     ) -> FoldResult:
         metric, direction = f"val_{self.monitor.metric}", metric_direction(str(self.monitor.metric))
         scored, pruner = ScoredEpoch(metric, self.monitor.objective, direction), trial.study.pruner
@@ -231,8 +233,8 @@ class Objective:
                 save_trial(folder, step=reports.last_step, folds=done, curve=curve, fold=(reports, scored, trainer))
 
         def save_paused(trainer: Trainer | None) -> None:
-            study = trial.study
             assert isinstance(pruner, AshaPruner)
+            study = trial.study
             if pruner.can_be_resumed(study, study.get_trials(deepcopy=False)[trial.number], self.n_trials):
                 save(trainer)
 
@@ -255,7 +257,7 @@ class Objective:
         setup = self.build(params)
         setup.datamodule.select_fold(len(done))
         if not reports.closed:
-            steps_left = self._steps_left(trial.study, setup.datamodule, len(done))
+            steps_left = self._steps_left(later, setup.datamodule, len(done))
             compiler = CompileLayers(self.compile, steps_left=steps_left)
             stop = StopOnRequest(self.request, save)
             callbacks = [OOMHandler(), compiler, scored, *early_stopping(self.monitor), reports, stop, ReleaseEncoder()]
@@ -266,15 +268,19 @@ class Objective:
             )
         return FoldResult(reports.close_fold(), scored.epochs, scored.predictions, len(setup.datamodule.val_rows))
 
-    def _steps_left(self, study: optuna.Study, data: TextDataModule, fold: int) -> int:
+    def _steps_left(self, later: float, data: TextDataModule, fold: int) -> int:
         """Optimizer steps that this process will still make, if trials are pruned as often as they were so far."""
         steps = -(-len(data.train_rows) // data.batch_size) * self.steps.epochs
-        ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        return round(steps * (self.steps.folds - fold + later))
+
+    def _later_folds(self, study: optuna.Study) -> float:
+        """How many folds this process will train after this trial."""
+        trials = study.get_trials(deepcopy=False)
+        ended = [trial for trial in trials if trial.state in ENDED]
         reports = sum(len(trial.intermediate_values) for trial in ended)
         share = reports / (len(ended) * self.steps.total) if reports else 1.0
-        workers = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
-        later = max(self.n_trials - len(ended) - 1, 0) * self.steps.folds * share / max(workers, 1)
-        return round(steps * (self.steps.folds - fold + later))
+        workers = sum(trial.state == TrialState.RUNNING for trial in trials)
+        return max(self.n_trials - len(ended) - 1, 0) * self.steps.folds * share / max(workers, 1)
 
 
 def early_stopping(monitor: MonitorConfig) -> list[Callback]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from lightning_bge.hpo.pruning.asha_trials import paused_parameter_sets, read_halving, standings
+from lightning_bge.hpo.pruning.asha_trials import AshaTrials
 from lightning_bge.hpo.trials import (
     ERROR,
     INTERRUPTED,
@@ -22,6 +23,14 @@ from lightning_bge.hpo.trials import (
 )
 
 PAUSED = {PAUSED_AT: 1}
+
+
+def read(
+    trials: Sequence[FrozenTrial], steps: Sequence[int] = (1,), sign: float = 1.0, reduction_factor: int = 1
+) -> AshaTrials:
+    found = AshaTrials(steps, reduction_factor, sign)
+    found.add(trials)
+    return found
 
 
 def trials_of(*rows: tuple[TrialState, list[float], dict[str, Any]]) -> list[FrozenTrial]:
@@ -51,12 +60,12 @@ def test_the_trials_of_one_parameter_set_count_as_one() -> None:
         (TrialState.COMPLETE, [0.5, 0.6, 0.8, 0.9], resumed(2)),
     )
     assert [parameter_set_of(trial) for trial in trials] == [0, 1, 0, 0]
-    assert standings(trials, (1, 3), 1.0) == {0: {0: 0.5, 1: 0.8}, 1: {0: 0.7}}
-    assert standings(trials, (1, 3), -1.0) == {0: {0: -0.5, 1: -0.8}, 1: {0: -0.7}}
+    assert read(trials, (1, 3), 1.0).standings == {0: {0: 0.5, 1: 0.8}, 1: {0: 0.7}}
+    assert read(trials, (1, 3), -1.0).standings == {0: {0: -0.5, 1: -0.8}, 1: {0: -0.7}}
     assert {number: trial.number for number, trial in latest_trials(trials).items()} == {0: 3, 1: 1}
     assert resumed_numbers(trials) == {0, 2}
     assert ended_parameter_sets(trials) == 2
-    assert paused_parameter_sets(trials) == {1}
+    assert read(trials).paused == {1}
 
 
 @pytest.mark.parametrize(
@@ -71,8 +80,8 @@ def test_the_trials_of_one_parameter_set_count_as_one() -> None:
 )
 def test_only_a_paused_parameter_set_can_be_resumed(state: TrialState, attributes: dict[str, Any], can: bool) -> None:
     trials = trials_of((state, [0.5], attributes))
-    assert paused_parameter_sets(trials) == ({0} if can else set())
-    assert read_halving(trials, (1,), 1, 1.0).next_resumed() == (0 if can else None)
+    assert read(trials).paused == ({0} if can else set())
+    assert read(trials, (1,), reduction_factor=1).halving.next_resumed() == (0 if can else None)
 
 
 @pytest.mark.parametrize(
@@ -84,15 +93,15 @@ def test_a_parameter_set_that_failed_after_it_was_resumed_is_not_resumed_but_kee
 ) -> None:
     paused, failed = (TrialState.PRUNED, [0.5], PAUSED), (TrialState.FAIL, [0.5, 0.9], resumed(0, **why))
     trials = trials_of(paused, failed)
-    assert paused_parameter_sets(trials) == set()
-    assert standings(trials, (1, 2), 1.0) == {0: {0: 0.5}}
+    assert read(trials).paused == set()
+    assert read(trials, (1, 2), 1.0).standings == {0: {0: 0.5}}
     again = trials_of(paused, failed, (TrialState.PRUNED, [0.5, 0.6], resumed(0, **{PAUSED_AT: 2})))
-    assert paused_parameter_sets(again) == {0}
-    assert read_halving(again, (1, 2), 1, 1.0).next_resumed() == 0
+    assert read(again).paused == {0}
+    assert read(again, (1, 2), reduction_factor=1).halving.next_resumed() == 0
 
 
 def test_a_parameter_set_can_be_left_out_of_the_state() -> None:
     trials = trials_of((TrialState.PRUNED, [0.5], PAUSED), (TrialState.PRUNED, [0.7], PAUSED))
-    assert read_halving(trials, (1,), 2, 1.0).next_resumed() == 1
-    assert read_halving(trials, (1,), 1, 1.0, without=1).next_resumed() == 0
-    assert len(read_halving(trials, (1,), 1, 1.0, without=1).ranking[0]) == 1
+    assert read(trials, (1,), reduction_factor=2).halving.next_resumed() == 1
+    assert read(trials).without(1).next_resumed() == 0
+    assert len(read(trials).without(1).ranking[0]) == 1
