@@ -26,10 +26,10 @@ from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import CostName
+from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import spec_of
 from lightning_bge.hpo.trial.objective import TrialSetup
-from lightning_bge.hpo.trial_loop import quiet_optuna
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics import MonitorConfig, check_metric
 from lightning_bge.runtime.dotted_config import LINKS, with_overrides

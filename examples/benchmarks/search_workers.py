@@ -163,10 +163,10 @@ def grow(folder: str, run_dir: str, count: int) -> None:
     import numpy as np
 
     from lightning_bge.hpo.run import check_study, prepare_study
+    from lightning_bge.hpo.scheduling.study_queue import StudyQueue
+    from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna, run_trials
     from lightning_bge.hpo.space.search_space import suggest
     from lightning_bge.hpo.storage.workers import Worker
-    from lightning_bge.hpo.study_queue import StudyQueue
-    from lightning_bge.hpo.trial_loop import quiet_optuna, run_trials
     from lightning_bge.runtime.stop import StopRequest
     from lightning_bge.templates import study_of_templates
 

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_bge.cli.lightning_cli import BGECLI
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.trial_loop import MemoryKeptError
+from lightning_bge.hpo.scheduling.trial_loop import MemoryKeptError
 
 Options = TypeVar("Options", bound=Any)
 

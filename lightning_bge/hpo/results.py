@@ -77,11 +77,7 @@ def finish_study(
         StudyError: no trial ran to its end.
         Stopped: as requested; the next call does what is missing.
     """
-    if count(study, TrialState.COMPLETE) == 0:
-        raise StudyError(
-            f"{run_dir}: none of {len(study.trials)} trials ran to its end, so that there is no best one. Continue the "
-            "study with a longer hpo.timeout or more hpo.n_trials, or prune less (hpo.pruner)"
-        )
+    _check_any_complete(study, run_dir)
     best = ranked(study)[0] if replicates is None else study.get_trials(deepcopy=False)[replicates.winner]
     write_text(run_dir / "trials.csv", trials_table(study))
     setup = build(best.params)
@@ -110,6 +106,14 @@ def finish_study(
         summary |= _refit(build, best.params | schedule, schema, summary["refit_epochs"], run_dir, callbacks)
     write_json(run_dir / "summary.json", summary)
     return summary
+
+
+def _check_any_complete(study: optuna.Study, run_dir: Path) -> None:
+    if count(study, TrialState.COMPLETE) == 0:
+        raise StudyError(
+            f"{run_dir}: none of {len(study.trials)} trials ran to its end, so that there is no best one. Continue the "
+            "study with a longer hpo.timeout or more hpo.n_trials, or prune less (hpo.pruner)"
+        )
 
 
 def trials_table(study: optuna.Study) -> str:

@@ -16,6 +16,9 @@ from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.forecast.preview import describe_pruner
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.results import describe_study, finish_study
+from lightning_bge.hpo.scheduling.study_queue import StudyQueue
+from lightning_bge.hpo.scheduling.trial_loop import run_trials
+from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS, LOCK, N_TRIALS
 from lightning_bge.hpo.seed_replicates import run_seed_replicates
 from lightning_bge.hpo.space.draw import space_size
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
@@ -23,10 +26,7 @@ from lightning_bge.hpo.space.search_space import Space, parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.workers import Worker, living_workers
 from lightning_bge.hpo.study import open_study
-from lightning_bge.hpo.study_queue import StudyQueue
 from lightning_bge.hpo.trial.objective import Objective, TrialFiles
-from lightning_bge.hpo.trial_loop import run_trials
-from lightning_bge.hpo.trial_queue import CHECKPOINTS, LOCK, N_TRIALS
 from lightning_bge.models.metrics import metric_direction
 from lightning_bge.runtime.dotted_config import comparable
 from lightning_bge.runtime.run_folder import create_run_dir, record_run
@@ -148,7 +148,6 @@ def run_hpo(
             compile=experiment.compile,
             encoder=experiment.encoder_cache(hpo),
             cost=hpo.cost,
-            reports_scores=hpo.terminator,
             request=request,
         )
         progress = Progress(replace(hpo, n_trials=queue.n_trials), str(experiment.monitor.metric), known.steps.total)

@@ -17,10 +17,10 @@ from lightning_bge.hpo.config import BEST, SEED_REPLICATES
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import best_parameter_sets, ranked, score_of, sign_of
-from lightning_bge.hpo.study_queue import StudyQueue
+from lightning_bge.hpo.scheduling.study_queue import StudyQueue
+from lightning_bge.hpo.scheduling.trial_loop import run_trials
+from lightning_bge.hpo.scheduling.trial_queue import TrialQueue, Tries
 from lightning_bge.hpo.trial.objective import Objective, TrialFiles
-from lightning_bge.hpo.trial_loop import run_trials
-from lightning_bge.hpo.trial_queue import TrialQueue, Tries
 from lightning_bge.hpo.trials import RETRY_OF, is_to_be_continued
 from lightning_bge.runtime.compat.optuna import storage_of
 from lightning_bge.runtime.stop import StopRequest

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+from optuna.pruners import BasePruner
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_bge.errors import ConfigError, StudyError
@@ -66,19 +68,7 @@ def open_study(
 
     def create(name: str) -> optuna.Study:
         directions = [direction] if config.cost is None else [direction, "minimize"]
-        study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            directions=directions,
-            # draws are made by `draw_parameter_set`
-            sampler=optuna.samplers.RandomSampler(config.sampler.seed),
-            pruner=pruner,
-            load_if_exists=True,
-        )
-        for key, value in (content | {"methods": methods}).items():
-            if study.user_attrs.get(key) != value:
-                study.set_user_attr(key, value)
-        return study
+        return _create(storage, name, directions, config, pruner, content | {"methods": methods})
 
     if present is None:
         return create(run_dir.resolve().name)
@@ -96,10 +86,32 @@ def open_study(
     for name in names[begun:]:  # a process that was killed in the middle has left it
         optuna.delete_study(study_name=name, storage=storage)
     name = f"{names[0]}-space-{begun + 1}"
-    new = optuna.create_study(storage=storage, study_name=name, directions=old.directions, pruner=pruner)
-    _take_over(old, new, space, configured or {}, same_steps=found.get("steps") == content["steps"])
+    _take_over(old, name, space, configured or {}, same_steps=found.get("steps") == content["steps"])
     study = create(name)
     study.set_user_attr(TAKEN_OVER, True)
+    return study
+
+
+def _create(
+    storage: BaseStorage,
+    name: str,
+    directions: Sequence[Any],
+    config: StudyConfig,
+    pruner: BasePruner,
+    attributes: dict[str, Any],
+) -> optuna.Study:
+    """Create or load a study, and write those of its attributes that are new."""
+    study = optuna.create_study(
+        storage=storage,
+        study_name=name,
+        directions=directions,
+        sampler=optuna.samplers.RandomSampler(config.sampler.seed),  # draws are made by `draw_parameter_set`
+        pruner=pruner,
+        load_if_exists=True,
+    )
+    for key, value in attributes.items():
+        if study.user_attrs.get(key) != value:
+            study.set_user_attr(key, value)
     return study
 
 
@@ -141,11 +153,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 # ---------------------------------------------------------------------- a changed search space
 
 
-def _take_over(
-    old: optuna.Study, new: optuna.Study, space: Space, configured: Mapping[str, Any], same_steps: bool
-) -> None:
-    """Copy all trials, with their numbers, by which their files are found; one that does not fit counts as failed."""
-    storage, study_id = storage_of(new), storage_of(new).get_study_id_from_name(new.study_name)
+def _take_over(old: optuna.Study, name: str, space: Space, configured: Mapping[str, Any], same_steps: bool) -> None:
+    """Begin a study with all trials of another one, with their numbers, by which their files are found; one that does not fit counts as failed."""
+    storage = storage_of(old)
+    optuna.create_study(storage=storage, study_name=name, directions=old.directions)
+    study_id = storage.get_study_id_from_name(name)
     before = old.user_attrs.get("settings", {})
     for trial in old.get_trials(deepcopy=False):
         storage.create_new_trial(study_id, _fitted(trial, space, before, configured, same_steps))

@@ -22,15 +22,15 @@ from optuna.trial import FrozenTrial
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.scheduling.study_queue import StudyQueue
+from lightning_bge.hpo.scheduling.trial_loop import Evaluate, run_trials
+from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS, LOCK
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space, suggest
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.hpo.study import open_study
-from lightning_bge.hpo.study_queue import StudyQueue
 from lightning_bge.hpo.trial.checkpoint import save_trial
-from lightning_bge.hpo.trial_loop import Evaluate, run_trials
-from lightning_bge.hpo.trial_queue import CHECKPOINTS, LOCK
 from lightning_bge.hpo.trials import PAUSED_AT, parameter_set_of
 from lightning_bge.runtime.stop import StopRequest
 

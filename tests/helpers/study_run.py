@@ -11,10 +11,10 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.scheduling.study_queue import StudyQueue
+from lightning_bge.hpo.scheduling.trial_loop import Evaluate, run_trials
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.storage.workers import Worker
-from lightning_bge.hpo.study_queue import StudyQueue
-from lightning_bge.hpo.trial_loop import Evaluate, run_trials
 from lightning_bge.runtime.stop import StopRequest
 
 Report = Callable[[optuna.Study, FrozenTrial], None]

@@ -19,6 +19,7 @@ from optuna.trial import TrialState, create_trial
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.seed_replicates import (
     ReplicatedTrial,
     SeedReplicateQueue,
@@ -30,7 +31,6 @@ from lightning_bge.hpo.space.search_space import parse_space, suggest
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.journal import open_storage
 from lightning_bge.hpo.storage.workers import Worker
-from lightning_bge.hpo.study_queue import StudyQueue
 from lightning_bge.hpo.trial.objective import TrialFiles
 from lightning_bge.runtime.stop import StopRequest
 from tests.helpers.fake_study import run_fake
@@ -194,7 +194,7 @@ def test_no_seed_replicate_is_begun_after_the_timeout(tmp_path: Path, monkeypatc
     best = by_score(study)
     now = [1000.0]
     monkeypatch.setattr(
-        "lightning_bge.hpo.trial_queue.time", SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep)
+        "lightning_bge.hpo.scheduling.trial_queue.time", SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep)
     )
 
     def slow(trial: optuna.Trial, seed: int) -> float:

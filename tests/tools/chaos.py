@@ -32,8 +32,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.hpo.analysis.journal import present_study
 from lightning_bge.hpo.config import SEED_REPLICATES
+from lightning_bge.hpo.scheduling.trial_queue import N_TRIALS
 from lightning_bge.hpo.storage.journal import open_storage
-from lightning_bge.hpo.trial_queue import N_TRIALS
 from lightning_bge.hpo.trials import (
     REPORTS_BEFORE,
     attempts,

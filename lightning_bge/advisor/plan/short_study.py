@@ -25,12 +25,12 @@ from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.results import finish_study
+from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import open_study
 from lightning_bge.hpo.trial.objective import Build, Objective, TrialFiles, TrialSetup
-from lightning_bge.hpo.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.trials import PARAMETER_SET, RESUMES
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics import MonitorConfig

@@ -7,9 +7,9 @@ from lightning_bge.advisor.audit.output import describe_audit, write_audit_page
 from lightning_bge.advisor.audit.result import AuditConfig
 from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.search_options import add_hpo_and, check_one_device, own_options, writable
+from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.space.search_space import Space, parse_space
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.trial_loop import quiet_optuna
 from lightning_bge.runtime.run_folder import create_run_dir, write_json
 
 DESCRIPTION = """Train a few real steps, and report for each optimization what was requested, what is in effect, what it

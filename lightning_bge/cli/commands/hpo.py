@@ -10,8 +10,8 @@ from lightning_bge.cli.search_options import add_hpo, check_one_device, starting
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.results import describe_study
 from lightning_bge.hpo.run import check_study, prepare_study, run_hpo
+from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.space.draw import space_size
-from lightning_bge.hpo.trial_loop import quiet_optuna
 from lightning_bge.hpo.worker_pool import WorkerPool, slots
 from lightning_bge.runtime.run_folder import create_run_dir, read_json
 

@@ -6,7 +6,7 @@ from lightning_bge.advisor.plan.config import PlanConfig
 from lightning_bge.advisor.plan.plan import make_plan
 from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.search_options import add_hpo_and, check_one_device, own_options, writable
-from lightning_bge.hpo.trial_loop import quiet_optuna
+from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.runtime.run_folder import write_json
 
 DESCRIPTION = """Estimate the hours of a study from a short measurement on this machine: with an interval, at each

@@ -11,7 +11,7 @@ from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.search_options import add_hpo, starting_again
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.run import run_hpo
-from lightning_bge.hpo.trial_loop import quiet_optuna
+from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.runtime.run_folder import read_json
 
 DESCRIPTION = """Join the study of a run folder with one more process, with the options that `lightning-bge hpo` has

@@ -131,7 +131,6 @@ class Objective:
         compile: when the encoder's layers are compiled.
         encoder: loads the encoders of all trials of this process.
         cost: what is minimised besides the score; None: nothing.
-        reports_scores: whether the scores of the folds are kept for `hpo.terminator`.
         request: whether to stop; a trial is then saved in the middle of a fold.
     """
 
@@ -144,7 +143,6 @@ class Objective:
     compile: CompileConfig = CompileConfig()  # noqa: RUF009 - frozen
     encoder: EncoderCache = field(default_factory=EncoderCache)
     cost: CostName | None = None
-    reports_scores: bool = False
     request: StopRequest = field(default_factory=StopRequest)
 
     def __call__(self, trial: optuna.Trial) -> float | tuple[float, float]:
@@ -192,7 +190,7 @@ class Objective:
         scores = [fold.score for fold in folds]
         trial.set_user_attr("fold_scores", scores)
         trial.set_user_attr("fold_epochs", [fold.epochs for fold in folds])
-        if len(scores) > 1 and self.reports_scores:
+        if len(scores) > 1 and self.cost is None:  # for `hpo.terminator`
             report_fold_scores(trial, scores)
         value = sum(scores) / len(scores)
         if self.files.out_of_fold is not None:

@@ -18,11 +18,11 @@ from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.trial.objective import Build, TrialSetup
-from lightning_bge.hpo.trial_loop import quiet_optuna
 from lightning_bge.models.encoder_cache import EncoderCache
 from tests.helpers.small_search import SPACE, make, write_files
 

@@ -18,8 +18,8 @@ from lightning_bge.advisor.plan.plan import make_plan
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.space.draw import SamplerConfig
-from lightning_bge.hpo.trial_loop import quiet_optuna
 from tests.helpers.paths import CONFIGS
 from tests.helpers.small_experiment import DOTTED_SPACE, small_experiment
 

@@ -15,8 +15,8 @@ from lightning_bge.hpo.forecast.recording import Curve, Recording
 from lightning_bge.hpo.forecast.replay import replay_asha
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.pruning.halving import rung_steps
+from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.trial_loop import quiet_optuna
 from tests.helpers.paths import CURVES
 
 quiet_optuna()

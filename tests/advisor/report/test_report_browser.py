@@ -15,13 +15,13 @@ from lightning_bge.advisor.report.report import write_report
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.scheduling.study_queue import StudyQueue
+from lightning_bge.hpo.scheduling.trial_loop import run_trials
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.hpo.study import open_study
-from lightning_bge.hpo.study_queue import StudyQueue
-from lightning_bge.hpo.trial_loop import run_trials
 from lightning_bge.runtime.run_folder import write_json
 from lightning_bge.runtime.stop import StopRequest
 from tests.helpers.audit_sample import AUDIT

@@ -11,11 +11,11 @@ from optuna.trial import TrialState, create_trial
 from lightning_bge.hpo.analysis.history import StudyGoal
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.hpo.study import open_study
-from lightning_bge.hpo.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.trials import ERROR, INTERRUPTED, NOT_TRAINED, WORKER, WORKER_LOST
 from tests.helpers.made_study import START, journal_of, new_study
 from tests.helpers.past_study import complete, history_at, study_of

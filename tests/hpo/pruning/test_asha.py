@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import open_study
 from lightning_bge.hpo.trial.out_of_fold import predictions_file
-from lightning_bge.hpo.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.trials import PAUSED_AT, REPORTS_BEFORE, RESUMES, ended_parameter_sets
 from lightning_bge.models.metrics import MonitorConfig
 from tests.helpers import curve_objective

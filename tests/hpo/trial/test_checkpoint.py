@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.steps import Report, Steps
 from lightning_bge.hpo.study import open_study
 from lightning_bge.hpo.trial.checkpoint import STATE, FoldResult, SavedTrial, save_trial
 from lightning_bge.hpo.trial.out_of_fold import predictions_file
-from lightning_bge.hpo.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.trials import INTERRUPTED, PARAMETER_SET, REPORTS_BEFORE, RETRY_OF, attempts
 from lightning_bge.models.metrics import MonitorConfig, Predictions
 from lightning_bge.runtime.stop import StopRequest

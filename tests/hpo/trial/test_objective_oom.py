@@ -16,11 +16,11 @@ from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.data.batches.micro_batches import EncodedDataset
 from lightning_bge.data.tables.splits import SplitConfig
 from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.scheduling.trial_loop import MemoryKeptError
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.trial.objective import Objective, TrialFiles, TrialSetup
-from lightning_bge.hpo.trial_loop import MemoryKeptError
 from lightning_bge.hpo.trials import ERROR
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import TextClassifier

@@ -20,12 +20,12 @@ from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS
 from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.scheduling.study_queue import StudyQueue
+from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.storage.workers import Worker
-from lightning_bge.hpo.study_queue import StudyQueue
 from lightning_bge.hpo.trial.checkpoint import STATE, save_trial
-from lightning_bge.hpo.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.trials import (
     ERROR,
     INTERRUPTED,

@@ -10,7 +10,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError, UserError
-from lightning_bge.hpo.trial_queue import TrialQueue
+from lightning_bge.hpo.scheduling.trial_queue import TrialQueue
 from lightning_bge.hpo.trials import ERROR, FAILURES, INTERRUPTED
 from lightning_bge.runtime.memory import format_bytes
 from lightning_bge.runtime.run_folder import write_text

@@ -1,0 +1,1 @@
+"""Which trial a process runs next, and how it runs one after another."""
