@@ -20,7 +20,7 @@ from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.scheduling.trial_loop import run_trials
 from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS, LOCK, N_TRIALS
 from lightning_bge.hpo.seed_replicates import run_seed_replicates
-from lightning_bge.hpo.space.draw import space_size
+from lightning_bge.hpo.space.draw import check_grid, space_size
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, parse_space
 from lightning_bge.hpo.steps import Steps
@@ -63,6 +63,8 @@ def check_study(experiment: Experiment, hpo: StudyConfig) -> tuple[Space, Steps]
     """
     space = parse_space(hpo.space)
     parse_enqueued(hpo.enqueue, space)
+    if hpo.sampler.name == "grid":
+        check_grid(space)
     experiment.check_space(hpo, space)
     data = experiment.datamodule
     data.setup("fit")

@@ -17,7 +17,7 @@ from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.analysis.journal import TAKEN_OVER, present_study, study_names
 from lightning_bge.hpo.config import JOURNAL, StudyConfig
 from lightning_bge.hpo.pruning.config import build_pruner
-from lightning_bge.hpo.space.draw import check_grid, space_size
+from lightning_bge.hpo.space.draw import space_size
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, is_drawn, parse_space, space_to_json
 from lightning_bge.hpo.steps import Steps
@@ -57,14 +57,11 @@ def open_study(
             pruner or sampler; the message lists the differences.
     """
     space = parse_space(config.space)
-    if config.sampler.name == "grid":
-        check_grid(space)
     pruner = build_pruner(config.pruner, int(min(config.n_trials, space_size(space))), steps)
     storage = open_storage(run_dir / JOURNAL)
     present = present_study(storage)
-    options = json.loads(json.dumps(options | ({} if config.cost is None else {"hpo.cost": config.cost})))
-    content = {"space": space_to_json(space), "settings": options, "steps": asdict(steps)}
-    methods = json.loads(json.dumps({"hpo.pruner": asdict(config.pruner), "hpo.sampler": asdict(config.sampler)}))
+    content, methods = _attributes(config, space, options, steps)
+    options = content["settings"]
 
     def create(name: str) -> optuna.Study:
         directions = [direction] if config.cost is None else [direction, "minimize"]
@@ -90,6 +87,16 @@ def open_study(
     study = create(name)
     study.set_user_attr(TAKEN_OVER, True)
     return study
+
+
+def _attributes(
+    config: StudyConfig, space: Space, options: Mapping[str, Any], steps: Steps
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What must be the same for trials to be comparable, and what may change while nobody is at work; plain data."""
+    settings = {**options, **({} if config.cost is None else {"hpo.cost": config.cost})}
+    content = {"space": space_to_json(space), "settings": settings, "steps": asdict(steps)}
+    methods = {"hpo.pruner": asdict(config.pruner), "hpo.sampler": asdict(config.sampler)}
+    return json.loads(json.dumps(content)), json.loads(json.dumps(methods))
 
 
 def _create(
@@ -154,7 +161,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def _take_over(old: optuna.Study, name: str, space: Space, configured: Mapping[str, Any], same_steps: bool) -> None:
-    """Begin a study with all trials of another one, with their numbers, by which their files are found; one that does not fit counts as failed."""
+    """Begin a study with all trials of another one, in their order: their files are found by their numbers.
+
+    One that does not fit counts as failed.
+    """
     storage = storage_of(old)
     optuna.create_study(storage=storage, study_name=name, directions=old.directions)
     study_id = storage.get_study_id_from_name(name)
