@@ -10,4 +10,5 @@ from .pruning.pruners import FoldEndPruner as FoldEndPruner
 from .pruning.pruners import FoldWilcoxonPruner as FoldWilcoxonPruner
 from .pruning.pruners import StartupTrialsPruner as StartupTrialsPruner
 from .pruning.pruners import WarmupPruner as WarmupPruner
+from .space.draw import SamplerConfig as SamplerConfig
 from .steps import Steps as Steps

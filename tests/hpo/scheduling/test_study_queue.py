@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import optuna
@@ -226,3 +228,28 @@ def test_all_processes_follow_a_higher_number_of_trials(tmp_path: Path) -> None:
 def test_numbers_out_of_range_are_named(name: str) -> None:
     with pytest.raises(ConfigError, match=f"hpo.{name}: expected"):
         StudyConfig(**{name: -1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suggested", [False, True])
+def test_a_trial_that_was_begun_without_a_mark_does_not_keep_the_study_from_its_end(
+    tmp_path: Path, suggested: bool
+) -> None:
+    """A process of another program was killed between Optuna's `ask` and anything that says who runs the trial."""
+    run_dir = tmp_path / "run"
+    study, _ = run_fake(run_dir, fake_config(n_trials=2))
+    trial = study.ask()
+    if suggested:
+        suggest(trial, PARSED)
+    lines = (run_dir / "journal.log").read_text().splitlines(keepends=True)
+    begun = max(i for i, line in enumerate(lines) if json.loads(line)["op_code"] == 4)  # a new trial
+    record = json.loads(lines[begun])
+    record["datetime_start"] = (datetime.now(UTC) - timedelta(minutes=2)).isoformat()
+    lines[begun] = json.dumps(record) + "\n"
+    (run_dir / "journal.log").write_text("".join(lines))
+    study, _ = run_fake(run_dir, fake_config(n_trials=4))
+    assert "no process has marked it" in study.trials[2].user_attrs["worker_lost"]
+    assert study.trials[3].user_attrs["retry_of"] == 2
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    if suggested:
+        assert study.trials[3].params == trial.params
+    assert len(attempts(study.trials)) == 4
