@@ -12,9 +12,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left on the disk ({error}). Finished work is kept: free some space and run this command again"
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
-        return (
-            f"{error.filename} can't be written ({error.strerror}). Finished work is kept: correct it and start again"
-        )
+        what = "written" if error.errno == errno.EROFS else "opened"
+        return f"{error.filename} can't be {what} ({error.strerror}). Finished work is kept: correct it and start again"
     # torch is imported only here: a command that can run out of memory has imported it already
     from lightning_bge.models.memory_saving.oom_retry import REMEDIES
     from lightning_bge.runtime.oom import find_oom

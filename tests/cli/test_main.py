@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
+from lightning_bge.cli.explain import explain
 from lightning_bge.cli.main import COMMANDS, describe_commands
 from tests.helpers.paths import ROOT
 
@@ -64,3 +66,17 @@ def test_every_command_has_a_line_in_the_help_and_a_help_of_its_own(
     status, out, _ = run(command, "--help")
     assert status == 0
     assert f"usage: lightning-bge {command}" in out
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.EROFS, "a.csv can't be written (Read-only file system)"),
+        (errno.EACCES, "a.csv can't be opened (Permission denied)"),
+        (errno.EPERM, "a.csv can't be opened (Operation not permitted)"),
+    ],
+)
+def test_a_file_that_can_not_be_used_is_named(number: int, said: str) -> None:
+    text = explain(OSError(number, os.strerror(number), "a.csv"))
+    assert text is not None
+    assert text.startswith(said)
