@@ -4,14 +4,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from optuna.trial import TrialState
-
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import CostName
 from lightning_bge.hpo.space.draw import SamplerConfig
 
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 JOURNAL = "journal.log"
 SEED_REPLICATES = "-seed-replicates"  # suffix of the name of the study of a study's seed replicates
 BEST = 5  # trials whose out-of-fold predictions are kept, and which may have seed replicates

@@ -15,7 +15,6 @@ from lightning.pytorch import Callback
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo.config import FINISHED
 from lightning_bge.hpo.progress import count, ended_early, finished
 from lightning_bge.hpo.ranking import cost_of, front, ranked, score_of
 from lightning_bge.hpo.seed_replicates import SeedReplicates, describe_seed_replicates
@@ -29,6 +28,7 @@ from lightning_bge.hpo.trial.out_of_fold import (
     predictions_file,
 )
 from lightning_bge.hpo.trials import (
+    ENDED,
     ERROR,
     INTERRUPTED,
     NOT_TRAINED,
@@ -83,7 +83,7 @@ def finish_study(
     setup = build(best.params)
     key: dict[str, Any] = {
         "n_trials": finished(study),
-        "n_runs": count(study, *FINISHED, TrialState.FAIL),  # a paused trial and the one that resumes it are two
+        "n_runs": count(study, *ENDED, TrialState.FAIL),  # a paused trial and the one that resumes it are two
         "best_trial": best.number,
         "refit": refit,
         "test_file": setup.datamodule.test_file,

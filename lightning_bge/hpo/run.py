@@ -2,8 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -20,7 +19,7 @@ from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.scheduling.trial_loop import run_trials
 from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS, LOCK, N_TRIALS
 from lightning_bge.hpo.seed_replicates import run_seed_replicates
-from lightning_bge.hpo.space.draw import check_grid, space_size
+from lightning_bge.hpo.space.draw import check_grid, n_parameter_sets, space_size
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, parse_space
 from lightning_bge.hpo.steps import Steps
@@ -33,23 +32,6 @@ from lightning_bge.runtime.run_folder import create_run_dir, record_run
 from lightning_bge.runtime.stop import Stopped, StopRequest
 
 END_LOCK = "end.lock"  # file in the run folder: one process at a time ends the study
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A study that was checked, and created or opened.
-
-    Attributes:
-        study: Optuna's.
-        space: the search space.
-        steps: what a trial that runs to its end reports.
-        run_dir: the run's folder.
-    """
-
-    study: optuna.Study
-    space: Space
-    steps: Steps
-    run_dir: Path
 
 
 def check_study(experiment: Experiment, hpo: StudyConfig) -> tuple[Space, Steps]:
@@ -82,7 +64,7 @@ def prepare_study(
     *,
     worker: Worker | None = None,
     joins: bool = False,
-) -> Prepared:
+) -> optuna.Study:
     """Say what a study will do, and create or open it.
 
     Args:
@@ -110,7 +92,7 @@ def prepare_study(
             if study.user_attrs.get(N_TRIALS) != hpo.n_trials:
                 study.set_user_attr(N_TRIALS, hpo.n_trials)
             record_run(run_dir, experiment.plain(experiment.config), data.data_hash)
-    return Prepared(study, space, steps, run_dir)
+    return study
 
 
 def run_hpo(
@@ -138,13 +120,13 @@ def run_hpo(
     space, steps = check_study(experiment, hpo)
     run_dir = create_run_dir(experiment.run_dir)
     with StopRequest(parent) as request, Worker(run_dir) as worker:
-        known = prepare_study(experiment, hpo, space, steps, worker=worker, joins=joins)
-        queue = StudyQueue(known.study, worker, hpo, run_dir, known.space, parse_enqueued(hpo.enqueue, known.space))
+        study = prepare_study(experiment, hpo, space, steps, worker=worker, joins=joins)
+        queue = StudyQueue(study, worker, hpo, run_dir, space, parse_enqueued(hpo.enqueue, space))
         objective = Objective(
             build=experiment.build,
-            space=known.space,
+            space=space,
             monitor=experiment.monitor,
-            steps=known.steps,
+            steps=steps,
             files=TrialFiles(out_of_fold=run_dir / "oof", checkpoints=run_dir / CHECKPOINTS),
             n_trials=queue.n_trials,
             compile=experiment.compile,
@@ -152,7 +134,7 @@ def run_hpo(
             cost=hpo.cost,
             request=request,
         )
-        progress = Progress(replace(hpo, n_trials=queue.n_trials), str(experiment.monitor.metric), known.steps.total)
+        progress = Progress(replace(hpo, n_trials=queue.n_trials), str(experiment.monitor.metric), steps.total)
         summary = None
         try:
             while not request.signal:
@@ -164,7 +146,7 @@ def run_hpo(
         except Stopped:
             summary = None
     request.leave()
-    return known.study, summary
+    return study, summary
 
 
 def _print_head(experiment: Experiment, hpo: StudyConfig, space: Space, steps: Steps) -> None:
@@ -177,7 +159,7 @@ def _print_head(experiment: Experiment, hpo: StudyConfig, space: Space, steps: S
     )
     if size < hpo.n_trials:
         print(f"the search space has {int(size)} parameter sets, and none is trained twice: the study ends with them")
-    print(describe_pruner(hpo.pruner, int(min(hpo.n_trials, size)), steps))
+    print(describe_pruner(hpo.pruner, n_parameter_sets(hpo.n_trials, space), steps))
     if hpo.n_seed_replicates:
         print(f"seed replicates at the end: {hpo.n_seed_replicates} of each of the best trials, up to {BEST}")
 

@@ -21,7 +21,7 @@ from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.scheduling.trial_loop import run_trials
 from lightning_bge.hpo.scheduling.trial_queue import TrialQueue, Tries
 from lightning_bge.hpo.trial.objective import Objective, TrialFiles
-from lightning_bge.hpo.trials import RETRY_OF, is_to_be_continued
+from lightning_bge.hpo.trials import is_to_be_continued
 from lightning_bge.runtime.compat.optuna import storage_of
 from lightning_bge.runtime.stop import StopRequest
 
@@ -164,7 +164,7 @@ class SeedReplicateQueue(TrialQueue):
             if made is None:
                 return self.start(best[number], {"replicate_of": number, "seed": seed})
             if is_to_be_continued(made):
-                return self.go_on(made[-1], {RETRY_OF: made[-1].number})
+                return self.retry(made[-1])
         return None
 
     def check_failures(self, tries: Tries) -> None:

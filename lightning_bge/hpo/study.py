@@ -17,12 +17,12 @@ from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.analysis.journal import TAKEN_OVER, present_study, study_names
 from lightning_bge.hpo.config import JOURNAL, StudyConfig
 from lightning_bge.hpo.pruning.config import build_pruner
-from lightning_bge.hpo.space.draw import space_size
+from lightning_bge.hpo.space.draw import n_parameter_sets
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, is_drawn, parse_space, space_to_json
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.journal import open_storage
-from lightning_bge.hpo.storage.workers import living_workers
+from lightning_bge.hpo.storage.workers import end_lost_trials, living_workers
 from lightning_bge.hpo.trials import NOT_TRAINED
 from lightning_bge.runtime.compat.optuna import storage_of
 
@@ -57,11 +57,10 @@ def open_study(
             pruner or sampler; the message lists the differences.
     """
     space = parse_space(config.space)
-    pruner = build_pruner(config.pruner, int(min(config.n_trials, space_size(space))), steps)
+    pruner = build_pruner(config.pruner, n_parameter_sets(config.n_trials, space), steps)
     storage = open_storage(run_dir / JOURNAL)
     present = present_study(storage)
     content, methods = _attributes(config, space, options, steps)
-    options = content["settings"]
 
     def create(name: str) -> optuna.Study:
         directions = [direction] if config.cost is None else [direction, "minimize"]
@@ -70,21 +69,11 @@ def open_study(
     if present is None:
         return create(run_dir.resolve().name)
     old = optuna.load_study(study_name=present, storage=storage)
-    found = old.user_attrs
-    old_space = found.get("space", content["space"])
-    changed = {name for name in {*old_space, *content["space"]} if old_space.get(name) != content["space"].get(name)}
-    _check_options(run_dir, *(without(one, changed) for one in (found.get("settings", options), options)))
-    if living_workers(run_dir) - {worker}:
-        _check_methods(run_dir, {"hpo.space": old_space, **found.get("methods", methods)}, content["space"], methods)
-    if old_space == content["space"]:
+    _check_joinable(run_dir, old.user_attrs, content, methods, at_work=bool(living_workers(run_dir) - {worker}))
+    if old.user_attrs.get("space", content["space"]) == content["space"]:
         return create(present)
-    names = study_names(storage)
-    begun = names.index(present) + 1
-    for name in names[begun:]:  # a process that was killed in the middle has left it
-        optuna.delete_study(study_name=name, storage=storage)
-    name = f"{names[0]}-space-{begun + 1}"
-    _take_over(old, name, space, configured or {}, same_steps=found.get("steps") == content["steps"])
-    study = create(name)
+    end_lost_trials(old, run_dir, config.max_worker_deaths)  # else what they had trained would be left out
+    study = create(_take_over(old, space, configured or {}, content["steps"]))
     study.set_user_attr(TAKEN_OVER, True)
     return study
 
@@ -122,22 +111,31 @@ def _create(
     return study
 
 
-def _check_options(run_dir: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def _check_joinable(
+    run_dir: Path, found: Mapping[str, Any], content: Mapping[str, Any], methods: Mapping[str, Any], at_work: bool
+) -> None:
+    """Raise StudyError where a study with these attributes must not be continued with the requested ones."""
+    old, new = found.get("space", content["space"]), content["space"]
+    changed = {name for name in {*old, *new} if old.get(name) != new.get(name)}
+    _check_same(
+        without(found.get("settings", content["settings"]), changed),
+        without(content["settings"], changed),
+        f"{run_dir} holds a study whose trials can't be compared with the requested ones",
+        "Name another run_dir, or delete that folder",
+    )
+    if at_work:
+        _check_same(
+            {"hpo.space": old, **found.get("methods", methods)},
+            {"hpo.space": new, **methods},
+            f"other processes are at work on the study in {run_dir}, with other options",
+            "Stop them first, name another run_dir, or join them with `lightning-bge worker`",
+        )
+
+
+def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], refusal: str, fix: str) -> None:
+    """Raise StudyError with the differences of two nested dictionaries of options."""
     if found := differences(old, new):
-        raise StudyError(
-            f"{run_dir} holds a study whose trials can't be compared with the requested ones. Differences:\n  "
-            + "\n  ".join(found)
-            + "\nName another run_dir, or delete that folder."
-        )
-
-
-def _check_methods(run_dir: Path, old: Mapping[str, Any], space: Mapping[str, Any], methods: Mapping[str, Any]) -> None:
-    if found := differences(old, {"hpo.space": space, **methods}):
-        raise StudyError(
-            f"other processes are at work on the study in {run_dir}, with other options. Differences:\n  "
-            + "\n  ".join(found)
-            + "\nStop them first, name another run_dir, or join them with `lightning-bge worker`."
-        )
+        raise StudyError("\n  ".join([f"{refusal}. Differences:", *found]) + f"\n{fix}.")
 
 
 def without(options: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -160,17 +158,21 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 # ---------------------------------------------------------------------- a changed search space
 
 
-def _take_over(old: optuna.Study, name: str, space: Space, configured: Mapping[str, Any], same_steps: bool) -> None:
+def _take_over(old: optuna.Study, space: Space, configured: Mapping[str, Any], steps: Mapping[str, int]) -> str:
     """Begin a study with all trials of another one, in their order: their files are found by their numbers.
 
-    One that does not fit counts as failed.
+    One that does not fit counts as failed. Returns the name of the study.
     """
-    storage = storage_of(old)
+    storage, names = storage_of(old), study_names(storage_of(old))
+    begun = names.index(old.study_name) + 1
+    for left in names[begun:]:  # a process that was killed in the middle has left it
+        optuna.delete_study(study_name=left, storage=storage)
+    name, known = f"{names[0]}-space-{begun + 1}", old.user_attrs
     optuna.create_study(storage=storage, study_name=name, directions=old.directions)
-    study_id = storage.get_study_id_from_name(name)
-    before = old.user_attrs.get("settings", {})
+    study_id, same_steps = storage.get_study_id_from_name(name), known.get("steps") == steps
     for trial in old.get_trials(deepcopy=False):
-        storage.create_new_trial(study_id, _fitted(trial, space, before, configured, same_steps))
+        storage.create_new_trial(study_id, _fitted(trial, space, known.get("settings", {}), configured, same_steps))
+    return name
 
 
 def _fitted(

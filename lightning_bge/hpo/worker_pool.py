@@ -20,6 +20,7 @@ from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.ranking import score_of
 from lightning_bge.hpo.storage.workers import WORKERS
 from lightning_bge.runtime.compat.optuna import storage_of
+from lightning_bge.runtime.run_folder import create_run_dir
 from lightning_bge.runtime.stop import StopRequest
 
 POLL_SECONDS = 0.5
@@ -94,8 +95,7 @@ class WorkerPool:
             SystemExit: the same after SIGTERM or SIGHUP.
         """
         until = None if self.config.timeout is None else time.monotonic() + self.config.timeout
-        folder = self.run_dir / WORKERS
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder = create_run_dir(self.run_dir / WORKERS)
         pool = [_Process(slot, folder / f"worker-{number}.log") for number, slot in enumerate(self.slots)]
         self.seen = {study.study_name: {one.number for one in ended(study)} for study in self._studies()}
         print(f"{len(pool)} workers; what each prints is in {folder}", flush=True)

@@ -175,10 +175,19 @@ def free_bytes(device: torch.device | None = None) -> int | None:
     return next((limit.free for limit in limits(device)), None)
 
 
-def _cuda_limits(device: torch.device, given: int | None) -> list[Limit]:
+def unreserved_use(device: torch.device) -> tuple[int, int]:
+    """Bytes of a GPU in use that are not this process's tensors or their caches, and all of its bytes.
+
+    They are those of other processes, and CUDA's own of this one.
+    """
     free, total = torch.cuda.mem_get_info(device)
-    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    found = [Limit("the GPU's memory", total, total - free - reserved + allocated, stated=False, raises=True)]
+    return total - free - torch.cuda.memory_reserved(device), total
+
+
+def _cuda_limits(device: torch.device, given: int | None) -> list[Limit]:
+    others, total = unreserved_use(device)
+    allocated = torch.cuda.memory_allocated(device)
+    found = [Limit("the GPU's memory", total, others + allocated, stated=False, raises=True)]
     share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
     if share < 1:
         found.append(Limit("torch.cuda.set_per_process_memory_fraction", int(share * total), allocated, raises=True))

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import pytest
 
-from lightning_bge.data.sample import write_sample
 from lightning_bge.models.tiny_bert import build_tiny_bert
+from tests.helpers.cli_sample import write_small_sample
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sample")
-    write_sample(folder, posts=30, test_posts=12)
-    with (folder / "train.csv").open(newline="") as file:
-        texts = [text for row in csv.DictReader(file) for text in (row["text"], row["criterion"])]
+    texts = write_small_sample(folder)
     build_tiny_bert(folder / "model", texts, vocab_size=300, hidden_size=16, layers=1, max_positions=128)
     return folder
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import logging
@@ -21,12 +20,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 from lightning_bge.cli import main as cli
 from lightning_bge.data.datamodule import TextDataModule
-from lightning_bge.data.sample import write_sample
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.storage.journal import open_storage
 from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.encoder import load_classifier
 from lightning_bge.models.tiny_bert import build_tiny_bert
+from tests.helpers.cli_sample import write_small_sample
 
 LR = {"low": 1.0e-4, "high": 1.0e-2, "log": True}
 
@@ -35,9 +34,7 @@ LR = {"low": 1.0e-4, "high": 1.0e-2, "log": True}
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Texts and two models: the second one knows fewer words, so that the other's token numbers are none of its own."""
     folder = tmp_path_factory.mktemp("sample")
-    write_sample(folder, posts=30, test_posts=12)
-    with (folder / "train.csv").open(newline="") as file:
-        texts = [text for row in csv.DictReader(file) for text in (row["text"], row["criterion"])]
+    texts = write_small_sample(folder)
     build_tiny_bert(folder / "one", texts, vocab_size=300, hidden_size=16, layers=1, max_positions=128)
     build_tiny_bert(folder / "other", texts, vocab_size=150, hidden_size=24, layers=1, max_positions=128, seed=1)
     return folder

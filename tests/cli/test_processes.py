@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,14 @@ def test_the_workers_of_a_command_save_their_trials_and_end_when_it_ends(
     assert not (study / "summary.json").exists()
 
 
+def let_go(processes: list[subprocess.Popen[str]], folder: Path) -> list[str]:
+    """Let the held processes of a folder run to their end, which is a success; returns what they print."""
+    (folder / "go").touch()
+    outs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outs
+    return outs
+
+
 def test_two_processes_at_once_on_one_run_folder_end_with_one_summary(held: list[str], tmp_path: Path) -> None:
     study, processes = tmp_path / "study", []
     try:
@@ -142,11 +151,9 @@ def test_two_processes_at_once_on_one_run_folder_end_with_one_summary(held: list
             processes.append(start(held))
             wait_for(lambda number=number: len(running(study)) == number, processes[-1])
         assert running(study) == {process.pid for process in processes}
-        (tmp_path / "go").touch()
-        outs = [process.communicate(timeout=240)[0] for process in processes]
+        outs = let_go(processes, tmp_path)
     finally:
         stop(processes)
-    assert [process.returncode for process in processes] == [0, 0], outs
     done = trials(study)
     assert [trial.state for trial in done] == [TrialState.COMPLETE] * 4
     assert len({trial.params["model.optimizer.lr"] for trial in done}) == 4
@@ -171,11 +178,9 @@ def test_a_worker_joins_a_study_from_another_folder_although_the_paths_in_it_are
         processes.append(start(["worker", "../study"], elsewhere))
         wait_for(lambda: len(running(study)) == 2, processes[1])
         assert running(study) == {process.pid for process in processes}
-        (tmp_path / "go").touch()
-        outs = [process.communicate(timeout=240)[0] for process in processes]
+        let_go(processes, tmp_path)
     finally:
         stop(processes)
-    assert [process.returncode for process in processes] == [0, 0], outs
     assert [trial.state for trial in trials(study)] == [TrialState.COMPLETE] * 4
     assert (study / "summary.json").is_file()
     assert list(elsewhere.iterdir()) == []

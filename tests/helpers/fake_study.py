@@ -22,17 +22,16 @@ from optuna.trial import FrozenTrial
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.scheduling.study_queue import StudyQueue
-from lightning_bge.hpo.scheduling.trial_loop import Evaluate, run_trials
+from lightning_bge.hpo.scheduling.trial_loop import Evaluate
 from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS, LOCK
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space, suggest
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.hpo.study import open_study
 from lightning_bge.hpo.trial.checkpoint import save_trial
 from lightning_bge.hpo.trials import PAUSED_AT, parameter_set_of
 from lightning_bge.runtime.stop import StopRequest
+from tests.helpers.study_run import run_study
 
 STEPS = Steps(2, 4)
 SPACE = {"x": {"low": 0.0, "high": 1.0}, "y": {"low": 0.0, "high": 1.0}}
@@ -45,14 +44,11 @@ def fake_config(**options: Any) -> StudyConfig:
     return StudyConfig(**{name: kinds[name](**value) if name in kinds else value for name, value in given.items()})
 
 
-def open_fake(
-    run_dir: Path, config: StudyConfig, worker: Worker | None = None, direction: Any = "maximize"
-) -> optuna.Study:
+def open_fake(run_dir: Path, config: StudyConfig, direction: Any = "maximize") -> optuna.Study:
     """Create or open the study."""
     run_dir.mkdir(exist_ok=True)
     with FileLock(run_dir / LOCK):
-        own = "" if worker is None else worker.id
-        return open_study(run_dir, config, direction, STEPS, {"monitor.metric": "f1"}, {}, own)
+        return open_study(run_dir, config, direction, STEPS, {"monitor.metric": "f1"}, {})
 
 
 def run_fake(
@@ -71,17 +67,17 @@ def run_fake(
         mine.append(trial)
         progress(study, trial)
 
-    with Worker(run_dir) as worker:
-        study = open_fake(run_dir, config, worker, direction)
-        space = parse_space(config.space)
-        queue = StudyQueue(study, worker, config, run_dir, space, config.enqueue)
-        run_trials(
-            queue,
-            objective or (lambda trial: value_of(suggest(trial, space))),
-            until=time.monotonic() + timeout,
-            request=request or StopRequest(),
-            report=report,
-        )
+    study, space = open_fake(run_dir, config, direction), parse_space(config.space)
+    run_study(
+        study,
+        objective or (lambda trial: value_of(suggest(trial, space))),
+        config,
+        run_dir,
+        enqueued=config.enqueue,
+        until=time.monotonic() + timeout,
+        request=request,
+        report=report,
+    )
     return study, mine
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from lightning_bge.errors import StudyError
@@ -19,7 +20,7 @@ from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.journal import open_storage
 from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.hpo.study import open_study
-from lightning_bge.hpo.trials import NOT_TRAINED, attempts, key_of
+from lightning_bge.hpo.trials import NOT_TRAINED, attempts, is_to_be_continued, key_of
 from tests.helpers.fake_study import STEPS, fake_config, open_fake, run_fake, value_of
 
 SETTINGS = {"monitor.metric": "f1", "model.name_or_path": "m"}
@@ -141,6 +142,20 @@ def test_a_change_of_the_space_that_was_interrupted_is_completed(tmp_path: Path)
         found = opened(folder, space=wider)
         assert [trial.params for trial in found.trials] == [{"lr": 0.25}, {"lr": 0.75}, {"lr": 0.5}]
         assert found.user_attrs[TAKEN_OVER]
+
+
+def test_a_trial_whose_process_was_killed_is_continued_in_the_changed_space(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    running = optuna.trial.create_trial(
+        state=TrialState.RUNNING,
+        params={"lr": 0.25},
+        distributions={"lr": FloatDistribution(0.0, 1.0)},
+        user_attrs={"worker": Worker(tmp_path).record},  # its lock was never taken
+    )
+    study.add_trial(running)
+    new = opened(tmp_path, space={"lr": {"low": 0.0, "high": 2.0}})
+    assert (new.trials[0].state, new.trials[0].params) == (TrialState.FAIL, {"lr": 0.25})
+    assert is_to_be_continued(attempts(new.trials)[0])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from lightning_bge.callbacks.micro_batch.config import MemoryConfig
 from lightning_bge.callbacks.micro_batch.probe import Probe, make_meter
 from lightning_bge.callbacks.micro_batch.search import Search
 from lightning_bge.runtime.cache_dir import default_cache_dir
-from lightning_bge.runtime.memory import Limit, cache_bytes, format_bytes, limits
+from lightning_bge.runtime.memory import Limit, cache_bytes, format_bytes, limits, unreserved_use
 from lightning_bge.runtime.micro_batch import SupportsMicroBatchSize, batch_source
 
 NOT_EVEN = "not even this fits"
@@ -190,8 +190,7 @@ def others_share(device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 0
-    free, total = torch.cuda.mem_get_info(device)
-    others = max(0, total - free - torch.cuda.memory_reserved(device))
+    others, total = unreserved_use(device)
     return -(-8 * max(0, others - CONTEXT_BYTES) // total)
 
 

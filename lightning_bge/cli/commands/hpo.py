@@ -11,7 +11,7 @@ from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.results import describe_study
 from lightning_bge.hpo.run import check_study, prepare_study, run_hpo
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
-from lightning_bge.hpo.space.draw import space_size
+from lightning_bge.hpo.space.draw import n_parameter_sets
 from lightning_bge.hpo.worker_pool import WorkerPool, slots
 from lightning_bge.runtime.run_folder import create_run_dir, read_json
 
@@ -39,10 +39,11 @@ def _run_pool(cli: BGECLI, workers: list[Any]) -> dict[str, Any] | None:
     hpo, experiment = cli.config_init.hpo, cli.experiment
     space, steps = check_study(experiment, hpo)
     run_dir: Path = create_run_dir(cli.run_dir)
-    known = prepare_study(experiment, hpo, space, steps)
-    n_trials = int(min(hpo.n_trials, space_size(space)))
-    progress = Progress(replace(hpo, n_trials=n_trials), str(experiment.monitor.metric), steps.total)
-    WorkerPool(known.study, run_dir, hpo, progress, workers).run()
+    study = prepare_study(experiment, hpo, space, steps)
+    progress = Progress(
+        replace(hpo, n_trials=n_parameter_sets(hpo.n_trials, space)), str(experiment.monitor.metric), steps.total
+    )
+    WorkerPool(study, run_dir, hpo, progress, workers).run()
     summary = read_json(run_dir / "summary.json")
     if summary is not None:
         print(describe_study(run_dir, summary))

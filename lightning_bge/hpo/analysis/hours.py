@@ -12,12 +12,13 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.hpo.analysis.history import History, PastTrial
-from lightning_bge.hpo.config import FINISHED, StudyConfig
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.forecast.eta import Eta, SearchOptions, estimate_end
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import maximizes
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.workers import loss_of
+from lightning_bge.hpo.trials import ENDED
 
 
 class StudyClock:
@@ -120,5 +121,5 @@ def time_left(
         n_seeds=StudyConfig(n_trials=n_trials, seed_replicates=options.get("seed_replicates")).n_seed_replicates,
         refit=bool(options.get("refit", True)),
     )
-    n_replicated = sum(trial.state in FINISHED for trial in replicates)
+    n_replicated = sum(trial.state in ENDED for trial in replicates)
     return estimate_end(trials, search, len(running), datetime.now(), n_replicated)

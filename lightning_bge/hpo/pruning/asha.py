@@ -31,11 +31,8 @@ class AshaPruner(BasePruner):
     def __init__(self, steps: Sequence[int], reduction_factor: int) -> None:
         self.steps = tuple(steps)
         self.reduction_factor = reduction_factor
-        self._ended = (
-            "",
-            0,
-            AshaTrials(steps, reduction_factor, 1.0),
-        )  # of which study, how many trials, and what they have led to
+        # of which study, how many trials, and what they have led to
+        self._ended = "", 0, AshaTrials(steps, reduction_factor, 1.0)
         self._last = -1, Halving(0, reduction_factor)  # the trial that was asked about, and the state with it
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:

@@ -21,9 +21,6 @@ def rung_values(trial: FrozenTrial, steps: Sequence[int], sign: float) -> dict[i
         sign: 1 where a higher score is better, else -1.
     """
     values = trial.intermediate_values
-    if len(values) == 1:  # most trials of a search have paused at the first rung
-        [(only, value)] = values.items()
-        return {steps.index(only): sign * value} if only in steps else {}
     return {rung: sign * values[step] for rung, step in enumerate(steps) if step in values}
 
 

@@ -14,11 +14,11 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, PatientPruner, PercentilePruner
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.class_path import build_from_path
 from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.halving import rung_steps
 from lightning_bge.hpo.pruning.pruners import FoldEndPruner, FoldWilcoxonPruner, StartupTrialsPruner, WarmupPruner
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.runtime.class_path import import_class
 
 _WRAPPERS = {"patience", "n_startup_trials"}
 _OPTIONS: dict[str, set[str]] = {
@@ -35,6 +35,7 @@ _AT_LEAST = {"reduction_factor": 2, "min_resource": 1, "n_warmup_steps": 0, "pat
 _AT_LEAST |= {"paused_gb": 0}
 
 
+# 11 fields: each is an option that users type as --hpo.pruner.NAME.
 @dataclass(frozen=True)
 class PrunerConfig:
     """Which trials are stopped early, and when.
@@ -114,15 +115,9 @@ def is_class(config: PrunerConfig) -> bool:
 
 
 def _of_class(config: PrunerConfig) -> BasePruner:
-    expected = f"hpo.pruner.name: expected one of {', '.join(_OPTIONS)}, or the path of a class"
-    kind = import_class(config.name, BasePruner, expected)
-    try:
-        with warnings.catch_warnings():  # some are experimental
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            pruner: BasePruner = kind(**config.init_args)
-    except (TypeError, ValueError) as error:
-        text = f"hpo.pruner.init_args: {config.name} does not accept {config.init_args}: {error}"
-        raise ConfigError(text) from error
+    pruner: BasePruner = build_from_path(
+        "hpo.pruner", config.name, BasePruner, config.init_args, names=", ".join(_OPTIONS)
+    )
     return pruner
 
 

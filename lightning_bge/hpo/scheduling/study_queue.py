@@ -24,7 +24,6 @@ from lightning_bge.hpo.trials import (
     NOT_TRAINED,
     PAUSED_AT,
     RESUMES,
-    RETRY_OF,
     WORKER,
     any_complete,
     key_of,
@@ -82,7 +81,7 @@ class StudyQueue(TrialQueue):
     def begin(self, tries: Tries) -> optuna.Trial | None:
         """Continue a lost trial, else resume a paused one, else begin a new one."""
         if tries.lost:
-            return self.go_on(tries.lost[0], {RETRY_OF: tries.lost[0].number})
+            return self.retry(tries.lost[0])
         if (paused := self._to_resume(tries)) is not None:
             return self._resume(paused)
         while self._is_new(tries):
@@ -97,7 +96,7 @@ class StudyQueue(TrialQueue):
         if any_complete(tries.trials) or tries.running:
             return None
         if tries.lost:
-            return self.go_on(tries.lost[0], {RETRY_OF: tries.lost[0].number})
+            return self.retry(tries.lost[0])
         halving = self._halving(tries)
         found = None if halving is None else halving.best_paused()
         if found is None:

@@ -13,7 +13,7 @@ from lightning_bge.errors import StudyError, UserError
 from lightning_bge.hpo.scheduling.trial_queue import TrialQueue
 from lightning_bge.hpo.trials import ERROR, FAILURES, INTERRUPTED
 from lightning_bge.runtime.memory import format_bytes
-from lightning_bge.runtime.run_folder import write_text
+from lightning_bge.runtime.run_folder import create_run_dir, write_text
 from lightning_bge.runtime.stop import Stopped, StopRequest
 
 log = logging.getLogger("lightning_bge")
@@ -100,8 +100,6 @@ def _end(study: optuna.Study, trial: optuna.Trial, why: str, text: str) -> None:
 
 
 def _write_failure(run_dir: Path, study: optuna.Study, trial: optuna.Trial, error: Exception) -> None:
-    folder = run_dir / FAILURES
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"{study.study_name}-trial-{trial.number}.txt"
+    path = create_run_dir(run_dir / FAILURES) / f"{study.study_name}-trial-{trial.number}.txt"
     write_text(path, "".join([f"{trial.params}\n\n", *traceback.format_exception(error)]))
     log.warning("trial %d failed: %s: %s (%s)", trial.number, type(error).__name__, error, path)

@@ -202,6 +202,10 @@ class TrialQueue(ABC):
         )
         return running_trial(self.study, template)
 
+    def retry(self, lost: FrozenTrial) -> optuna.Trial:
+        """Begin a trial that continues one whose process is gone or was interrupted."""
+        return self.go_on(lost, {RETRY_OF: lost.number})
+
     def go_on(self, earlier: FrozenTrial, attributes: Mapping[str, Any]) -> optuna.Trial:
         """Begin a trial that continues an earlier one, from what was saved of it.
 

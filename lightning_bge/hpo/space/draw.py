@@ -5,9 +5,7 @@ same values, and a study that was stopped goes on with other ones. Here the seed
 seed and of the ordinal of the parameter set.
 """
 
-import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -16,15 +14,14 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.class_path import build_from_path
 from lightning_bge.hpo.space.search_space import Space, is_drawn, suggest
 from lightning_bge.hpo.trials import key_of
-from lightning_bge.runtime.class_path import import_class
 from lightning_bge.runtime.compat.optuna import storage_of
 
 ATTEMPTS = 20  # at a parameter set that is not there yet, before one is drawn at random
@@ -70,19 +67,16 @@ class SamplerConfig:
         if self.name == "qmc":  # its sequence is one for the whole study
             args = {"scramble": True, "seed": self.seed, "warn_independent_sampling": False}
             return replace(self, name="optuna.samplers.QMCSampler", init_args=args).build(seed)
-        expected = f"hpo.sampler.name: expected one of {', '.join([*SAMPLERS, 'grid', 'qmc'])}, or the path of a class"
-        kind = import_class(self.name, BaseSampler, expected)
-        args = dict(self.init_args)
-        if "seed" in inspect.signature(kind).parameters:
-            args.setdefault("seed", seed)
-        try:
-            with warnings.catch_warnings():  # some are experimental
-                warnings.simplefilter("ignore", ExperimentalWarning)
-                return kind(**args)
-        except (TypeError, ValueError, ImportError) as error:
-            raise ConfigError(
-                f"hpo.sampler.init_args: {self.name} does not accept {self.init_args}: {error}"
-            ) from error
+        names = ", ".join([*SAMPLERS, "grid", "qmc"])
+        sampler: BaseSampler = build_from_path(
+            "hpo.sampler", self.name, BaseSampler, self.init_args, names=names, defaults={"seed": seed}
+        )
+        return sampler
+
+
+def n_parameter_sets(n_trials: int, space: Space) -> int:
+    """How many parameter sets a study of so many trials has: fewer where the space has fewer."""
+    return int(min(n_trials, space_size(space)))
 
 
 def space_size(space: Space) -> float:
@@ -140,9 +134,10 @@ def all_parameter_sets(space: Space) -> Iterator[dict[str, Any]]:
 
 def check_grid(space: Space) -> None:
     """Raise ConfigError where a space has too many parameter sets to list."""
-    if space_size(space) > MAX_GRID:
+    if (size := space_size(space)) > MAX_GRID:
         endless = [name for name, one in space.items() if math.isinf(n_values(one))]
-        which = f"{', '.join(endless)} have no step" if endless else f"this one has {space_size(space):,.0f}"
+        verb = "has" if len(endless) == 1 else "have"
+        which = f"{', '.join(endless)} {verb} no step" if endless else f"this one has {size:,.0f}"
         raise ConfigError(
             f"hpo.sampler.name: grid needs a space of at most {MAX_GRID:,} parameter sets, but {which}; "
             "give `choices` or a `step`, or take another sampler"
@@ -197,8 +192,8 @@ def draw_parameter_set(
         if key_of(found.params) not in taken:
             return found
     random = np.random.default_rng([config.seed, ordinal])
-    if space_size(space) <= MAX_GRID:
-        order = np.random.default_rng(config.seed).permutation(int(space_size(space)))
+    if (size := space_size(space)) <= MAX_GRID:
+        order = np.random.default_rng(config.seed).permutation(int(size))
         listed = list(all_parameter_sets(space))
         wanted, ordered = set(key_of(fixed)), (listed[i] for i in order)
         left = [one for one in ordered if wanted <= set(key_of(one)) and key_of(one) not in taken]

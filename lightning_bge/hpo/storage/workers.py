@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.hpo.trials import ERROR, PAUSED_AT, WORKER, WORKER_LOST, attempts, deaths_in_a_row, parameter_set_of
 from lightning_bge.runtime.compat.optuna import storage_of, trial_id_of
+from lightning_bge.runtime.run_folder import create_run_dir
 
 log = logging.getLogger("lightning_bge")
 
@@ -49,7 +50,7 @@ class Worker:
         self._lock = FileLock(self._path, mode=0o600)
 
     def __enter__(self) -> Worker:
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        create_run_dir(self._path.parent)
         self._lock.acquire()
         return self
 
@@ -127,5 +128,6 @@ def end_lost_trials(study: optuna.Study, run_dir: Path, max_worker_deaths: int) 
             text = f"{deaths} workers died in a row at this parameter set, with no report in between"
             storage.set_trial_user_attr(trial_id, ERROR, text)
             log.error("trial %d: %s; it is not tried once more: %s", trial.number, text, trial.params)
+        else:
+            log.warning("trial %d: %s; it is to be continued", trial.number, reason)
         study.tell(trial.number, state=TrialState.FAIL)
-        log.warning("trial %d: %s; it is to be continued", trial.number, reason)

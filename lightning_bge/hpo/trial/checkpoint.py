@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.steps import Report
 from lightning_bge.models.metrics import Predictions
-from lightning_bge.runtime.run_folder import write_atomically
+from lightning_bge.runtime.run_folder import create_run_dir, write_atomically
 
 STATE = "state.pt"
 
@@ -141,7 +141,7 @@ def save_trial(
             as no weights are needed. None: the trial is between two folds.
     """
     for place in (folder.parent, folder):  # one by one: the mode is that of the last folder alone
-        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        create_run_dir(place)
     state: dict[str, Any] = {
         "step": step,
         "folds": [{**vars(one), "predictions": _plain(one.predictions)} for one in folds],

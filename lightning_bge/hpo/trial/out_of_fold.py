@@ -19,7 +19,7 @@ from lightning_bge.models.metrics import (
     compute_metrics,
     scores,
 )
-from lightning_bge.runtime.run_folder import write_atomically
+from lightning_bge.runtime.run_folder import create_run_dir, write_atomically
 from lightning_bge.types import Schema
 
 HAS_THRESHOLD = ("binary", "multilabel")
@@ -42,7 +42,7 @@ def drop_predictions(study: optuna.Study, folder: Path) -> None:
 
 def save_predictions(folds: Sequence[Predictions], folder: Path, number: int) -> None:
     """Write the folds' predictions of a trial as one safetensors file, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    create_run_dir(folder)
     tensors: dict[str, Tensor] = {"fold": torch.cat([torch.full((len(p.rows),), k) for k, p in enumerate(folds)])}
     for name in ("rows", "logits", "labels", "groups"):
         if parts := [part for one in folds if (part := getattr(one, name)) is not None]:
