@@ -210,7 +210,7 @@ def test_ctrl_c_raises_and_keeps_finished_trials(
         ({"metric": "rouge"}, "metric.* binary task has f1"),
         ({"pruner": {"kind": "none"}}, "^pruner has no key kind"),
         ({"sampler": {"name": "anneal"}}, "^sampler.name: expected one of tpe, random, grid, qmc, or the path"),
-        ({"sampler": {"name": "grid"}}, "^sampler.name: grid needs a space of at most .* model.optimizer.lr has no step"),
+        ({"sampler": {"name": "grid"}}, "^sampler.name: grid needs .* model.optimizer.lr has no step"),
         ({"sampler": "random"}, "^sampler must be a SamplerConfig or a dict of its fields"),
         ({"terminator": True, "max_failures": -1}, "^max_failures: expected 0 or more, got -1"),
         ({"enqueue": [{"model.optimizer.lr": 1.0}]}, "^enqueue, parameter set 1: model.optimizer.lr: expected 0.0001"),
