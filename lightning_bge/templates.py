@@ -60,6 +60,8 @@ class StudyOptions(TypedDict, total=False):
     seed_replicates: int | None
     cost: CostName | None
     refit: bool
+    baseline: bool
+    predictions_gb: float
     encoder_cache_gb: float | None
     monitor: MonitorConfig | dict[str, Any]
     compile: CompileConfig | dict[str, Any]
@@ -89,8 +91,9 @@ def study_of_templates(
     own = {name: given.pop(name, kind()) for name, kind in CONFIGS.items() if name not in ("pruner", "sampler")}
     _check_templates(model, data)
     grouped = data.hparams["group_column"] is not None
-    metric = check_metric(model.hparams["task"], metric or own["monitor"].metric, grouped)
-    own["monitor"] = replace(own["monitor"], metric=metric)
+    monitor = own["monitor"]
+    metric, threshold = check_metric(model.hparams["task"], metric or monitor.metric, monitor.threshold, grouped)
+    own["monitor"] = replace(monitor, metric=metric, threshold=threshold)
     hpo = StudyConfig(n_trials=n_trials, space=_parse(space), **given)
     template = _Template(model=model, data=data, hpo=hpo, **own)
     return template.experiment(template.config(run_dir, seed, trainer)), hpo

@@ -90,7 +90,7 @@ def fit_callbacks(
     """
     mode = "max" if metric_direction(str(monitor.metric)) == "maximize" else "min"
     folder = run_dir / "checkpoints"
-    best = ModelCheckpoint(folder, "best", monitor=f"val_{monitor.metric}", mode=mode, save_last=True)
+    best = ModelCheckpoint(folder, "best", monitor=monitor.logged, mode=mode, save_last=True)
     recent = ModelCheckpoint(folder, "recent", train_time_interval=timedelta(minutes=10), enable_version_counter=False)
     return [OOMHandler(), memory, *early_stopping(monitor), Throughput(), CompileLayers(compile_config), best, recent]
 

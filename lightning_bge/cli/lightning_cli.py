@@ -89,7 +89,8 @@ class BGECLI(LightningCLI):
             if schema is not None:
                 config.model.task = config.data.task = schema.task
         grouped = config.data.group_column is not None
-        config.monitor.metric = check_metric(config.model.task, config.monitor.metric, grouped)
+        monitor = config.monitor
+        monitor.metric, monitor.threshold = check_metric(config.model.task, monitor.metric, monitor.threshold, grouped)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes neither logs nor checkpoints; `fit` has its own."""

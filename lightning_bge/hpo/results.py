@@ -15,12 +15,19 @@ from lightning.pytorch import Callback
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
+from lightning_bge.hpo import baseline as baselines
+from lightning_bge.hpo import seed_replicates
+from lightning_bge.hpo.config import PREDICTIONS
+from lightning_bge.hpo.evaluation.candidates import Target
+from lightning_bge.hpo.evaluation.describe import describe_scores
+from lightning_bge.hpo.evaluation.resampling import ValidationRows
+from lightning_bge.hpo.evaluation.study_estimate import Kept, estimate_study
 from lightning_bge.hpo.progress import count, ended_early, finished
 from lightning_bge.hpo.ranking import cost_of, front, ranked, score_of
 from lightning_bge.hpo.seed_replicates import SeedReplicates, describe_seed_replicates
+from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.trial.objective import Build, StopOnRequest, TrialSetup
 from lightning_bge.hpo.trial.out_of_fold import (
-    HAS_THRESHOLD,
     OutOfFold,
     drop_predictions,
     judge_out_of_fold,
@@ -39,12 +46,12 @@ from lightning_bge.hpo.trials import (
     attempts,
     has_failed,
 )
-from lightning_bge.models.metrics import MonitorConfig
+from lightning_bge.models.metrics import HAS_THRESHOLD, MonitorConfig
 from lightning_bge.models.prediction_file import write_predictions
 from lightning_bge.runtime.memory import release
 from lightning_bge.runtime.run_folder import read_json, write_json, write_text
 from lightning_bge.runtime.stop import StopRequest
-from lightning_bge.types import Schema
+from lightning_bge.types import Schema, Task
 
 
 def finish_study(
@@ -56,6 +63,7 @@ def finish_study(
     epochs: int,
     refit: bool,
     replicates: SeedReplicates | None = None,
+    baseline: tuple[FrozenTrial, Steps] | None = None,
     request: StopRequest | None = None,
 ) -> dict[str, Any]:
     """Write `best.yaml`, `trials.csv`, `oof.csv`, the exported model and `summary.json`; return the summary.
@@ -71,6 +79,7 @@ def finish_study(
         epochs: of a trial that has not drawn a number of them.
         refit: whether a model is trained on all rows and exported.
         replicates: results of the seed replicates.
+        baseline: the trial of the configured options, and its steps.
         request: whether to stop the refit.
 
     Raises:
@@ -88,6 +97,7 @@ def finish_study(
         "refit": refit,
         "test_file": setup.datamodule.test_file,
         "seed_replicates": None if replicates is None else replicates.as_dict(),
+        "baseline": None if baseline is None else score_of(baseline[0]),
     }
     known = read_json(run_dir / "summary.json")
     if known is not None and all(known.get(name) == value for name, value in key.items()):
@@ -100,12 +110,39 @@ def finish_study(
     write_predictions(run_dir / "oof.csv", schema, oof.predictions, {"fold": oof.fold.tolist()})
     write_text(run_dir / "best.yaml", _best_yaml(setup, best, run_dir))
     summary = _summary(study, best, monitor, schema, oof) | key
+    summary["estimate"] = _estimate(study, run_dir, monitor, schema.task, oof, replicates, baseline)
     if refit:  # with the learning rate's schedule of the folds, to the epoch at which they were best on average
         schedule = {"model.schedule.epochs": best.params.get("trainer.max_epochs", epochs)}
         callbacks = [] if request is None else [StopOnRequest(request)]
         summary |= _refit(build, best.params | schedule, schema, summary["refit_epochs"], run_dir, callbacks)
     write_json(run_dir / "summary.json", summary)
     return summary
+
+
+def _estimate(
+    study: optuna.Study,
+    run_dir: Path,
+    monitor: MonitorConfig,
+    task: Task,
+    oof: OutOfFold,
+    replicates: SeedReplicates | None,
+    baseline: tuple[FrozenTrial, Steps] | None,
+) -> dict[str, Any] | None:
+    """What the rows say about the winner that did not choose it (`evaluation.estimate`); None for the loss."""
+    if monitor.metric == "loss":
+        return None
+    folder, steps = run_dir / PREDICTIONS, Steps(**study.user_attrs["steps"])
+    labels, groups = oof.predictions.labels, oof.predictions.groups
+    assert labels is not None
+    return estimate_study(
+        study,
+        Kept(folder, steps),
+        Target(task, str(monitor.metric), monitor.tuned, monitor.objective),
+        ValidationRows(labels.numpy(), oof.fold.numpy(), None if groups is None else groups.numpy()),
+        replicates={} if replicates is None or replicates.missing else dict(replicates.complete),
+        replicates_kept=Kept(folder / seed_replicates.FOLDER, steps),
+        configured=None if baseline is None else (baseline[0], Kept(folder / baselines.FOLDER, baseline[1])),
+    )
 
 
 def _check_any_complete(study: optuna.Study, run_dir: Path) -> None:
@@ -154,6 +191,7 @@ def _summary(
         "n_interrupted": sum(bool({WORKER_LOST, INTERRUPTED} & trial.user_attrs.keys()) for trial in failed),
         "metric": monitor.metric,
         "objective": monitor.objective,
+        "sampler": study.user_attrs["methods"]["hpo.sampler"]["name"],
         "best_value": score_of(best),
         "majority_baseline": majority_baseline(schema, oof.predictions, str(monitor.metric)),
         "best_trial": best.number,
@@ -227,8 +265,9 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
     if summary["n_out_of_memory"]:
         lines.append(f"{summary['n_out_of_memory']} of the pruned trials ran out of memory (trials.csv: oom_)")
     lines += [
-        f"best {metric} {summary['best_value']:.4f} (trial {summary['best_trial']}, mean over folds; "
-        f"{baseline}: {summary['majority_baseline']:.4f})",
+        *describe_scores(summary),
+        f"{baseline}: {metric} {summary['majority_baseline']:.4f}",
+        "its hyperparameters:",
         *(f"  {name}: {value}" for name, value in summary["best_params"].items()),
     ]
     if summary["seed_replicates"]:
@@ -236,15 +275,11 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
     if "front" in summary:
         lines.append(f"Pareto front of {metric} and {summary['cost']}:")
         lines += [f"  trial {one['number']}: {one['score']:.4f}, {one['cost']:.4g} s" for one in summary["front"]]
-    if metric in summary["out_of_fold"]:
-        lines.append(f"out-of-fold {metric} {summary['out_of_fold'][metric]:.4f}")
     if summary["threshold"] is not None:
         lines.append(f"threshold {summary['threshold']:.3f}: {summary['threshold_note']}")
     if summary["model_dir"]:
         epochs = f"{summary['refit_epochs']} epoch{'s'[: summary['refit_epochs'] > 1]}"
         lines.append(f"refitted on all rows for {epochs}, the mean of the folds' best ones")
-    if metric in summary.get("test", {}):
-        lines.append(f"test file, scored once: {metric} {summary['test'][metric]:.4f}")
     files = {
         "summary.json": "these results",
         "best.yaml": "the best hyperparameters, for lightning-bge fit",

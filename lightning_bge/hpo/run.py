@@ -10,7 +10,8 @@ from filelock import FileLock
 
 from lightning_bge.callbacks.torch_backends import choose_precision
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.config import BEST, StudyConfig
+from lightning_bge.hpo.baseline import run_baseline
+from lightning_bge.hpo.config import BEST, PREDICTIONS, StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.forecast.preview import describe_pruner
 from lightning_bge.hpo.progress import Progress
@@ -127,7 +128,12 @@ def run_hpo(
             space=space,
             monitor=experiment.monitor,
             steps=steps,
-            files=TrialFiles(out_of_fold=run_dir / "oof", checkpoints=run_dir / CHECKPOINTS),
+            files=TrialFiles(
+                out_of_fold=run_dir / "oof",
+                checkpoints=run_dir / CHECKPOINTS,
+                predictions=run_dir / PREDICTIONS,
+                predictions_limit=round(hpo.predictions_gb * 2**30),
+            ),
             n_trials=queue.n_trials,
             compile=experiment.compile,
             encoder=experiment.encoder_cache(hpo),
@@ -162,6 +168,8 @@ def _print_head(experiment: Experiment, hpo: StudyConfig, space: Space, steps: S
     print(describe_pruner(hpo.pruner, n_parameter_sets(hpo.n_trials, space), steps))
     if hpo.n_seed_replicates:
         print(f"seed replicates at the end: {hpo.n_seed_replicates} of each of the best trials, up to {BEST}")
+    if hpo.baseline:
+        print("at the end the configured hyperparameters are trained too, to say what the search has gained")
 
 
 def _comparable_options(experiment: Experiment, hpo: StudyConfig, space: Space) -> dict[str, Any]:
@@ -180,6 +188,8 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
     replicates = run_seed_replicates(
         queue, objective, metric=metric, seed=config.seed_everything, until=until, request=request
     )
+    configured = config["trainer.max_epochs"] or objective.steps.epochs
+    baseline = run_baseline(queue, objective, epochs=configured, metric=metric, until=until, request=request)
     others = living_workers(queue.run_dir) - {queue.worker.id}
     if not request.signal and time.monotonic() >= until and others:
         print("hpo.timeout is over; other processes go on with this study, and the last of them ends it")
@@ -198,6 +208,7 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
             epochs=epochs,
             refit=queue.config.refit,
             replicates=replicates,
+            baseline=None if baseline is None else (baseline, replace(objective.steps, epochs=configured)),
             request=request,
         )
     print(describe_study(queue.run_dir, summary))

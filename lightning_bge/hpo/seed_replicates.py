@@ -6,8 +6,8 @@ that any process may continue at any time.
 """
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optuna
@@ -20,11 +20,12 @@ from lightning_bge.hpo.ranking import best_parameter_sets, ranked, score_of, sig
 from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.scheduling.trial_loop import run_trials
 from lightning_bge.hpo.scheduling.trial_queue import TrialQueue, Tries
-from lightning_bge.hpo.trial.objective import Objective, TrialFiles
+from lightning_bge.hpo.trial.objective import Objective
 from lightning_bge.hpo.trials import is_to_be_continued
 from lightning_bge.runtime.compat.optuna import storage_of
 from lightning_bge.runtime.stop import StopRequest
 
+FOLDER = "seed_replicates"  # of their checkpoints and predictions, beside those of the study
 Task = tuple[int, int]  # the replicated trial's number, and the seed
 
 
@@ -65,6 +66,7 @@ class SeedReplicates:
             (NaN, out of memory, or its process died each time) can't be it. `before`, where no trial can, or while
             some are `missing`.
         missing: number of seed replicates that have not ended.
+        complete: number of a replicated trial all of whose seed replicates have a score -> these trials.
     """
 
     seeds: tuple[int, ...]
@@ -72,6 +74,7 @@ class SeedReplicates:
     before: int
     winner: int
     missing: int
+    complete: Mapping[int, Sequence[FrozenTrial]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for the summary."""
@@ -120,8 +123,7 @@ def run_seed_replicates(
     if not seeds or not studies.is_finished() or not ranked(study):
         return None
     queue = SeedReplicateQueue(studies, seeds)
-    files = TrialFiles(checkpoints=queue.checkpoints)
-    train = replace(objective, files=files, cost=None, n_trials=len(queue.tasks()))
+    train = replace(objective, files=objective.files.within(FOLDER), cost=None, n_trials=len(queue.tasks()))
     run_trials(queue, train, until=until, request=request, report=_Progress(queue, metric, objective.steps.total))
     return queue.result()
 
@@ -143,7 +145,7 @@ class SeedReplicateQueue(TrialQueue):
             pruner=optuna.pruners.NopPruner(),
             load_if_exists=True,
         )
-        checkpoints = studies.checkpoints / "seed_replicates"
+        checkpoints = studies.checkpoints / FOLDER
         super().__init__(replicates, studies.worker, studies.config, studies.run_dir, checkpoints)
         self.replicated, self.seeds = studies.study, tuple(seeds)
 
@@ -170,6 +172,14 @@ class SeedReplicateQueue(TrialQueue):
     def check_failures(self, tries: Tries) -> None:
         """A seed replicate that fails counts as one without a value."""
 
+    def complete(self) -> dict[int, list[FrozenTrial]]:
+        """The seed replicates of each replicated trial all of whose replicates have a score, by its number."""
+        found, tasks = _by_task(self.tries()), self.tasks()
+        last = {task: made[-1] for task, made in found.items() if made[-1].state == TrialState.COMPLETE}
+        numbers = {number for number, _ in tasks}
+        mine = {number: [task for task in tasks if task[0] == number] for number in numbers}
+        return {number: [last[task] for task in each] for number, each in mine.items() if all(t in last for t in each)}
+
     def result(self) -> SeedReplicates:
         """What is known by now."""
         found, best, values = _by_task(self.tries()), self.best(), {}
@@ -186,7 +196,7 @@ class SeedReplicateQueue(TrialQueue):
         # of equal means the one with the better score in the study
         means = {one.trial: sign * one.mean for one in trials if one.mean is not None}
         winner = before if missing or not means else max(means, key=lambda number: means[number])
-        return SeedReplicates(self.seeds, trials, before, winner, missing)
+        return SeedReplicates(self.seeds, trials, before, winner, missing, self.complete())
 
 
 def _by_task(tries: Tries) -> dict[Task, list[FrozenTrial]]:

@@ -14,7 +14,7 @@ from lightning_bge.models.distributed import gather, sum_gradients, sum_over_ran
 from lightning_bge.models.encoder import TextClassifier
 from lightning_bge.models.losses import Loss
 from lightning_bge.models.memory_saving.oom_retry import OOMRetry
-from lightning_bge.models.metrics import Predictions, compute_metrics
+from lightning_bge.models.metrics import HAS_THRESHOLD, Predictions, compute_metrics, tuned_metrics
 from lightning_bge.models.optimizer import materialize_state
 from lightning_bge.runtime.micro_batch import batch_source
 from lightning_bge.types import Batch, Schema
@@ -56,6 +56,7 @@ class EffectiveBatchModule(LightningModule):
         self.predictions: Predictions | None = None
         self.oom_retry = OOMRetry()
         self._trial_steps = False
+        self._threshold_rows: Predictions | None = None
         self._parts: list[Predictions] = []
         self._losses: list[Tensor] = []
 
@@ -164,6 +165,14 @@ class EffectiveBatchModule(LightningModule):
 
     # ------------------------------------------------------------------ evaluation
 
+    def tune_threshold_on(self, predictions: Predictions) -> None:
+        """Decide validation rows for `val_tuned_<metric>` at the threshold that is best on these rows.
+
+        Args:
+            predictions: of rows that this module does not validate on, with labels: those of a study's earlier folds.
+        """
+        self._threshold_rows = predictions
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the batch's logits on the device; nothing is computed from them before the end."""
         self._keep(batch, batch_idx)
@@ -199,7 +208,7 @@ class EffectiveBatchModule(LightningModule):
         return parts
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val_<metric>` for every metric of the task."""
+        """Log `val_<metric>` for every metric of the task, and `val_tuned_<metric>` at tuned thresholds."""
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
@@ -222,6 +231,9 @@ class EffectiveBatchModule(LightningModule):
         assert self.schema is not None
         assert self.loss is not None
         metrics = compute_metrics(self.schema, found, per_class=prefix == "test")
+        if prefix == "val" and self.schema.task in HAS_THRESHOLD:
+            tuned = tuned_metrics(self.schema, found, self._threshold_rows)
+            metrics |= {f"tuned_{name}": value for name, value in tuned.items()}
         loss = self.loss.cpu()
         metrics["loss"] = float(loss(found.logits, found.labels) / loss.normalizer(found.labels))
         self.loss.to(self.device)

@@ -23,6 +23,9 @@ METRICS: dict[str, tuple[str, ...]] = {
     "regression": ("spearman", "pearson", "mse", "mae", "r2", "loss"),
 }
 LOWER_IS_BETTER = ("loss", "mse", "mae")
+DECISION_METRICS = ("f1", "accuracy", "precision", "recall")  # what the threshold of a yes/no decision changes
+HAS_THRESHOLD = ("binary", "multilabel")  # tasks
+THRESHOLD_PARTS = 5  # of the validation rows: each is decided at the threshold that is best on the others
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,32 @@ class MonitorConfig:
         metric: metric for early stopping, checkpoints and the study; null: f1, or spearman for a regression.
         objective: the score of a run is the value of its `best` or of its `last` epoch.
         patience: stop after this many epochs without a better value; null: never stop early.
+        threshold: where f1, accuracy, precision or recall of yes/no decisions (binary, multi-label) are compared:
+            `tuned` takes the threshold that is best on the folds before, and in a first or only fold the one that is
+            best on other parts of its rows, as the exported model has a tuned threshold too; `fixed` takes 0.5, which
+            also ranks how well scores are calibrated.
     """
 
     metric: str | None = None
     objective: Literal["best", "last"] = "best"
     patience: int | None = None
+    threshold: Literal["tuned", "fixed"] = "tuned"
 
     def __post_init__(self) -> None:
         if self.patience is not None and self.patience < 1:
             raise ConfigError(f"monitor.patience: expected 1 or more, or null, got {self.patience}")
+        if self.threshold not in ("tuned", "fixed"):
+            raise ConfigError(f"monitor.threshold: expected tuned or fixed, got {self.threshold!r}")
+
+    @property
+    def tuned(self) -> bool:
+        """Whether values are compared at a tuned threshold."""
+        return self.threshold == "tuned" and self.metric in DECISION_METRICS
+
+    @property
+    def logged(self) -> str:
+        """The name under which a module logs the monitored value of a validation."""
+        return f"val_{'tuned_' if self.tuned else ''}{self.metric}"
 
 
 @dataclass(frozen=True)
@@ -80,19 +100,26 @@ def metric_direction(metric: str) -> Literal["maximize", "minimize"]:
     return "minimize" if metric in LOWER_IS_BETTER else "maximize"
 
 
-def check_metric(task: Task, metric: str | None, grouped: bool = True) -> str:
-    """The metric to monitor: the task's first if it is None.
+def check_metric(
+    task: Task, metric: str | None, threshold: Literal["tuned", "fixed"] = "tuned", grouped: bool = True
+) -> tuple[str, Literal["tuned", "fixed"]]:
+    """The metric to monitor, and at which threshold.
+
+    Args:
+        task: of the model.
+        metric: the requested one; None: the task's first.
+        threshold: the requested one; `fixed` is returned where the task or the metric has none.
+        grouped: whether rows have groups.
 
     Raises:
         ConfigError: the task has no such metric, or it needs groups where there are none.
     """
-    if metric is None:
-        return METRICS[task][0]
+    metric = METRICS[task][0] if metric is None else metric
     if metric not in METRICS[task]:
         raise ConfigError(f"monitor.metric: a {task} task has {', '.join(METRICS[task])}; got {metric}")
     if metric in ("map", "mrr") and not grouped:
         raise ConfigError(f"monitor.metric: {metric} ranks the rows of each group; name data.group_column")
-    return metric
+    return metric, threshold if task in HAS_THRESHOLD and metric in DECISION_METRICS else "fixed"
 
 
 def scores(task: Task, logits: Tensor) -> Tensor:
@@ -151,13 +178,7 @@ def _regression(score: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def _binary(score: Tensor, labels: Tensor, threshold: float, groups: Tensor | None) -> dict[str, Any]:
-    yes = (score >= threshold).long()  # torchmetrics' own threshold is exclusive
-    found: dict[str, Any] = {
-        "f1": M.f1_score(yes, labels, task="binary"),
-        "accuracy": M.accuracy(yes, labels, task="binary"),
-        "precision": M.precision(yes, labels, task="binary"),
-        "recall": M.recall(yes, labels, task="binary"),
-    }
+    found = _decision_metrics("binary", (score >= threshold).long(), labels)  # torchmetrics' threshold is exclusive
     if 0 < int(labels.sum()) < len(labels):
         found["auroc"] = M.auroc(score, labels, task="binary")
         found["average_precision"] = M.average_precision(score, labels, task="binary")
@@ -172,23 +193,98 @@ def _several_classes(schema: Schema, score: Tensor, labels: Tensor, per_class: b
     if schema.task == "multiclass":
         task: dict[str, Any] = {"task": "multiclass", "num_classes": classes}
         decided = score.argmax(dim=-1)
-        accuracy = M.accuracy(decided, labels, average="micro", **task)
         present = len(labels.unique()) == classes
     else:
         task = {"task": "multilabel", "num_labels": classes}
         decided = (score >= schema.threshold).long()
-        accuracy = M.accuracy(decided, labels, average="macro", **task)
         present = bool(((labels.sum(0) > 0) & (labels.sum(0) < len(labels))).all())
-    found: dict[str, Any] = {"accuracy": accuracy}
-    for name, function in (("f1", M.f1_score), ("precision", M.precision), ("recall", M.recall)):
-        each = function(decided, labels, average="none", **task)
-        found[name] = each.mean()
-        if per_class:
-            found |= {f"{name}/{label}": value for label, value in zip(schema.labels, each, strict=True)}
+    found = _decision_metrics(schema.task, decided, labels, schema.labels, per_class)
     if present:
         found["auroc"] = M.auroc(score, labels, average="macro", **task)
         found["average_precision"] = M.average_precision(score, labels, average="macro", **task)
     return found
+
+
+def _decision_metrics(
+    task: Task, decided: Tensor, labels: Tensor, names: Sequence[str] = (), per_class: bool = False
+) -> dict[str, Any]:
+    """F1, accuracy, precision and recall of decided classes, [N] (binary, multi-class) or [N, L] of 0 and 1."""
+    functions = (("f1", M.f1_score), ("precision", M.precision), ("recall", M.recall))
+    if task == "binary":
+        found: dict[str, Any] = {name: function(decided, labels, task="binary") for name, function in functions}
+        return found | {"accuracy": M.accuracy(decided, labels, task="binary")}
+    kind: dict[str, Any] = {"task": task, "num_classes" if task == "multiclass" else "num_labels": len(names)}
+    found = {"accuracy": M.accuracy(decided, labels, average="micro" if task == "multiclass" else "macro", **kind)}
+    for name, function in functions:
+        each = function(decided, labels, average="none", **kind)
+        found[name] = each.mean()
+        if per_class:
+            found |= {f"{name}/{label}": value for label, value in zip(names, each, strict=True)}
+    return found
+
+
+def tuned_metrics(schema: Schema, predictions: Predictions, others: Predictions | None = None) -> dict[str, float]:
+    """F1, accuracy, precision and recall of yes/no decisions at a threshold that was tuned on other rows.
+
+    Where there are `others`, the threshold is the one that is best on them: for accuracy the one with the best
+    accuracy, for the rest the one with the best F1. That also shows whether a threshold suits another model, as the
+    exported model is not the one that its threshold is tuned on. Else the rows are cut into `THRESHOLD_PARTS` parts
+    (`threshold_parts`), and each part is decided at the threshold that is best on the other parts.
+
+    Args:
+        schema: of a binary or multi-label task.
+        predictions: with labels.
+        others: other rows, with labels, as other models of the same hyperparameters have predicted them.
+
+    Returns:
+        The metrics by their names; NaN where a logit is not finite.
+    """
+    assert predictions.labels is not None
+    if not predictions.logits.isfinite().all():
+        return dict.fromkeys(DECISION_METRICS, float("nan"))
+    score, labels = scores(schema.task, predictions.logits).numpy(), predictions.labels.numpy()
+    parts = threshold_parts(len(labels), None if predictions.groups is None else predictions.groups.numpy())
+    found: dict[str, float] = {}
+    for metrics in (("accuracy",), ("f1", "precision", "recall")):
+        if others is None:
+            decided = torch.from_numpy(cross_fitted_decisions(score, labels, parts, metrics[0]))
+        else:
+            assert others.labels is not None
+            known = scores(schema.task, others.logits).numpy()
+            decided = torch.from_numpy(score >= best_threshold(known, others.labels.numpy(), metrics[0])).long()
+        at = _decision_metrics(schema.task, decided, predictions.labels.long(), schema.labels)
+        found |= {name: float(at[name]) for name in metrics}
+    return found
+
+
+def threshold_parts(count: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """The part, 0 ... `THRESHOLD_PARTS` - 1, that each of so many rows is in, int64 [N]; a group is in one part.
+
+    The parts are drawn at random, always the same ones for as many rows or groups.
+    """
+    units = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
+    order = np.random.default_rng(0).permutation(int(units.max()) + 1)
+    found: np.ndarray = order[units] % THRESHOLD_PARTS
+    return found
+
+
+def cross_fitted_decisions(score: np.ndarray, labels: np.ndarray, parts: np.ndarray, metric: str = "f1") -> np.ndarray:
+    """Yes (1) or no (0) for every row, each part's at the threshold that is best on the *other* parts.
+
+    So the threshold is evaluated on rows that it was not chosen on.
+
+    Args:
+        score: [N] or [N, L] probabilities.
+        labels: 0 or 1, of the same shape.
+        parts: int [N], the part of each row. A single part is decided at the threshold that is best on itself.
+        metric: see `best_threshold`.
+    """
+    decided = np.zeros(score.shape, dtype=np.int64)
+    for part in np.unique(parts):
+        mine = parts == part
+        others = mine if mine.all() else ~mine
+        decided[mine] = score[mine] >= best_threshold(score[others], labels[others], metric)
+    return decided
 
 
 def best_threshold(score: np.ndarray, labels: np.ndarray, metric: str = "f1") -> float:
@@ -197,17 +293,27 @@ def best_threshold(score: np.ndarray, labels: np.ndarray, metric: str = "f1") ->
     Of equally good ones it is the highest, and it is above all scores where a no for every row is best.
 
     Args:
-        score: [N] or [N, L] probabilities; several labels are taken together.
+        score: [N] or [N, L] probabilities; several labels have one threshold.
         labels: 0 or 1, of the same shape.
-        metric: `accuracy`, or anything else for F1, the usual measure of a yes/no decision.
+        metric: `accuracy`, or anything else for F1, the usual measure of a yes/no decision; with several labels the
+            mean of their F1, as `compute_metrics` has it.
     """
     order = np.argsort(-score.ravel(), kind="stable")
-    ranked, truth = score.ravel()[order], labels.ravel()[order] > 0.5
+    ranked = score.ravel()[order]
     one = ranked.dtype.type(1)
     edges = np.concatenate(([np.nextafter(one, 2 * one)], ranked, [0 * one]))
-    count = np.arange(len(ranked) + 1)  # of rows that get a yes; the cut lies between edges[count] and the next one
-    hits = np.append(0, np.cumsum(truth))
-    quality = 2 * hits - count if metric == "accuracy" else 2 * hits / np.maximum(count + truth.sum(), 1)
+    # of the first 0, 1, ... entries that get a yes; the cut lies between edges[count] and the next one
+    truth = (labels.reshape(len(labels), -1) > 0.5).astype(np.float64)
+    column = np.broadcast_to(np.arange(truth.shape[1]), truth.shape).ravel()[order]
+    hit = truth.ravel()[order]
+    quality = np.zeros(len(ranked) + 1)
+    for label in range(truth.shape[1]):
+        mine = column == label
+        hits, count = np.cumsum(hit * mine), np.cumsum(mine)
+        if metric == "accuracy":
+            quality[1:] += 2 * hits - count
+        else:
+            quality[1:] += 2 * hits / np.maximum(count + truth[:, label].sum(), 1)
     possible = np.append(edges[:-2] > edges[1:-1], True)  # rows of one score go together
     best = int(np.argmax(np.where(possible, quality, -np.inf)))
     middle = (edges[best] + edges[best + 1]) / 2

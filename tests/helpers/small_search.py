@@ -44,7 +44,7 @@ def small_data(folder: Path, **changes: Any) -> TextDataModule:
     )
 
 
-def make(  # with oof_dir, paused_dir, epochs and per_epoch besides the arguments of `Objective`
+def make(  # with oof_dir, paused_dir, predictions_dir, epochs and per_epoch besides the arguments of `Objective`
     folder: Path, extra: tuple[Callback, ...] = (), monitor: MonitorConfig | None = None, **changes: Any
 ) -> Objective:
     epochs = changes.get("epochs", 2)
@@ -67,6 +67,8 @@ def make(  # with oof_dir, paused_dir, epochs and per_epoch besides the argument
         return TrialSetup(model, data, lambda **more: quiet_trainer(settings, **more), dict)
 
     steps = Steps(2, changes.pop("epochs", 2), changes.pop("per_epoch", 1))
-    files = TrialFiles(changes.pop("oof_dir", folder / "oof"), changes.pop("paused_dir", None))
+    files = TrialFiles(
+        changes.pop("oof_dir", folder / "oof"), changes.pop("paused_dir", None), changes.pop("predictions_dir", None)
+    )
     monitor = monitor or MonitorConfig(metric="loss")
     return Objective(build=build, space=parse_space(SPACE), monitor=monitor, steps=steps, files=files, **changes)

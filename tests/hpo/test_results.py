@@ -15,6 +15,7 @@ import torch
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
+from lightning_bge.hpo.evaluation.describe import describe_notes
 from lightning_bge.hpo.results import describe_study, trials_table, wall_seconds
 from lightning_bge.hpo.trial.out_of_fold import (
     judge_out_of_fold,
@@ -120,11 +121,43 @@ def test_the_closing_lines_name_the_results_and_the_files() -> None:
             "n_out_of_memory": 0,
             "seed_replicates": None,
             "metric": "f1",
+            "sampler": "tpe",
+            "estimate": {
+                "corrected": {"value": 0.4321, "low": 0.3, "high": 0.55},
+                "differences": {
+                    "runner_up": {"value": 0.01, "low": -0.02, "high": 0.03, "excludes_zero": False},
+                    "configured": {"value": 0.1, "low": 0.05, "high": 0.2, "excludes_zero": True},
+                },
+                "n_left_out": 2,
+            },
             "best_params": {"lr": 0.1},
             "threshold_note": "note",
         },
         **{"out_of_fold": {"f1": 0.75}, "model_dir": "runs/s/model", "test": {"f1": 0.625}},
     }
     text = describe_study(Path("runs/s"), summary)
-    for part in ("majority class: 0.5000", "out-of-fold f1 0.7500", "scored once: f1 0.6250", "model/"):
+    for part in (
+        "selected   0.5000  mean over the folds; optimistic",
+        "corrected  0.4321  95 % interval 0.3000 to 0.5500",
+        "test       0.6250  test file, scored once",
+        "not corrected: tpe has drawn later parameter sets by the scores of earlier ones",
+        "left out of the correction: 2 parameter sets",
+        "the configured hyperparameters  +0.1000  (+0.0500 to +0.2000)  better",
+        "the second best                 +0.0100  (-0.0200 to +0.0300)  no more than noise",
+        "majority class: f1 0.5000",
+        "model/",
+    ):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"metric": "loss", "estimate": None}, "no corrected score: monitor another metric than the loss"),
+        ({"estimate": {"n_left_out": 4}}, "no corrected score: the predictions of the complete trials are not kept"),
+        ({"sampler": "random", "estimate": {"corrected": {"value": 1}, "n_left_out": 0}}, None),
+    ],
+)
+def test_what_the_corrected_score_lacks_is_said(changes: dict[str, Any], says: str | None) -> None:
+    lines = describe_notes({"metric": "f1", "sampler": "tpe", **changes})
+    assert (says is None and not lines) or any(line.startswith(str(says)) for line in lines)

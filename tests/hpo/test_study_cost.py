@@ -91,7 +91,14 @@ def test_the_closing_lines_list_the_front() -> None:
         **dict.fromkeys(("n_complete", "n_pruned", "n_failed", "best_trial", "refit_epochs"), 3),
         **dict.fromkeys(("wall_seconds", "best_value", "majority_baseline", "threshold"), 0.5),
         **{"study": "s", "task": "binary", "n_out_of_memory": 0, "seed_replicates": None, "model_dir": None},
-        **{"metric": "f1", "best_params": {}, "threshold_note": "note", "out_of_fold": {}},
+        **{
+            "metric": "f1",
+            "sampler": "random",
+            "estimate": None,
+            "best_params": {},
+            "threshold_note": "note",
+            "out_of_fold": {},
+        },
         "cost": "predict_seconds",
         "front": [{"number": 3, "score": 0.5, "cost": 12.5}, {"number": 1, "score": 0.25, "cost": 2.0}],
     }

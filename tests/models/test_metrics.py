@@ -233,9 +233,18 @@ def test_best_threshold_is_above_all_scores_where_a_no_for_every_row_is_best() -
     assert not (score >= best_threshold(score, np.array([0, 0, 1]), "accuracy")).any()
 
 
-def test_best_threshold_of_several_labels_is_one_for_all() -> None:
-    score, labels = np.random.default_rng(0).random((20, 3)), np.random.default_rng(1).random((20, 3)) < 0.4
-    assert best_threshold(score, labels) == best_threshold(score.ravel(), labels.ravel())
+@pytest.mark.parametrize("metric", ["f1", "accuracy"])
+def test_several_labels_have_one_threshold_by_the_mean_that_is_reported(metric: str) -> None:
+    score, labels = np.random.default_rng(0).random((20, 3)), np.random.default_rng(1).random((20, 3)) < [0.1, 0.4, 0.8]
+    rows = torch.arange(20)
+
+    def at(threshold: float) -> float:
+        schema = Schema("multilabel", ("a", "b", "c"), ("text",), 8, threshold)
+        found = Predictions(rows, torch.logit(torch.from_numpy(score)), torch.from_numpy(labels).float())
+        return compute_metrics(schema, found)[metric]
+
+    best = max(at(threshold) for threshold in [*np.unique(score), 2.0])
+    assert at(best_threshold(score, labels, metric)) == pytest.approx(best)
 
 
 # ------------------------------------------------------------------ predictions and names
@@ -272,11 +281,11 @@ def test_every_metric_is_known_and_computed(task: Task) -> None:
     logits = torch.randn(N, schema.num_outputs)
     found = compute_metrics(schema, predictions(logits, labels, torch.arange(N) // 6))
     assert found.keys() | {"loss"} == set(METRICS[task])
-    assert all(check_metric(task, metric) == metric for metric in METRICS[task])
+    assert all(check_metric(task, metric)[0] == metric for metric in METRICS[task])
 
 
 def test_default_metrics_and_directions() -> None:
-    assert [check_metric(task, None) for task in ("binary", "multiclass", "multilabel", "regression")] == [
+    assert [check_metric(task, None)[0] for task in ("binary", "multiclass", "multilabel", "regression")] == [
         "f1",
         "f1",
         "f1",

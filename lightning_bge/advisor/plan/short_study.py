@@ -282,7 +282,8 @@ class ShortStudy:
         options = {"monitor.metric": "loss", "monitor.objective": objective}  # read by the report
         steps = Steps(1, self._epochs)
         self._study = open_study(self._folder, config, "minimize", steps, options)
-        self._monitor = MonitorConfig("loss", objective)  # other metrics may be NaN where few rows miss a class
+        # other metrics may be NaN where few rows miss a class
+        self._monitor = MonitorConfig("loss", objective=objective)
         self._objective = Objective(
             build=self.shorten,
             space=parse_space(hpo.space),

@@ -31,11 +31,12 @@ def _results(run: RunData) -> str:
     summary, metric = run.summary or {}, run.metric
     figures = []
     for part, text in PARTS.items():
-        value = (summary.get(part) or {}).get(metric)
+        found = summary.get(part) or {}
+        value = found.get(run.logged.removeprefix("val_"), found.get(metric))  # the test file's is at the threshold
         if value is not None:
             figures.append((f"{value:.4f}", f"{metric}, {text}"))
-    if not figures and run.epochs and f"val_{metric}" in run.epochs[-1]:
-        figures.append((f"{run.epochs[-1][f'val_{metric}']:.4f}", f"{metric}, validation after the last epoch so far"))
+    if not figures and run.epochs and run.logged in run.epochs[-1]:
+        figures.append((f"{run.epochs[-1][run.logged]:.4f}", f"{metric}, validation after the last epoch so far"))
     if summary.get("epoch") is not None:
         figures.append((str(summary["epoch"]), "epoch of the chosen checkpoint"))
     figures.append((str(len(run.epochs)), "epochs trained"))
@@ -53,7 +54,7 @@ def _learning_curves(run: RunData) -> str:
     if not run.epochs:
         return paragraph("logs/version_*/metrics.csv is missing: the run used another logger than CSVLogger.")
     logged = {name for epoch in run.epochs for name in epoch}
-    metric = f"val_{run.metric}"
+    metric = run.logged
     others = sorted(name for name in logged if name.startswith("val_") and name not in (metric, "val_loss"))
     losses = [name for name in ("train_loss", "val_loss") if name in logged]
     found = ""

@@ -52,6 +52,12 @@ class RunData:
         return (self.summary or {}).get("metric") or (self.config.get("monitor") or {}).get("metric")
 
     @property
+    def logged(self) -> str:
+        """The name under which the monitored value of a training run is logged."""
+        tuned = (self.config.get("monitor") or {}).get("threshold") == "tuned"  # written where the metric has one alone
+        return f"val_{'tuned_' if tuned else ''}{self.metric}"
+
+    @property
     def trials_finished(self) -> bool:
         """Whether as many trials are finished as config.yaml asks for."""
         history = self.history

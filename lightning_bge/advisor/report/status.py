@@ -162,12 +162,13 @@ def _describe_fit(run: RunData) -> list[str]:
     lines = [f"epochs     {len(run.epochs)}{'' if planned is None else f' of {planned}'} finished"]
     if run.epochs:
         last = run.epochs[-1]
-        first = [f"val_{run.metric}", "val_loss", "train_loss", "train_tokens_per_s", "train_data_wait"]
+        first = [run.logged, "val_loss", "train_loss", "train_tokens_per_s", "train_data_wait"]
         names = [name for name in dict.fromkeys([*first, *sorted(last)]) if name in last]
         names = [name for name in names if name not in ("epoch", "step")][:MAX_METRICS]
         lines += [f"{name:<20} {format_number(last[name])}" for name in names]
     for part in ("validation", "test"):
-        value = ((run.summary or {}).get(part) or {}).get(run.metric)
+        found = (run.summary or {}).get(part) or {}
+        value = found.get(run.logged.removeprefix("val_"), found.get(run.metric))
         if value is not None:
             lines.append(f"{part:<10} {run.metric} {value:.4f}")
     return lines

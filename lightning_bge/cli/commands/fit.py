@@ -83,7 +83,7 @@ def _finish(cli: FitCLI, run_dir: Path) -> dict[str, Any]:
         threshold = best_threshold(score, predictions.labels.numpy(), str(monitor.metric))
         model.set_schema(replace(schema, threshold=threshold))
         summary["threshold"] = threshold
-        summary["threshold_note"] = "chosen on the validation rows; the validation figures are at 0.5"
+        summary["threshold_note"] = "chosen on the validation rows; the figures without tuned_ are at 0.5"
     if trainer.is_global_zero:
         write_predictions(run_dir / "validation.csv", model.schema, predictions)
         summary["model_dir"] = str(model.export(run_dir / "model", datamodule.new_tokenizer()))

@@ -11,7 +11,7 @@ from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import FrozenTrial
 
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo.config import JOURNAL, SEED_REPLICATES
+from lightning_bge.hpo.config import BASELINE, JOURNAL, SEED_REPLICATES
 
 TAKEN_OVER = "taken_over"  # attribute of a study with a changed search space: all earlier trials are in it
 
@@ -52,9 +52,9 @@ def load_study(run_dir: Path) -> tuple[optuna.Study, list[FrozenTrial]] | None:
 
 
 def study_names(storage: BaseStorage) -> list[str]:
-    """The names of the studies in a journal, in their order, without those of seed replicates."""
+    """The names of the studies in a journal, in their order, without those of seed replicates and baselines."""
     names = [study.study_name for study in storage.get_all_studies()]
-    return [name for name in names if not name.endswith(SEED_REPLICATES)]
+    return [name for name in names if not name.endswith((SEED_REPLICATES, BASELINE))]
 
 
 def present_study(storage: BaseStorage) -> str | None:

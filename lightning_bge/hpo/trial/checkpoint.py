@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.steps import Report
@@ -36,12 +37,17 @@ class FoldResult:
 
 
 class ScoredEpoch(Callback):
-    """Keeps which epoch a fold's score comes from, and its predictions.
+    """Keeps which epoch a fold's score comes from, its predictions, and the logits of all validations.
 
     Args:
         monitor: the logged metric.
         objective: whether the `best` or the `last` epoch is scored.
         direction: `maximize` or `minimize`.
+
+    Attributes:
+        epochs: the scored epoch so far, from 1.
+        predictions: of that epoch.
+        logits: of each validation so far, within epochs too.
     """
 
     def __init__(self, monitor: str, objective: str, direction: str) -> None:
@@ -49,10 +55,14 @@ class ScoredEpoch(Callback):
         self.sign = 1.0 if direction == "maximize" else -1.0
         self.epochs = 0
         self.predictions: Predictions | None = None
+        self.logits: list[Tensor] = []
         self.best = -float("inf")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep this epoch's predictions where it is the one to be scored so far."""
+        """Keep the logits, and the predictions where this epoch is the one to be scored so far."""
+        if trainer.sanity_checking:
+            return
+        self.logits.append(pl_module.predictions.logits)  # type: ignore[union-attr,arg-type]
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # a validation within an epoch
         value = self.sign * float(trainer.callback_metrics.get(self.monitor, float("nan")))
@@ -64,8 +74,9 @@ class ScoredEpoch(Callback):
         """Plain data and tensors, for `restore`."""
         return {"best": self.best, "epochs": self.epochs, "predictions": _plain(self.predictions)}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue with the state of another callback."""
+    def restore(self, state: dict[str, Any], logits: Sequence[Tensor]) -> None:
+        """Continue with the state of another callback, and the logits that it had kept."""
+        self.logits[:] = logits
         self.best, self.epochs = state["best"], state["epochs"]
         self.predictions = _predictions(state["predictions"])
 

@@ -1,5 +1,7 @@
 """What a trial does: train and validate the model on each fold, report to the study, and clean up however it ends."""
 
+from __future__ import annotations
+
 import logging
 import math
 import signal
@@ -24,11 +26,12 @@ from lightning_bge.hpo.space.search_space import Space, suggest
 from lightning_bge.hpo.steps import Report, Steps
 from lightning_bge.hpo.terminator import report_fold_scores
 from lightning_bge.hpo.trial.checkpoint import FoldResult, OpenFold, SavedTrial, ScoredEpoch, save_trial
+from lightning_bge.hpo.trial.kept_predictions import KeptPredictions, limit_predictions
 from lightning_bge.hpo.trial.out_of_fold import drop_predictions, save_predictions
 from lightning_bge.hpo.trials import ENDED, PARAMETER_SET, RESUMES
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder_cache import EncoderCache
-from lightning_bge.models.metrics import MonitorConfig, metric_direction
+from lightning_bge.models.metrics import MonitorConfig, Predictions, metric_direction
 from lightning_bge.runtime.memory import live_bytes, release
 from lightning_bge.runtime.oom import clean_up, find_oom
 from lightning_bge.runtime.stop import Stopped, StopRequest
@@ -65,10 +68,21 @@ class TrialFiles:
     Attributes:
         out_of_fold: the out-of-fold predictions of the best trials, a file each.
         checkpoints: what is needed to continue trials that were paused or stopped, a folder for each parameter set.
+        predictions: the logits of all validations, a file for each parameter set.
+        predictions_limit: bytes of `predictions` together, beyond which those that matter least are deleted.
     """
 
     out_of_fold: Path | None = None
     checkpoints: Path | None = None
+    predictions: Path | None = None
+    predictions_limit: int = 2**30
+
+    def within(self, name: str) -> TrialFiles:
+        """The same folders' sub-folders of that name, without the out-of-fold predictions."""
+        checkpoints, predictions = (
+            None if folder is None else folder / name for folder in (self.checkpoints, self.predictions)
+        )
+        return TrialFiles(None, checkpoints, predictions, self.predictions_limit)
 
 
 class ReleaseEncoder(Callback):
@@ -177,16 +191,19 @@ class Objective:
         saved = self._saved(trial)
         folds: list[FoldResult] = [] if saved is None else saved.folds
         curve: list[list[Report]] = [] if saved is None else saved.curve
-        later = self._later_folds(trial.study)
+        later, kept = self._later_folds(trial.study), self._kept(trial, saved)
         try:
             while len(folds) < self.steps.folds:
-                folds.append(self._fold(trial, params, folds, curve, None if saved is None else saved.fold, later))
+                opened = None if saved is None else saved.fold
+                folds.append(self._fold(trial, params, folds, curve, opened, later, kept))
                 saved = None
                 if (folder := self._folder(trial)) is not None:
                     save_trial(folder, step=len(folds) * self.steps.per_fold, folds=folds, curve=curve)
         finally:
             release(host=False)  # trainer and module hold each other until the garbage collector has run
             trial.set_user_attr("curve", curve)
+            if kept is not None:
+                limit_predictions(kept.folder, trial.study, self.files.predictions_limit)
         scores = [fold.score for fold in folds]
         trial.set_user_attr("fold_scores", scores)
         trial.set_user_attr("fold_epochs", [fold.epochs for fold in folds])
@@ -203,6 +220,14 @@ class Objective:
         """Where the trial is saved; None: nowhere."""
         folder = self.files.checkpoints
         return None if folder is None else folder / str(trial.user_attrs.get(PARAMETER_SET, trial.number))
+
+    def _kept(self, trial: optuna.Trial, saved: SavedTrial | None) -> KeptPredictions | None:
+        """The logits of this parameter set's validations so far; None: they are not kept."""
+        folder = self.files.predictions
+        if folder is None:
+            return None
+        number = trial.user_attrs.get(PARAMETER_SET, trial.number)
+        return KeptPredictions(folder, number, until=0 if saved is None else saved.step)
 
     def _saved(self, trial: optuna.Trial) -> SavedTrial | None:
         """What another trial has left of this parameter set; None: nothing."""
@@ -222,11 +247,17 @@ class Objective:
         curve: list[list[Report]],
         opened: OpenFold | None,
         later: float,
+        kept: KeptPredictions | None,
     ) -> FoldResult:
-        metric, direction = f"val_{self.monitor.metric}", metric_direction(str(self.monitor.metric))
+        metric, direction = self.monitor.logged, metric_direction(str(self.monitor.metric))
         scored, pruner = ScoredEpoch(metric, self.monitor.objective, direction), trial.study.pruner
 
+        def keep() -> None:
+            if kept is not None:
+                kept.add(reports.curve, scored.logits)
+
         def save(trainer: Trainer | None) -> None:
+            keep()  # first: what is continued from the checkpoint has all predictions until then
             if (folder := self._folder(trial)) is not None:
                 save_trial(folder, step=reports.last_step, folds=done, curve=curve, fold=(reports, scored, trainer))
 
@@ -251,9 +282,12 @@ class Objective:
         curve.append(reports.curve)
         if opened is not None:
             reports.restore(opened.reports, opened.curve)
-            scored.restore(opened.scored)
+            known = {} if kept is None else kept.logits
+            scored.restore(opened.scored, [known[one.step] for one in opened.curve if one.step in known])
         setup = self.build(params)
         setup.datamodule.select_fold(len(done))
+        if earlier := [fold.predictions for fold in done if fold.predictions is not None]:
+            setup.model.tune_threshold_on(Predictions.collect(earlier))
         if not reports.closed:
             steps_left = self._steps_left(later, setup.datamodule, len(done))
             compiler = CompileLayers(self.compile, steps_left=steps_left)
@@ -261,9 +295,12 @@ class Objective:
             callbacks = [OOMHandler(), compiler, scored, *early_stopping(self.monitor), reports, stop, ReleaseEncoder()]
             setup.model.load_encoder_with(self.encoder.load)
             checkpoint = None if opened is None else opened.checkpoint
-            setup.make_trainer(callbacks=callbacks).fit(
-                setup.model, datamodule=setup.datamodule, ckpt_path=checkpoint, weights_only=True
-            )
+            try:
+                setup.make_trainer(callbacks=callbacks).fit(
+                    setup.model, datamodule=setup.datamodule, ckpt_path=checkpoint, weights_only=True
+                )
+            finally:
+                keep()
         return FoldResult(reports.close_fold(), scored.epochs, scored.predictions, len(setup.datamodule.val_rows))
 
     def _steps_left(self, later: float, data: TextDataModule, fold: int) -> int:
@@ -287,4 +324,4 @@ def early_stopping(monitor: MonitorConfig) -> list[Callback]:
         return []
     mode = "max" if metric_direction(str(monitor.metric)) == "maximize" else "min"
     # a NaN prunes the trial, with its reason: see `FoldPruningCallback`
-    return [EarlyStopping(f"val_{monitor.metric}", mode=mode, patience=monitor.patience, check_finite=False)]
+    return [EarlyStopping(monitor.logged, mode=mode, patience=monitor.patience, check_finite=False)]

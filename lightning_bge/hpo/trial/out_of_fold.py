@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import optuna
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,16 +12,16 @@ from torch import Tensor
 from lightning_bge.hpo.config import BEST
 from lightning_bge.hpo.ranking import best_parameter_sets
 from lightning_bge.models.metrics import (
+    HAS_THRESHOLD,
     LOWER_IS_BETTER,
     Predictions,
     best_threshold,
     compute_metrics,
+    cross_fitted_decisions,
     scores,
 )
 from lightning_bge.runtime.run_folder import create_run_dir, write_atomically
 from lightning_bge.types import Schema
-
-HAS_THRESHOLD = ("binary", "multilabel")
 
 
 def predictions_file(folder: Path, number: int) -> Path:
@@ -92,13 +91,11 @@ def judge_out_of_fold(path: Path, schema: Schema, metric: str) -> OutOfFold:
         return OutOfFold(predictions, fold, 0.5, metrics, "the task has no threshold")
     score, labels = scores(schema.task, predictions.logits).numpy(), predictions.labels.numpy()
     threshold = best_threshold(score, labels, metric)
-    folds = [np.flatnonzero(fold.numpy() == k) for k in fold.unique().tolist()]
-    if len(folds) == 1:
+    decided = cross_fitted_decisions(score, labels, fold.numpy(), metric)
+    if len(fold.unique()) == 1:
         note = "chosen and evaluated on the same validation rows: optimistic"
-        decided = (score >= threshold).astype(np.int64)
     else:
         note = "chosen on all folds; the scores above use for each fold the threshold chosen on the other folds"
-        decided = cross_fitted_decisions(score, labels, folds, metric)
     # decisions as extreme logits: the same function judges them, at any threshold
     logits = torch.from_numpy(decided * 40.0 - 20.0).float().reshape(predictions.logits.shape)
     at_threshold = compute_metrics(schema, replace(predictions, logits=logits), per_class=True)
@@ -122,17 +119,3 @@ def majority_baseline(schema: Schema, predictions: Predictions, metric: str) -> 
     found = [one[metric] for one in metrics if metric in one]
     best = min if metric in LOWER_IS_BETTER else max
     return best(found, default=float("nan"))
-
-
-def cross_fitted_decisions(
-    score: np.ndarray, labels: np.ndarray, folds: Sequence[np.ndarray], metric: str = "f1"
-) -> np.ndarray:
-    """Yes/no for every row, each fold's at the threshold that is best on the *other* folds.
-
-    So the threshold is evaluated on rows that it was not chosen on. `folds` hold positions in `score`.
-    """
-    decided = np.zeros(score.shape, dtype=np.int64)
-    for fold in folds:
-        others = np.setdiff1d(np.arange(len(score)), fold)
-        decided[fold] = score[fold] >= best_threshold(score[others], labels[others], metric)
-    return decided

@@ -14,13 +14,14 @@ from lightning.pytorch import Callback
 from optuna.trial import FrozenTrial, TrialState
 from safetensors.torch import load_file
 
-from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.config import PREDICTIONS, StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.steps import Report, Steps
 from lightning_bge.hpo.study import open_study
 from lightning_bge.hpo.trial.checkpoint import STATE, FoldResult, SavedTrial, save_trial
+from lightning_bge.hpo.trial.kept_predictions import kept_file
 from lightning_bge.hpo.trial.out_of_fold import predictions_file
 from lightning_bge.hpo.trials import INTERRUPTED, PARAMETER_SET, REPORTS_BEFORE, RETRY_OF, attempts
 from lightning_bge.models.metrics import MonitorConfig, Predictions
@@ -70,7 +71,12 @@ def run(
 ) -> tuple[list[FrozenTrial], StopAt]:
     """A study of one parameter set, started again after each stop; and the weights at the end of each fold."""
     stop = StopAt(stops, validations)
-    settings = {"oof_dir": run_dir / "oof", "paused_dir": run_dir / CHECKPOINTS, "per_epoch": 2, **changes}
+    folders = {
+        "oof_dir": run_dir / "oof",
+        "paused_dir": run_dir / CHECKPOINTS,
+        "predictions_dir": run_dir / PREDICTIONS,
+    }
+    settings = {**folders, "per_epoch": 2, **changes}
     study = optuna.create_study(direction="minimize", pruner=optuna.pruners.NopPruner(), study_name="s")
     config = StudyConfig(1, SPACE, pruner=PrunerConfig("none"))
     for start in range(BATCHES + 1):
@@ -88,7 +94,13 @@ def whole(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Frozen
     run_dir = tmp_path_factory.mktemp("whole")
     [trial], stop = run(files, run_dir)
     assert (stop.trained, stop.validated) == (BATCHES, VALIDATIONS)
-    return trial, stop, load_file(predictions_file(run_dir / "oof", 0))
+    return trial, stop, kept(run_dir, 0)
+
+
+def kept(run_dir: Path, number: int) -> dict[str, torch.Tensor]:
+    """The out-of-fold predictions of a trial, and the logits of all validations of its parameter set."""
+    logits = load_file(kept_file(run_dir / PREDICTIONS, 0))
+    return load_file(predictions_file(run_dir / "oof", number)) | {f"step {step}": one for step, one in logits.items()}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +139,8 @@ def test_a_trial_that_was_stopped_equals_an_uninterrupted_one_bit_for_bit(
         assert last.user_attrs[name] == expected.user_attrs[name]
     steps = [report[0] for fold in last.user_attrs["curve"] for report in fold]
     assert steps == [report[0] for fold in expected.user_attrs["curve"] for report in fold]
-    found = load_file(predictions_file(tmp_path / "oof", last.number))
+    found = kept(tmp_path, last.number)
+    assert found.keys() == predictions.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in predictions.items())
     for one, other in zip(stop.ends, uninterrupted.ends, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)

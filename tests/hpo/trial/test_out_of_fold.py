@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState
 
 from lightning_bge.hpo.ranking import front, ranked
 from lightning_bge.hpo.trial.objective import Objective
-from lightning_bge.hpo.trial.out_of_fold import cross_fitted_decisions, drop_predictions, load_predictions
-from lightning_bge.models.metrics import best_threshold
+from lightning_bge.hpo.trial.out_of_fold import drop_predictions, load_predictions
 from tests.helpers.small_search import make, write_files
 
 
@@ -108,22 +106,3 @@ def test_two_objectives_have_no_reports_and_sampling_goes_on_over_pruned_trials(
             assert min(report[3] for report in spent) * 50 <= cost <= max(report[3] for report in spent) * 50
     assert front(study)[0].number == ranked(study)[0].number
     assert {trial.number for trial in ranked(study)} == kept(tmp_path)
-
-
-@pytest.mark.parametrize("shape", [(30,), (30, 3)])
-def test_cross_fitted_decisions_do_not_see_their_own_fold(shape: tuple[int, ...]) -> None:
-    random = np.random.default_rng(0)
-    score = random.random(shape)
-    labels = (random.random(shape) < score).astype(float)
-    folds = np.array_split(random.permutation(30), 3)
-    decided = cross_fitted_decisions(score, labels, folds)
-    assert decided.shape == shape
-    for fold in folds:
-        others = np.setdiff1d(np.arange(30), fold)
-        threshold = best_threshold(score[others], labels[others])
-        assert np.array_equal(decided[fold], score[fold] >= threshold)
-        other_truth = labels.copy()
-        other_truth[fold] = 1 - labels[fold]
-        again = cross_fitted_decisions(score, other_truth, folds)
-        assert np.array_equal(again[fold], decided[fold])
-        assert not np.array_equal(again[others], decided[others])

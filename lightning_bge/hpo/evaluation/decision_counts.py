@@ -1,0 +1,152 @@
+"""Yes/no decisions on many resamples of the rows at once: counts at candidate thresholds, and the metrics of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from lightning_bge.models.metrics import THRESHOLD_PARTS
+from lightning_bge.types import Task
+
+MAX_THRESHOLDS = 256  # candidates, at quantiles of the scores of positive rows: finer ones change F1 by less than 0.4 %
+
+
+@dataclass(frozen=True)
+class Decider:
+    """Turns logits into decisions at each of K thresholds, for C classes.
+
+    Attributes:
+        task: binary, multilabel or multiclass.
+        thresholds: float [K], descending, of logits; a class of a multi-class task is decided by the highest logit.
+        tuned: whether one of the thresholds is chosen; else there is one alone.
+    """
+
+    task: Task
+    thresholds: np.ndarray
+    tuned: bool
+
+    @classmethod
+    def fixed(cls, task: Task) -> Decider:
+        """The threshold 0.5, or the highest class."""
+        return cls(task, np.zeros(1), tuned=False)
+
+    @classmethod
+    def candidates(cls, task: Task, logits: np.ndarray, labels: np.ndarray) -> Decider:
+        """Thresholds to choose from: a no for every row, and what positive rows have.
+
+        Args:
+            task: binary or multilabel.
+            logits: float [N, outputs].
+            labels: encoded, of as many rows and outputs.
+        """
+        positive = np.unique(logits.ravel()[labels.ravel() > 0.5])
+        if len(positive) > MAX_THRESHOLDS:
+            positive = np.unique(np.quantile(positive, np.linspace(0, 1, MAX_THRESHOLDS), method="lower"))
+        return cls(task, np.concatenate(([np.inf], positive[::-1])), tuned=True)
+
+    def columns(self, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each class the first threshold at which a row gets a yes (K: none), int [N, C], and its truth, [N, C]."""
+        if self.task == "multiclass":
+            classes = np.arange(logits.shape[1])
+            return (logits.argmax(1)[:, None] != classes).astype(np.int64), labels[:, None] == classes
+        place = np.searchsorted(-self.thresholds, -logits, side="left")
+        return place, labels.reshape(len(labels), -1) > 0.5
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts of weighted rows, for C classes, at K thresholds, on B resamples.
+
+    Attributes:
+        hits: float [C, K, B], positive rows that get a yes.
+        yes: float [C, K, B], rows that get a yes.
+        positive: float [C, 1, B].
+        rows: float [B].
+    """
+
+    hits: np.ndarray
+    yes: np.ndarray
+    positive: np.ndarray
+    rows: np.ndarray
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(*(mine - theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def at(self, chosen: np.ndarray) -> Counts:
+        """The counts at one threshold for each resample, int [B]."""
+        place = np.broadcast_to(chosen, (len(self.hits), 1, len(chosen)))
+        hits, yes = (np.take_along_axis(each, place, axis=1) for each in (self.hits, self.yes))
+        return Counts(hits, yes, self.positive, self.rows)
+
+    def of(self, chosen: np.ndarray) -> Counts:
+        """The counts of some of the resamples: bool [B] -> the others are 0."""
+        return Counts(*(each * chosen for each in vars(self).values()))
+
+    def metric(self, name: str, task: Task) -> np.ndarray:
+        """F1, accuracy, precision or recall at each threshold, [K, B]: the mean over the classes."""
+        if name == "accuracy":
+            if task == "multiclass":
+                return self.hits.sum(0) / np.maximum(self.rows, 1)
+            return (1 - (self.yes + self.positive - 2 * self.hits) / np.maximum(self.rows, 1)).mean(0)
+        base = {"f1": (self.yes + self.positive) / 2, "precision": self.yes, "recall": self.positive}[name]
+        found: np.ndarray = (self.hits / np.where(base > 0, base, 1)).mean(0)
+        return found
+
+    def best(self, name: str, task: Task) -> np.ndarray:
+        """The threshold of each resample that `best_threshold` would choose for a metric, int [B]."""
+        return self.metric(name if name == "accuracy" else "f1", task).argmax(0)
+
+
+def count_decisions(
+    decider: Decider, logits: np.ndarray, labels: np.ndarray, weights: np.ndarray, parts: np.ndarray | None = None
+) -> list[Counts]:
+    """Count at all thresholds.
+
+    Args:
+        decider: thresholds.
+        logits: float [N, outputs].
+        labels: encoded, [N] or [N, L].
+        weights: float32 [N, B], how often each row is in each resample.
+        parts: int [N], the part that each row is in, for a count of each; None: one count of all.
+    """
+    count = 1 if parts is None else THRESHOLD_PARTS
+    part = np.zeros(len(logits), dtype=np.int64) if parts is None else parts
+    places, truth = decider.columns(logits, labels)
+    size, resamples, rows = len(decider.thresholds) + 1, weights.shape[1], np.arange(len(logits))
+
+    def sums(place: np.ndarray, width: int, chosen: np.ndarray) -> np.ndarray:
+        matrix = csr_matrix(
+            (np.ones(len(chosen), np.float32), (part[chosen] * width + place[chosen], chosen)),
+            shape=(count * width, len(rows)),
+        )
+        return (matrix @ weights).reshape(count, width, resamples)
+
+    yes, hits, positive = [], [], []
+    for column in range(places.shape[1]):
+        place = places[:, column]
+        true = rows[truth[:, column]]
+        yes.append(sums(place, size, rows)[:, :-1].cumsum(1))
+        by_place = sums(place, size, true)
+        hits.append(by_place[:, :-1].cumsum(1))
+        positive.append(by_place.sum(1, keepdims=True))
+    total = sums(np.zeros_like(part), 1, rows)[:, 0]
+    each = [np.stack(found, axis=1) for found in (hits, yes, positive)]  # [parts, C, ...]
+    return [Counts(each[0][number], each[1][number], each[2][number], total[number]) for number in range(count)]
+
+
+def sum_of(counts: Sequence[Counts]) -> Counts:
+    """The counts of several sets of rows together."""
+    return sum(counts[1:], counts[0])
+
+
+def cross_fitted(parts: Sequence[Counts], name: str, task: Task) -> np.ndarray:
+    """The metric with each part decided at the threshold that is best on the other parts, [B]."""
+    total = sum_of(parts)
+    found: np.ndarray = sum_of([part.at((total - part).best(name, task)) for part in parts]).metric(name, task)[0]
+    return found
