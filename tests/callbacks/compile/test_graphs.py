@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -109,6 +110,38 @@ def run_trials(kind: str, backend: str, trials: int) -> None:
 def test_one_graph_serves_20_trials() -> None:
     """Another dropout, batch size, cut and learning rate in each; training and validation in turns; results equal."""
     run_trials("bert", "aot_eager", trials=20)
+
+
+def eager_backend(graph: torch.fx.GraphModule, inputs: Any, **_: Any) -> Callable[..., Any]:
+    return graph.forward
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "default",
+        pytest.param(
+            "reduce-overhead",
+            marks=pytest.mark.xfail(
+                raises=AssertionError,
+                strict=True,
+                reason="shapes are static, and nothing sets token_bucket: each token total is compiled anew",
+            ),
+        ),
+    ],
+)
+def test_new_token_totals_need_no_graph(mode: Any) -> None:
+    module, callbacks = BGEClassifier(), []
+    module.net = TextClassifier(small_model("bert", vocab_size=100))
+    config = CompileConfig(policy="always", mode=mode, backend=eager_backend)  # type: ignore[arg-type]
+    for seed in range(3):  # the second run has no new total, the third one has
+        batches = [effective_batch(6, seed=max(seed, 1))] * 2
+        callbacks.append(CompileLayers(config))
+        quiet_trainer(callbacks=callbacks[-1:], limit_val_batches=0).fit(module, datamodule=Batches(SCHEMA, batches))
+    first, repeated, new = (callback.graphs for callback in callbacks)
+    if not first > 0 or repeated:
+        pytest.fail(f"{first} graphs of the first batches, and {repeated} of the same ones")
+    assert new == 0
 
 
 @pytest.mark.slow

@@ -3,10 +3,11 @@ calls go through torch's dispatcher, its schemas, its derivatives and its compil
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
+from lightning_bge.callbacks.compile.layers import compile_layers
+from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.models.attention import packed as attention
 from lightning_bge.models.attention.cuda import (
     Capabilities,
@@ -329,6 +332,32 @@ def warm_up(layers: nn.ModuleList, device: torch.device = CPU) -> None:
         step(layers, lengths, device)
 
 
+def outputs(layers: nn.ModuleList, rate: float, lengths: tuple[int, ...], device: torch.device, seed: int) -> Tensor:
+    """Of one step on the same input always, with masks of the given seed."""
+    set_rate(layers, rate)
+    hidden = torch.randn(1, sum(lengths), 16, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    torch.manual_seed(seed)
+    out = hidden
+    for layer in layers:
+        out = layer(out, packing=pack(lengths, device))
+    out.float().sum().backward()
+    return out.detach().float().clone()  # a CUDA graph writes into the same memory when it is replayed
+
+
+def check_rates(layers: nn.ModuleList, eager: nn.ModuleList, lengths: tuple[int, ...], device: torch.device) -> None:
+    """Compiled layers drop at the rate of now, with other masks in each step, and nothing at rate 0."""
+    exact, near = outputs(eager, 0.0, lengths, device, 0), {"rtol": 2e-2, "atol": 5e-2}
+    distances = []
+    for rate in (0.05, 0.15, 0.4):
+        one, other = (outputs(layers, rate, lengths, device, seed) for seed in (1, 2))
+        assert not torch.allclose(one, other, **near)
+        distances.append(float((one - exact).square().mean()))
+        of_eager = float((outputs(eager, rate, lengths, device, 1) - exact).square().mean())
+        assert distances[-1] == pytest.approx(of_eager, rel=0.35)  # another mask, the same rate
+        torch.testing.assert_close(outputs(layers, 0.0, lengths, device, 3), exact, **near)
+    assert distances == sorted(distances)
+
+
 @pytest.fixture
 def fresh_graphs() -> Iterator[None]:
     torch._dynamo.reset()
@@ -357,6 +386,26 @@ def test_a_compiled_layer_holds_the_flash_call_and_takes_every_rate(
     set_rate(layers, 0.5)
     step(layers, LENGTHS)
     assert [call["rate"] for call in flash_calls] == [0.0, 0.0]
+
+
+def test_a_compiled_layer_drops_at_the_rate_of_now_and_draws_anew(
+    flash_calls: list[dict], monkeypatch: pytest.MonkeyPatch, fresh_graphs: None
+) -> None:
+    monkeypatch.setattr(attention, "_fits_into_graphs", lambda *_: True)
+    layers = bert_layers(2).train()
+    eager = copy.deepcopy(layers)
+    compile_layers(layers, CompileConfig(policy="always", backend="aot_eager"))
+    warm_up(layers)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        check_rates(layers, eager, (140, 30, 9), CPU)
+
+
+def test_operators_that_read_a_rate_stay_out_of_cuda_graphs() -> None:
+    """A replayed CUDA graph would not read the rate again."""
+    operators = torch.ops.lightning_bge
+    for operator in (operators.flash_attention, operators.flash_attention_backward):
+        assert torch.Tag.cudagraph_unsafe in operator.default.tags
+    assert torch.Tag.nondeterministic_seeded in operators.flash_attention.default.tags
 
 
 def test_a_compiled_layer_equals_the_layer(
@@ -438,7 +487,7 @@ def test_gpu_dropout_keeps_the_mean_and_hits_forward_and_backward_alike(kernel: 
 @on_gpu
 @pytest.mark.parametrize("rate", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_gpu_nothing_waits_for_the_device(dtype: torch.dtype, rate: float) -> None:
+def test_gpu_packed_attention_waits_for_nothing(dtype: torch.dtype, rate: float) -> None:
     lengths = (300, 129, 64, 64, 1)
     qkv = [x.detach().transpose(0, 1)[None].requires_grad_() for x in gpu_inputs(dtype, lengths=lengths)]
     packing = pack(lengths, CUDA)
@@ -461,22 +510,24 @@ def test_gpu_nothing_waits_for_the_device(dtype: torch.dtype, rate: float) -> No
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_gpu_a_compiled_layer_takes_every_rate(mode: str, fresh_graphs: None) -> None:
+def test_gpu_a_compiled_layer_takes_every_rate_and_draws_anew(mode: Any, fresh_graphs: None) -> None:
     layers = bert_layers(2).cuda().train()
-    for layer in layers:
-        layer.compile(fullgraph=True, mode=mode)
+    eager = copy.deepcopy(layers)
+    compile_layers(layers, CompileConfig(policy="always", mode=mode))
+    lengths = (140, 30, 9)  # of the warm-up: with reduce-overhead other totals are compiled anew
     with torch.autocast("cuda", dtype=torch.bfloat16):
         warm_up(layers, CUDA)
         with torch.compiler.set_stance("fail_on_recompile"):
-            for rate in (0.05, 0.15, 0.0):
-                set_rate(layers, rate)
-                assert step(layers, (500, 499, 3), CUDA).isfinite().all()
-            # a replayed CUDA graph must draw anew, and with the rate of now
-            set_rate(layers, 0.0)
-            torch.manual_seed(0)
-            one = step(layers, (200, 100), CUDA).clone()
-            torch.manual_seed(0)
-            torch.testing.assert_close(step(layers, (200, 100), CUDA), one)
-            set_rate(layers, 0.4)
-            torch.manual_seed(0)
-            assert not torch.allclose(step(layers, (200, 100), CUDA), one)
+            check_rates(layers, eager, lengths, CUDA)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_gpu_a_layer_compiled_by_default_takes_new_lengths(fresh_graphs: None) -> None:
+    layers = bert_layers(2).cuda().train()
+    compile_layers(layers, CompileConfig(policy="always"))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        warm_up(layers, CUDA)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for lengths in ((500, 499, 3), (129, 1, 1)):
+                assert step(layers, lengths, CUDA).isfinite().all()
