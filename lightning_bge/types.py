@@ -45,11 +45,16 @@ class MicroBatch:
     labels: Tensor | None = None
     groups: Tensor | None = None
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
-        """A copy whose model inputs and labels are on `device`."""
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> MicroBatch:
+        """A copy whose model inputs and labels are on `device`; None, the default, waits for it unless that is CUDA.
+
+        Lightning moves plain tensors so too, but calls the `to` of a batch class with the device alone. Copies to a
+        CUDA device are ordered before what uses them; elsewhere the host could read a value before it is copied.
+        """
+        queued = torch.device(device).type == "cuda" if non_blocking is None else non_blocking
 
         def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+            return None if tensor is None else tensor.to(device, non_blocking=queued)
 
         return self._map(move)
 
@@ -132,8 +137,8 @@ class Batch:
         parts = [m.labels for m in self.micro if m.labels is not None]
         return torch.cat(parts) if parts else None
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """A copy on `device`."""
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Batch:
+        """A copy on `device`: see `MicroBatch.to`."""
         return replace(self, micro=tuple(m.to(device, non_blocking) for m in self.micro))
 
     def pin_memory(self) -> Batch:

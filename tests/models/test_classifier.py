@@ -391,27 +391,3 @@ def test_a_run_without_an_end_is_refused(folder: str) -> None:
     module = BGEClassifier(folder, optimizer=FAST)
     with pytest.raises(ConfigError, match="a schedule needs to know its length"):
         quiet_trainer(max_epochs=-1).fit(module, datamodule=Batches(BINARY, learnable(), learnable()))
-
-
-class NoWaiting(Callback):
-    """From the third step on, whatever waits for the device inside a step is an error."""
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: BGEClassifier, batch: Batch, batch_idx: int) -> None:
-        if batch_idx >= 2:
-            torch.cuda.set_sync_debug_mode("error")
-
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        torch.cuda.set_sync_debug_mode("default")
-
-    def on_exception(self, *_: Any, **__: Any) -> None:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
-def test_a_training_step_waits_for_nothing(dropout_folder: str, precision: Any) -> None:
-    module = BGEClassifier(dropout_folder, optimizer=FAST, schedule=FLAT)
-    trainer = quiet_trainer(accelerator="gpu", devices=1, precision=precision, callbacks=[NoWaiting()])
-    trainer.fit(module, datamodule=Batches(BINARY, learnable(rows=36)))
-    assert trainer.global_step == 6

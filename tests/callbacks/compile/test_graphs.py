@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -111,6 +112,38 @@ def test_one_graph_serves_20_trials() -> None:
     run_trials("bert", "aot_eager", trials=20)
 
 
+def eager_backend(graph: torch.fx.GraphModule, inputs: Any, **_: Any) -> Callable[..., Any]:
+    return graph.forward
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "default",
+        pytest.param(
+            "reduce-overhead",
+            marks=pytest.mark.xfail(
+                raises=AssertionError,
+                strict=True,
+                reason="shapes are static, and nothing sets token_bucket: each token total is compiled anew",
+            ),
+        ),
+    ],
+)
+def test_new_token_totals_need_no_graph(mode: Any) -> None:
+    module, callbacks = BGEClassifier(), []
+    module.net = TextClassifier(small_model("bert", vocab_size=100))
+    config = CompileConfig(policy="always", mode=mode, backend=eager_backend)  # type: ignore[arg-type]
+    for seed in range(3):  # the second run has no new total, the third one has
+        batches = [effective_batch(6, seed=max(seed, 1))] * 2
+        callbacks.append(CompileLayers(config))
+        quiet_trainer(callbacks=callbacks[-1:], limit_val_batches=0).fit(module, datamodule=Batches(SCHEMA, batches))
+    first, repeated, new = (callback.graphs for callback in callbacks)
+    if not first > 0 or repeated:
+        pytest.fail(f"{first} graphs of the first batches, and {repeated} of the same ones")
+    assert new == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "backend"), [("bert", "inductor"), ("modernbert", "aot_eager")])
 def test_one_graph_serves_20_trials_slow(kind: str, backend: str) -> None:
@@ -118,22 +151,26 @@ def test_one_graph_serves_20_trials_slow(kind: str, backend: str) -> None:
 
 
 @pytest.mark.slow
-def test_auto_decides_on_this_machine() -> None:
-    """Whatever it decides, it decides within its limit, and the figures agree with the decision."""
+def test_the_decision_of_auto_on_this_machine_agrees_with_what_it_measured() -> None:
     module = BGEClassifier()
     module.net = TextClassifier(small_model("bert", dropout=0.1))
     batches = [effective_batch(6, seed=k) for k in range(14)]
     callback = CompileLayers(CompileConfig(time_limit=100), steps_left=10**6)
     quiet_trainer(callbacks=[callback]).fit(module, datamodule=Batches(SCHEMA, batches, batches[:1]))
-    assert callback.reason.startswith("compile on: " if callback.in_effect else "compile off: ")
+    measured = callback.found.measured
+    assert measured is not None, callback.reason
+    pays = 2 * 10**6 * (measured.eager_s - measured.compiled_s) > 2 * measured.compile_s  # two layers, two graphs
+    assert callback.in_effect is pays, callback.reason
+    assert callback.reason.startswith("compile on: " if pays else "compile off: ")
     assert callback.in_effect is all(compiled_call(layer) is not None for layer in find_layers(module))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("policy", ["auto", "always"])
-def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch, policy: Any) -> None:
+def test_gpu_layers_are_measured_by_auto_and_compiled_by_always(monkeypatch: pytest.MonkeyPatch, policy: Any) -> None:
     monkeypatch.setattr(policy_module, "MIN_COMPILE_S", 0.0)
     callback, module = CompileLayers(CompileConfig(policy=policy), steps_left=10**9), stack()
     train(module, callback, accelerator="gpu", devices=1)
-    assert callback.in_effect is all(compiled(module))
+    assert compiled(module) == [callback.in_effect] * 3
+    assert callback.in_effect if policy == "always" else callback.found.measured is not None, callback.reason

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch._dynamo
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_bge.callbacks.compile import callback as compile_module
 from lightning_bge.callbacks.compile import policy as policy_module
@@ -158,14 +158,49 @@ def test_medians_of_turns() -> None:
     assert all(p.grad is None for p in layer.parameters())
 
 
-def test_frozen_layers_are_replayed_forward() -> None:
-    layer = Block().requires_grad_(False)
+class Recorded(torch.autograd.Function):
+    """Doubles its input; keeps the inputs of its forward passes, and the gradients of its backward passes."""
+
+    forwards: list[Tensor]
+    backwards: list[Tensor]
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        Recorded.forwards.append(hidden.detach().clone())
+        return 2 * hidden
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        Recorded.backwards.append(grad.clone())
+        return 2 * grad
+
+
+class RecordedLayer(nn.Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return Recorded.apply(super().forward(hidden))
+
+
+@pytest.mark.parametrize(("trains", "input_trains"), [(True, False), (False, True), (True, True), (False, False)])
+def test_captured_calls_are_replayed_forward_and_also_backward_unless_all_is_frozen(
+    trains: bool, input_trains: bool
+) -> None:
+    layer = RecordedLayer(6, 6).requires_grad_(trains)
     capture = Capture(layer)
-    layer(torch.randn(4, 6))
+    inputs = [torch.randn(rows, 6, requires_grad=input_trains) for rows in (4, 5)]
+    Recorded.forwards, Recorded.backwards = [], []
+    for hidden in inputs:
+        layer(hidden)
     capture.close()
-    layer(torch.randn(4, 6))
-    assert len(capture.calls) == 1
-    capture.replay()
+    expected, Recorded.forwards = Recorded.forwards, []
+    layer(torch.randn(3, 6))  # a call of a later batch
+    assert len(capture.calls) == 2
+    Recorded.forwards = []
+    with torch.no_grad():  # whatever the caller's mode is
+        capture.replay()
+    assert [part.shape for part in expected] == [(4, 6), (5, 6)]
+    assert equal(Recorded.forwards, expected)
+    assert equal(Recorded.backwards, [torch.ones_like(part) for part in expected] if trains or input_trains else [])
+    assert [tensor.grad for tensor in (*layer.parameters(), *inputs)] == [None] * 4
 
 
 def test_a_signature_is_of_structure_alone() -> None:

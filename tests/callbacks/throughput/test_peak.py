@@ -78,7 +78,31 @@ def test_measured_once_for_each_dtype_and_number_of_threads(monkeypatch: pytest.
     assert asked == [torch.float32, torch.bfloat16, torch.float32]
 
 
-def test_the_real_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("calls", [1, 10])
+def test_the_clock_is_read_when_the_device_has_finished(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """A device that only queues each product, and computes for 2 s when it is waited for."""
+    now, queued = 7.0, 1  # one product of before is still in the queue
+
+    def wait(device: torch.device) -> None:
+        nonlocal now, queued
+        assert device.type == "meta"
+        now, queued = now + 2 * queued, 0
+
+    def queue(a: Tensor, b: Tensor) -> None:
+        nonlocal queued
+        assert (a.shape, b.shape, b.stride()) == ((5, 5), (5, 5), (1, 5))  # a weight is stored transposed
+        queued += 1
+
+    monkeypatch.setattr(peak, "wait_for", wait)
+    monkeypatch.setattr(peak, "perf_counter", lambda: now)
+    monkeypatch.setattr(torch, "mm", queue)
+    a, b = torch.empty(2, 5, 5, device="meta")
+    assert peak._seconds(a, b, calls) == 2
+
+
+def test_this_machine_has_a_peak_and_no_random_number_is_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     before = torch.get_rng_state()
     found = matmul_peak(CPU, torch.float32)
     assert 1e7 < found < math.inf

@@ -4,16 +4,13 @@ calls go through torch's dispatcher, its schemas, its derivatives and its compil
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import BertConfig
-from transformers.models.bert.modeling_bert import BertLayer
 
 from lightning_bge.models.attention import packed as attention
 from lightning_bge.models.attention.cuda import (
@@ -27,22 +24,16 @@ from lightning_bge.models.attention.cuda import (
 )
 from lightning_bge.models.attention.packed import Kind, backends_in_use, choose_backend, packed_attention
 from lightning_bge.models.attention.packing import Packing
-from lightning_bge.models.dropout import CheapDropout, use_cheap_dropout
 from lightning_bge.runtime.compat import torch as compat
+from tests.helpers.packing import CPU, CUDA, on_gpu, pack
 
 LENGTHS = (7, 5, 5, 5, 1)
 HEADS, DIM = 2, 8
 SCALE = 0.6
-CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 H200 = Capabilities(compute=(9, 0), flash=True, varlen=True, nested=True)
 
 # where no fused kernel is (on a CPU), torch's attention over jagged tensors goes through the older strided ones
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def pack(lengths: tuple[int, ...], device: torch.device = CPU) -> Packing:
-    return Packing(lengths, torch.tensor([0, *lengths]).cumsum(0).int().to(device))
 
 
 def inputs(lengths: tuple[int, ...], dtype: torch.dtype = torch.float64, first: bool = False) -> list[Tensor]:
@@ -62,71 +53,6 @@ def slow(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float
         weights = scores.masked_fill(torch.tensor(far, device=q.device), -torch.inf).softmax(-1)
         outputs.append(torch.einsum("hqk,khd->qhd", weights, c))
     return torch.cat(outputs)
-
-
-# ---------------------------------------------------------------------- the flash operators, plainly, on the CPU
-
-
-class Plain(NamedTuple):
-    """One sequence: its places among queries and keys, softmax, and what dropout multiplies it with."""
-
-    queries: slice
-    keys: slice
-    weights: Tensor
-    kept: Tensor
-    sums: Tensor
-
-
-def plain(q: Tensor, k: Tensor, starts: tuple[Tensor, Tensor], rate: float, seed: int, options: dict) -> list[Plain]:
-    generator = torch.Generator().manual_seed(seed)
-    ends = (options.get(f"window_size_{side}") for side in ("left", "right"))
-    left, right = (2**31 if end is None or end < 0 else end for end in ends)
-    parts = []
-    for number in range(len(starts[0]) - 1):
-        rows, columns = (slice(int(s[number]), int(s[number + 1])) for s in starts)
-        scores = torch.einsum("qhd,khd->hqk", q[rows], k[columns]) * options["scale"]
-        offset = torch.arange(scores.shape[2])[None, :] - torch.arange(scores.shape[1])[:, None]
-        scores = scores.masked_fill((offset < -left) | (offset > right), -torch.inf)
-        kept = torch.ones_like(scores)
-        if rate > 0:
-            kept = (torch.rand(kept.shape, generator=generator) >= rate).to(q.dtype) / (1 - rate)
-        parts.append(Plain(rows, columns, scores.softmax(-1), kept, scores.logsumexp(-1).float()))
-    return parts
-
-
-@pytest.fixture
-def flash_calls() -> Iterator[list[dict]]:
-    """torch's flash operators work on the CPU; what they were called with, in order."""
-    calls: list[dict] = []
-
-    def forward(q, k, v, starts_q, starts_k, max_q, max_k, rate, causal, debug, **options):  # type: ignore[no-untyped-def]
-        assert starts_q.dtype == starts_k.dtype == torch.int32
-        assert max_q >= starts_q.diff().max()
-        assert max_k >= starts_k.diff().max()
-        assert not causal
-        assert not debug
-        calls.append({"max_q": max_q, "max_k": max_k, "rate": rate, **options})
-        seed = int(torch.randint(2**31, ())) if rate > 0 else 0
-        parts = plain(q, k, (starts_q, starts_k), rate, seed, options)
-        out = torch.cat([torch.einsum("hqk,khd->qhd", p.weights * p.kept, v[p.keys]) for p in parts])
-        sums = torch.cat([p.sums for p in parts], dim=1)
-        return out, sums, torch.tensor([seed, 0], dtype=torch.uint64), sums.new_empty(0), q.new_empty(0)
-
-    def backward(grad, q, k, v, out, sums, starts_q, starts_k, max_q, max_k, rate, causal, rng_state, _, **options):  # type: ignore[no-untyped-def]
-        d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
-        for p in plain(q, k, (starts_q, starts_k), rate, int(rng_state[0]), options):
-            d_weights = torch.einsum("qhd,khd->hqk", grad[p.queries], v[p.keys]) * p.kept
-            d_scores = p.weights * (d_weights - (d_weights * p.weights).sum(-1, keepdim=True)) * options["scale"]
-            d_q[p.queries] = torch.einsum("hqk,khd->qhd", d_scores, k[p.keys])
-            d_k[p.keys] = torch.einsum("hqk,qhd->khd", d_scores, q[p.queries])
-            d_v[p.keys] = torch.einsum("hqk,qhd->khd", p.weights * p.kept, grad[p.queries])
-        return d_q, d_k, d_v
-
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_flash_attention_forward", forward, "CPU")
-    library.impl("_flash_attention_backward", backward, "CPU")
-    yield calls
-    library._destroy()
 
 
 # ---------------------------------------------------------------------- the choice
@@ -279,8 +205,9 @@ def test_views_are_not_copied(flash_calls: list[dict], monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize("kernel", [flash, at_zero])
+@pytest.mark.parametrize("kernel", [flash, at_zero, by_runs])
 def test_shapes_and_dtypes_on_a_gpu_that_is_not_there(kernel: Callable[..., Tensor], first: bool) -> None:
+    """No value is read from the device either, as there is none: that would be an error."""
     with FakeTensorMode():  # without gradients, for which autograd would look for the device
         q, k, v = (
             torch.empty(size, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
@@ -289,91 +216,6 @@ def test_shapes_and_dtypes_on_a_gpu_that_is_not_there(kernel: Callable[..., Tens
         cu_seqlens = torch.empty(len(LENGTHS) + 1, dtype=torch.int32, device="cuda")
         out = kernel(q, k, v, Packing(LENGTHS, cu_seqlens), 0.1, SCALE, None)
         assert (out.shape, out.dtype, out.device.type) == (q.shape, torch.bfloat16, "cuda")
-
-
-# ---------------------------------------------------------------------- compiled layers
-
-
-def bert_layers(number: int) -> nn.ModuleList:
-    config = BertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=16)
-    config._attn_implementation = attention.PACKED
-    attention.register_packed_attention()
-    layers = nn.ModuleList(BertLayer(config) for _ in range(number))
-    use_cheap_dropout(layers)
-    for module in layers.modules():
-        if isinstance(module, CheapDropout) and not hasattr(module, "host_rate"):
-            module.host_rate = torch.empty((), dtype=torch.float64)
-    return layers
-
-
-def set_rate(layers: nn.Module, rate: float) -> None:
-    for module in layers.modules():
-        if isinstance(module, CheapDropout):
-            module.p = rate
-            module.host_rate.fill_(rate)
-
-
-def step(layers: nn.ModuleList, lengths: tuple[int, ...], device: torch.device = CPU) -> Tensor:
-    hidden = torch.randn(1, sum(lengths), 16, device=device, requires_grad=True)
-    out = hidden
-    layers.zero_grad()
-    for layer in layers:
-        out = layer(out, packing=pack(lengths, device))
-    out.float().sum().backward()
-    return out
-
-
-def warm_up(layers: nn.ModuleList, device: torch.device = CPU) -> None:
-    for lengths, rate in (((50, 30), 0.1), ((140, 30, 9), 0.2), ((300, 20, 10), 0.3)):
-        set_rate(layers, rate)
-        step(layers, lengths, device)
-
-
-@pytest.fixture
-def fresh_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def test_a_compiled_layer_holds_the_flash_call_and_takes_every_rate(
-    flash_calls: list[dict], monkeypatch: pytest.MonkeyPatch, fresh_graphs: None
-) -> None:
-    monkeypatch.setattr(attention, "_fits_into_graphs", lambda *_: True)
-    layers = bert_layers(2).train()
-    for layer in layers:
-        layer.compile(fullgraph=True, backend="eager")
-    warm_up(layers)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for rate in (0.05, 0.15, 0.0):
-            for lengths in ((500, 499, 3), (129, 1, 1)):
-                flash_calls.clear()
-                set_rate(layers, rate)
-                step(layers, lengths)
-                assert [call["rate"] for call in flash_calls] == [rate, rate]
-                assert flash_calls[0]["max_q"] == {500: 512, 129: 256}[lengths[0]]
-    layers.eval()
-    flash_calls.clear()
-    set_rate(layers, 0.5)
-    step(layers, LENGTHS)
-    assert [call["rate"] for call in flash_calls] == [0.0, 0.0]
-
-
-def test_a_compiled_layer_equals_the_layer(
-    flash_calls: list[dict], monkeypatch: pytest.MonkeyPatch, fresh_graphs: None
-) -> None:
-    monkeypatch.setattr(attention, "_fits_into_graphs", lambda *_: True)
-    layers = bert_layers(1)
-    set_rate(layers, 0.0)
-    torch.manual_seed(0)
-    plain = step(layers, LENGTHS)
-    wanted = [parameter.grad.clone() for parameter in layers.parameters()]
-    layers[0].compile(fullgraph=True, backend="aot_eager")
-    torch.manual_seed(0)
-    torch.testing.assert_close(step(layers, LENGTHS), plain, rtol=1e-5, atol=1e-6)
-    assert len(flash_calls) == 1
-    for parameter, grad in zip(layers.parameters(), wanted, strict=True):
-        torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------------- on a GPU
@@ -438,7 +280,7 @@ def test_gpu_dropout_keeps_the_mean_and_hits_forward_and_backward_alike(kernel: 
 @on_gpu
 @pytest.mark.parametrize("rate", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_gpu_nothing_waits_for_the_device(dtype: torch.dtype, rate: float) -> None:
+def test_gpu_packed_attention_waits_for_nothing(dtype: torch.dtype, rate: float) -> None:
     lengths = (300, 129, 64, 64, 1)
     qkv = [x.detach().transpose(0, 1)[None].requires_grad_() for x in gpu_inputs(dtype, lengths=lengths)]
     packing = pack(lengths, CUDA)
@@ -456,27 +298,3 @@ def test_gpu_nothing_waits_for_the_device(dtype: torch.dtype, rate: float) -> No
         torch.cuda.set_sync_debug_mode("default")
     used = {backend.name for kind, backend in backends_in_use() if kind.device.type == "cuda" and kind.dtype is dtype}
     assert used == ({"flash"} if dtype is torch.bfloat16 else {"nested"})
-
-
-@pytest.mark.gpu
-@on_gpu
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_gpu_a_compiled_layer_takes_every_rate(mode: str, fresh_graphs: None) -> None:
-    layers = bert_layers(2).cuda().train()
-    for layer in layers:
-        layer.compile(fullgraph=True, mode=mode)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        warm_up(layers, CUDA)
-        with torch.compiler.set_stance("fail_on_recompile"):
-            for rate in (0.05, 0.15, 0.0):
-                set_rate(layers, rate)
-                assert step(layers, (500, 499, 3), CUDA).isfinite().all()
-            # a replayed CUDA graph must draw anew, and with the rate of now
-            set_rate(layers, 0.0)
-            torch.manual_seed(0)
-            one = step(layers, (200, 100), CUDA).clone()
-            torch.manual_seed(0)
-            torch.testing.assert_close(step(layers, (200, 100), CUDA), one)
-            set_rate(layers, 0.4)
-            torch.manual_seed(0)
-            assert not torch.allclose(step(layers, (200, 100), CUDA), one)

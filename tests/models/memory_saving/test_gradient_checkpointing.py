@@ -18,6 +18,7 @@ from lightning_bge.models.memory_saving.gradient_checkpointing import (
     uses_gradient_checkpointing,
 )
 from lightning_bge.models.memory_saving.lora import LoRAConfig
+from lightning_bge.runtime.compat.torch import compiled_call
 from tests.helpers.memory_saving import HIDDEN, KINDS, LORA, gradients, make_net, same, saved_bytes
 from tests.helpers.small_models import micro_batch, random_sequences
 
@@ -81,17 +82,34 @@ def dynamo(recwarn: pytest.WarningsRecorder) -> Iterator[None]:
 
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("kind", ["bert", pytest.param("modernbert", marks=pytest.mark.slow)])
-def test_compiled_layers_are_recomputed(kind: str) -> None:
+def test_compiled_layers_have_the_same_gradients_when_recomputed(kind: str) -> None:
     net = make_net(kind, gradient_checkpointing=True)
     expected = gradients(net)
     compile_layers(net, "aot_eager")
     torch.testing.assert_close(gradients(net), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("dynamo")
+def test_compiled_layers_are_recomputed_while_it_is_on() -> None:
+    net = make_net("bert")
+    calls: list[int] = []
+    layer = net.model.get_submodule("bert.encoder.layer.0")  # the last one stays eager
+    layer.output.register_forward_pre_hook(lambda *_: calls.append(1))
+    compile_layers(net, "eager")
+    assert compiled_call(layer) is not None
+    found = []
+    for on in (False, True, False):
+        set_gradient_checkpointing(net, on)
+        gradients(net)
+        found.append(len(calls))
+        calls.clear()
+    assert found == [2, 4, 2]  # micro-batches, each forward, and in the backward pass where it is on
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("lora", [None, LORA], ids=["plain", "lora"])
-def test_layers_that_are_compiled_already_can_be_switched(lora: LoRAConfig | None) -> None:
+def test_switching_compiled_layers_changes_no_gradient(lora: LoRAConfig | None) -> None:
     net = make_net("bert", lora=lora)
     expected = gradients(net)
     compile_layers(net, "aot_eager")
@@ -105,7 +123,7 @@ def test_layers_that_are_compiled_already_can_be_switched(lora: LoRAConfig | Non
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
-def test_recomputed_layers_on_cuda(kind: str, compiled: bool) -> None:
+def test_gpu_recomputed_layers_have_the_same_gradients(kind: str, compiled: bool) -> None:
     net = make_net(kind, dropout=0.0 if compiled else 0.3).cuda()
     micro = micro_batch(random_sequences((90, 70, 5))).to("cuda")
 
