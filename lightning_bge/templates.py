@@ -60,6 +60,7 @@ class StudyOptions(TypedDict, total=False):
     seed_replicates: int | None
     cost: CostName | None
     refit: bool
+    refit_val_file: bool
     encoder_cache_gb: float | None
     monitor: MonitorConfig | dict[str, Any]
     compile: CompileConfig | dict[str, Any]

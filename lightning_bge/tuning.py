@@ -82,7 +82,7 @@ def tune(
     trainer: Mapping[str, Any] | None = None,
     **options: Unpack[StudyOptions],
 ) -> TuneResult:
-    """Run a study with Optuna, refit the best hyperparameters on all rows, and export the model.
+    """Run a study with Optuna, refit the best hyperparameters on all training rows, export the model.
 
     Equal arguments and seeds give the trials of `lightning-bge hpo`. The same call continues an interrupted study, and
     one with a higher `n_trials` a finished one; several processes may call it at once with one `run_dir`.

@@ -47,7 +47,9 @@ class StudyConfig:
         cost: what is minimised besides the score: train_seconds, of a trial's training, or predict_seconds, of
             validating 1,000 rows; null: nothing. With a cost nothing is pruned: set pruner.name to none. The summary
             lists the Pareto-optimal trials; the best trial is the one with the best score, as without a cost.
-        refit: train with the best hyperparameters on all rows at the end, and export the model.
+        refit: train with the best hyperparameters on all rows of data.train_file at the end, and export the model.
+        refit_val_file: the refit trains on the rows of data.val_file too. Off, as no figure of the study is then of a
+            model with these rows: neither the score, which was measured on them, nor the threshold.
         encoder_cache_gb: memory for encoders that a study keeps so that each is read once: the one in use, and others
             in the host's memory, of which the least recently used is dropped first. In units of 2**30
             bytes; 0: the one in use alone. null: that too, unless model.name_or_path is searched; then a quarter of the
@@ -74,6 +76,7 @@ class StudyConfig:
     seed_replicates: int | None = None
     cost: CostName | None = None
     refit: bool = True
+    refit_val_file: bool = False
     encoder_cache_gb: float | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +95,8 @@ class StudyConfig:
             raise ConfigError(f"hpo.seed_replicates: expected 0 or more, or null, got {self.seed_replicates}")
         if self.cost not in (None, *get_args(CostName)):
             raise ConfigError(f"hpo.cost: expected one of {', '.join(get_args(CostName))}, got {self.cost}")
+        if self.refit_val_file and not self.refit:
+            raise ConfigError("hpo.refit_val_file: expected false without a refit, got true. Set hpo.refit to true")
         for name, least in (("max_failures", 0), ("max_worker_deaths", 1), ("workers", 1), ("workers_per_device", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

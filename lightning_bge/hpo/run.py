@@ -14,6 +14,7 @@ from lightning_bge.hpo.config import BEST, StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.forecast.preview import describe_pruner
 from lightning_bge.hpo.progress import Progress
+from lightning_bge.hpo.refit import check_end
 from lightning_bge.hpo.results import describe_study, finish_study
 from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.scheduling.trial_loop import run_trials
@@ -51,6 +52,7 @@ def check_study(experiment: Experiment, hpo: StudyConfig) -> tuple[Space, Steps]
     data = experiment.datamodule
     data.setup("fit")
     steps = Steps(data.num_folds, experiment.most_epochs(space), hpo.reports_per_epoch)
+    check_end(hpo, data)
     if hpo.terminator and steps.folds == 1:
         raise ConfigError("hpo.terminator: expected two folds or more, as it compares with the error between folds")
     return space, steps
@@ -196,7 +198,7 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
             build=experiment.build,
             monitor=experiment.monitor,
             epochs=epochs,
-            refit=queue.config.refit,
+            config=queue.config,
             replicates=replicates,
             request=request,
         )
