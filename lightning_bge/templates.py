@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import optuna
 from jsonargparse import Namespace, dict_to_namespace
@@ -61,6 +61,7 @@ class StudyOptions(TypedDict, total=False):
     cost: CostName | None
     refit: bool
     refit_val_file: bool
+    calibration: Literal["temperature"] | None
     encoder_cache_gb: float | None
     monitor: MonitorConfig | dict[str, Any]
     compile: CompileConfig | dict[str, Any]

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.pruning.config import PrunerConfig
@@ -50,6 +50,9 @@ class StudyConfig:
         refit: train with the best hyperparameters on all rows of data.train_file at the end, and export the model.
         refit_val_file: the refit trains on the rows of data.val_file too. Off, as no figure of the study is then of a
             model with these rows: neither the score, which was measured on them, nor the threshold.
+        calibration: temperature: the exported model's logits are divided by one number, fitted on the best trial's
+            out-of-fold predictions (Guo et al. 2017, arXiv:1706.04599), so that scores can be read as probabilities.
+            It is built into the weights, and the threshold moves with it. null: off, as no decision changes by it.
         encoder_cache_gb: memory for encoders that a study keeps so that each is read once: the one in use, and others
             in the host's memory, of which the least recently used is dropped first. In units of 2**30
             bytes; 0: the one in use alone. null: that too, unless model.name_or_path is searched; then a quarter of the
@@ -77,6 +80,7 @@ class StudyConfig:
     cost: CostName | None = None
     refit: bool = True
     refit_val_file: bool = False
+    calibration: Literal["temperature"] | None = None
     encoder_cache_gb: float | None = None
 
     def __post_init__(self) -> None:
@@ -95,6 +99,8 @@ class StudyConfig:
             raise ConfigError(f"hpo.seed_replicates: expected 0 or more, or null, got {self.seed_replicates}")
         if self.cost not in (None, *get_args(CostName)):
             raise ConfigError(f"hpo.cost: expected one of {', '.join(get_args(CostName))}, got {self.cost}")
+        if self.calibration not in (None, "temperature"):
+            raise ConfigError(f"hpo.calibration: expected temperature or null, got {self.calibration}")
         if self.refit_val_file and not self.refit:
             raise ConfigError("hpo.refit_val_file: expected false without a refit, got true. Set hpo.refit to true")
         for name, least in (("max_failures", 0), ("max_worker_deaths", 1), ("workers", 1), ("workers_per_device", 1)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,31 @@ from optuna.trial import FrozenTrial
 
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.calibration import check_calibration, output_layer
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.trial.objective import Build, StopOnRequest, TrialSetup
 from lightning_bge.hpo.trial.out_of_fold import HAS_THRESHOLD
 from lightning_bge.models.classifier import BGEClassifier
+from lightning_bge.models.output_layer import divide_logits
 from lightning_bge.models.prediction_file import write_predictions
 from lightning_bge.runtime.memory import release
 from lightning_bge.runtime.stop import StopRequest
 from lightning_bge.types import Schema
 
 
-def check_end(config: StudyConfig, data: TextDataModule) -> None:
+def check_end(config: StudyConfig, data: TextDataModule, setups: Callable[[], Iterable[TrialSetup]]) -> None:
     """Check the options of a study's end before its first trial.
 
+    Args:
+        config: the options.
+        data: set up for `fit`.
+        setups: makes fresh objects for each model that trials may have.
+
     Raises:
-        ConfigError: an option does not go with the data.
+        ConfigError: an option does not go with the data, or with a model.
     """
+    if config.calibration is not None:
+        check_calibration(setups())
     if config.refit_val_file and data.val_file is None:
         raise ConfigError("hpo.refit_val_file: expected false without data.val_file, got true. Set data.val_file")
 
@@ -41,6 +51,7 @@ class Winner:
         build: makes fresh objects from parameters.
         epochs: of a trial that has not drawn a number of them.
         schema: of the model, with its threshold.
+        temperature: by which its logits are divided.
         request: whether to stop the training; None: never.
     """
 
@@ -48,6 +59,7 @@ class Winner:
     build: Build
     epochs: int
     schema: Schema
+    temperature: float = 1.0
     request: StopRequest | None = None
 
     @property
@@ -62,11 +74,14 @@ class Winner:
         return max(1, round(float(np.mean(self.trial.user_attrs["fold_epochs"]))))
 
     def fit(self, setup: TrialSetup, epochs: int) -> Trainer:
-        """Train the model on the selected rows for so many epochs, without a validation."""
+        """Train the model on the selected rows for so many epochs, without a validation; scale its logits."""
         callbacks = [] if self.request is None else [StopOnRequest(self.request)]
         trainer = setup.make_trainer(callbacks=callbacks, max_epochs=epochs, limit_val_batches=0)
         trainer.fit(setup.model, datamodule=setup.datamodule)
         assert setup.model.schema is not None
+        if self.temperature != 1:
+            assert setup.model.net is not None
+            divide_logits(output_layer(setup.model.net, setup.datamodule), self.temperature)
         setup.model.set_schema(replace(setup.model.schema, threshold=self.schema.threshold))
         return trainer
 

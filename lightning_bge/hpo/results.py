@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.analysis.exported import describe_exported
+from lightning_bge.hpo.calibration import calibrate_out_of_fold
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.progress import count, ended_early, finished
 from lightning_bge.hpo.ranking import cost_of, front, ranked, score_of
@@ -84,7 +85,7 @@ def finish_study(
         "n_trials": finished(study),
         "n_runs": count(study, *ENDED, TrialState.FAIL),  # a paused trial and the one that resumes it are two
         "best_trial": best.number,
-        "requested": {name: getattr(config, name) for name in ("refit", "refit_val_file")},
+        "requested": {name: getattr(config, name) for name in ("refit", "refit_val_file", "calibration")},
         "test_file": setup.datamodule.test_file,
         "seed_replicates": None if replicates is None else replicates.as_dict(),
     }
@@ -94,13 +95,17 @@ def finish_study(
     schema = setup.datamodule.schema
     assert schema is not None
     drop_predictions(study, run_dir / "oof")
-    oof = judge_out_of_fold(predictions_file(run_dir / "oof", best.number), schema, str(monitor.metric))
+    path = predictions_file(run_dir / "oof", best.number)
+    calibration = None if config.calibration is None else calibrate_out_of_fold(path, schema.task)
+    temperature = 1.0 if calibration is None else calibration.temperature
+    oof = judge_out_of_fold(path, schema, str(monitor.metric), temperature)
     schema = replace(schema, threshold=oof.threshold)
     write_predictions(run_dir / "oof.csv", schema, oof.predictions, {"fold": oof.fold.tolist()})
     write_text(run_dir / "best.yaml", _best_yaml(setup, best, run_dir))
     summary = _summary(study, best, monitor, schema, oof) | key
+    summary["calibration"] = None if calibration is None else calibration.as_dict()
     if config.refit:
-        winner = Winner(trial=best, build=build, epochs=epochs, schema=schema, request=request)
+        winner = Winner(trial=best, build=build, epochs=epochs, schema=schema, temperature=temperature, request=request)
         summary |= refit(winner, config, run_dir)
     write_json(run_dir / "summary.json", summary)
     return summary

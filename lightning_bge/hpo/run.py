@@ -52,7 +52,7 @@ def check_study(experiment: Experiment, hpo: StudyConfig) -> tuple[Space, Steps]
     data = experiment.datamodule
     data.setup("fit")
     steps = Steps(data.num_folds, experiment.most_epochs(space), hpo.reports_per_epoch)
-    check_end(hpo, data)
+    check_end(hpo, data, lambda: experiment.setups_of_models(space))
     if hpo.terminator and steps.folds == 1:
         raise ConfigError("hpo.terminator: expected two folds or more, as it compares with the error between folds")
     return space, steps

@@ -3,11 +3,23 @@
 from collections.abc import Mapping
 from typing import Any
 
+NAMES = {
+    "negative_log_likelihood": "negative log-likelihood",
+    "expected_calibration_error": "expected calibration error",
+}
+
 
 def describe_exported(summary: Mapping[str, Any]) -> list[str]:
-    """How the exported model was trained, one sentence a line, without a full stop; empty where there is none."""
-    refit = summary.get("refit")
-    return [] if refit is None else _refit(refit)
+    """How the exported model was calibrated and trained, one sentence a line, without a full stop."""
+    calibration, refit = summary.get("calibration"), summary.get("refit")
+    return ([] if calibration is None else [_calibration(calibration)]) + ([] if refit is None else _refit(refit))
+
+
+def _calibration(found: Mapping[str, Any]) -> str:
+    changes = [
+        f"{text} {found['before'][name]:.4f} before, {found['after'][name]:.4f} after" for name, text in NAMES.items()
+    ]
+    return f"calibrated by the temperature {found['temperature']:.3f}: {'; '.join(changes)} ({found['note']})"
 
 
 def _refit(refit: Mapping[str, Any]) -> list[str]:
