@@ -62,6 +62,7 @@ class StudyOptions(TypedDict, total=False):
     refit: bool
     refit_val_file: bool
     calibration: Literal["temperature"] | None
+    ensemble: bool
     encoder_cache_gb: float | None
     monitor: MonitorConfig | dict[str, Any]
     compile: CompileConfig | dict[str, Any]

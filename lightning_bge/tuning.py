@@ -46,7 +46,7 @@ class TuneResult:
 
     @property
     def model_dir(self) -> Path | None:
-        """The folder of the exported model; None without a refit."""
+        """The folder of the exported model, or of the fold models with `ensemble`; None without a refit."""
         folder = None if self.summary is None else self.summary["model_dir"]
         return None if folder is None else Path(folder)
 

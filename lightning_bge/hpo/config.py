@@ -53,6 +53,9 @@ class StudyConfig:
         calibration: temperature: the exported model's logits are divided by one number, fitted on the best trial's
             out-of-fold predictions (Guo et al. 2017, arXiv:1706.04599), so that scores can be read as probabilities.
             It is built into the weights, and the threshold moves with it. null: off, as no decision changes by it.
+        ensemble: export, instead of a refit, the models of the best trial's folds, each trained once more to the epoch
+            that was scored there, as one predictor that averages their scores. It needs two folds or more. Off, as
+            it takes as many times as long to predict as there are folds.
         encoder_cache_gb: memory for encoders that a study keeps so that each is read once: the one in use, and others
             in the host's memory, of which the least recently used is dropped first. In units of 2**30
             bytes; 0: the one in use alone. null: that too, unless model.name_or_path is searched; then a quarter of the
@@ -81,6 +84,7 @@ class StudyConfig:
     refit: bool = True
     refit_val_file: bool = False
     calibration: Literal["temperature"] | None = None
+    ensemble: bool = False
     encoder_cache_gb: float | None = None
 
     def __post_init__(self) -> None:
@@ -101,6 +105,9 @@ class StudyConfig:
             raise ConfigError(f"hpo.cost: expected one of {', '.join(get_args(CostName))}, got {self.cost}")
         if self.calibration not in (None, "temperature"):
             raise ConfigError(f"hpo.calibration: expected temperature or null, got {self.calibration}")
+        if self.ensemble and (self.refit_val_file or not self.refit):
+            given = "hpo.refit_val_file true" if self.refit_val_file else "hpo.refit false"
+            raise ConfigError(f"hpo.ensemble: expected false with {given}, got true. Leave one of them at its default")
         if self.refit_val_file and not self.refit:
             raise ConfigError("hpo.refit_val_file: expected false without a refit, got true. Set hpo.refit to true")
         for name, least in (("max_failures", 0), ("max_worker_deaths", 1), ("workers", 1), ("workers_per_device", 1)):

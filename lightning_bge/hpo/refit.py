@@ -36,6 +36,8 @@ def check_end(config: StudyConfig, data: TextDataModule, setups: Callable[[], It
     Raises:
         ConfigError: an option does not go with the data, or with a model.
     """
+    if config.ensemble and data.num_folds < 2:
+        raise ConfigError("hpo.ensemble: expected false without folds, got true. Set data.split.folds to 2 or more")
     if config.calibration is not None:
         check_calibration(setups())
     if config.refit_val_file and data.val_file is None:
@@ -128,20 +130,32 @@ def write_test(run_dir: Path, model: BGEClassifier, trainer: Trainer) -> dict[st
 
 def _describe(winner: Winner, config: StudyConfig, setup: TrialSetup) -> dict[str, Any]:
     """What is trained on, and how, before any row is added."""
-    data, schedule = setup.datamodule, setup.model.schedule_config
-    schedule_epochs, left_out = schedule.epochs or winner.refit_epochs, 0
+    data, left_out = setup.datamodule, 0
     if data.val_file is not None:
         data.select_fold(0)
         left_out = len(data.val_rows)
-    has_threshold = winner.schema.task in HAS_THRESHOLD
-    source = "out-of-fold" if data.num_folds > 1 else "validation"
     return {
         "train_file_rows": data.num_train_rows,
         "val_file_rows": left_out if config.refit_val_file else 0,
         "val_file_rows_left_out": 0 if config.refit_val_file else left_out,
         "epochs": winner.refit_epochs,
         "fold_epochs": winner.trial.user_attrs["fold_epochs"],
-        "schedule": {"name": schedule.name, "epochs": schedule_epochs, "warmup": schedule.warmup},
+        "schedule": describe_schedule(setup, winner.refit_epochs),
+        **describe_threshold(winner, setup),
+    }
+
+
+def describe_schedule(setup: TrialSetup, epochs: int) -> dict[str, Any]:
+    """Name, length and warm-up of the learning-rate schedule; `epochs` is its length where it has none of its own."""
+    schedule = setup.model.schedule_config
+    return {"name": schedule.name, "epochs": schedule.epochs or epochs, "warmup": schedule.warmup}
+
+
+def describe_threshold(winner: Winner, setup: TrialSetup) -> dict[str, Any]:
+    """The decision threshold and where it comes from; None where the task has none."""
+    has_threshold = winner.schema.task in HAS_THRESHOLD
+    source = "out-of-fold" if setup.datamodule.num_folds > 1 else "validation"
+    return {
         "threshold": winner.schema.threshold if has_threshold else None,
         "threshold_source": f"{source} predictions of trial {winner.trial.number}" if has_threshold else None,
     }

@@ -15,6 +15,7 @@ from lightning_bge.errors import StudyError
 from lightning_bge.hpo.analysis.exported import describe_exported
 from lightning_bge.hpo.calibration import calibrate_out_of_fold
 from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.ensemble import export_ensemble
 from lightning_bge.hpo.progress import count, ended_early, finished
 from lightning_bge.hpo.ranking import cost_of, front, ranked, score_of
 from lightning_bge.hpo.refit import Winner, refit
@@ -85,7 +86,7 @@ def finish_study(
         "n_trials": finished(study),
         "n_runs": count(study, *ENDED, TrialState.FAIL),  # a paused trial and the one that resumes it are two
         "best_trial": best.number,
-        "requested": {name: getattr(config, name) for name in ("refit", "refit_val_file", "calibration")},
+        "requested": {name: getattr(config, name) for name in ("refit", "refit_val_file", "calibration", "ensemble")},
         "test_file": setup.datamodule.test_file,
         "seed_replicates": None if replicates is None else replicates.as_dict(),
     }
@@ -106,7 +107,7 @@ def finish_study(
     summary["calibration"] = None if calibration is None else calibration.as_dict()
     if config.refit:
         winner = Winner(trial=best, build=build, epochs=epochs, schema=schema, temperature=temperature, request=request)
-        summary |= refit(winner, config, run_dir)
+        summary |= export_ensemble(winner, run_dir) if config.ensemble else refit(winner, config, run_dir)
     write_json(run_dir / "summary.json", summary)
     return summary
 
@@ -169,6 +170,7 @@ def _summary(
         "wall_seconds": round(wall_seconds(study), 1),
         "model_dir": None,
         "refit": None,
+        "ensemble": None,
     }
     if len(study.directions) == 1:
         return found
@@ -231,4 +233,6 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
     }
     if summary["model_dir"]:
         files["model/"] = "the exported model, for transformers and sentence-transformers"
+    if summary.get("ensemble"):
+        files["model/"] = "the exported models, for lightning-bge predict and lightning_bge.models.Ensemble"
     return "\n".join([*lines, "", f"{run_dir}/", *(f"  {name:<14}{text}" for name, text in files.items())])

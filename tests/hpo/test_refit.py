@@ -115,5 +115,5 @@ def test_folds_are_named_as_the_source_of_epochs_and_threshold(files: Path, tmp_
     lines = describe_study(tmp_path / "study", found.summary)
     assert "refitted on all 40 rows of the training file for" in lines
     assert "the mean of the folds' scored epochs" in lines
-    assert f"its threshold {found.summary['threshold']:.3f} comes from the out-of-fold predictions of trial 0" in lines
+    assert f"threshold {found.summary['threshold']:.3f} comes from the out-of-fold predictions of trial 0" in lines
     assert "validation file" not in lines
