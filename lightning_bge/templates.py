@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import optuna
 from jsonargparse import Namespace, dict_to_namespace
@@ -62,6 +62,9 @@ class StudyOptions(TypedDict, total=False):
     refit: bool
     baseline: bool
     predictions_gb: float
+    refit_val_file: bool
+    calibration: Literal["temperature"] | None
+    ensemble: bool
     encoder_cache_gb: float | None
     monitor: MonitorConfig | dict[str, Any]
     compile: CompileConfig | dict[str, Any]

@@ -46,7 +46,7 @@ class TuneResult:
 
     @property
     def model_dir(self) -> Path | None:
-        """The folder of the exported model; None without a refit."""
+        """The folder of the exported model, or of the fold models with `ensemble`; None without a refit."""
         folder = None if self.summary is None else self.summary["model_dir"]
         return None if folder is None else Path(folder)
 
@@ -82,7 +82,7 @@ def tune(
     trainer: Mapping[str, Any] | None = None,
     **options: Unpack[StudyOptions],
 ) -> TuneResult:
-    """Run a study with Optuna, refit the best hyperparameters on all rows, and export the model.
+    """Run a study with Optuna, refit the best hyperparameters on all training rows, export the model.
 
     Equal arguments and seeds give the trials of `lightning-bge hpo`. The same call continues an interrupted study, and
     one with a higher `n_trials` a finished one; several processes may call it at once with one `run_dir`.

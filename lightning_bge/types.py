@@ -19,6 +19,7 @@ TASKS: tuple[str, ...] = get_args(Task)
 
 SCHEMA_FILE = "lightning_bge.json"
 SCHEMA_VERSION = 1
+ENSEMBLE_FILE = "ensemble.json"  # beside the schema, in a folder of several exported models
 
 
 @dataclass(frozen=True, slots=True)

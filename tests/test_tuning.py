@@ -198,7 +198,10 @@ def test_ctrl_c_raises_and_keeps_finished_trials(
     [
         ({"n_trials": 0}, "^n_trials: expected 1 or more, got 0"),
         ({"timeout": -1}, "^timeout: expected more than 0 seconds or null, got -1"),
-        ({"trials": 3}, "^there is no argument trials; further options of a study are compile, cost, encoder_cache_gb"),
+        (
+            {"trials": 3},
+            "^there is no argument trials; further options of a study are calibration, compile, cost, encoder_cache_gb",
+        ),
         ({"trainer": {"epochs": 3}}, "^trainer: there is no argument epochs; known are accelerator,"),
         ({"trainer": {**FAST, "devices": 2}}, "^trainer: expected devices=1"),
         ({"space": {}}, "^space: expected at least one parameter"),

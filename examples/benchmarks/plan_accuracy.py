@@ -126,9 +126,8 @@ def given_reports(run_dir: Path, planned: dict[str, Any]) -> float:
     assert loaded is not None
     assert summary is not None
     known, pruner = load_calibration(planned["calibration"]), PrunerConfig(**asked["pruner"])
-    return seconds_of(
-        known, parse_space(asked["space"]), pruner, history_of(*loaded, asked, run_dir), summary["refit_epochs"]
-    )
+    refit = summary["refit"] or {"epochs": 0}
+    return seconds_of(known, parse_space(asked["space"]), pruner, history_of(*loaded, asked, run_dir), refit["epochs"])
 
 
 def seconds_of(

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 
 from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.batches.loader import BatchLoader
-from lightning_bge.data.batches.micro_batches import EncodedDataset
+from lightning_bge.data.batches.micro_batches import EncodedDataset, concatenate_datasets
 from lightning_bge.data.batches.samplers import EffectiveBatchSampler, eval_batches
 from lightning_bge.data.encoded_file import Source, TokenizerKey, load_file, load_training_file, stamp
 from lightning_bge.data.tables.labels import encode_labels, fit_labels
@@ -61,8 +61,8 @@ class TextDataModule(LightningDataModule):
         folds: validation rows of each fold, empty with a `val_file`.
         folds_hash: sha256 of the folds.
         data_hash: sha256 of the training file's texts, labels and groups.
-        train_labels: encoded labels of all rows of the training file.
-        group_names: the groups of the training file, in the order of their numbers in a micro-batch's `groups`.
+        train_labels: encoded labels of all rows of the training file, and of those that `add_validation_rows` added.
+        group_names: the groups of these rows, in the order of their numbers in a training micro-batch's `groups`.
 
     Raises:
         ConfigError: an argument has a wrong value, or does not go with another.
@@ -112,6 +112,8 @@ class TextDataModule(LightningDataModule):
         self.folds_hash = self.data_hash = ""
         self.train_labels: np.ndarray | None = None
         self.group_names: tuple[str, ...] = ()
+        self._val_group_names: tuple[str, ...] = ()
+        self._trains_on_val_file = False
         self._fold: int | None = self.split.fold
         self._micro_batch_size = self.batching.initial_max_tokens
         self._datasets: dict[str, EncodedDataset] = {}
@@ -179,9 +181,10 @@ class TextDataModule(LightningDataModule):
         if file.raw_labels is not None:
             separator = self.table.label_separator
             labels = encode_labels(file.raw_labels, schema.labels, schema.task, path, separator)
-        common = set(file.group_names) & set(self.group_names)
-        if name == "val" and common:
-            log.warning("%d groups of %s are in the training file too: scores will be too high", len(common), path)
+        if name == "val":
+            self._val_group_names = file.group_names
+            if common := set(file.group_names) & set(self.group_names):
+                log.warning("%d groups of %s are in the training file too: scores will be too high", len(common), path)
         self.schema = replace(schema, max_length=file.max_length)
         self._datasets[name] = EncodedDataset(file.tokens, labels, file.groups, self.eval_micro_batch_size)
 
@@ -228,12 +231,15 @@ class TextDataModule(LightningDataModule):
 
     @property
     def num_train_rows(self) -> int:
-        """Rows of the training file, whatever the fold."""
+        """Rows of the training file, whatever the fold, and those that `add_validation_rows` added."""
         return len(self._dataset("train"))
 
     @property
     def train_rows(self) -> np.ndarray:
-        """Row numbers (int64, from 0) of the training file that the selected fold learns from."""
+        """Row numbers (int64, from 0) that the selected fold learns from, in the training file.
+
+        The rows that `add_validation_rows` added follow those of the training file.
+        """
         rows = np.arange(self.num_train_rows)
         return rows if self._fold is None or not self.folds else np.setdiff1d(rows, self.folds[self._fold])
 
@@ -262,10 +268,29 @@ class TextDataModule(LightningDataModule):
         return self._dataset(split).tokens.lengths
 
     def select_fold(self, k: int | None) -> None:
-        """Choose the fold to validate on (from 0); None: all rows train and nothing is validated."""
+        """Choose the fold to validate on (from 0); None: all rows of the training file train, nothing is validated."""
         if k is not None and not 0 <= k < self.num_folds:
             raise ConfigError(f"fold {k} does not exist, there are {self.num_folds}, counted from 0")
+        if k is not None and self._trains_on_val_file:
+            raise ConfigError(f"fold {k} can't be validated on: its rows are trained on. Make a new data module")
         self._fold = k
+
+    def add_validation_rows(self) -> None:
+        """Train on the rows of the validation file as well as on all of the training file; nothing is validated.
+
+        After `setup("fit")`. The number of steps and the counts of classes are those of all these rows.
+
+        Raises:
+            ConfigError: there is no `val_file`.
+        """
+        if self.val_file is None:
+            raise ConfigError("val_file is not set: there are no validation rows besides those of train_file")
+        self.select_fold(None)
+        if self._trains_on_val_file:
+            return
+        names = (self.group_names, self._val_group_names)
+        both, self.group_names = concatenate_datasets(self._dataset("train"), self._dataset("val"), names)
+        self._datasets["train"], self.train_labels, self._trains_on_val_file = both, both.labels, True
 
     def limit_validation(self, rows: int) -> None:
         """Validate on about `rows` rows of each fold, spread evenly over their lengths; the fold's other rows train.

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.pruning.config import PrunerConfig
@@ -51,7 +51,15 @@ class StudyConfig:
         cost: what is minimised besides the score: train_seconds, of a trial's training, or predict_seconds, of
             validating 1,000 rows; null: nothing. With a cost nothing is pruned: set pruner.name to none. The summary
             lists the Pareto-optimal trials; the best trial is the one with the best score, as without a cost.
-        refit: train with the best hyperparameters on all rows at the end, and export the model.
+        refit: train with the best hyperparameters on all rows of data.train_file at the end, and export the model.
+        refit_val_file: the refit trains on the rows of data.val_file too. Off, as no figure of the study is then of a
+            model with these rows: neither the score, which was measured on them, nor the threshold.
+        calibration: temperature: the exported model's logits are divided by one number, fitted on the best trial's
+            out-of-fold predictions (Guo et al. 2017, arXiv:1706.04599), so that scores can be read as probabilities.
+            It is built into the weights, and the threshold moves with it. null: off, as no decision changes by it.
+        ensemble: export, instead of a refit, the models of the best trial's folds, each trained once more to the epoch
+            that was scored there, as one predictor that averages their scores. It needs two folds or more. Off, as
+            it takes as many times as long to predict as there are folds.
         predictions_gb: disk space for the predictions of all validations, in units of 2**30 bytes: what the corrected
             score of the winner is computed from. Beyond it those of the parameter sets that were trained least are
             deleted, the worst first, and the summary says how many. 1 holds 2,000 trials of 10,000 rows with 5 epochs.
@@ -82,6 +90,9 @@ class StudyConfig:
     baseline: bool = True
     cost: CostName | None = None
     refit: bool = True
+    refit_val_file: bool = False
+    calibration: Literal["temperature"] | None = None
+    ensemble: bool = False
     predictions_gb: float = 1.0
     encoder_cache_gb: float | None = None
 
@@ -103,6 +114,13 @@ class StudyConfig:
             raise ConfigError(f"hpo.seed_replicates: expected 0 or more, or null, got {self.seed_replicates}")
         if self.cost not in (None, *get_args(CostName)):
             raise ConfigError(f"hpo.cost: expected one of {', '.join(get_args(CostName))}, got {self.cost}")
+        if self.calibration not in (None, "temperature"):
+            raise ConfigError(f"hpo.calibration: expected temperature or null, got {self.calibration}")
+        if self.ensemble and (self.refit_val_file or not self.refit):
+            given = "hpo.refit_val_file true" if self.refit_val_file else "hpo.refit false"
+            raise ConfigError(f"hpo.ensemble: expected false with {given}, got true. Leave one of them at its default")
+        if self.refit_val_file and not self.refit:
+            raise ConfigError("hpo.refit_val_file: expected false without a refit, got true. Set hpo.refit to true")
         for name, least in (("max_failures", 0), ("max_worker_deaths", 1), ("workers", 1), ("workers_per_device", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -1,6 +1,6 @@
 """What a study varies: the options of its trials, and the objects that are made of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,12 @@ class Experiment:
             self.check(values)
         for values in enqueued:
             self.check(complete_parameter_set(space, values, self.config.get), "hpo.enqueue")
+
+    def setups_of_models(self, space: Space) -> Iterator[TrialSetup]:
+        """Fresh objects for each model that trials may have, one after the other."""
+        name = "model.name_or_path"
+        for value in space[name].choices if name in space else (self.config[name],):  # type: ignore[attr-defined]
+            yield self.build({name: value})
 
     def most_epochs(self, space: Space) -> int:
         """The most epochs that any trial trains a fold for.

@@ -2,31 +2,32 @@
 
 import csv
 import io
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import yaml
-from lightning.pytorch import Callback
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo import baseline as baselines
 from lightning_bge.hpo import seed_replicates
-from lightning_bge.hpo.config import PREDICTIONS
+from lightning_bge.hpo.analysis.exported import describe_exported
+from lightning_bge.hpo.calibration import calibrate_out_of_fold
+from lightning_bge.hpo.config import PREDICTIONS, StudyConfig
+from lightning_bge.hpo.ensemble import export_ensemble
 from lightning_bge.hpo.evaluation.candidates import Target
 from lightning_bge.hpo.evaluation.describe import describe_scores
 from lightning_bge.hpo.evaluation.resampling import ValidationRows
 from lightning_bge.hpo.evaluation.study_estimate import Kept, estimate_study
 from lightning_bge.hpo.progress import count, ended_early, finished
 from lightning_bge.hpo.ranking import cost_of, front, ranked, score_of
+from lightning_bge.hpo.refit import Winner, refit
 from lightning_bge.hpo.seed_replicates import SeedReplicates, describe_seed_replicates
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.trial.objective import Build, StopOnRequest, TrialSetup
+from lightning_bge.hpo.trial.objective import Build, TrialSetup
 from lightning_bge.hpo.trial.out_of_fold import (
     OutOfFold,
     drop_predictions,
@@ -48,7 +49,6 @@ from lightning_bge.hpo.trials import (
 )
 from lightning_bge.models.metrics import HAS_THRESHOLD, MonitorConfig
 from lightning_bge.models.prediction_file import write_predictions
-from lightning_bge.runtime.memory import release
 from lightning_bge.runtime.run_folder import read_json, write_json, write_text
 from lightning_bge.runtime.stop import StopRequest
 from lightning_bge.types import Schema, Task
@@ -61,7 +61,7 @@ def finish_study(
     build: Build,
     monitor: MonitorConfig,
     epochs: int,
-    refit: bool,
+    config: StudyConfig,
     replicates: SeedReplicates | None = None,
     baseline: tuple[FrozenTrial, Steps] | None = None,
     request: StopRequest | None = None,
@@ -77,7 +77,7 @@ def finish_study(
         build: makes fresh objects from parameters.
         monitor: the metric of the study.
         epochs: of a trial that has not drawn a number of them.
-        refit: whether a model is trained on all rows and exported.
+        config: whether a model is trained on all rows and exported, and on which rows.
         replicates: results of the seed replicates.
         baseline: the trial of the configured options, and its steps.
         request: whether to stop the refit.
@@ -94,7 +94,7 @@ def finish_study(
         "n_trials": finished(study),
         "n_runs": count(study, *ENDED, TrialState.FAIL),  # a paused trial and the one that resumes it are two
         "best_trial": best.number,
-        "refit": refit,
+        "requested": {name: getattr(config, name) for name in ("refit", "refit_val_file", "calibration", "ensemble")},
         "test_file": setup.datamodule.test_file,
         "seed_replicates": None if replicates is None else replicates.as_dict(),
         "baseline": None if baseline is None else score_of(baseline[0]),
@@ -105,16 +105,19 @@ def finish_study(
     schema = setup.datamodule.schema
     assert schema is not None
     drop_predictions(study, run_dir / "oof")
-    oof = judge_out_of_fold(predictions_file(run_dir / "oof", best.number), schema, str(monitor.metric))
+    path = predictions_file(run_dir / "oof", best.number)
+    calibration = None if config.calibration is None else calibrate_out_of_fold(path, schema.task)
+    temperature = 1.0 if calibration is None else calibration.temperature
+    oof = judge_out_of_fold(path, schema, str(monitor.metric), temperature)
     schema = replace(schema, threshold=oof.threshold)
     write_predictions(run_dir / "oof.csv", schema, oof.predictions, {"fold": oof.fold.tolist()})
     write_text(run_dir / "best.yaml", _best_yaml(setup, best, run_dir))
     summary = _summary(study, best, monitor, schema, oof) | key
     summary["estimate"] = _estimate(study, run_dir, monitor, schema.task, oof, replicates, baseline)
-    if refit:  # with the learning rate's schedule of the folds, to the epoch at which they were best on average
-        schedule = {"model.schedule.epochs": best.params.get("trainer.max_epochs", epochs)}
-        callbacks = [] if request is None else [StopOnRequest(request)]
-        summary |= _refit(build, best.params | schedule, schema, summary["refit_epochs"], run_dir, callbacks)
+    summary["calibration"] = None if calibration is None else calibration.as_dict()
+    if config.refit:
+        winner = Winner(trial=best, build=build, epochs=epochs, schema=schema, temperature=temperature, request=request)
+        summary |= export_ensemble(winner, run_dir) if config.ensemble else refit(winner, config, run_dir)
     write_json(run_dir / "summary.json", summary)
     return summary
 
@@ -201,9 +204,10 @@ def _summary(
         "threshold": oof.threshold if schema.task in HAS_THRESHOLD else None,
         "threshold_note": oof.threshold_note,
         "out_of_fold": oof.metrics,
-        "refit_epochs": max(1, round(float(np.mean(best.user_attrs["fold_epochs"])))),  # the mean of the scored epochs
         "wall_seconds": round(wall_seconds(study), 1),
         "model_dir": None,
+        "refit": None,
+        "ensemble": None,
     }
     if len(study.directions) == 1:
         return found
@@ -226,31 +230,6 @@ def wall_seconds(study: optuna.Study) -> float:
         total += max(0.0, (stop - max(start, end)).total_seconds())
         end = max(end, stop)
     return total
-
-
-def _refit(
-    build: Build, params: dict[str, Any], schema: Schema, epochs: int, run_dir: Path, callbacks: Sequence[Callback]
-) -> dict[str, Any]:
-    """Train with the hyperparameters on all rows for so many epochs; export the model; score the test file."""
-    setup = build(params)
-    model, datamodule = setup.model, setup.datamodule
-    try:
-        datamodule.select_fold(None)
-        trainer = setup.make_trainer(callbacks=callbacks, max_epochs=epochs, limit_val_batches=0)
-        trainer.fit(model, datamodule=datamodule)
-        assert model.schema is not None
-        model.set_schema(replace(model.schema, threshold=schema.threshold))
-        folder = model.export(run_dir / "model", datamodule.new_tokenizer())
-        found: dict[str, Any] = {"model_dir": str(folder)}
-        if datamodule.test_file is not None:
-            trainer.test(model, datamodule=datamodule, verbose=False)
-            assert model.predictions is not None
-            write_predictions(run_dir / "test.csv", model.schema, model.predictions)
-            metrics = trainer.callback_metrics
-            found["test"] = {name.removeprefix("test_"): float(value) for name, value in metrics.items()}
-    finally:
-        release(host=False)
-    return found
 
 
 def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
@@ -277,9 +256,7 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
         lines += [f"  trial {one['number']}: {one['score']:.4f}, {one['cost']:.4g} s" for one in summary["front"]]
     if summary["threshold"] is not None:
         lines.append(f"threshold {summary['threshold']:.3f}: {summary['threshold_note']}")
-    if summary["model_dir"]:
-        epochs = f"{summary['refit_epochs']} epoch{'s'[: summary['refit_epochs'] > 1]}"
-        lines.append(f"refitted on all rows for {epochs}, the mean of the folds' best ones")
+    lines += describe_exported(summary)
     files = {
         "summary.json": "these results",
         "best.yaml": "the best hyperparameters, for lightning-bge fit",
@@ -290,4 +267,6 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
     }
     if summary["model_dir"]:
         files["model/"] = "the exported model, for transformers and sentence-transformers"
+    if summary.get("ensemble"):
+        files["model/"] = "the exported models, for lightning-bge predict and lightning_bge.models.Ensemble"
     return "\n".join([*lines, "", f"{run_dir}/", *(f"  {name:<14}{text}" for name, text in files.items())])

@@ -15,6 +15,7 @@ from lightning_bge.hpo.config import BEST, PREDICTIONS, StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.forecast.preview import describe_pruner
 from lightning_bge.hpo.progress import Progress
+from lightning_bge.hpo.refit import check_end
 from lightning_bge.hpo.results import describe_study, finish_study
 from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.scheduling.trial_loop import run_trials
@@ -52,6 +53,7 @@ def check_study(experiment: Experiment, hpo: StudyConfig) -> tuple[Space, Steps]
     data = experiment.datamodule
     data.setup("fit")
     steps = Steps(data.num_folds, experiment.most_epochs(space), hpo.reports_per_epoch)
+    check_end(hpo, data, lambda: experiment.setups_of_models(space))
     if hpo.terminator and steps.folds == 1:
         raise ConfigError("hpo.terminator: expected two folds or more, as it compares with the error between folds")
     return space, steps
@@ -206,7 +208,7 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
             build=experiment.build,
             monitor=experiment.monitor,
             epochs=epochs,
-            refit=queue.config.refit,
+            config=queue.config,
             replicates=replicates,
             baseline=None if baseline is None else (baseline, replace(objective.steps, epochs=configured)),
             request=request,

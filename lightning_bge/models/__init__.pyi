@@ -2,6 +2,7 @@ from .classifier import BGEClassifier as BGEClassifier
 from .encoder import TextClassifier as TextClassifier
 from .encoder import load_classifier as load_classifier
 from .encoder_cache import EncoderCache as EncoderCache
+from .ensemble import Ensemble as Ensemble
 from .inference import TextPredictions as TextPredictions
 from .losses import Loss as Loss
 from .losses import LossConfig as LossConfig

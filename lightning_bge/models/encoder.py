@@ -24,7 +24,7 @@ from lightning_bge.models.memory_saving.freezing import freeze_layers
 from lightning_bge.models.memory_saving.gradient_checkpointing import set_gradient_checkpointing
 from lightning_bge.models.memory_saving.lora import LoRAConfig, add_lora
 from lightning_bge.runtime.compat.transformers import attention_implementation
-from lightning_bge.types import MicroBatch
+from lightning_bge.types import ENSEMBLE_FILE, MicroBatch
 
 log = logging.getLogger(__name__)
 
@@ -278,6 +278,11 @@ def _log_new_head(name_or_path: str, names: str) -> None:
 
 def _why_not_loaded(name_or_path: str, error: Exception) -> str:
     reason = str(error).strip().split("\n")[0]
+    if Path(name_or_path, ENSEMBLE_FILE).is_file():
+        return (
+            f"model.name_or_path: {name_or_path} holds several models, whose scores are averaged by "
+            "`lightning-bge predict` and `lightning_bge.models.Ensemble`. Use these, or name one folder in it"
+        )
     if Path(name_or_path).exists():
         return (
             f"model.name_or_path: {name_or_path} is not a folder that transformers loads as a text classifier "

@@ -36,8 +36,7 @@ def export_classifier(
         ConfigError: the folder holds something else than an exported model, which would be deleted.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / SCHEMA_FILE).is_file():
-        raise ConfigError(f"{folder} exists and is no exported model: name another folder, or delete that one")
+    _check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -46,18 +45,39 @@ def export_classifier(
         _describe_outputs(net.model.config, schema)
         with quiet_transformers():
             net.model.save_pretrained(draft, state_dict=merged_weights(net.model))
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.model_max_length = schema.max_length
-        tokenizer.save_pretrained(draft)
+        save_tokenizer(tokenizer, schema, draft)
         schema.save(draft)
-        old = draft.with_name(f"{draft.name}-old")
-        if folder.exists():
-            os.replace(folder, old)  # not deleted: a process that is killed meanwhile would leave a part of it
-        os.replace(draft, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, schema: Schema, folder: Path) -> None:
+    """Write a copy of the tokenizer with the length limit that was trained with."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = schema.max_length
+    tokenizer.save_pretrained(folder)
+
+
+def replace_folder(draft: Path, folder: Path) -> None:
+    """Give a whole folder its name; an older exported model is deleted.
+
+    Raises:
+        ConfigError: the folder holds something else than an exported model, which would be deleted.
+    """
+    _check_replaceable(folder)
+    old = folder.with_name(f".{folder.name}-{draft.name}-old")
+    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
+    if folder.exists():
+        os.replace(folder, old)  # not deleted: a process that is killed meanwhile would leave a part of it
+    os.replace(draft, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and not (folder / SCHEMA_FILE).is_file():
+        raise ConfigError(f"{folder} exists and is no exported model: name another folder, or delete that one")
 
 
 def _describe_outputs(config: Any, schema: Schema) -> None:

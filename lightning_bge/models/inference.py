@@ -58,7 +58,7 @@ def predict_texts(
     net.eval()
     try:
         with torch.inference_mode():
-            for micro in _micro_batches(rows, tokenizer, schema.max_length, max_tokens):
+            for micro in encode_texts(rows, tokenizer, schema.max_length, max_tokens):
                 order.append(micro.rows)
                 logits.append(net(micro.to(device)).float().cpu())
     finally:
@@ -89,10 +89,10 @@ def _row(number: int, text: Text, schema: Schema) -> tuple[str, ...]:
     return row
 
 
-def _micro_batches(
+def encode_texts(
     rows: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, max_length: int, max_tokens: int
 ) -> Iterator[MicroBatch]:
-    """All rows in micro-batches, longest sequences first."""
+    """All rows of one or two texts in micro-batches of at most `max_tokens` tokens, longest sequences first."""
     columns = [list(column) for column in zip(*rows, strict=True)]
     encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
     ids, types = encoded["input_ids"], encoded.get("token_type_ids")

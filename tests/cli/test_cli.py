@@ -274,7 +274,7 @@ def test_the_winner_of_the_seed_replicates_is_what_the_study_ends_with(
     assert (summary["best_trial"], summary["best_params"]) == (winner.number, winner.params)
     assert summary["best_value"] == winner.value
     assert summary["fold_scores"] == winner.user_attrs["fold_scores"]
-    assert summary["refit_epochs"] == max(1, round(statistics.fmean(winner.user_attrs["fold_epochs"])))
+    assert summary["refit"]["epochs"] == max(1, round(statistics.fmean(winner.user_attrs["fold_epochs"])))
     best = yaml.safe_load((study / "best.yaml").read_text())
     assert best["model"]["optimizer"]["lr"] == winner.params["model.optimizer.lr"]
     # the threshold and the out-of-fold file are of its predictions

@@ -96,6 +96,63 @@ def test_a_validation_file_takes_the_place_of_folds(make: Make, write: Write, ca
         make(val_file=str(val), split=SplitConfig(folds=3))
 
 
+def test_validation_rows_are_added_to_the_training_rows(make: Make, write: Write) -> None:
+    rows = ["w1,w2,yes,g1", "w3 w4,w4,no,a", "w5,w6 w7,yes,z"]
+    val = write("val.csv", "text_a,text_b,label,group\n" + "\n".join(rows) + "\n")
+    options = {"val_file": str(val), "group_column": "group", "batch_size": 7}
+    alone, data = make(**options), make(**options)
+    for one in (alone, data):
+        one.setup("fit")
+    val_batches = [micro for batch in data.val_dataloader() for micro in batch.micro]
+    data.add_validation_rows()
+    data.add_validation_rows()  # once more changes nothing
+    assert data.num_train_rows == 63
+    assert data.class_counts is not None
+    assert data.class_counts.tolist() == [41, 22]  # 40 and 20 of the training file
+    loader = data.train_dataloader()
+    assert len(loader) == 9
+    assert sorted(rows_of(loader)) == list(range(63))
+    assert data.val_dataloader() == []
+    assert data.group_names == tuple(sorted({f"g{number}" for number in range(12)} | {"a", "z"}))
+    # each row has the tokens, the label and the group of its file
+    found = {}
+    for micro in (micro for batch in loader for micro in batch.micro):
+        ids = micro.input_ids.split(micro.lengths)
+        for place, row in enumerate(micro.rows.tolist()):
+            found[row] = (ids[place].tolist(), micro.labels[place].item(), data.group_names[micro.groups[place]])
+    for micro in (micro for batch in alone.train_dataloader() for micro in batch.micro):
+        ids = micro.input_ids.split(micro.lengths)
+        for place, row in enumerate(micro.rows.tolist()):
+            group = alone.group_names[micro.groups[place]]
+            assert found[row] == (ids[place].tolist(), micro.labels[place].item(), group)
+    for micro in val_batches:
+        ids = micro.input_ids.split(micro.lengths)
+        for place, row in enumerate(micro.rows.tolist()):
+            assert found[60 + row] == (ids[place].tolist(), float(row != 1), ["g1", "a", "z"][row])
+    with pytest.raises(ConfigError, match="fold 0 can't be validated on: its rows are trained on"):
+        data.select_fold(0)
+
+
+def test_balanced_batches_draw_from_added_validation_rows_too(make: Make, write: Write) -> None:
+    val = write("val.csv", "text_a,text_b,label\n" + "w1,w2,yes\n" * 20)
+    data = make(
+        val_file=str(val), batching=BatchingConfig(balanced=True, num_workers=1)
+    )  # a process that maps the file
+    data.setup("fit")
+    data.add_validation_rows()
+    drawn = np.array(rows_of(data.train_dataloader()))
+    assert len(drawn) == 80
+    assert (drawn >= 60).any()
+    assert 20 <= (np.asarray(data.train_labels)[drawn] == 1).sum() <= 60
+
+
+def test_validation_rows_without_a_file_are_an_error(make: Make) -> None:
+    data = make()
+    data.setup("fit")
+    with pytest.raises(ConfigError, match="val_file is not set"):
+        data.add_validation_rows()
+
+
 def test_hashes_follow_the_content_and_the_folds(make: Make, pairs_file: Path, tmp_path: Path) -> None:
     def hashes(**options: Any) -> tuple[str, str]:
         data = make(**options)

@@ -44,7 +44,7 @@ def child(search: Search, folder: Path, pruner: str, go: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     results.write_json = counted(results.write_json, folder / "summaries")
-    results._refit = counted(results._refit, folder / "refits")
+    results.refit = counted(results.refit, folder / "refits")
     more = ["--hpo.pruner.name", "none", "--hpo.pruner.reduction_factor", "4"] if pruner == "none" else []
     os.read(go, 1)
     program([*search.arguments(folder / "study"), *more])

@@ -113,7 +113,7 @@ def test_the_threshold_is_judged_on_rows_it_has_not_seen(tmp_path: Path) -> None
 
 def test_the_closing_lines_name_the_results_and_the_files() -> None:
     summary = {
-        **dict.fromkeys(("n_complete", "n_pruned", "n_failed", "best_trial", "refit_epochs"), 3),
+        **dict.fromkeys(("n_complete", "n_pruned", "n_failed", "best_trial"), 3),
         **dict.fromkeys(("wall_seconds", "best_value", "majority_baseline", "threshold"), 0.5),
         **{
             "study": "s",

@@ -88,7 +88,7 @@ def test_the_table_has_a_cost_where_there_is_one(tmp_path: Path) -> None:
 
 def test_the_closing_lines_list_the_front() -> None:
     summary = {
-        **dict.fromkeys(("n_complete", "n_pruned", "n_failed", "best_trial", "refit_epochs"), 3),
+        **dict.fromkeys(("n_complete", "n_pruned", "n_failed", "best_trial"), 3),
         **dict.fromkeys(("wall_seconds", "best_value", "majority_baseline", "threshold"), 0.5),
         **{"study": "s", "task": "binary", "n_out_of_memory": 0, "seed_replicates": None, "model_dir": None},
         **{

@@ -273,6 +273,7 @@ class ShortStudy:
         folder: Path,
     ) -> None:
         self.build, self.refit, self._encoder, self._folder = build, hpo.refit, encoder, folder / "study"
+        self._planned = hpo
         self.timer = StepTimer()
         self._steps, self._pauses = 2, hpo.pruner.name == "asha"
         # one epoch before a pause and two after it, so that one epoch follows another
@@ -352,7 +353,12 @@ class ShortStudy:
         """End the study as the planned one ends, and return the seconds; the timer has its refit and its test."""
         since = _clock()
         finish_study(
-            self._study, self._folder, build=self.shorten, monitor=self._monitor, epochs=self._epochs, refit=self.refit
+            self._study,
+            self._folder,
+            build=self.shorten,
+            monitor=self._monitor,
+            epochs=self._epochs,
+            config=self._planned,
         )
         write_report(self._folder)
         return _clock() - since

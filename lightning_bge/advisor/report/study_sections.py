@@ -9,6 +9,7 @@ from lightning_bge.advisor.report.format import format_duration, format_time_lef
 from lightning_bge.advisor.report.run_data import RunData
 from lightning_bge.advisor.report.secrets import hide_secrets
 from lightning_bge.advisor.report.study_figures import best_value, learning_curves, pareto_front, timeline
+from lightning_bge.hpo.analysis.exported import describe_exported
 from lightning_bge.hpo.analysis.history import OUTCOMES, History
 from lightning_bge.hpo.analysis.hours import StudyClock, hours_saved
 from lightning_bge.hpo.analysis.importance import parameter_importance
@@ -60,6 +61,7 @@ def _results(run: RunData, history: History) -> str:
     text = "" if history.best is not None else paragraph(NONE_COMPLETE)
     if summary.get("threshold_note"):
         text += paragraph(f"Threshold: {summary['threshold_note']}.", "muted")
+    text += "".join(paragraph(f"{line[0].upper()}{line[1:]}.", "muted") for line in describe_exported(summary))
     rows = [(OUTCOMES[outcome], f"{number:,}") for outcome, number in history.counts.items()]
     return cards(figures) + text + table(["trials", "number"], rows, (1,)) + _pareto_front(history)
 

@@ -15,9 +15,9 @@ from lightning_bge.hpo.space.draw import n_parameter_sets
 from lightning_bge.hpo.worker_pool import WorkerPool, slots
 from lightning_bge.runtime.run_folder import create_run_dir, read_json
 
-DESCRIPTION = """Search for the best hyperparameters over folds, prune bad trials, refit the best ones on all rows, and
-export the model. An interrupted study continues when the same command is run again. With --hpo.workers N processes of
-this machine share the study; `lightning-bge worker RUN` joins it from another terminal."""
+DESCRIPTION = """Search for the best hyperparameters over folds, prune bad trials, refit the best ones on all rows of
+the training file, and export the model. An interrupted study continues when the same command is run again. With
+--hpo.workers N processes of this machine share the study; `lightning-bge worker RUN` joins it from another terminal."""
 
 
 def run(args: list[str]) -> None:

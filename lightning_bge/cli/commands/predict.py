@@ -2,25 +2,31 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.errors import ConfigError
+from lightning_bge.models.ensemble import average_predictions, ensemble_members, member_module
 from lightning_bge.models.prediction_file import write_predictions
 
 
 def run(args: list[str]) -> None:
     """Write the predictions of an exported model as CSV."""
-    description = "Write a score and a label for each row of data.predict_file as a CSV file."
+    description = "Write a score and a label for each row of data.predict_file as a CSV file. The score of an exported "
+    description += "ensemble is the mean of its models' scores."
     cli = BGECLI("predict", args, description=description, add_arguments=_add_arguments)
     if cli.datamodule.predict_file is None:
         raise ConfigError("data.predict_file: predict needs a file, got null")
     with running(cli.trainer):
-        cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
+        members = ensemble_members(Path(cli.model.name_or_path).expanduser())
+        models: list[Any] = [member_module(cli.model, member) for member in members] or [cli.model]
+        for model in models:
+            cli.trainer.predict(model, datamodule=cli.datamodule, return_predictions=False)
         if cli.trainer.is_global_zero:
-            predictions = cli.model.predictions
-            write_predictions(Path(cli.config_init.output), cli.model.schema, replace(predictions, labels=None))
+            predictions = average_predictions(models[0].task, [model.predictions for model in models])
+            write_predictions(Path(cli.config_init.output), models[0].schema, replace(predictions, labels=None))
             print(f"{len(predictions.rows)} rows: {cli.config_init.output}")
 
 

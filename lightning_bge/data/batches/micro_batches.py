@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lightning_bge.data.batches.shards import balanced_shards
-from lightning_bge.data.tokens.cache import TokenArrays
+from lightning_bge.data.tokens.cache import TokenArrays, concatenate_tokens
 from lightning_bge.types import Batch, MicroBatch
 
 
@@ -116,3 +116,28 @@ class EncodedDataset(Dataset[Batch]):
             labels=pick(self.labels),
             groups=pick(self.groups),
         )
+
+
+def concatenate_datasets(
+    first: EncodedDataset, second: EncodedDataset, group_names: tuple[tuple[str, ...], tuple[str, ...]]
+) -> tuple[EncodedDataset, tuple[str, ...]]:
+    """The rows of two files with labels, one after the other.
+
+    Args:
+        first: its rows come first, and its limit of tokens is kept.
+        second: of the same tokenizer and labels.
+        group_names: those of each file, in the order of its group numbers; empty where there are no groups.
+
+    Returns:
+        All rows, and the names of their groups, in the order of their new numbers.
+    """
+    assert first.labels is not None
+    assert second.labels is not None
+    groups, names = None, group_names[0]
+    if first.groups is not None and second.groups is not None:
+        unique, numbers = np.unique(np.array(group_names[0] + group_names[1], dtype=object), return_inverse=True)
+        groups = numbers[np.concatenate((first.groups, second.groups + len(group_names[0])))]
+        names = tuple(unique.tolist())
+    tokens = concatenate_tokens(first.tokens, second.tokens)
+    labels = np.concatenate((first.labels, second.labels))
+    return EncodedDataset(tokens, labels, groups, first.max_tokens), names

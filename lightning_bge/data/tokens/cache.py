@@ -103,17 +103,36 @@ def open_tokens(path: Path, rows: int | None = None) -> TokenArrays:
     Raises:
         ValueError, pyarrow.ArrowInvalid: the file is cut short, or has not as many rows as its header or `rows` says.
     """
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    if reader.num_record_batches != 1:
-        raise ValueError(f"{reader.num_record_batches} record batches, expected 1")
-    batch = reader.get_batch(0)
-    header = (reader.schema.metadata or {}).get(b"rows")
+    batch = _map_batch(path)
+    header = (batch.schema.metadata or {}).get(b"rows")
     if header != str(batch.num_rows).encode() or rows not in (None, batch.num_rows):
         raise ValueError(f"{batch.num_rows} rows, its header says {header!r}, expected {rows}")
     ids = batch.column("input_ids")
     offsets = ids.offsets.to_numpy()
     types = batch.column("token_type_ids").values.to_numpy() if "token_type_ids" in batch.schema.names else None
     return TokenArrays(ids.values.to_numpy(), offsets, types, np.diff(offsets).astype(np.int32), Path(path))
+
+
+def concatenate_tokens(first: TokenArrays, second: TokenArrays) -> TokenArrays:
+    """The rows of two cache files, one after the other, in a cache file of their own beside the first.
+
+    A file and not arrays in memory: worker processes map it, and a large file needs no memory.
+
+    Args:
+        first: its rows come first.
+        second: of the same tokenizer and length limit.
+
+    Raises:
+        DataError: the folder cannot be written or is full.
+    """
+    # both names are hashes of all that decides the content
+    name = hashlib.sha256("|".join((_VERSION, first.path.stem, second.path.stem)).encode()).hexdigest()
+    path, rows = first.path.with_name(f"{name}.arrow"), len(first) + len(second)
+    if not path.exists():
+        batches = [_map_batch(one.path).replace_schema_metadata(None) for one in (first, second)]
+        [batch] = pa.Table.from_batches(batches).combine_chunks().to_batches()
+        _write(path, batch.replace_schema_metadata({"rows": str(rows)}))
+    return open_tokens(path, rows=rows)
 
 
 def clear_cache(folder: str | Path | None = None) -> int:
@@ -130,6 +149,13 @@ def clear_cache(folder: str | Path | None = None) -> int:
         freed += path.stat().st_size
         path.unlink(missing_ok=True)
     return freed
+
+
+def _map_batch(path: Path) -> pa.RecordBatch:
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    if reader.num_record_batches != 1:
+        raise ValueError(f"{reader.num_record_batches} record batches, expected 1")
+    return reader.get_batch(0)
 
 
 def _tokenize(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -> pa.RecordBatch:

@@ -76,15 +76,17 @@ class OutOfFold:
     threshold_note: str
 
 
-def judge_out_of_fold(path: Path, schema: Schema, metric: str) -> OutOfFold:
+def judge_out_of_fold(path: Path, schema: Schema, metric: str, temperature: float = 1.0) -> OutOfFold:
     """Choose the threshold on the out-of-fold predictions, and judge it on rows that were not used to choose it.
 
     Args:
         path: of the predictions, as `save_predictions` wrote them.
         schema: of the model.
         metric: for which the threshold is best.
+        temperature: by which the exported model's logits are divided, and these as well.
     """
     predictions, fold = load_predictions(path)
+    predictions = replace(predictions, logits=predictions.logits / temperature)
     assert predictions.labels is not None
     metrics = compute_metrics(schema, predictions, per_class=True)
     if schema.task not in HAS_THRESHOLD:

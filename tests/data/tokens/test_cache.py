@@ -225,3 +225,17 @@ def test_row_without_tokens(tmp_path: Path) -> None:
     tokenizer.backend_tokenizer.post_processor = None  # no special tokens
     with pytest.raises(DataError, match="no token of row 2"):
         tokenize_cached([("w1",), ("\u200b\x01",)], tokenizer, 20, tmp_path)
+
+
+def test_two_files_become_one_that_other_processes_map(tokenizer: Any, tmp_path: Path) -> None:
+    texts = random_texts(40, seed=3)
+    parts = [cache_module.tokenize_cached(part, tokenizer, 16, tmp_path) for part in (texts[:25], texts[25:])]
+    both = cache_module.concatenate_tokens(*parts)
+    assert rows_of(both) == rows_of(cache_module.tokenize_cached(texts, tokenizer, 16, tmp_path))
+    assert both.token_type_ids is not None
+    assert both.token_type_ids.tolist() == [kind for part in parts for kind in part.token_type_ids.tolist()]
+    assert rows_of(pickle.loads(pickle.dumps(both))) == rows_of(both)
+    written = both.path.stat().st_mtime_ns
+    assert cache_module.concatenate_tokens(*parts).path.stat().st_mtime_ns == written
+    # the order of the files is a part of the name
+    assert rows_of(cache_module.concatenate_tokens(*reversed(parts))) == rows_of(parts[1]) + rows_of(parts[0])
