@@ -28,6 +28,7 @@ from lightning_bge.hpo.trial.out_of_fold import (
     predictions_file,
 )
 from lightning_bge.hpo.trials import (
+    COMPUTED_WITH,
     ENDED,
     ERROR,
     INTERRUPTED,
@@ -39,6 +40,7 @@ from lightning_bge.hpo.trials import (
     attempts,
     has_failed,
 )
+from lightning_bge.hpo.versions import count_versions, describe_versions
 from lightning_bge.models.metrics import MonitorConfig
 from lightning_bge.models.prediction_file import write_predictions
 from lightning_bge.runtime.memory import release
@@ -122,6 +124,7 @@ def trials_table(study: optuna.Study) -> str:
     attributes = [
         *("pruned_at", "paused_at", RESUMES, "oom_where", "oom_requested", "oom_free"),
         *("fold_scores", "fold_epochs", PARAMETER_SET, RETRY_OF, WORKER_LOST, INTERRUPTED, ERROR, NOT_TRAINED),
+        COMPUTED_WITH,
     ]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")  # it writes None as an empty field
@@ -165,6 +168,7 @@ def _summary(
         "out_of_fold": oof.metrics,
         "refit_epochs": max(1, round(float(np.mean(best.user_attrs["fold_epochs"])))),  # the mean of the scored epochs
         "wall_seconds": round(wall_seconds(study), 1),
+        "computed_with": count_versions(study),
         "model_dir": None,
     }
     if len(study.directions) == 1:
@@ -226,6 +230,7 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
     ]
     if summary["n_out_of_memory"]:
         lines.append(f"{summary['n_out_of_memory']} of the pruned trials ran out of memory (trials.csv: oom_)")
+    lines += describe_versions(summary["computed_with"])
     lines += [
         f"best {metric} {summary['best_value']:.4f} (trial {summary['best_trial']}, mean over folds; "
         f"{baseline}: {summary['majority_baseline']:.4f})",

@@ -124,7 +124,9 @@ def test_the_closing_lines_name_the_results_and_the_files() -> None:
             "threshold_note": "note",
         },
         **{"out_of_fold": {"f1": 0.75}, "model_dir": "runs/s/model", "test": {"f1": 0.625}},
+        "computed_with": {"first": {"torch": "2.9"}, "others": [{"n_trials": 2, "versions": {"torch": "3.0"}}]},
     }
     text = describe_study(Path("runs/s"), summary)
-    for part in ("majority class: 0.5000", "out-of-fold f1 0.7500", "scored once: f1 0.6250", "model/"):
+    versions = "2 of the trials: computed with torch 3.0 instead of torch 2.9"
+    for part in ("majority class: 0.5000", "out-of-fold f1 0.7500", "scored once: f1 0.6250", "model/", versions):
         assert part in text
