@@ -31,8 +31,12 @@ def study_identity(experiment: Experiment, hpo: StudyConfig, space: Space) -> di
     """
     always_drawn = tuple(name for name in space if name not in space.when)
     options = comparable(experiment.plain(experiment.config), (*FILES, *always_drawn))
-    if options.get("trainer.precision") == "auto":  # else workers with and without bf16 would share a study
-        options["trainer.precision"] = choose_precision(str(options.get("trainer.accelerator", "auto")))[0]
+    # else workers with and without bf16 would share a study
+    precision = choose_precision(str(options.get("trainer.accelerator", "auto")))[0]
+    if options.get("trainer.precision") == "auto":
+        options["trainer.precision"] = precision
+    if "trainer.precision" in space and "auto" in ends(space["trainer.precision"]):
+        options[f"trainer.precision=auto{CONTENT}"] = precision
     if hpo.reports_per_epoch > 1:
         options["hpo.val_check_interval"] = hpo.val_check_interval
     return options | _content(experiment, hpo, space)

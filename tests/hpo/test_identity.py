@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from lightning_bge.cli import main as cli
 from lightning_bge.data import encoded_file
-from lightning_bge.hpo import versions
+from lightning_bge.hpo import identity, versions
 from lightning_bge.hpo.analysis.journal import load_study
 from tests.helpers.small_models import piece_tokenizer, word_tokenizer
 from tests.helpers.small_search import write_files
@@ -181,6 +181,20 @@ def test_a_searched_option_that_changes_the_training_rows_has_its_content_too(ru
     status, _, err = run(*COMMAND, *VAL, *space)
     assert status == 2
     assert "data.train_file with data.train_file=more.csv (content): sha256 " in err
+
+
+def test_a_process_for_which_the_searched_precision_auto_is_another_one_is_refused(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree("study")
+    space = ("--hpo.space", '{"trainer.precision": {"choices": ["auto", "32-true"]}}', "--hpo.refit", "false")
+    monkeypatch.setattr(identity, "choose_precision", lambda accelerator: ("32-true", ""))
+    status, _, err = run(*COMMAND, *VAL, *space)
+    assert status == 0, err
+    monkeypatch.setattr(identity, "choose_precision", lambda accelerator: ("bf16-mixed", ""))
+    status, _, err = run(*COMMAND, *VAL, *space)
+    assert status == 2
+    assert "trainer.precision=auto (content): 32-true in the folder, bf16-mixed requested" in err
 
 
 def test_other_versions_are_noticed_and_not_refused(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
