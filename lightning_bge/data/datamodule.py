@@ -270,10 +270,7 @@ class TextDataModule(LightningDataModule):
     def test_hash(self) -> str | None:
         """Check the test file, and return the sha256 (hex) of its texts, labels and groups; None without such a file.
 
-        It is not tokenized. After `setup("fit")`.
-
-        Raises:
-            UserError: the file, or a label in it, is wrong.
+        After `setup("fit")`, and without tokenizing it. `UserError`: the file, or a label in it, is wrong.
         """
         if self.test_file is None:
             return None
