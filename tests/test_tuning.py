@@ -209,7 +209,18 @@ def test_ctrl_c_raises_and_keeps_finished_trials(
         ({"space": {"model.optimizer.lr": 0.1}}, r"^space.model.optimizer.lr: expected a FloatDistribution"),
         ({"space": {"model.rate": FloatDistribution(0, 1)}}, "^space: there is no option model.rate"),
         ({"space": {"model.dropout": FloatDistribution(0, 2)}}, "dropout"),
-        ({"space": {"model.seed": IntDistribution(0, 2)}}, "^space: there is no option model.seed"),
+        (
+            {"space": {"model.seed": IntDistribution(0, 2)}},
+            "^space: model.seed can't be searched: .*; seed_replicates trains",
+        ),
+        (
+            {"space": {"data.split.folds": IntDistribution(2, 3)}},
+            "^space: data.split.folds can't be searched: .*validated on",
+        ),
+        (
+            {"metric": "loss", "space": {"model.loss.focal_gamma": FloatDistribution(0, 5)}},
+            "^space: model.loss.focal_gamma",
+        ),
         ({"metric": "rouge"}, "metric.* binary task has f1"),
         ({"pruner": {"kind": "none"}}, "^pruner has no key kind"),
         ({"sampler": {"name": "anneal"}}, "^sampler.name: expected one of tpe, random, grid, qmc, or the path"),

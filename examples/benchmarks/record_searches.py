@@ -149,10 +149,10 @@ def main() -> None:
 
 def describe(study: optuna.Study) -> dict[str, Any]:
     """What was searched, without the names of this machine's folders."""
-    hidden = ("model.name_or_path", "data.train_file", "data.tokenizer")
-    settings = {key: value for key, value in study.user_attrs["settings"].items() if key not in hidden}
+    settings = study.user_attrs["settings"]
     usual = ("model.task", "monitor.metric", "monitor.objective", "model.frozen_layers", "data.max_length")
-    kept = {key: settings[key] for key in (*usual, "data_hash", "folds_hash") if settings.get(key) is not None}
+    content = ("data.train_file (content)", "data.split (content)")
+    kept = {key: settings[key] for key in (*usual, *content) if settings.get(key) is not None}
     return {"settings": kept, "space": study.user_attrs["space"], "sampler": "random", "versions": versions()}
 
 

@@ -35,13 +35,17 @@ def choose_precision(accelerator: str = "auto") -> tuple[str, str]:
     Returns:
         `bf16-mixed` or `32-true`, and the reason.
     """
-    device = "cpu"
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        device = "cuda"
-    elif accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
-        device = "mps"
-    able, reason = _bf16_units(torch.device(device))
+    able, reason = _bf16_units(chosen_device(accelerator))
     return "bf16-mixed" if able else "32-true", reason
+
+
+def chosen_device(accelerator: str = "auto") -> torch.device:
+    """The device that the trainer's `accelerator` takes on this machine; `auto` takes CUDA where it is."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda")
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
 
 
 def _bf16_units(device: torch.device) -> tuple[bool, str]:

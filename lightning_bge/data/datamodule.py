@@ -13,10 +13,10 @@ from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.batches.loader import BatchLoader
 from lightning_bge.data.batches.micro_batches import EncodedDataset, concatenate_datasets
 from lightning_bge.data.batches.samplers import EffectiveBatchSampler, eval_batches
-from lightning_bge.data.encoded_file import Source, TokenizerKey, load_file, load_training_file, stamp
+from lightning_bge.data.encoded_file import Source, TokenizerKey, check_file, load_file, load_training_file, stamp
 from lightning_bge.data.tables.labels import encode_labels, fit_labels
 from lightning_bge.data.tables.readers import TableConfig, read_table
-from lightning_bge.data.tables.splits import SplitConfig
+from lightning_bge.data.tables.splits import SplitConfig, validation_hash
 from lightning_bge.data.tokens.tokenizer import load_tokenizer
 from lightning_bge.errors import ConfigError
 from lightning_bge.runtime.cache_dir import default_cache_dir
@@ -61,6 +61,8 @@ class TextDataModule(LightningDataModule):
         folds: validation rows of each fold, empty with a `val_file`.
         folds_hash: sha256 of the folds.
         data_hash: sha256 of the training file's texts, labels and groups.
+        val_hash: sha256 of the validation file's texts, labels and groups; None without such a file.
+        tokenizer_hash: sha256 of the tokenizer's content, whatever its name.
         train_labels: encoded labels of all rows of the training file, and of those that `add_validation_rows` added.
         group_names: the groups of these rows, in the order of their numbers in a training micro-batch's `groups`.
 
@@ -109,7 +111,8 @@ class TextDataModule(LightningDataModule):
         self.save_hyperparameters({name: as_plain(getattr(self, name)) for name in names}, logger=False)
         self.schema = None
         self.folds = ()
-        self.folds_hash = self.data_hash = ""
+        self.folds_hash = self.data_hash = self.tokenizer_hash = ""
+        self.val_hash: str | None = None
         self.train_labels: np.ndarray | None = None
         self.group_names: tuple[str, ...] = ()
         self._val_group_names: tuple[str, ...] = ()
@@ -164,6 +167,7 @@ class TextDataModule(LightningDataModule):
         file = training.file
         self.schema = Schema(self.task, training.label_names, self.text_columns, file.max_length)
         self.folds, self.folds_hash, self.data_hash = training.folds, training.folds_hash, file.data_hash
+        self.tokenizer_hash = file.tokenizer_hash
         self.train_labels, self.group_names = training.labels, file.group_names
         limits = {"train": self.micro_batch_size, "val": self.eval_micro_batch_size}
         for name in ("train", "val") if self.val_file is None else ("train",):
@@ -182,7 +186,7 @@ class TextDataModule(LightningDataModule):
             separator = self.table.label_separator
             labels = encode_labels(file.raw_labels, schema.labels, schema.task, path, separator)
         if name == "val":
-            self._val_group_names = file.group_names
+            self._val_group_names, self.val_hash = file.group_names, file.data_hash
             if common := set(file.group_names) & set(self.group_names):
                 log.warning("%d groups of %s are in the training file too: scores will be too high", len(common), path)
         self.schema = replace(schema, max_length=file.max_length)
@@ -259,6 +263,24 @@ class TextDataModule(LightningDataModule):
         if self.schema.task == "multilabel":
             return labels.sum(axis=0).astype(np.int64)
         return np.bincount(labels.astype(np.int64), minlength=len(self.schema.labels))
+
+    @property
+    def validation_hash(self) -> str:
+        """Sha256 (hex) of the validation rows of all folds, their labels and groups; after `setup("fit")`."""
+        assert self.schema is not None
+        rows = self._dataset("val")
+        return validation_hash(self.schema, self.folds or (np.arange(len(rows)),), rows.labels, rows.groups)
+
+    def test_hash(self) -> str | None:
+        """Check the test file, and return the sha256 (hex) of its texts, labels and groups; None without such a file.
+
+        After `setup("fit")`, and without tokenizing it. `UserError`: the file, or a label in it, is wrong.
+        """
+        if self.test_file is None:
+            return None
+        schema = self._known_schema()
+        source = self._source(self.test_file, schema.text_columns, schema.max_length)
+        return check_file(source, schema.task, schema.labels)
 
     def lengths(self, split: Split) -> np.ndarray:
         """Tokens of each row (int32 [N], special tokens counted) of a split's file, whatever the fold; after `setup`.

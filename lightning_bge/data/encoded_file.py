@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from lightning_bge.data.tables.labels import encode_labels, fit_labels
-from lightning_bge.data.tables.readers import TableConfig, read_table
+from lightning_bge.data.tables.readers import Table, TableConfig, read_table
 from lightning_bge.data.tables.splits import SplitConfig, folds_hash, make_folds
 from lightning_bge.data.tokens.cache import TokenArrays, hash_texts, tokenize_cached
-from lightning_bge.data.tokens.tokenizer import effective_max_length, load_tokenizer
+from lightning_bge.data.tokens.tokenizer import effective_max_length, load_tokenizer, tokenizer_fingerprint
 from lightning_bge.types import Task
 
 Stamp = tuple[tuple[str, int, int], ...]
@@ -69,6 +69,7 @@ class EncodedFile:
         groups: int64 [N], positions in `group_names`, or None.
         group_names: sorted.
         data_hash: sha256 (hex) of texts, labels and groups.
+        tokenizer_hash: sha256 (hex) of the tokenizer's content, whatever its name.
         max_length: the limit in effect.
     """
 
@@ -77,6 +78,7 @@ class EncodedFile:
     groups: np.ndarray | None
     group_names: tuple[str, ...]
     data_hash: str
+    tokenizer_hash: str
     max_length: int
 
 
@@ -96,10 +98,13 @@ def _tokenizer(key: TokenizerKey) -> Any:
     return load_tokenizer(key.name, key.revision, key.trust_remote_code)
 
 
-@lru_cache(maxsize=16)  # a study over four models and four lengths has as many
-def load_file(source: Source) -> EncodedFile:
-    """Read and tokenize a file."""
-    table = read_table(
+@lru_cache(maxsize=4)
+def _fingerprint(key: TokenizerKey) -> str:
+    return tokenizer_fingerprint(_tokenizer(key))
+
+
+def _read(source: Source) -> Table:
+    return read_table(
         source.path,
         source.text_columns,
         label_column=source.label_column,
@@ -107,17 +112,40 @@ def load_file(source: Source) -> EncodedFile:
         config=source.table,
         max_rows=source.max_rows,
     )
+
+
+def _hash_table(table: Table) -> str:
+    digest = hashlib.sha256(hash_texts(table.texts).encode())
+    digest.update(json.dumps([table.labels, table.groups], default=str).encode())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=16)
+def check_file(source: Source, task: Task, labels: tuple[str, ...]) -> str:
+    """Read a file and check its labels, without tokenizing it; returns its `data_hash`.
+
+    Raises:
+        UserError: the file, or a label in it, is wrong.
+    """
+    table = _read(source)
+    encode_labels(table.labels or [], labels, task, source.path, source.table.label_separator)
+    return _hash_table(table)
+
+
+@lru_cache(maxsize=16)  # a study over four models and four lengths has as many
+def load_file(source: Source) -> EncodedFile:
+    """Read and tokenize a file."""
+    table = _read(source)
     tokenizer = _tokenizer(source.tokenizer)
     max_length = effective_max_length(tokenizer, source.max_length, len(source.text_columns) == 2)
     tokens = tokenize_cached(table.texts, tokenizer, max_length, source.cache_dir)
-    digest = hashlib.sha256(hash_texts(table.texts).encode())
-    digest.update(json.dumps([table.labels, table.groups], default=str).encode())
     groups, names = None, ()
     if table.groups is not None:
         unique, groups = np.unique(np.array(table.groups, dtype=object), return_inverse=True)
         names = tuple(unique.tolist())
         groups = groups.astype(np.int64)
-    return EncodedFile(tokens, table.labels, groups, names, digest.hexdigest(), max_length)
+    hashes = _hash_table(table), _fingerprint(source.tokenizer)
+    return EncodedFile(tokens, table.labels, groups, names, *hashes, max_length)
 
 
 @lru_cache(maxsize=16)

@@ -27,7 +27,8 @@ class StudyConfig:
             count. Fewer where the search space has fewer: none is trained twice. A study continues when it is raised.
         space: the search space: dotted name of an option -> {low, high, log, step} or {choices: [...]}. With `when:
             {another.name: value or [values]}` it is drawn only in trials where that other hyperparameter, one with
-            choices, has such a value; in the others it keeps its configured value. Several entries must all hold.
+            choices, has such a value; in the others it keeps its configured value. Several entries must all hold. What
+            changes the meaning of the score can't be searched: folds, rows, labels, seeds, the loss that is the metric.
         enqueue: known good parameter sets, tried first and once in a study: a list of {dotted name: value, ...}. What
             one leaves out is drawn. Some may be added when a study is resumed. They count among its trials.
         pruner: which trials are ended early.

@@ -12,6 +12,7 @@ from lightning_bge.callbacks.micro_batch.finder import MemoryConfig
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.space.comparable import check_searchable, check_validation
 from lightning_bge.hpo.space.parameter_sets import (
     complete_parameter_set,
     ends,
@@ -56,22 +57,29 @@ class Experiment:
         return self.create(with_overrides(self.config, overrides))
 
     def check(self, overrides: dict[str, Any], where: str = "hpo.space") -> None:
-        """Raise `ConfigError`, which begins with `where`, if the options do not accept such values."""
+        """Raise `ConfigError`, which begins with `where`, if the options do not accept such values.
+
+        Or if other rows, labels or groups are validated on with them: `datamodule` has to be set up.
+        """
         try:
             self.validate(with_overrides(self.config, overrides))
         except (TypeError, ValueError, KeyError) as error:
             raise ConfigError(f"{where}: these options do not accept the values {overrides}: {error}") from error
-        self.build(overrides)
+        found = self.build(overrides).datamodule.validation_hash
+        check_validation(found, self.datamodule.validation_hash, overrides, where)
 
     def check_space(self, hpo: StudyConfig, space: Space) -> None:
         """Try the ends of the search space and the enqueued parameter sets, before a study exists.
 
         Raises:
-            ConfigError: an option does not exist, or does not accept a value.
+            ConfigError: an option does not exist, does not accept a value, or changes what the score means.
+            UserError: the data are wrong.
         """
         enqueued = parse_enqueued(hpo.enqueue, space)
+        check_searchable(space, self.config.get, str(self.monitor.metric))
         for name in space:
             check_option(self.config, name)
+        self.datamodule.setup("fit")
         for values in parameter_sets_to_check(space, self.config.get):
             self.check(values)
         for values in enqueued:
@@ -87,10 +95,8 @@ class Experiment:
         """The most epochs that any trial trains a fold for.
 
         Raises:
-            ConfigError: there is no such number, or the folds are searched.
+            ConfigError: there is no such number.
         """
-        if any(name.startswith("data.split.") for name in space):
-            raise ConfigError("hpo.space: data.split can't be searched: trials on different folds are not comparable")
         searched = ends(space["trainer.max_epochs"]) if "trainer.max_epochs" in space else ()
         if searched and "trainer.max_epochs" not in space.when:
             return max(searched)

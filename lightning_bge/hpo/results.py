@@ -36,6 +36,7 @@ from lightning_bge.hpo.trial.out_of_fold import (
     predictions_file,
 )
 from lightning_bge.hpo.trials import (
+    COMPUTED_WITH,
     ENDED,
     ERROR,
     INTERRUPTED,
@@ -47,6 +48,7 @@ from lightning_bge.hpo.trials import (
     attempts,
     has_failed,
 )
+from lightning_bge.hpo.versions import count_versions, describe_versions
 from lightning_bge.models.metrics import HAS_THRESHOLD, MonitorConfig
 from lightning_bge.models.prediction_file import write_predictions
 from lightning_bge.runtime.run_folder import read_json, write_json, write_text
@@ -162,6 +164,7 @@ def trials_table(study: optuna.Study) -> str:
     attributes = [
         *("pruned_at", "paused_at", RESUMES, "oom_where", "oom_requested", "oom_free"),
         *("fold_scores", "fold_epochs", PARAMETER_SET, RETRY_OF, WORKER_LOST, INTERRUPTED, ERROR, NOT_TRAINED),
+        COMPUTED_WITH,
     ]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")  # it writes None as an empty field
@@ -205,6 +208,7 @@ def _summary(
         "threshold_note": oof.threshold_note,
         "out_of_fold": oof.metrics,
         "wall_seconds": round(wall_seconds(study), 1),
+        "computed_with": count_versions(study),
         "model_dir": None,
         "refit": None,
         "ensemble": None,
@@ -243,6 +247,7 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
     ]
     if summary["n_out_of_memory"]:
         lines.append(f"{summary['n_out_of_memory']} of the pruned trials ran out of memory (trials.csv: oom_)")
+    lines += describe_versions(summary["computed_with"])
     lines += [
         *describe_scores(summary),
         f"{baseline}: {metric} {summary['majority_baseline']:.4f}",

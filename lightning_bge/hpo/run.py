@@ -8,12 +8,12 @@ from typing import Any
 import optuna
 from filelock import FileLock
 
-from lightning_bge.callbacks.torch_backends import choose_precision
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.baseline import run_baseline
 from lightning_bge.hpo.config import BEST, PREDICTIONS, StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.forecast.preview import describe_pruner
+from lightning_bge.hpo.identity import study_identity
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.refit import check_end
 from lightning_bge.hpo.results import describe_study, finish_study
@@ -28,8 +28,8 @@ from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.workers import Worker, living_workers
 from lightning_bge.hpo.study import open_study
 from lightning_bge.hpo.trial.objective import Objective, TrialFiles
+from lightning_bge.hpo.versions import other_versions, used_versions
 from lightning_bge.models.metrics import metric_direction
-from lightning_bge.runtime.dotted_config import comparable
 from lightning_bge.runtime.run_folder import create_run_dir, record_run
 from lightning_bge.runtime.stop import Stopped, StopRequest
 
@@ -86,11 +86,20 @@ def prepare_study(
         _print_head(experiment, hpo, space, steps)
     run_dir, metric = experiment.run_dir, str(experiment.monitor.metric)
     with FileLock(run_dir / LOCK, mode=0o600):
-        options = _comparable_options(experiment, hpo, space)
-        own = "" if worker is None else worker.id
+        versions = used_versions(str(experiment.config.get("trainer.accelerator", "auto")))
         study = open_study(
-            run_dir, hpo, metric_direction(metric), steps, options, dict(experiment.config.items()), worker=own
+            run_dir,
+            hpo,
+            metric_direction(metric),
+            steps,
+            study_identity(experiment, hpo, space),
+            dict(experiment.config.items()),
+            worker="" if worker is None else worker.id,
+            versions=versions,
         )
+        other = other_versions(study, versions)
+        if worker is not None:
+            worker.other_versions = other
         if not joins:
             if study.user_attrs.get(N_TRIALS) != hpo.n_trials:
                 study.set_user_attr(N_TRIALS, hpo.n_trials)
@@ -172,16 +181,6 @@ def _print_head(experiment: Experiment, hpo: StudyConfig, space: Space, steps: S
         print(f"seed replicates at the end: {hpo.n_seed_replicates} of each of the best trials, up to {BEST}")
     if hpo.baseline:
         print("at the end the configured hyperparameters are trained too, to say what the search has gained")
-
-
-def _comparable_options(experiment: Experiment, hpo: StudyConfig, space: Space) -> dict[str, Any]:
-    """The options that must be equal for trials to be comparable; a searched one is only among them if conditional."""
-    always_drawn = tuple(name for name in space if name not in space.when)
-    options = comparable(experiment.plain(experiment.config), always_drawn)
-    if options.get("trainer.precision") == "auto":  # else workers with and without bf16 would share a study
-        options["trainer.precision"] = choose_precision(str(options.get("trainer.accelerator", "auto")))[0]
-    options |= {"data_hash": experiment.datamodule.data_hash, "folds_hash": experiment.datamodule.folds_hash}
-    return options | ({"hpo.val_check_interval": hpo.val_check_interval} if hpo.reports_per_epoch > 1 else {})
 
 
 def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until: float) -> dict[str, Any] | None:

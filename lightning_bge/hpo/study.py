@@ -23,8 +23,10 @@ from lightning_bge.hpo.space.search_space import Space, is_drawn, parse_space, s
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.journal import open_storage
 from lightning_bge.hpo.storage.workers import end_lost_trials, living_workers
-from lightning_bge.hpo.trials import NOT_TRAINED
+from lightning_bge.hpo.trials import COMPUTED_WITH, NOT_TRAINED
 from lightning_bge.runtime.compat.optuna import storage_of
+
+CONTENT = " (content)"  # ends the name of an option that stands for what is read, where the study may not have read it
 
 
 def open_study(
@@ -35,6 +37,7 @@ def open_study(
     options: dict[str, Any],
     configured: Mapping[str, Any] | None = None,
     worker: str = "",
+    versions: Mapping[str, str] | None = None,
 ) -> optuna.Study:
     """Create or continue the study of a run folder. Call it under the lock of the folder.
 
@@ -46,10 +49,12 @@ def open_study(
         config: the options of the study.
         direction: of the score: `maximize` or `minimize`. A cost is the second objective.
         steps: what a trial that runs to its end reports.
-        options: those that must be equal for trials to be comparable, by dotted names, as plain data.
+        options: those that must be equal for trials to be comparable, by dotted names, as plain data. Names that end
+            with `CONTENT` need not be known to each call: the study remembers them, and compares those it knows.
         configured: the configured values of all options, by dotted names: a parameter that is not searched any more
             has them.
         worker: the id of this process among the workers.
+        versions: what this process computes with; a new study has them as its attribute `computed_with`.
 
     Raises:
         ConfigError: the space is wrong; nothing is written.
@@ -61,14 +66,17 @@ def open_study(
     storage = open_storage(run_dir / JOURNAL)
     present = present_study(storage)
     content, methods = _attributes(config, space, options, steps)
+    first = {} if versions is None else {COMPUTED_WITH: dict(versions)}
 
     def create(name: str) -> optuna.Study:
         directions = [direction] if config.cost is None else [direction, "minimize"]
-        return _create(storage, name, directions, config, pruner, content | {"methods": methods})
+        return _create(storage, name, directions, config, pruner, content | {"methods": methods} | first)
 
     if present is None:
         return create(run_dir.resolve().name)
     old = optuna.load_study(study_name=present, storage=storage)
+    first = {COMPUTED_WITH: old.user_attrs[COMPUTED_WITH]} if COMPUTED_WITH in old.user_attrs else first
+    content["settings"] = _with_known_content(old.user_attrs.get("settings", {}), content["settings"])
     _check_joinable(run_dir, old.user_attrs, content, methods, at_work=bool(living_workers(run_dir) - {worker}))
     if old.user_attrs.get("space", content["space"]) == content["space"]:
         return create(present)
@@ -86,6 +94,11 @@ def _attributes(
     content = {"space": space_to_json(space), "settings": settings, "steps": asdict(steps)}
     methods = {"hpo.pruner": asdict(config.pruner), "hpo.sampler": asdict(config.sampler)}
     return json.loads(json.dumps(content)), json.loads(json.dumps(methods))
+
+
+def _with_known_content(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The requested options with the content that the study knows, and this call does not read."""
+    return {name: value for name, value in old.items() if name.endswith(CONTENT) and name not in new} | dict(new)
 
 
 def _create(
@@ -117,9 +130,11 @@ def _check_joinable(
     """Raise StudyError where a study with these attributes must not be continued with the requested ones."""
     old, new = found.get("space", content["space"]), content["space"]
     changed = {name for name in {*old, *new} if old.get(name) != new.get(name)}
+    settings = found.get("settings", content["settings"])
+    first_read = {name for name in content["settings"] if name.endswith(CONTENT) and name not in settings}
     _check_same(
-        without(found.get("settings", content["settings"]), changed),
-        without(content["settings"], changed),
+        without(settings, changed),
+        without(content["settings"], changed | first_read),
         f"{run_dir} holds a study whose trials can't be compared with the requested ones",
         "Name another run_dir, or delete that folder",
     )

@@ -17,6 +17,8 @@ REPORTS_BEFORE = "reports_before"  # of a trial that continues another one: how 
 PAUSED_AT = "paused_at"  # of a paused trial: the step
 ENQUEUED = "enqueued"  # the values of `hpo.enqueue` that this trial was begun for
 WORKER = "worker"  # the process that runs the trial
+# of a study: the versions and the device of its first process; of a trial: those of its process that differ from them
+COMPUTED_WITH = "computed_with"
 WORKER_LOST = "worker_lost"  # of a failed trial: why its process is known to be gone
 INTERRUPTED = "interrupted"  # of a failed trial: why its process stopped it
 ERROR = "error"  # of a failed trial: why its parameter set is not tried once more

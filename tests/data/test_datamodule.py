@@ -169,6 +169,47 @@ def test_hashes_follow_the_content_and_the_folds(make: Make, pairs_file: Path, t
     assert hashes(train_file=str(copy))[0] != first[0]
 
 
+def test_the_hash_of_the_validation_follows_rows_labels_and_groups_and_not_the_texts(
+    make: Make, pairs_file: Path, tmp_path: Path
+) -> None:
+    def hash_of(**options: Any) -> str:
+        data = make(**options)
+        data.setup("fit")
+        return data.validation_hash
+
+    first = hash_of()
+    assert hash_of(max_length=8, batch_size=5) == first
+    assert hash_of(text_columns=("text_b",)) == first
+    assert hash_of(split=SplitConfig(seed=1)) != first
+    assert hash_of(group_column="group") != first
+    assert hash_of(table=TableConfig(labels=("yes", "no"))) != first
+    assert hash_of(table=TableConfig(max_rows=50)) != first
+    assert hash_of(task="multiclass") != first
+    val = tmp_path / "val.tsv"
+    val.write_bytes(pairs_file.read_bytes())
+    with_file = hash_of(val_file=str(val))
+    assert hash_of(val_file=str(val), table=TableConfig(max_rows=50)) == with_file  # of the training file alone
+    val.write_text(pairs_file.read_text().replace("\tyes\t", "\tno\t", 1))
+    assert hash_of(val_file=str(val)) != with_file
+
+
+def test_validation_and_test_files_have_hashes_of_their_own(make: Make, pairs_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.tsv"
+    other.write_text(pairs_file.read_text().replace("\tyes\t", "\tno\t", 1))
+    data = make(val_file=str(other), test_file=str(pairs_file))
+    data.setup("fit")
+    assert (data.test_hash(), data.val_hash != data.data_hash) == (data.data_hash, True)
+    assert "test" not in data._datasets  # it was not tokenized
+    alone = make()
+    alone.setup("fit")
+    assert (alone.test_hash(), alone.val_hash) == (None, None)
+    other.write_text(pairs_file.read_text().replace("\tyes\t", "\tmaybe\t", 1))
+    wrong = make(test_file=str(other))
+    wrong.setup("fit")
+    with pytest.raises(DataError, match=r"label 'maybe'"):
+        wrong.test_hash()
+
+
 def test_a_second_data_module_reads_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     make().setup("fit")
 

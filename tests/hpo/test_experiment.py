@@ -14,29 +14,46 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.space.search_space import parse_space
+from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.metrics import MonitorConfig
 
 OPTIONS = {
     "seed_everything": 42,
     "model": {"name_or_path": "m", "task": "binary", "revision": None, "trust_remote_code": False, "dropout": None},
-    "data": {"split": {"folds": 2}, "batching": {}},
+    "data": {"rows": None, "split": {"folds": 2}, "batching": {}},
     "trainer": {"max_epochs": 3},
 }
 
 
-def make(created: list[Namespace], **trainer: Any) -> Experiment:
+class Data:
+    """Validates on other rows where the options say so."""
+
+    def __init__(self, rows: Any = None) -> None:
+        self.validation_hash = str(rows)
+
+    def setup(self, stage: str) -> None:
+        pass
+
+
+def make(created: list[Namespace], metric: str = "f1", **changes: Any) -> Experiment:
     def validate(config: Namespace) -> None:
         if config["model.dropout"] is not None and config["model.dropout"] > 1:
             raise ValueError("dropout above 1")
 
-    options = {**OPTIONS, "trainer": {**OPTIONS["trainer"], **trainer}}  # type: ignore[dict-item]
+    def create(config: Namespace) -> TrialSetup:
+        created.append(config)
+        return TrialSetup(None, Data(config["data.rows"]), None, None)  # type: ignore[arg-type]
+
+    config = dict_to_namespace(OPTIONS)
+    for name, value in changes.items():
+        config[name] = value
     return Experiment(
-        config=dict_to_namespace(options),
-        create=created.append,  # type: ignore[arg-type]
+        config=config,
+        create=create,
         validate=validate,
         plain=lambda config: config.as_dict(),
-        datamodule=None,  # type: ignore[arg-type]
-        monitor=MonitorConfig("f1"),
+        datamodule=Data(),  # type: ignore[arg-type]
+        monitor=MonitorConfig(metric),
         compile=CompileConfig(),
         memory=MemoryConfig(limit_gb=2.0),
         run_dir=Path("runs/none"),
@@ -65,7 +82,6 @@ def test_both_ends_and_all_enqueued_sets_are_tried() -> None:
         ("model.dropout", 2.0, r"hpo.space: these options do not accept the values .*dropout above 1"),
         ("model.rate", 1.0, r"hpo.space: there is no option model.rate. Options with such a beginning: model.dropout"),
         ("data.tokenizer", 1.0, r"hpo.space: there is no option data.tokenizer"),
-        ("seed_everything", 1.0, r"hpo.space: there is no option seed_everything"),
     ],
 )
 def test_an_option_that_can_not_be_searched_is_named(name: str, high: float, says: str) -> None:
@@ -88,14 +104,26 @@ def test_most_epochs_are_the_highest_that_a_trial_may_draw(spec: dict[str, Any],
     assert make([]).most_epochs(space) == most
 
 
-def test_epochs_have_to_be_known_and_folds_can_not_be_searched() -> None:
+def test_epochs_have_to_be_known() -> None:
     space = parse_space({"model.dropout": {"choices": [0.0, 0.1]}})
     assert make([]).most_epochs(space) == 3
     for wrong in (None, 0, -1):
         with pytest.raises(ConfigError, match=rf"trainer.max_epochs: a study needs 1 or more, got {wrong}"):
-            make([], max_epochs=wrong).most_epochs(space)
-    with pytest.raises(ConfigError, match=r"data.split can't be searched"):
-        make([]).most_epochs(parse_space({"data.split.folds": {"choices": [2, 3]}}))
+            make([], **{"trainer.max_epochs": wrong}).most_epochs(space)
+
+
+def test_what_changes_the_score_is_refused_by_its_name() -> None:
+    raw = {"data.split.folds": {"choices": [2, 3]}}
+    with pytest.raises(ConfigError, match=r"^hpo.space: data.split.folds can't be searched"):
+        make([]).check_space(StudyConfig(space=raw), parse_space(raw))
+
+
+def test_an_option_that_no_rule_knows_is_refused_where_it_changes_the_validation_rows() -> None:
+    raw = {"data.rows": {"choices": [None, "others"]}}
+    with pytest.raises(ConfigError, match=r"^hpo.space: data.rows can't be searched: with \{'data.rows': 'others'\}"):
+        make([]).check_space(StudyConfig(space=raw), parse_space(raw))
+    raw = {"data.rows": {"choices": [None]}}
+    make([]).check_space(StudyConfig(space=raw), parse_space(raw))
 
 
 def test_the_encoder_cache_has_the_limits_of_the_options() -> None:

@@ -134,6 +134,7 @@ def test_the_closing_lines_name_the_results_and_the_files() -> None:
             "threshold_note": "note",
         },
         **{"out_of_fold": {"f1": 0.75}, "model_dir": "runs/s/model", "test": {"f1": 0.625}},
+        "computed_with": {"first": {"torch": "2.9"}, "others": [{"n_trials": 2, "versions": {"torch": "3.0"}}]},
     }
     text = describe_study(Path("runs/s"), summary)
     for part in (
@@ -146,6 +147,7 @@ def test_the_closing_lines_name_the_results_and_the_files() -> None:
         "the second best                 +0.0100  (-0.0200 to +0.0300)  no more than noise",
         "majority class: f1 0.5000",
         "model/",
+        "2 of the trials: computed with torch 3.0 instead of torch 2.9",
     ):
         assert part in text
 

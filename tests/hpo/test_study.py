@@ -60,6 +60,22 @@ def test_other_options_are_named(tmp_path: Path) -> None:
     assert len(open_storage(tmp_path / "journal.log").get_all_studies()) == 1
 
 
+def test_content_that_a_call_does_not_read_is_remembered_and_compared(tmp_path: Path) -> None:
+    config = fake_config(space={"lr": LR})
+
+    def resumed(**content: str) -> optuna.Study:
+        options = SETTINGS | {f"{name} (content)": value for name, value in content.items()}
+        return open_study(tmp_path, config, "maximize", STEPS, options)
+
+    resumed(train="a")
+    resumed(train="a", test="b")
+    assert resumed(train="a").user_attrs["settings"]["test (content)"] == "b"
+    with pytest.raises(StudyError, match=r"test \(content\): b in the folder, c requested"):
+        resumed(train="a", test="c")
+    with pytest.raises(StudyError, match=r"train \(content\): a in the folder, b requested"):
+        resumed(train="b", test="b")
+
+
 @pytest.mark.parametrize("how", ["moved", "copied"])
 def test_a_folder_of_another_name_goes_on_with_its_study(tmp_path: Path, how: str) -> None:
     study, _ = run_fake(tmp_path / "a", fake_config(n_trials=3))

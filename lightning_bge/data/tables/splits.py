@@ -1,6 +1,7 @@
 """Folds: computed once, checked, and named by a hash."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from sklearn.model_selection import (
 )
 
 from lightning_bge.errors import ConfigError, DataError
-from lightning_bge.types import Task
+from lightning_bge.types import Schema, Task
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,25 @@ def folds_hash(folds: Sequence[np.ndarray]) -> str:
     for fold in folds:
         digest.update(len(fold).to_bytes(8, "little"))
         digest.update(np.ascontiguousarray(fold, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def validation_hash(
+    schema: Schema, folds: Sequence[np.ndarray], labels: np.ndarray | None, groups: np.ndarray | None
+) -> str:
+    """Sha256 (hex) of what scores are computed of: scores of different validation rows, labels or groups don't compare.
+
+    Args:
+        schema: its task, and the names that the labels stand for.
+        folds: the validation rows of each fold, int64.
+        labels: of all rows, as in `MicroBatch`, or None.
+        groups: of all rows, int64 [N], or None.
+    """
+    digest = hashlib.sha256(json.dumps([schema.task, schema.labels]).encode())
+    for fold in folds:
+        for values in (fold, *(array[fold] for array in (labels, groups) if array is not None)):
+            digest.update(f"{values.dtype} {values.shape} ".encode())
+            digest.update(np.ascontiguousarray(values).tobytes())
     return digest.hexdigest()
 
 

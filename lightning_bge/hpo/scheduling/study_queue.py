@@ -24,7 +24,6 @@ from lightning_bge.hpo.trials import (
     NOT_TRAINED,
     PAUSED_AT,
     RESUMES,
-    WORKER,
     any_complete,
     key_of,
     one_trial_each,
@@ -191,6 +190,7 @@ class StudyQueue(TrialQueue):
         for name, value in found.params.items():
             distribution = found.distributions[name]
             storage.set_trial_param(trial_id, name, distribution.to_internal_repr(value), distribution)
-        storage.set_trial_user_attr(trial_id, WORKER, self.worker.record)
+        for name, value in self.worker.attributes.items():
+            storage.set_trial_user_attr(trial_id, name, value)
         storage.set_trial_state_values(trial_id, TrialState.RUNNING)
         return optuna.Trial(self.study, trial_id), True

@@ -30,6 +30,7 @@ from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS
 from lightning_bge.hpo.storage.workers import Worker, end_lost_trials, living_workers
 from lightning_bge.hpo.trial.checkpoint import SavedTrial
 from lightning_bge.hpo.trials import (
+    COMPUTED_WITH,
     ENDED,
     ERROR,
     INTERRUPTED,
@@ -57,6 +58,7 @@ POLL_SECONDS = 0.5  # between two looks of a process that waits for others
 # user attributes that say what became of a trial, which the one that continues it does not take over
 FATE = (
     WORKER,
+    COMPUTED_WITH,
     WORKER_LOST,
     INTERRUPTED,
     ERROR,
@@ -196,7 +198,7 @@ class TrialQueue(ABC):
             state=TrialState.RUNNING,
             params=trial.params,
             distributions=trial.distributions,
-            user_attrs={**attributes, WORKER: self.worker.record},
+            user_attrs={**attributes, **self.worker.attributes},
             system_attrs={name: value for name, value in trial.system_attrs.items() if not name.startswith(OF_DRAFTS)},
             intermediate_values=dict(reports or {}),
         )

@@ -19,7 +19,16 @@ import optuna
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.trials import ERROR, PAUSED_AT, WORKER, WORKER_LOST, attempts, deaths_in_a_row, parameter_set_of
+from lightning_bge.hpo.trials import (
+    COMPUTED_WITH,
+    ERROR,
+    PAUSED_AT,
+    WORKER,
+    WORKER_LOST,
+    attempts,
+    deaths_in_a_row,
+    parameter_set_of,
+)
 from lightning_bge.runtime.compat.optuna import storage_of, trial_id_of
 from lightning_bge.runtime.run_folder import create_run_dir
 
@@ -42,9 +51,11 @@ class Worker:
 
     Attributes:
         id: unique, and the name of the file.
+        other_versions: what it computes with, where that differs from the study's first process.
     """
 
     def __init__(self, run_dir: Path) -> None:
+        self.other_versions: dict[str, str] = {}
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._path = _lock_file(run_dir, self.id)
         self._lock = FileLock(self._path, mode=0o600)
@@ -64,6 +75,11 @@ class Worker:
     def record(self) -> dict[str, Any]:
         """What a trial holds of its worker, in the user attribute `worker`."""
         return {"id": self.id, "host": socket.gethostname(), "pid": os.getpid()}
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The user attributes of a trial that are its worker's."""
+        return {WORKER: self.record} | ({COMPUTED_WITH: self.other_versions} if self.other_versions else {})
 
 
 def _lock_file(run_dir: Path, worker_id: str) -> Path:
