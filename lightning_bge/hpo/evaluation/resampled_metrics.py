@@ -57,25 +57,25 @@ def _sums(place: np.ndarray, count: int, values: np.ndarray) -> np.ndarray:
 
 
 def _by_score(score: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the positive and of the negative rows at each distinct score, the highest first, [S, B] each."""
-    distinct, place = np.unique(-score, return_inverse=True)
-    positive = (labels > 0.5)[:, None] * weights.astype(np.float64)
-    return _sums(place, len(distinct), positive), _sums(place, len(distinct), weights - positive)
+    """Positive rows, and all rows, that have each distinct score or a higher one, the highest first, [S, B]."""
+    order = np.argsort(-score, kind="stable")
+    last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))  # row of each distinct score
+    drawn = weights[order]
+    positive = np.cumsum(drawn * (labels[order] > 0.5)[:, None], axis=0)
+    return positive[last], np.cumsum(drawn, axis=0)[last]
 
 
 def _auroc(score: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    positive, negative = _by_score(score, labels, weights)
-    higher = np.cumsum(positive, axis=0) - positive / 2
-    pairs = positive.sum(0) * negative.sum(0)
-    return (higher * negative).sum(0) / np.where(pairs > 0, pairs, np.nan)
+    hits, drawn = _by_score(score, labels, weights)
+    at, misses = np.diff(hits, axis=0, prepend=0), np.diff(drawn - hits, axis=0, prepend=0)
+    pairs = hits[-1].astype(np.float64) * (drawn - hits)[-1]
+    return ((hits - at / 2) * misses).sum(0, dtype=np.float64) / np.where(pairs > 0, pairs, np.nan)
 
 
 def _average_precision(score: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    positive, negative = _by_score(score, labels, weights)
-    hits = np.cumsum(positive, axis=0)
-    precision = hits / np.maximum(hits + np.cumsum(negative, axis=0), 1)
-    total = positive.sum(0)
-    return (precision * positive).sum(0) / np.where((total > 0) & (negative.sum(0) > 0), total, np.nan)
+    hits, drawn = _by_score(score, labels, weights)
+    found = (hits / np.maximum(drawn, 1) * np.diff(hits, axis=0, prepend=0)).sum(0, dtype=np.float64)
+    return found / np.where((hits[-1] > 0) & (hits[-1] < drawn[-1]), hits[-1], np.nan)
 
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
