@@ -183,7 +183,7 @@ def note(record: dict[str, Any]) -> str:
             f"Written {record['written']} at commit {record['git_commit']} by "
             "`examples/benchmarks/selected_scores.py`.",
             f"{options['trials']} trials, {FOLDS} folds, at most {EPOCHS} epochs, the default sampler and pruner, "
-            f"MiniLM-L6 with the lower half frozen; {seconds / 60:.0f} minutes of trials in all. Each seed draws other rows.",
+            f"MiniLM-L6 with the lower half frozen; {seconds / 60:.0f} minutes of trials. Each seed draws other rows.",
             "",
             markdown_table(header, rows),
             "",
