@@ -15,11 +15,11 @@ from lightning_bge.errors import StudyError
 from lightning_bge.hpo import baseline as baselines
 from lightning_bge.hpo import seed_replicates
 from lightning_bge.hpo.analysis.exported import describe_exported
+from lightning_bge.hpo.analysis.winner import describe_scores
 from lightning_bge.hpo.calibration import calibrate_out_of_fold
 from lightning_bge.hpo.config import PREDICTIONS, StudyConfig
 from lightning_bge.hpo.ensemble import export_ensemble
 from lightning_bge.hpo.evaluation.candidates import Target
-from lightning_bge.hpo.evaluation.describe import describe_scores
 from lightning_bge.hpo.evaluation.resampling import ValidationRows
 from lightning_bge.hpo.evaluation.study_estimate import Kept, estimate_study
 from lightning_bge.hpo.progress import count, ended_early, finished

@@ -13,6 +13,14 @@ from lightning_bge.hpo.analysis.exported import describe_exported
 from lightning_bge.hpo.analysis.history import OUTCOMES, History
 from lightning_bge.hpo.analysis.hours import StudyClock, hours_saved
 from lightning_bge.hpo.analysis.importance import parameter_importance
+from lightning_bge.hpo.analysis.winner import (
+    CORRECTED,
+    DIFFERENCES,
+    SELECTED,
+    TEST,
+    describe_notes,
+    difference_rows,
+)
 
 MAX_BEST = 10  # best trials that are listed
 NONE_COMPLETE = "No trial is complete yet."
@@ -42,28 +50,41 @@ def study_sections(run: RunData) -> list[Section]:
 
 
 def _results(run: RunData, history: History) -> str:
-    summary, metric = run.summary or {}, history.goal.metric
-    out_of_fold, test = ((summary.get(part) or {}).get(metric) for part in ("out_of_fold", "test"))
-    figures = []
-    if history.best is not None:
-        text = f"best {metric}, mean over the folds (trial {history.best.number})"
-        figures.append((f"{history.best.value:.4f}", text))
-    for value, text in (
-        (out_of_fold, f"out-of-fold {metric}"),
-        (test, f"{metric} on the test file, evaluated once"),
-        (summary.get("majority_baseline"), f"{metric} of predicting the majority class"),
-    ):
-        if value is not None:
-            figures.append((f"{value:.4f}", text))
+    summary = run.summary or {}
+    figures = _scores(summary, history)
     if summary.get("threshold") is not None:
         figures.append((f"{summary['threshold']:.3f}", "decision threshold"))
     figures += _progress(run, history)
     text = "" if history.best is not None else paragraph(NONE_COMPLETE)
+    if summary.get("estimate") is not None:
+        text += "".join(paragraph(f"{line[0].upper()}{line[1:]}.", "muted") for line in describe_notes(summary))
+    if rows := difference_rows(summary.get("estimate") or {}):
+        text += paragraph(f"The winner is {DIFFERENCES}:")
+        text += table(["than", history.goal.metric, "interval", ""], rows, (1, 2))
     if summary.get("threshold_note"):
         text += paragraph(f"Threshold: {summary['threshold_note']}.", "muted")
     text += "".join(paragraph(f"{line[0].upper()}{line[1:]}.", "muted") for line in describe_exported(summary))
-    rows = [(OUTCOMES[outcome], f"{number:,}") for outcome, number in history.counts.items()]
-    return cards(figures) + text + table(["trials", "number"], rows, (1,)) + _pareto_front(history)
+    counts = [(OUTCOMES[outcome], f"{number:,}") for outcome, number in history.counts.items()]
+    return cards(figures) + text + table(["trials", "number"], counts, (1,)) + _pareto_front(history)
+
+
+def _scores(summary: dict[str, Any], history: History) -> list[tuple[str, str]]:
+    """The winner's scores, each with what it says."""
+    metric, found = history.goal.metric, []
+    if history.best is not None:
+        number = summary.get("best_trial", history.best.number)
+        value = summary.get("best_value", history.best.value)
+        found.append((f"{value:.4f}", f"selected {metric}, mean over the folds of trial {number}; {SELECTED}"))
+    if corrected := (summary.get("estimate") or {}).get("corrected"):
+        interval = f"{corrected['low']:.4f} to {corrected['high']:.4f}"
+        found.append((f"{corrected['value']:.4f}", f"corrected {metric}, {interval} (95 %); {CORRECTED}"))
+    for value, text in (
+        ((summary.get("test") or {}).get(metric), f"{metric} of the {TEST}"),
+        (summary.get("majority_baseline"), f"{metric} of predicting the majority class"),
+    ):
+        if value is not None:
+            found.append((f"{value:.4f}", text))
+    return found
 
 
 def _progress(run: RunData, history: History) -> list[tuple[str, str]]:

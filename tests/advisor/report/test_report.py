@@ -200,10 +200,26 @@ def test_a_finished_study_with_seed_replicates(tmp_path: Path) -> None:
     ]
     replicates = {"seeds": [43, 44], "winner_before": 3, "winner": 6, "missing": 0, "trials": trials}
     count = len(optuna.load_study(study_name="run", storage=journal_of(run)).trials)
-    found = {"n_runs": count, "seed_replicates": replicates, "out_of_fold": {"f1": 0.7654}, "test": {"f1": 0.7321}}
-    write_json(run / "summary.json", {**found, "threshold": 0.4321, "majority_baseline": 0.5678})
+    estimate = {
+        "corrected": {"value": 0.7654, "low": 0.7111, "high": 0.8222},
+        "differences": {"runner_up": {"value": 0.01, "low": -0.02, "high": 0.03, "excludes_zero": False}},
+        "n_left_out": 3,
+    }
+    found = {"n_runs": count, "seed_replicates": replicates, "estimate": estimate, "test": {"f1": 0.7321}}
+    more = {"threshold": 0.4321, "majority_baseline": 0.5678, "metric": "f1", "sampler": "tpe"}
+    write_json(run / "summary.json", {**found, **more, "best_trial": 6, "best_value": 0.8})
     shown = page_of(run).shown
-    for words in ("study: finished", "0.7654", "0.7321", "0.432", "0.5678"):
+    for words in (
+        "study: finished",
+        "0.8000 selected f1, mean over the folds of trial 6; optimistic: it has chosen the winner",
+        "0.7654 corrected f1, 0.7111 to 0.8222 (95 %); on rows that did not choose it",
+        "0.7321 f1 of the test file, scored once",
+        "the second best +0.0100 -0.0200 to +0.0300 no more than noise",
+        "Left out of the correction: 3 parameter sets",
+        "Not corrected: tpe has drawn later parameter sets",
+        "0.432",
+        "0.5678",
+    ):
         assert words in shown
     assert "trial 6 0.8000 0.1000 0.8000, 0.7000, 0.9000 winner" in shown
     assert "trial 3 not every seed has a value 0.9000, none, 0.6000" in shown

@@ -1,4 +1,4 @@
-"""What a user reads about the winner's scores, in the closing words of a study."""
+"""What `summary.json` says of the winner's scores, in sentences and as the rows of a table."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ AGAINST = {"runner_up": "the second best", "configured": "the configured hyperpa
 SELECTED = "optimistic: it has chosen the winner"
 CORRECTED = "on rows that did not choose it"
 TEST = "test file, scored once"
+DIFFERENCES = "better than, on rows that did not choose the winner (95 % interval)"
 
 
 def describe_scores(summary: dict[str, Any]) -> list[str]:
@@ -22,11 +23,15 @@ def describe_scores(summary: dict[str, Any]) -> list[str]:
         lines.append(f"  corrected  {corrected['value']:.4f}  95 % interval {low:.4f} to {high:.4f}; {CORRECTED}")
     if metric in summary.get("test", {}):
         lines.append(f"  test       {summary['test'][metric]:.4f}  {TEST}")
-    return [*lines, *describe_notes(summary), *_describe_differences(estimate.get("differences", {}))]
+    lines += describe_notes(summary)
+    if rows := difference_rows(estimate):
+        lines.append(f"{DIFFERENCES}:")
+        lines += [f"  {name:<32}{value}  ({interval})  {verdict}" for name, value, interval, verdict in rows]
+    return lines
 
 
 def describe_notes(summary: dict[str, Any]) -> list[str]:
-    """What the corrected score does not correct, and what it lacks."""
+    """What the corrected score does not correct, and what it lacks, one sentence a line, without a full stop."""
     estimate, sampler = summary.get("estimate") or {}, summary["sampler"]
     lines = []
     if summary["metric"] == "loss":
@@ -40,18 +45,12 @@ def describe_notes(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _describe_differences(differences: dict[str, dict[str, Any]]) -> list[str]:
-    lines = []
-    for name, found in differences.items():
-        text = describe_difference(found)
-        lines.append(
-            f"  {AGAINST[name]:<32}{found['value']:+.4f}  ({found['low']:+.4f} to {found['high']:+.4f})  {text}"
-        )
-    return ["better than, on rows that did not choose the winner (95 % interval):", *lines] if lines else []
-
-
-def describe_difference(found: dict[str, Any]) -> str:
-    """Whether a difference is more than noise."""
-    if not found["excludes_zero"]:
-        return "no more than noise"
-    return "better" if found["value"] > 0 else "worse"
+def difference_rows(estimate: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """What the winner is compared with, by how much it is better, the interval of that, and whether it is noise."""
+    rows = []
+    for name, found in estimate.get("differences", {}).items():
+        sure = "better" if found["value"] > 0 else "worse"
+        interval = f"{found['low']:+.4f} to {found['high']:+.4f}"
+        verdict = sure if found["excludes_zero"] else "no more than noise"
+        rows.append((AGAINST[name], f"{found['value']:+.4f}", interval, verdict))
+    return rows
