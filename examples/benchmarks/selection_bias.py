@@ -33,7 +33,6 @@ from lightning_bge.runtime.run_folder import write_json, write_text
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks"
 FOLDS, TRIALS = 3, 40
-SAMPLE = 400_000  # rows of the sample that stands for the population
 FRESH = 400  # fresh test sets
 
 

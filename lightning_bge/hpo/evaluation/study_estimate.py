@@ -14,7 +14,7 @@ from lightning_bge.hpo.evaluation.candidates import Candidate, Target, Validatio
 from lightning_bge.hpo.evaluation.estimate import Contest, estimate
 from lightning_bge.hpo.evaluation.resampling import ValidationRows
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.trial.kept_predictions import kept_file, load_logits
+from lightning_bge.hpo.trial.kept_predictions import kept_file, kept_steps, load_logits
 from lightning_bge.hpo.trials import latest_trials, parameter_set_of
 
 
@@ -37,7 +37,7 @@ class Kept:
         complete = trial.state == TrialState.COMPLETE
         last = self.steps.total if complete else int(trial.user_attrs["pruned_at"])
         expected = {int(report[0]) for fold in trial.user_attrs.get("curve", []) for report in fold}
-        if not path.is_file() or not expected or not expected <= load_logits(path).keys():
+        if not path.is_file() or not expected or not expected <= kept_steps(path):
             return None
 
         def load() -> list[Validation]:

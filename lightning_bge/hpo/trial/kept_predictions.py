@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -55,6 +56,12 @@ def kept_file(folder: Path, number: int) -> Path:
 def load_logits(path: Path) -> dict[int, Tensor]:
     """What is kept of a parameter set, by steps, ascending."""
     return dict(sorted((int(step), found) for step, found in load_file(path).items()))
+
+
+def kept_steps(path: Path) -> set[int]:
+    """The steps of which something is kept."""
+    with safe_open(path, framework="pt") as file:
+        return {int(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
 
 
 def limit_predictions(folder: Path, study: optuna.Study, limit: int) -> None:
