@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -66,6 +67,52 @@ def test_a_search_ends_with_a_model_that_the_peers_load_and_that_predicts_the_sa
     assert yaml.safe_load((study / "fit" / "config.yaml").read_text())["model"]["optimizer"]["lr"] == pytest.approx(
         summary["best_params"]["model.optimizer.lr"]
     )
+
+
+def test_a_study_of_labels_without_a_pattern_is_corrected_to_chance(
+    run: Run, search: list[str], sample: Path, tmp_path: Path
+) -> None:
+    """Nothing can be learned, so that every model has an accuracy of one half on new rows."""
+    with (sample / "train.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    labels = list("01" * (len(rows) // 2))
+    random.Random(0).shuffle(labels)
+    with (tmp_path / "random.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows({**row, "label": label} for row, label in zip(rows, labels, strict=True))
+    changes = {"data.train_file": str(tmp_path / "random.csv"), "monitor.metric": "accuracy", "hpo.n_trials": "10"}
+    changes |= {"monitor.threshold": "fixed", "hpo.sampler.name": "random", "hpo.pruner.name": "none"}
+    changes |= {
+        "trainer.max_epochs": "6",
+        "hpo.refit": "false",
+        "hpo.space": """{
+        model.optimizer.lr: {low: 0.002, high: 0.02, log: true}, data.batch_size: {choices: [4, 8]}
+    }""",
+    }
+    status, out, err = run(*search, *(part for name, value in changes.items() for part in (f"--{name}", value)))
+    assert status == 0, err
+    summary = json.loads((tmp_path / "study" / "summary.json").read_text())
+    found = summary["estimate"]
+    assert found["corrected"]["value"] < summary["best_value"] - 0.02 > 0.5
+    assert found["corrected"]["low"] < 0.5 < found["corrected"]["high"]
+    assert (found["n_parameter_sets"], found["n_rows"], found["n_groups"]) == (10, len(rows), 30)
+    assert not found["differences"]["configured"]["excludes_zero"]
+    assert f"selected   {summary['best_value']:.4f}  mean over the folds; optimistic" in out
+    assert f"corrected  {found['corrected']['value']:.4f}  95 % interval" in out
+    assert out.count("no more than noise") == len(found["differences"]) == 3
+    assert len(list((tmp_path / "study" / "predictions").glob("*.safetensors"))) == 10
+
+
+def test_predictions_beyond_the_limit_are_left_out_and_that_is_said(
+    run: Run, search: list[str], tmp_path: Path
+) -> None:
+    changes = ("--hpo.predictions_gb", "1e-9", "--hpo.baseline", "false", "--hpo.refit", "false")
+    status, out, err = run(*search, *changes)
+    assert status == 0, err
+    assert "no corrected score: the predictions of the complete trials are not kept (hpo.predictions_gb)" in out
+    assert "left out of the correction: 3 parameter sets whose predictions are not kept" in out
+    assert json.loads((tmp_path / "study" / "summary.json").read_text())["estimate"] == {"n_left_out": 3}
 
 
 def test_the_same_command_again_runs_only_what_is_missing(run: Run, search: list[str], tmp_path: Path) -> None:

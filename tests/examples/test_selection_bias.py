@@ -39,11 +39,12 @@ def simulation() -> ModuleType:
 )
 def test_equally_good_trials(simulation: ModuleType, changes: dict[str, object]) -> None:
     found = simulation.run(replace(simulation.Scenario("short"), **changes), REPETITIONS, 100)
+    noise = 2 * found["corrected_spread"] / REPETITIONS**0.5  # of the mean of so few repetitions
     assert found["selected"] > 0.02
-    assert abs(found["corrected"]) < found["selected"] / 3  # a fifth with 200 repetitions
+    assert abs(found["corrected"]) < found["selected"] / 5 + noise < found["selected"]
     assert found["covered"] == 1
     assert found["width"] < 1.8
-    assert found["complete"] == (3 if changes.get("pruned") else 40)
+    assert 2 <= found["complete"] <= 4 if changes.get("pruned") else found["complete"] == 40
 
 
 def test_trials_of_unequal_quality(simulation: ModuleType) -> None:
@@ -65,6 +66,5 @@ def test_what_the_simulation_takes_for_the_truth_is_the_truth(simulation: Module
 def test_pruning_keeps_what_the_pruner_of_a_study_keeps(simulation: ModuleType) -> None:
     values = np.random.default_rng(0).normal(size=(40, 3))
     last = simulation.prune(values, 2)
-    assert sorted(np.flatnonzero(last > 0)) != sorted(np.argsort(-values[:, 0])[:10])  # asynchronous: some came early
-    assert set(np.argsort(-values[:, 0])[:10]) <= set(np.flatnonzero(last > 0))
-    assert (last == 2).sum() >= 2
+    assert set(np.argsort(-values[:, 0])[:10]) <= set(np.flatnonzero(last > 0))  # asynchronous: some more came early
+    assert 2 <= (last == 2).sum() <= 4
