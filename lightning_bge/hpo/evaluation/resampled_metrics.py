@@ -48,34 +48,39 @@ def resampled_metric(
     return np.where(known, found, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
 
 
-def _sums(place: np.ndarray, count: int, values: np.ndarray) -> np.ndarray:
-    """Sums of the rows of values [N, B] that have the same place, [count, B]."""
-    rows = np.arange(len(place))
-    matrix = csr_matrix((np.ones(len(place), dtype=values.dtype), (place, rows)), shape=(count, len(place)))
-    found: np.ndarray = matrix @ values
+def _sums(place: np.ndarray, count: int, weights: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    """Summed weights of the rows that have the same place, [count, B]; `rows`: bool [N], the others are left out."""
+    chosen = np.flatnonzero(place < count if rows is None else rows & (place < count))
+    ones = np.ones(len(chosen), dtype=weights.dtype)
+    found: np.ndarray = csr_matrix((ones, (place[chosen], chosen)), shape=(count, len(place))) @ weights
     return found
 
 
-def _by_score(score: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positive rows, and all rows, that have each distinct score or a higher one, the highest first, [S, B]."""
-    order = np.argsort(-score, kind="stable")
-    last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))  # row of each distinct score
-    drawn = weights[order]
-    positive = np.cumsum(drawn * (labels[order] > 0.5)[:, None], axis=0)
-    return positive[last], np.cumsum(drawn, axis=0)[last]
+def _places(score: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, int]:
+    """For each row the first of the positive rows' scores, the highest first, that is not above its own."""
+    scores = np.unique(-score[positive])
+    return np.searchsorted(scores, -score, side="left"), len(scores)
 
 
 def _auroc(score: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    hits, drawn = _by_score(score, labels, weights)
-    at, misses = np.diff(hits, axis=0, prepend=0), np.diff(drawn - hits, axis=0, prepend=0)
-    pairs = hits[-1].astype(np.float64) * (drawn - hits)[-1]
-    return ((hits - at / 2) * misses).sum(0, dtype=np.float64) / np.where(pairs > 0, pairs, np.nan)
+    positive = labels > 0.5
+    place, count = _places(score, positive)
+    tied = ~positive & np.isin(score, score[positive])
+    at, ties = _sums(place, count, weights, positive), _sums(place, count, weights, tied)
+    above = np.cumsum(_sums(place, count, weights, ~positive), axis=0) - ties / 2
+    wrong, total = (at * above).sum(0, dtype=np.float64), weights.sum(0, dtype=np.float64)
+    pairs = (hits := at.sum(0, dtype=np.float64)) * (total - hits)
+    return 1 - wrong / np.where(pairs > 0, pairs, np.nan)
 
 
 def _average_precision(score: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    hits, drawn = _by_score(score, labels, weights)
-    found = (hits / np.maximum(drawn, 1) * np.diff(hits, axis=0, prepend=0)).sum(0, dtype=np.float64)
-    return found / np.where((hits[-1] > 0) & (hits[-1] < drawn[-1]), hits[-1], np.nan)
+    positive = labels > 0.5
+    place, count = _places(score, positive)
+    at = _sums(place, count, weights, positive)
+    precision = np.cumsum(at, axis=0) / np.maximum(np.cumsum(_sums(place, count, weights), axis=0), 1)
+    hits = at.sum(0, dtype=np.float64)
+    both = (hits > 0) & (hits < weights.sum(0, dtype=np.float64))
+    return (precision * at).sum(0, dtype=np.float64) / np.where(both, hits, np.nan)
 
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
