@@ -30,7 +30,7 @@ def test_a_refit_names_rows_epochs_schedule_and_threshold() -> None:
         ({"val_file_rows": 30}, "all 1,200 rows of the training file and all 30 rows of the validation file"),
         (
             {"outer_fold_rows_left_out": 300},
-            "all 1,200 rows of the training file outside of the outer fold's 300 for 1",
+            "1,200 rows of the training file outside of the outer fold's 300 for 1",
         ),
         ({"val_file_rows_left_out": 30}, "not trained on: the 30 rows of the validation file"),
         ({"schedule": {**SCHEDULE, "epochs": 3, "warmup": 5}}, "linear over 3 epochs, warm-up 5 steps"),
