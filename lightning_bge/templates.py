@@ -65,6 +65,7 @@ class StudyOptions(TypedDict, total=False):
     refit_val_file: bool
     calibration: Literal["temperature"] | None
     ensemble: bool
+    outer_folds: int | None
     encoder_cache_gb: float | None
     monitor: MonitorConfig | dict[str, Any]
     compile: CompileConfig | dict[str, Any]

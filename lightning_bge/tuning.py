@@ -11,8 +11,8 @@ from lightning_bge.advisor.plan.config import GivenFigures, PlanConfig
 from lightning_bge.advisor.plan.plan import Plan, make_plan
 from lightning_bge.advisor.report.report import write_report
 from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.hpo.outer_folds import run_studies
 from lightning_bge.hpo.ranking import ranked, score_of
-from lightning_bge.hpo.run import run_hpo
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.runtime.nested_config import as_config
 from lightning_bge.templates import SpaceLike, StudyOptions, errors_of_arguments, quiet_libraries, study_of_templates
@@ -124,7 +124,7 @@ def tune(
             trainer={"max_epochs": max_epochs, **(trainer or {})},
             options=options,
         )
-        study, summary = run_hpo(experiment, hpo)
+        study, summary = run_studies(experiment, hpo)
         if summary is not None:
             print(f"  {write_report(Path(run_dir)).name:<14}the whole study on one page, for a browser")
         return TuneResult(study, Path(run_dir), summary)

@@ -39,7 +39,7 @@ class TextDataModule(LightningDataModule):
         task: binary, multiclass, multilabel or regression.
         train_file: rows to learn from (.csv, .tsv, .jsonl, .parquet).
         val_file: rows to validate on; unset: a part of train_file.
-        test_file: rows to test on.
+        test_file: rows to test on. With `split.outer_fold` those of the outer fold are, and there is no test file.
         predict_file: rows to predict; needs no labels.
         text_columns: one or two columns with text.
         label_column: column with the label.
@@ -64,6 +64,7 @@ class TextDataModule(LightningDataModule):
         val_hash: sha256 of the validation file's texts, labels and groups; None without such a file.
         tokenizer_hash: sha256 of the tokenizer's content, whatever its name.
         train_labels: encoded labels of all rows of the training file, and of those that `add_validation_rows` added.
+        outer_rows: row numbers of the outer fold in the training file; empty without `split.outer_fold`.
         group_names: the groups of these rows, in the order of their numbers in a training micro-batch's `groups`.
 
     Raises:
@@ -114,6 +115,7 @@ class TextDataModule(LightningDataModule):
         self.folds_hash = self.data_hash = self.tokenizer_hash = ""
         self.val_hash: str | None = None
         self.train_labels: np.ndarray | None = None
+        self.outer_rows = np.arange(0)
         self.group_names: tuple[str, ...] = ()
         self._val_group_names: tuple[str, ...] = ()
         self._trains_on_val_file = False
@@ -133,6 +135,13 @@ class TextDataModule(LightningDataModule):
                 f"val_file and split.folds={self.split.folds} exclude each other: leave out val_file to "
                 "validate on folds of the training file, or set folds to 1"
             )
+        if self.split.outer_fold is not None:
+            for name, value in (("val_file", self.val_file), ("test_file", self.test_file)):
+                if value is not None:
+                    raise ConfigError(
+                        f"{name} and split.outer_fold={self.split.outer_fold} exclude each other: the rows outside of "
+                        f"the outer fold are validated on, and those of the outer fold tested on. Leave out {name}"
+                    )
         if self.batching.balanced and self.task not in ("binary", "multiclass"):
             raise ConfigError(f"batching.balanced needs classes, the task is {self.task}: set it to false")
 
@@ -153,7 +162,10 @@ class TextDataModule(LightningDataModule):
             if self.val_file is not None and "val" not in self._datasets:
                 self._setup_file("val", self.val_file)
         elif stage == "test" and "test" not in self._datasets:
-            self._setup_file("test", self.test_file)
+            if self.split.outer_fold is not None:
+                self._setup_training()
+            else:
+                self._setup_file("test", self.test_file)
         elif stage == "predict" and "predict" not in self._datasets:
             self._setup_file("predict", self.predict_file)
 
@@ -169,9 +181,11 @@ class TextDataModule(LightningDataModule):
         self.folds, self.folds_hash, self.data_hash = training.folds, training.folds_hash, file.data_hash
         self.tokenizer_hash = file.tokenizer_hash
         self.train_labels, self.group_names = training.labels, file.group_names
-        limits = {"train": self.micro_batch_size, "val": self.eval_micro_batch_size}
-        for name in ("train", "val") if self.val_file is None else ("train",):
-            self._datasets[name] = EncodedDataset(file.tokens, training.labels, file.groups, limits[name])
+        self.outer_rows = training.outer
+        names = ["train", *(["val"] if self.val_file is None else []), *(["test"] if len(training.outer) else [])]
+        for name in names:
+            limit = self.micro_batch_size if name == "train" else self.eval_micro_batch_size
+            self._datasets[name] = EncodedDataset(file.tokens, training.labels, file.groups, limit)
 
     def _setup_file(self, name: Split, path: str | None) -> None:
         if path is None:
@@ -235,8 +249,16 @@ class TextDataModule(LightningDataModule):
 
     @property
     def num_train_rows(self) -> int:
-        """Rows of the training file, whatever the fold, and those that `add_validation_rows` added."""
-        return len(self._dataset("train"))
+        """Rows of the training file, whatever the fold, and those that `add_validation_rows` added.
+
+        Without those of the outer fold, where there is one.
+        """
+        return len(self._dataset("train")) - len(self.outer_rows)
+
+    @property
+    def has_test_rows(self) -> bool:
+        """Whether there are rows to test on: a test file, or the rows of an outer fold."""
+        return self.test_file is not None or self.split.outer_fold is not None
 
     @property
     def train_rows(self) -> np.ndarray:
@@ -244,7 +266,7 @@ class TextDataModule(LightningDataModule):
 
         The rows that `add_validation_rows` added follow those of the training file.
         """
-        rows = np.arange(self.num_train_rows)
+        rows = np.setdiff1d(np.arange(len(self._dataset("train"))), self.outer_rows)
         return rows if self._fold is None or not self.folds else np.setdiff1d(rows, self.folds[self._fold])
 
     @property
@@ -394,8 +416,8 @@ class TextDataModule(LightningDataModule):
         return [] if self._fold is None else self._eval_loader("val", self.val_rows)
 
     def test_dataloader(self) -> BatchLoader:
-        """Micro-batches of the test file."""
-        return self._eval_loader("test")
+        """Micro-batches of the test file, or of the rows of the outer fold."""
+        return self._eval_loader("test", self.outer_rows if self.split.outer_fold is not None else None)
 
     def predict_dataloader(self) -> BatchLoader:
         """Micro-batches of the file to predict; their `rows` are row numbers of that file."""

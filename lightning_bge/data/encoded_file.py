@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_bge.data.tables.labels import encode_labels, fit_labels
 from lightning_bge.data.tables.readers import Table, TableConfig, read_table
-from lightning_bge.data.tables.splits import SplitConfig, folds_hash, make_folds
+from lightning_bge.data.tables.splits import SplitConfig, folds_hash, make_folds, make_outer_folds
 from lightning_bge.data.tokens.cache import TokenArrays, hash_texts, tokenize_cached
 from lightning_bge.data.tokens.tokenizer import effective_max_length, load_tokenizer, tokenizer_fingerprint
 from lightning_bge.types import Task
@@ -84,11 +84,21 @@ class EncodedFile:
 
 @dataclass(frozen=True)
 class TrainingFile:
-    """The training file with numbers for labels, and its folds (none with a separate validation file)."""
+    """The training file with numbers for labels, and its folds.
+
+    Attributes:
+        file: all rows.
+        label_names: of all rows, so that they are the same in each outer fold.
+        labels: encoded labels of all rows.
+        outer: int64, row numbers of the outer fold, ascending; empty where there is none.
+        folds: validation rows of each fold, outside of the outer one; none with a separate validation file.
+        folds_hash: of `folds`, and of the outer fold where there is one.
+    """
 
     file: EncodedFile
     label_names: tuple[str, ...]
     labels: np.ndarray
+    outer: np.ndarray
     folds: tuple[np.ndarray, ...]
     folds_hash: str
 
@@ -150,12 +160,22 @@ def load_file(source: Source) -> EncodedFile:
 
 @lru_cache(maxsize=16)
 def load_training_file(source: Source, task: Task, split: SplitConfig | None) -> TrainingFile:
-    """Read and tokenize a training file, find its labels and, with `split`, its folds."""
+    """Read and tokenize a training file, find its labels and, with `split`, its folds.
+
+    With `split.outer_fold` the folds are made of the rows outside of that outer fold.
+    """
     file = load_file(source)
     raw, separator = file.raw_labels or [], source.table.label_separator
     names = fit_labels(raw, task, source.table.labels, separator)
     labels = encode_labels(raw, names, task, source.path, separator)
-    folds = make_folds(labels, task, split, groups=file.groups, label_names=names) if split is not None else []
-    for array in (labels, *folds):
+    rows, outer, folds = np.arange(len(labels)), np.arange(0), []
+    if split is not None and split.outer_fold is not None:
+        outer = make_outer_folds(labels, task, split, groups=file.groups, label_names=names)[split.outer_fold]
+        rows = np.setdiff1d(rows, outer)
+    if split is not None:
+        groups = None if file.groups is None else file.groups[rows]
+        folds = [rows[fold] for fold in make_folds(labels[rows], task, split, groups=groups, label_names=names)]
+    for array in (labels, outer, *folds):
         array.setflags(write=False)  # all data modules of the process have the same arrays
-    return TrainingFile(file, names, labels, tuple(folds), folds_hash(folds))
+    digest = folds_hash([outer, *folds] if len(outer) else folds)
+    return TrainingFile(file, names, labels, outer, tuple(folds), digest)

@@ -13,6 +13,7 @@ JOURNAL = "journal.log"
 PREDICTIONS = "predictions"  # folder in the run folder: the logits of all validations
 BASELINE = "-baseline"  # suffix of the name of the study of the configured options
 SEED_REPLICATES = "-seed-replicates"  # suffix of the name of the study of a study's seed replicates
+OUTER_FOLDS = "outer_folds"  # folder in the run folder: the run folders of the inner studies, by number
 BEST = 5  # trials whose out-of-fold predictions are kept, and which may have seed replicates
 REPLICATED_FROM = 200  # trials of a study, from which on there are seed replicates by default: 10 are at most 5 %
 
@@ -33,11 +34,13 @@ class StudyConfig:
             one leaves out is drawn. Some may be added when a study is resumed. They count among its trials.
         pruner: which trials are ended early.
         sampler: how parameter sets are drawn.
-        timeout: seconds after which this call starts no further trial, as Optuna's; null: no limit.
+        timeout: seconds after which this call starts no further trial, as Optuna's; null: no limit. With outer_folds
+            each of the studies has an equal part of it, and what earlier ones have left.
         terminator: end the study when Optuna's `Terminator` expects to gain less from further trials than the error of
             cross-validation; it looks at complete trials, from the 20th on, and needs two folds or more.
         max_failures: the study ends with an error when more trials than this have failed. A trial that raises an error
             fails, and the study goes on: 10, so that a rare error does not end it, and one in each trial soon does.
+            With outer_folds each inner study is counted by itself.
         max_worker_deaths: a parameter set whose process dies so many times in a row, with no report in between, fails.
         workers: processes that `lightning-bge hpo` starts on this machine. null: workers_per_device for each GPU; one
             without a GPU. On a CPU they share the cores.
@@ -64,6 +67,10 @@ class StudyConfig:
         predictions_gb: disk space for the predictions of all validations, in units of 2**30 bytes: what the corrected
             score of the winner is computed from. Beyond it those of the parameter sets that were trained least are
             deleted, the worst first, and the summary says how many. 1 holds 2,000 trials of 10,000 rows with 5 epochs.
+        outer_folds: nested cross-validation with so many outer folds, 2 or more. For each of them a whole study is run
+            on the rows outside of it, and its exported model is scored once on the rows of the outer fold; then the
+            study on all rows gives the winner and the exported model. The score is not optimistic, and costs about
+            (outer_folds + 1) times the hours. Not with data.val_file. null: none.
         encoder_cache_gb: memory for encoders that a study keeps so that each is read once: the one in use, and others
             in the host's memory, of which the least recently used is dropped first. In units of 2**30
             bytes; 0: the one in use alone. null: that too, unless model.name_or_path is searched; then a quarter of the
@@ -95,6 +102,7 @@ class StudyConfig:
     calibration: Literal["temperature"] | None = None
     ensemble: bool = False
     predictions_gb: float = 1.0
+    outer_folds: int | None = None
     encoder_cache_gb: float | None = None
 
     def __post_init__(self) -> None:
@@ -122,7 +130,8 @@ class StudyConfig:
             raise ConfigError(f"hpo.ensemble: expected false with {given}, got true. Leave one of them at its default")
         if self.refit_val_file and not self.refit:
             raise ConfigError("hpo.refit_val_file: expected false without a refit, got true. Set hpo.refit to true")
-        for name, least in (("max_failures", 0), ("max_worker_deaths", 1), ("workers", 1), ("workers_per_device", 1)):
+        least_values = {"max_failures": 0, "max_worker_deaths": 1, "workers": 1, "workers_per_device": 1}
+        for name, least in (least_values | {"outer_folds": 2}).items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"hpo.{name}: expected {least} or more, got {value}")

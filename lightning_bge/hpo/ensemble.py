@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_bge.hpo.refit import Winner, describe_schedule, describe_threshold
+from lightning_bge.hpo.trial.outer_fold import save_if_outer_fold
 from lightning_bge.models.ensemble import (
     average_predictions,
     ensemble_members,
@@ -69,7 +70,7 @@ def _train_member(winner: Winner, folder: Path, fold: int, epochs: int) -> None:
 def _test(winner: Winner, run_dir: Path, folder: Path) -> dict[str, Any]:
     """Score the test file with the averaged scores; empty where there is none."""
     setup, found = winner.build(winner.params), []
-    if setup.datamodule.test_file is None:
+    if not setup.datamodule.has_test_rows:
         return {}
     setup.datamodule.select_fold(None)  # weights of classes in the loss are those of all rows
     for member in ensemble_members(folder):
@@ -83,6 +84,7 @@ def _test(winner: Winner, run_dir: Path, folder: Path) -> dict[str, Any]:
     write_predictions(run_dir / "test.csv", winner.schema, predictions)
     metrics, loss = compute_metrics(winner.schema, predictions, per_class=True), module.loss.cpu()
     value = loss(predictions.logits, predictions.labels) / loss.normalizer(predictions.labels)
+    save_if_outer_fold(run_dir, setup.datamodule, predictions, loss)
     return {"test": {**metrics, "loss": float(value)}}
 
 

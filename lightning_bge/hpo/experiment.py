@@ -1,7 +1,7 @@
 """What a study varies: the options of its trials, and the objects that are made of them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics import MonitorConfig
 from lightning_bge.runtime.dotted_config import check_option, with_overrides
+
+# options of `hpo` that the inner studies of a nested cross-validation have: each is scored, its gain is not asked for
+FOR_INNER_STUDIES: dict[str, Any] = {"outer_folds": None, "refit": True, "baseline": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,30 @@ class Experiment:
         if configured is None or configured < 1:
             raise ConfigError(f"trainer.max_epochs: a study needs 1 or more, got {configured}")
         return max([configured, *searched])
+
+    def of_outer_fold(self, fold: int, n_outer_folds: int, run_dir: Path) -> "Experiment":
+        """The same experiment on the rows outside of an outer fold, whose own rows are the test rows.
+
+        Args:
+            fold: number of the outer fold, from 0.
+            n_outer_folds: how many there are.
+            run_dir: folder of its study.
+
+        Raises:
+            ConfigError: there is a validation file.
+            DataError: the rows can't be split so.
+        """
+        split = {"data.split.outer_folds": n_outer_folds, "data.split.outer_fold": fold}
+        config = with_overrides(self.config, {**split, "data.test_file": None})
+        config["run_dir"] = str(run_dir)
+
+        def plain(config: Namespace) -> dict[str, Any]:
+            found = self.plain(config)
+            # what a worker that joins it reads
+            return {**found, "hpo": {**found["hpo"], **FOR_INNER_STUDIES}}
+
+        datamodule = self.create(config).datamodule
+        return replace(self, config=config, plain=plain, datamodule=datamodule, run_dir=run_dir)
 
     def encoder_cache(self, hpo: StudyConfig) -> EncoderCache:
         """What the study loads its encoders with."""

@@ -17,6 +17,7 @@ from lightning_bge.hpo.calibration import check_calibration, output_layer
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.trial.objective import Build, StopOnRequest, TrialSetup
 from lightning_bge.hpo.trial.out_of_fold import HAS_THRESHOLD
+from lightning_bge.hpo.trial.outer_fold import save_if_outer_fold
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.output_layer import divide_logits
 from lightning_bge.models.prediction_file import write_predictions
@@ -112,9 +113,10 @@ def refit(winner: Winner, config: StudyConfig, run_dir: Path) -> dict[str, Any]:
             data.select_fold(None)
         trainer = winner.fit(setup, winner.refit_epochs)
         found["model_dir"] = str(model.export(run_dir / "model", data.new_tokenizer()))
-        if data.test_file is not None:
+        if data.has_test_rows:
             trainer.test(model, datamodule=data, verbose=False)
             found["test"] = write_test(run_dir, model, trainer)
+            save_if_outer_fold(run_dir, data, model.predictions, model.loss)
     finally:
         release(host=False)
     return found
@@ -137,6 +139,7 @@ def _describe(winner: Winner, config: StudyConfig, setup: TrialSetup) -> dict[st
     return {
         "train_file_rows": data.num_train_rows,
         "val_file_rows": left_out if config.refit_val_file else 0,
+        "outer_fold_rows_left_out": len(data.outer_rows),
         "val_file_rows_left_out": 0 if config.refit_val_file else left_out,
         "epochs": winner.refit_epochs,
         "fold_epochs": winner.trial.user_attrs["fold_epochs"],

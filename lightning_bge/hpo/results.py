@@ -66,6 +66,7 @@ def finish_study(
     config: StudyConfig,
     replicates: SeedReplicates | None = None,
     baseline: tuple[FrozenTrial, Steps] | None = None,
+    nested: dict[str, Any] | None = None,
     request: StopRequest | None = None,
 ) -> dict[str, Any]:
     """Write `best.yaml`, `trials.csv`, `oof.csv`, the exported model and `summary.json`; return the summary.
@@ -82,6 +83,7 @@ def finish_study(
         config: whether a model is trained on all rows and exported, and on which rows.
         replicates: results of the seed replicates.
         baseline: the trial of the configured options, and its steps.
+        nested: results of the nested cross-validation; None: there is none, or what the summary has is kept.
         request: whether to stop the refit.
 
     Raises:
@@ -103,6 +105,9 @@ def finish_study(
     }
     known = read_json(run_dir / "summary.json")
     if known is not None and all(known.get(name) == value for name, value in key.items()):
+        if nested is not None and known.get("nested") != nested:
+            known["nested"] = nested
+            write_json(run_dir / "summary.json", known)
         return known
     schema = setup.datamodule.schema
     assert schema is not None
@@ -114,7 +119,7 @@ def finish_study(
     schema = replace(schema, threshold=oof.threshold)
     write_predictions(run_dir / "oof.csv", schema, oof.predictions, {"fold": oof.fold.tolist()})
     write_text(run_dir / "best.yaml", _best_yaml(setup, best, run_dir))
-    summary = _summary(study, best, monitor, schema, oof) | key
+    summary = _summary(study, best, monitor, schema, oof) | key | {"nested": nested}
     summary["estimate"] = _estimate(study, run_dir, monitor, schema.task, oof, replicates, baseline)
     summary["calibration"] = None if calibration is None else calibration.as_dict()
     if config.refit:
@@ -267,6 +272,7 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
         "best.yaml": "the best hyperparameters, for lightning-bge fit",
         "trials.csv": "all trials",
         "oof.csv": "out-of-fold predictions",
+        **({"nested.csv": "predictions for the rows of the outer folds"} if summary["nested"] else {}),
         "run.json": "how to repeat the study",
         "journal.log": "the study's storage",
     }

@@ -11,6 +11,7 @@ from filelock import FileLock
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.baseline import run_baseline
 from lightning_bge.hpo.config import BEST, PREDICTIONS, StudyConfig
+from lightning_bge.hpo.evaluation.nested import finish_nested
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.forecast.preview import describe_pruner
 from lightning_bge.hpo.identity import study_identity
@@ -200,7 +201,10 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
     objective.encoder.clear()
     # the epochs of a trial that has not drawn a number of them
     epochs = config["trainer.max_epochs"] if "trainer.max_epochs" in objective.space.when else objective.steps.epochs
+    outer_folds, schema = queue.config.outer_folds, experiment.datamodule.schema
     with FileLock(queue.run_dir / END_LOCK, mode=0o600):
+        assert schema is not None
+        nested = None if outer_folds is None else finish_nested(queue.run_dir, outer_folds, schema, metric)
         summary = finish_study(
             queue.study,
             queue.run_dir,
@@ -210,6 +214,7 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
             config=queue.config,
             replicates=replicates,
             baseline=None if baseline is None else (baseline, replace(objective.steps, epochs=configured)),
+            nested=nested,
             request=request,
         )
     print(describe_study(queue.run_dir, summary))

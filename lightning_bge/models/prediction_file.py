@@ -27,6 +27,16 @@ def write_predictions(
         predictions: sorted by row.
         extra: more columns, in the predictions' order.
     """
+    columns = {**prediction_columns(schema, predictions), **(extra or {})}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    write_text(path, text.getvalue())
+
+
+def prediction_columns(schema: Schema, predictions: Predictions) -> dict[str, Sequence[Any]]:
+    """The columns of `write_predictions` by their names, without the extra ones."""
     score = scores(schema.task, predictions.logits)
     columns: dict[str, Sequence[Any]] = {"row": predictions.rows.tolist()}
     if score.ndim == 1:
@@ -38,12 +48,7 @@ def write_predictions(
         columns["label"] = decide(schema, score)
     if predictions.labels is not None:
         columns["truth"] = _names(schema, predictions.labels)
-    columns |= extra or {}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    write_text(path, text.getvalue())
+    return columns
 
 
 def decide(schema: Schema, score: Tensor) -> list[str]:

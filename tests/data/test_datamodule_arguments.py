@@ -34,7 +34,10 @@ def test_hparams_make_an_equal_data_module(tokenizer_dir: str, pairs_file: Path,
         batching=BatchingConfig(max_tokens=60),
     )
     assert json.loads(json.dumps(data.hparams)) == data.hparams  # plain data, in JSON and in YAML
-    assert data.hparams["split"] == {"folds": 3, "fold": 0, "val_fraction": 0.2, "stratified": True, "seed": 1}
+    assert data.hparams["split"] == {
+        **{"folds": 3, "fold": 0, "val_fraction": 0.2, "stratified": True, "seed": 1},
+        **{"outer_folds": None, "outer_fold": None},
+    }
     assert data.hparams["text_columns"] == ["text_b"]
     same = type(data)(**yaml.safe_load(yaml.safe_dump(dict(data.hparams))))
     assert same.hparams == data.hparams

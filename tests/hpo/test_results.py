@@ -132,6 +132,8 @@ def test_the_closing_lines_name_the_results_and_the_files() -> None:
             },
             "best_params": {"lr": 0.1},
             "threshold_note": "note",
+            "test_file": "test.csv",
+            "nested": None,
         },
         **{"out_of_fold": {"f1": 0.75}, "model_dir": "runs/s/model", "test": {"f1": 0.625}},
         "computed_with": {"first": {"torch": "2.9"}, "others": [{"n_trials": 2, "versions": {"torch": "3.0"}}]},

@@ -95,6 +95,8 @@ def test_the_closing_lines_list_the_front() -> None:
             "metric": "f1",
             "sampler": "random",
             "estimate": None,
+            "nested": None,
+            "computed_with": {"first": {"torch": "2.9"}, "others": []},
             "best_params": {},
             "threshold_note": "note",
             "out_of_fold": {},

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lightning_bge.advisor.plan.cost_model import HOUR, Calibration, format_hours
 from lightning_bge.advisor.plan.predict import DRIFT, Scenario, StudyCosts, predict
 from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.analysis.winner import describe_price
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig, check_pruner
 from lightning_bge.hpo.steps import Steps
@@ -155,6 +156,8 @@ def check_study(hpo: StudyConfig, steps: Steps) -> tuple[list[str], PrunerConfig
         )
     if hpo.timeout is not None:
         found.append(f"hpo.timeout ends each call of hpo after {hpo.timeout:g} s; these figures are of the whole study")
+    if hpo.outer_folds is not None:
+        found.append(f"hpo.outer_folds: {describe_price(hpo.outer_folds)}; these figures are of the final study alone")
     return found, pruner
 
 

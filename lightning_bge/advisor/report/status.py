@@ -16,6 +16,7 @@ from lightning_bge.advisor.report.format import (
 from lightning_bge.advisor.report.run_data import RunData, read_run
 from lightning_bge.hpo.analysis.history import History, PastTrial
 from lightning_bge.hpo.analysis.hours import StudyClock, hours_saved
+from lightning_bge.hpo.config import OUTER_FOLDS
 from lightning_bge.hpo.forecast.eta import Eta
 from lightning_bge.hpo.trials import FAILURES
 
@@ -90,7 +91,17 @@ def _describe(run: RunData) -> str:
         lines = ["no trial has started yet"]
     else:
         lines = _describe_study(run, run.history)
-    return "\n".join([head, *lines])
+    return "\n".join([head, *_describe_nested(run), *lines])
+
+
+def _describe_nested(run: RunData) -> list[str]:
+    """How far the nested cross-validation is, where there is one."""
+    n_outer_folds = (run.config.get("hpo") or {}).get("outer_folds")
+    if n_outer_folds is None:
+        return []
+    folder = run.path / OUTER_FOLDS
+    ended = sum((folder / str(k) / "summary.json").is_file() for k in range(n_outer_folds))
+    return [f"nested     {ended} of {n_outer_folds} inner studies have results, in {folder}"]
 
 
 def _describe_study(run: RunData, history: History) -> list[str]:

@@ -87,11 +87,11 @@ def _finish(cli: FitCLI, run_dir: Path) -> dict[str, Any]:
     if trainer.is_global_zero:
         write_predictions(run_dir / "validation.csv", model.schema, predictions)
         summary["model_dir"] = str(model.export(run_dir / "model", datamodule.new_tokenizer()))
-    if datamodule.test_file is not None:
+    if datamodule.has_test_rows:
         [found] = trainer.test(model, datamodule=datamodule, verbose=False)
         summary["test"] = without_prefix(found)
     if trainer.is_global_zero:
-        if datamodule.test_file is not None:
+        if datamodule.has_test_rows:
             write_predictions(run_dir / "test.csv", model.schema, model.predictions)
         write_json(run_dir / "summary.json", summary)
     return summary

@@ -10,6 +10,7 @@ import torch
 from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.search_options import add_hpo, starting_again
 from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.outer_folds import run_studies
 from lightning_bge.hpo.run import run_hpo
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.runtime.run_folder import read_json
@@ -38,7 +39,10 @@ def run(args: list[str]) -> None:
     options += [] if chosen.timeout is None else ["--hpo.timeout", str(chosen.timeout)]
     cli = BGECLI("hpo", options, description=DESCRIPTION, add_arguments=add_hpo)
     with starting_again(), running(cli.trainer):
-        run_hpo(cli.experiment, cli.config_init.hpo, joins=True, parent=chosen.parent)
+        if chosen.parent is None:
+            run_studies(cli.experiment, cli.config_init.hpo, joins=True)
+        else:  # that process starts workers for one study after the other
+            run_hpo(cli.experiment, cli.config_init.hpo, joins=True, parent=chosen.parent)
 
 
 def _enter(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ class SplitConfig:
         stratified: every class has the same proportion in each fold, as far as groups allow; ignored for regression
             and multi-label.
         seed: seed of the shuffling.
+        outer_folds: number of outer folds of a nested cross-validation, 2 or more; set by hpo.outer_folds. The folds
+            above are then made of the rows outside of one of them. null: there are none.
+        outer_fold: the outer fold that is left out, counted from 0; its rows are the test rows.
     """
 
     folds: int = 1
@@ -39,6 +42,8 @@ class SplitConfig:
     val_fraction: float = 0.2
     stratified: bool = True
     seed: int = 42
+    outer_folds: int | None = None
+    outer_fold: int | None = None
 
     def __post_init__(self) -> None:
         if self.folds < 1:
@@ -49,6 +54,18 @@ class SplitConfig:
             raise ConfigError(f"data.split.val_fraction must be above 0 and at most 0.5, got {self.val_fraction}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"data.split.seed must be in 0 ... 2**32 - 1, got {self.seed}")
+        if (self.outer_folds is None) != (self.outer_fold is None):
+            raise ConfigError(
+                "data.split.outer_folds and data.split.outer_fold must be set together or both be null, got "
+                f"{self.outer_folds} and {self.outer_fold}. For a nested cross-validation set hpo.outer_folds"
+            )
+        if self.outer_folds is not None and self.outer_folds < 2:
+            raise ConfigError(f"data.split.outer_folds must be at least 2, or null, got {self.outer_folds}")
+        if self.outer_fold is not None and not 0 <= self.outer_fold < (self.outer_folds or 0):
+            raise ConfigError(
+                f"data.split.outer_fold counts from 0 and must be below outer_folds={self.outer_folds}, got "
+                f"{self.outer_fold}"
+            )
 
 
 def make_folds(
@@ -58,6 +75,7 @@ def make_folds(
     *,
     groups: np.ndarray | None = None,
     label_names: Sequence[str] = (),
+    option: str = "data.split.folds",
 ) -> list[np.ndarray]:
     """Validation rows of each fold.
 
@@ -67,6 +85,7 @@ def make_folds(
         config: number of folds or size of the single split, and the seed.
         groups: int64 [N]; rows of a group stay on one side. None: rows are independent.
         label_names: for error messages.
+        option: the one that sets the number of folds, for error messages.
 
     Returns:
         For each fold the sorted row numbers (int64) of its validation side.
@@ -77,7 +96,7 @@ def make_folds(
     classes = labels.astype(np.int64) if task in ("binary", "multiclass") else None
     rows = _Rows(len(labels), classes, groups, label_names)
     parts = config.folds if config.folds > 1 or groups is None else max(2, round(1 / config.val_fraction))
-    _check_counts(rows, max(2, parts), "data.split.folds" if config.folds > 1 else "data.split.val_fraction")
+    _check_counts(rows, max(2, parts), option if config.folds > 1 else "data.split.val_fraction")
     stratified = config.stratified and classes is not None
     splitter = _splitter(parts, stratified, groups is not None, config)
     try:
@@ -87,6 +106,20 @@ def make_folds(
         raise DataError(f"the training rows cannot be split: {error}. Change data.split") from error
     _check_folds(rows, folds)
     return folds
+
+
+def make_outer_folds(
+    labels: np.ndarray,
+    task: Task,
+    config: SplitConfig,
+    *,
+    groups: np.ndarray | None = None,
+    label_names: Sequence[str] = (),
+) -> list[np.ndarray]:
+    """Rows of each outer fold of a nested cross-validation: as `make_folds`, with `config.outer_folds` folds."""
+    assert config.outer_folds is not None
+    outer = replace(config, folds=config.outer_folds, fold=0)
+    return make_folds(labels, task, outer, groups=groups, label_names=label_names, option="hpo.outer_folds")
 
 
 def folds_hash(folds: Sequence[np.ndarray]) -> str:

@@ -26,6 +26,8 @@ def _refit(refit: Mapping[str, Any]) -> list[str]:
     folds, epochs = refit["fold_epochs"], refit["epochs"]
     source = "the mean of the folds' scored epochs" if len(folds) > 1 else "as in the scored epoch of the trial"
     rows = f"all {refit['train_file_rows']:,} rows of the training file"
+    if refit["outer_fold_rows_left_out"]:
+        rows += f" outside of the outer fold's {refit['outer_fold_rows_left_out']:,}"
     if refit["val_file_rows"]:
         rows += f" and all {refit['val_file_rows']:,} rows of the validation file"
     lines = [f"refitted on {rows} for {epochs} epoch{'s'[: epochs > 1]}, {source}"]

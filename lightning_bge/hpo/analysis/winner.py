@@ -6,6 +6,7 @@ AGAINST = {"runner_up": "the second best", "configured": "the configured hyperpa
 SELECTED = "optimistic: it has chosen the winner"
 CORRECTED = "on rows that did not choose it"
 TEST = "test file, scored once"
+OUTER = "rows of the outer fold, scored once"
 DIFFERENCES = "better than, on rows that did not choose the winner (95 % interval)"
 
 
@@ -22,12 +23,39 @@ def describe_scores(summary: dict[str, Any]) -> list[str]:
         low, high = corrected["low"], corrected["high"]
         lines.append(f"  corrected  {corrected['value']:.4f}  95 % interval {low:.4f} to {high:.4f}; {CORRECTED}")
     if metric in summary.get("test", {}):
-        lines.append(f"  test       {summary['test'][metric]:.4f}  {TEST}")
+        lines.append(f"  test       {summary['test'][metric]:.4f}  {tested_rows(summary)}")
+    if nested := summary.get("nested"):
+        lines += describe_nested(nested)
     lines += describe_notes(summary)
     if rows := difference_rows(estimate):
         lines.append(f"{DIFFERENCES}:")
         lines += [f"  {name:<32}{value}  ({interval})  {verdict}" for name, value, interval, verdict in rows]
     return lines
+
+
+def tested_rows(summary: dict[str, Any]) -> str:
+    """Which rows the exported model was tested on."""
+    return TEST if summary["test_file"] is not None else OUTER
+
+
+def describe_price(n_outer_folds: int) -> str:
+    """What nested cross-validation costs."""
+    return (
+        f"nested cross-validation: {n_outer_folds} inner studies before the final one, about {n_outer_folds + 1} times "
+        "the hours"
+    )
+
+
+def describe_nested(found: dict[str, Any]) -> list[str]:
+    """Lines about the score of nested cross-validation, and its price."""
+    value, n = found["value"], found["n_outer_folds"]
+    if value is None:
+        return ["  nested     has no value: a model has diverged, or the outer folds lack a class"]
+    low, high = found["low"], found["high"]
+    return [
+        f"  nested     {value:.4f}  95 % interval {low:.4f} to {high:.4f}; {found['how']}, which no choice has seen",
+        f"             price: {n} inner studies, about {n + 1} times the hours of one study",
+    ]
 
 
 def describe_notes(summary: dict[str, Any]) -> list[str]:

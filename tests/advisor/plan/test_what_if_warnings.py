@@ -17,6 +17,11 @@ def test_patience_around_hyperband_and_a_timeout_are_warnings() -> None:
     assert "ends each call of hpo after 10800 s" in timeout
 
 
+def test_nested_cross_validation_is_a_warning_with_its_price() -> None:
+    [nested], _ = check_study(StudyConfig(12, {}, outer_folds=5), Steps(3, 6))
+    assert "5 inner studies before the final one, about 6 times the hours; these figures are of the final" in nested
+
+
 def test_an_uncertain_measurement_is_a_warning() -> None:
     trial = MeasuredTrial({}, {}, TrialCost(0.0, 0.0, 0.0, 1.0, 1.0), 1.0, 0.1, 0.3)
     memory, few, error = check_calibration(Calibration((trial,), out_of_memory=2, took=9.0))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import yaml
 
 from lightning_bge.advisor.report import status
 from lightning_bge.advisor.report.format import format_duration
@@ -27,6 +28,18 @@ def test_the_status_of_a_running_study(tmp_path: Path, capsys: pytest.CaptureFix
     assert re.search(r"trial \d+, for 7 min: fold 2 of 5, epoch 2 of 3, step 4 of 15, f1 0\.\d{4}", text)
     assert len(text.splitlines()) < 24
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_the_status_of_a_nested_cross_validation_counts_its_inner_studies(tmp_path: Path) -> None:
+    run = make_study(tmp_path / "run", 5)
+    assert "nested" not in status.describe_status(run)
+    options = yaml.safe_load((run / "config.yaml").read_text())
+    options.setdefault("hpo", {})["outer_folds"] = 3
+    (run / "config.yaml").write_text(yaml.safe_dump(options))
+    for number in (0, 1):
+        (run / "outer_folds" / str(number)).mkdir(parents=True)
+    write_json(run / "outer_folds" / "0" / "summary.json", {})
+    assert "nested     1 of 3 inner studies have results" in status.describe_status(run)
 
 
 def test_a_study_is_watched_until_it_has_ended(

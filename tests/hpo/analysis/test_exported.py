@@ -11,7 +11,7 @@ from lightning_bge.hpo.analysis.exported import describe_exported
 SCHEDULE = {"name": "linear", "epochs": 1, "warmup": 0.1}
 THRESHOLD = {"threshold": 0.25, "threshold_source": "out-of-fold predictions of trial 7"}
 REFIT: dict[str, Any] = {
-    **{"train_file_rows": 1200, "val_file_rows": 0, "val_file_rows_left_out": 0},
+    **{"train_file_rows": 1200, "val_file_rows": 0, "val_file_rows_left_out": 0, "outer_fold_rows_left_out": 0},
     **{"epochs": 1, "fold_epochs": [1, 2], "schedule": SCHEDULE, **THRESHOLD},
 }
 
@@ -28,6 +28,10 @@ def test_a_refit_names_rows_epochs_schedule_and_threshold() -> None:
     ("changes", "text"),
     [
         ({"val_file_rows": 30}, "all 1,200 rows of the training file and all 30 rows of the validation file"),
+        (
+            {"outer_fold_rows_left_out": 300},
+            "1,200 rows of the training file outside of the outer fold's 300 for 1",
+        ),
         ({"val_file_rows_left_out": 30}, "not trained on: the 30 rows of the validation file"),
         ({"schedule": {**SCHEDULE, "epochs": 3, "warmup": 5}}, "linear over 3 epochs, warm-up 5 steps"),
         ({"schedule": {**SCHEDULE, "warmup": 0}}, "linear over 1 epoch, without warm-up"),
