@@ -200,7 +200,7 @@ def test_ctrl_c_raises_and_keeps_finished_trials(
         ({"timeout": -1}, "^timeout: expected more than 0 seconds or null, got -1"),
         (
             {"trials": 3},
-            "^there is no argument trials; further options of a study are calibration, compile, cost, encoder_cache_gb",
+            "^there is no argument trials; further options of a study are baseline, calibration, compile, cost, encoder_cache_gb",
         ),
         ({"trainer": {"epochs": 3}}, "^trainer: there is no argument epochs; known are accelerator,"),
         ({"trainer": {**FAST, "devices": 2}}, "^trainer: expected devices=1"),
@@ -272,7 +272,7 @@ def test_a_callback_of_the_trainer_is_copied_for_each_trial(
 
     counter = Counter()
     short(model, data, tmp_path, trainer={**FAST, "callbacks": [counter]}, pruner={"name": "none"})
-    assert (Counter.seen, counter.own) == (4, 0)
+    assert (Counter.seen, counter.own) == (6, 0)  # two trials and the configured options, two folds each
 
 
 def test_the_templates_and_the_loggers_are_as_before(

@@ -96,7 +96,7 @@ def test_a_measurement_leaves_the_templates_and_the_disk_as_they_were(
     ("changes", "says"),
     [
         ({"n_trials": 0}, "^n_trials: expected 1 or more, got 0"),
-        ({"trials": 3}, "^there is no argument trials; further options of a study are calibration, compile"),
+        ({"trials": 3}, "^there is no argument trials; further options of a study are baseline, calibration, compile"),
         ({"config": {"workers": 0}}, "^workers: expected a number above 0"),
         ({"config": {"hours": 3}}, "^config has no key hours; its keys are workers"),
         ({"config": {"given": {"step": 3}}}, "^config.given has no key step; its keys are step_ms"),
