@@ -200,7 +200,7 @@ def test_ctrl_c_raises_and_keeps_finished_trials(
         ({"timeout": -1}, "^timeout: expected more than 0 seconds or null, got -1"),
         (
             {"trials": 3},
-            "^there is no argument trials; further options of a study are baseline, calibration, compile, cost, encoder_cache_gb",
+            "^there is no argument trials; further options of a study are baseline, calibration, compile, cost, ",
         ),
         ({"trainer": {"epochs": 3}}, "^trainer: there is no argument epochs; known are accelerator,"),
         ({"trainer": {**FAST, "devices": 2}}, "^trainer: expected devices=1"),

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import csr_matrix
 
+from lightning_bge.hpo.evaluation.resampling import sum_by
 from lightning_bge.models.metrics import THRESHOLD_PARTS
 from lightning_bge.types import Task
 
@@ -118,26 +118,16 @@ def count_decisions(
     count = 1 if parts is None else THRESHOLD_PARTS
     part = np.zeros(len(logits), dtype=np.int64) if parts is None else parts
     places, truth = decider.columns(logits, labels)
-    size, resamples, rows = len(decider.thresholds) + 1, weights.shape[1], np.arange(len(logits))
-
-    def sums(place: np.ndarray, width: int, chosen: np.ndarray) -> np.ndarray:
-        matrix = csr_matrix(
-            (np.ones(len(chosen), np.float32), (part[chosen] * width + place[chosen], chosen)),
-            shape=(count * width, len(rows)),
-        )
-        return (matrix @ weights).reshape(count, width, resamples)
-
-    yes, hits, positive = [], [], []
+    size = len(decider.thresholds) + 1  # the last place is that of a no at every threshold
+    each = []
     for column in range(places.shape[1]):
-        place = places[:, column]
-        true = rows[truth[:, column]]
-        yes.append(sums(place, size, rows)[:, :-1].cumsum(1))
-        by_place = sums(place, size, true)
-        hits.append(by_place[:, :-1].cumsum(1))
-        positive.append(by_place.sum(1, keepdims=True))
-    total = sums(np.zeros_like(part), 1, rows)[:, 0]
-    each = [np.stack(found, axis=1) for found in (hits, yes, positive)]  # [parts, C, ...]
-    return [Counts(each[0][number], each[1][number], each[2][number], total[number]) for number in range(count)]
+        key = (part * 2 + truth[:, column]) * size + places[:, column]
+        each.append(sum_by(key, count * 2 * size, weights).reshape(count, 2, size, -1))
+    found = np.stack(each, axis=1)  # [parts, C, no or yes, K + 1, B]
+    hits = found[:, :, 1, :-1].cumsum(2)
+    yes = hits + found[:, :, 0, :-1].cumsum(2)
+    positive, rows = found[:, :, 1].sum(2, keepdims=True), found[:, 0].sum((1, 2))
+    return [Counts(hits[number], yes[number], positive[number], rows[number]) for number in range(count)]
 
 
 def sum_of(counts: Sequence[Counts]) -> Counts:

@@ -6,9 +6,9 @@ Each figure equals that of `lightning_bge.models.metrics` on the rows, each repe
 from collections.abc import Callable
 
 import numpy as np
-from scipy.sparse import csr_matrix
 from scipy.special import expit, softmax
 
+from lightning_bge.hpo.evaluation.resampling import sum_by
 from lightning_bge.types import Task
 
 Column = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # score [N], labels [N], weights [N, B] -> [B]
@@ -48,14 +48,6 @@ def resampled_metric(
     return np.where(known, found, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
 
 
-def _sums(place: np.ndarray, count: int, weights: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-    """Summed weights of the rows that have the same place, [count, B]; `rows`: bool [N], the others are left out."""
-    chosen = np.flatnonzero(place < count if rows is None else rows & (place < count))
-    ones = np.ones(len(chosen), dtype=weights.dtype)
-    found: np.ndarray = csr_matrix((ones, (place[chosen], chosen)), shape=(count, len(place))) @ weights
-    return found
-
-
 def _places(score: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, int]:
     """For each row the first of the positive rows' scores, the highest first, that is not above its own."""
     scores = np.unique(-score[positive])
@@ -66,18 +58,18 @@ def _auroc(score: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.nda
     positive = labels > 0.5
     place, count = _places(score, positive)
     tied = ~positive & np.isin(score, score[positive])
-    at, ties = _sums(place, count, weights, positive), _sums(place, count, weights, tied)
-    above = np.cumsum(_sums(place, count, weights, ~positive), axis=0) - ties / 2
-    wrong, total = (at * above).sum(0, dtype=np.float64), weights.sum(0, dtype=np.float64)
-    pairs = (hits := at.sum(0, dtype=np.float64)) * (total - hits)
+    at, ties, others = (sum_by(np.where(rows, place, count), count, weights) for rows in (positive, tied, ~positive))
+    wrong = (at * (np.cumsum(others, axis=0) - ties / 2)).sum(0, dtype=np.float64)
+    hits, total = at.sum(0, dtype=np.float64), weights.sum(0, dtype=np.float64)
+    pairs = hits * (total - hits)
     return 1 - wrong / np.where(pairs > 0, pairs, np.nan)
 
 
 def _average_precision(score: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     positive = labels > 0.5
     place, count = _places(score, positive)
-    at = _sums(place, count, weights, positive)
-    precision = np.cumsum(at, axis=0) / np.maximum(np.cumsum(_sums(place, count, weights), axis=0), 1)
+    at = sum_by(np.where(positive, place, count), count, weights)
+    precision = np.cumsum(at, axis=0) / np.maximum(np.cumsum(sum_by(place, count, weights), axis=0), 1)
     hits = at.sum(0, dtype=np.float64)
     both = (hits > 0) & (hits < weights.sum(0, dtype=np.float64))
     return (precision * at).sum(0, dtype=np.float64) / np.where(both, hits, np.nan)
@@ -101,7 +93,7 @@ def _pearson(score: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.n
 def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Each row's mean rank among the repeated rows, [N, B]."""
     distinct, place = np.unique(values, return_inverse=True)
-    each = _sums(place, len(distinct), weights.astype(np.float64))
+    each = sum_by(place, len(distinct), weights.astype(np.float64))
     return (np.cumsum(each, axis=0) - each / 2)[place]
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from lightning_bge.models.metrics import threshold_parts
 
@@ -70,3 +71,21 @@ class Resamples:
             drawn = random.multinomial(n_units, np.full(n_units, 1 / n_units), size=count)
             in_bag[fold] = drawn.T[units] > 0
         return cls(in_bag, 1 - in_bag)
+
+
+def sum_by(place: np.ndarray, count: int, weights: np.ndarray) -> np.ndarray:
+    """Sums of the rows of a matrix that have the same place.
+
+    Args:
+        place: int [N]; rows with a place of `count` or more are left out.
+        count: number of places.
+        weights: float [N, B].
+
+    Returns:
+        float [count, B], of the dtype of `weights`.
+    """
+    starts = np.concatenate(([0], np.bincount(place, minlength=count)[:count].cumsum()))
+    rows = np.argsort(place, kind="stable")[: starts[-1]]
+    matrix = csr_matrix((np.ones(len(rows), weights.dtype), rows, starts), shape=(count, len(place)))
+    found: np.ndarray = matrix @ weights
+    return found
