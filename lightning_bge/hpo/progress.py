@@ -98,6 +98,7 @@ class Progress:
             self.config.sampler.name,
             n_seeds=self.config.n_seed_replicates,
             refit=self.config.refit,
+            baseline=self.config.baseline,
         )
         # the trial that has just ended is no longer among those that run, and its worker begins another one
         return estimate_end(trials, search, 1 + count(study, TrialState.RUNNING), datetime.now())

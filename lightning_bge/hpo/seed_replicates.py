@@ -212,6 +212,7 @@ class _Progress(Progress):
     def __init__(self, queue: SeedReplicateQueue, metric: str, n_reports: int) -> None:
         # no replicate is pruned, and the time left is that of the replicates alone
         rest: dict[str, Any] = {"pruner": PrunerConfig("none"), "cost": None, "seed_replicates": 0, "refit": False}
+        rest["baseline"] = False
         super().__init__(replace(queue.config, n_trials=len(queue.tasks()), **rest), metric, n_reports)
         self.queue = queue
 

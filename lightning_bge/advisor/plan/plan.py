@@ -152,7 +152,7 @@ def _parts(plan: Plan) -> list[str]:
         f"{found.pruned / found.unpruned:.0%} of that ({low:.0%} to {high:.0%}), {format_hours(found.pruned / HOUR)}; "
         f"about {found.complete:.0f} complete trials",
         f"  start and end: {format_hours(found.start_and_end / HOUR)} (start of a process {known.start:.1f} s, excess "
-        f"of its first trial {known.first_trial:.1f} s, end {known.end:.1f} s, refit)",
+        f"of its first trial {known.first_trial:.1f} s, end {known.end:.1f} s, refit, configured hyperparameters)",
     ]
 
 
@@ -196,6 +196,7 @@ def make_plan(experiment: Experiment, hpo: StudyConfig, options: PlanConfig, pro
         workers=options.workers,
         seed_replicates=hpo.n_seed_replicates,
         refit=hpo.refit,
+        baseline=hpo.baseline,
         learns=hpo.sampler.name == "tpe",
         patience=experiment.monitor.patience,
     )

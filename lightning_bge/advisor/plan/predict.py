@@ -32,6 +32,7 @@ class Scenario:
         seed_replicates: number of further seeds with which the best trials (`hpo.BEST`, or as many as are complete) are
             trained at the end.
         refit: whether a model is trained on all rows at the end.
+        baseline: whether the configured options are trained at the end, as one trial more that is not pruned.
         learns: whether the sampler learns from earlier trials (tpe).
         patience: epochs without an improvement after which a fold ends; None: there is no early stopping.
     """
@@ -42,6 +43,7 @@ class Scenario:
     workers: int = 1
     seed_replicates: int = 0
     refit: bool = True
+    baseline: bool = False
     learns: bool = True
     patience: int | None = None
 
@@ -154,6 +156,7 @@ def predict(scenario: Scenario, costs: StudyCosts, runs: int = RUNS, seed: int =
     trial = fmean(cost.total(steps) for cost in costs.trials)
     unpruned = trial * scenario.n_trials
     start_and_end = known.start + known.first_trial + known.end + costs.compile_s
+    start_and_end += trial * scenario.baseline
     start_and_end += known.refit_epoch * scenario.refit * refit_epochs(steps.epochs)
     walls, shares, found = [], [], []
     for number in range(runs):

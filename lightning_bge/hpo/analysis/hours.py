@@ -120,6 +120,7 @@ def time_left(
         sampler=(options.get("sampler") or {}).get("name", "tpe"),
         n_seeds=StudyConfig(n_trials=n_trials, seed_replicates=options.get("seed_replicates")).n_seed_replicates,
         refit=bool(options.get("refit", True)),
+        baseline=bool(options.get("baseline", True)),
     )
     n_replicated = sum(trial.state in ENDED for trial in replicates)
     return estimate_end(trials, search, len(running), datetime.now(), n_replicated)

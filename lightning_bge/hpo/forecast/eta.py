@@ -48,6 +48,7 @@ class SearchOptions:
         sampler: of the search; with tpe the later parameter sets are better, and with asha more of them are resumed.
         n_seeds: with how many other seeds each of the best trials is run again.
         refit: whether a model is trained on all rows at the end.
+        baseline: whether one trial more is run to its end, with the configured options.
     """
 
     pruner: PrunerConfig
@@ -57,6 +58,7 @@ class SearchOptions:
     sampler: str = "tpe"
     n_seeds: int = 0
     refit: bool = False
+    baseline: bool = False
 
 
 def estimate_end(
@@ -97,7 +99,8 @@ def estimate_end(
         begun = [elapsed(trial, now) for trial in trials if trial.state == TrialState.RUNNING]
         found = [_simulate_pruned(trials, search, times, begun, random, workers) for _ in range(runs)]
     replicates = max(0, search.n_seeds * _n_best(trials, search) - n_replicated)
-    after = replicates / workers * times.seconds(0, steps.total) + search.refit * times.refit_seconds(steps)
+    whole = times.seconds(0, steps.total)
+    after = (replicates / workers + search.baseline) * whole + search.refit * times.refit_seconds(steps)
     low, mid, high = np.quantile(np.array(found) + after, [0.1, 0.5, 0.9])
     return Eta(float(low), float(mid), float(high))
 

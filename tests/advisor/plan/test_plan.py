@@ -25,7 +25,7 @@ from tests.helpers.small_experiment import DOTTED_SPACE, small_experiment
 
 quiet_optuna()
 NONE = PrunerConfig("none")
-HPO = StudyConfig(12, DOTTED_SPACE, pruner=NONE, refit=False, sampler=SamplerConfig("random"))
+HPO = StudyConfig(12, DOTTED_SPACE, pruner=NONE, refit=False, baseline=False, sampler=SamplerConfig("random"))
 GIVEN = PlanConfig(given=GivenFigures(step_ms=1000.0, start_s=60.0))
 
 
@@ -51,9 +51,9 @@ def test_with_given_figures_the_hours_are_plain_arithmetic(experiment: Experimen
     assert "estimated time 0:06:12 (80% interval 0:06:12 to 0:06:12)" in text
     assert "figures as given, nothing was measured" in text
     assert "2 x (fold 1.00 s + 3 x (steps 3.00 s + validation 1.00 s + 0.00 s)) + 0.00 s = 26 s" in text
-    more = make_plan(experiment, replace(HPO, refit=True, seed_replicates=2), GIVEN)
-    # the best five with two seeds, and a refit of 2.4 epochs (0.8 x 3) on twice as many rows
-    assert more.prediction.mid == pytest.approx(found.prediction.mid + 10 * trial + 2.4 * 6.0)
+    more = make_plan(experiment, replace(HPO, refit=True, seed_replicates=2, baseline=True), GIVEN)
+    # the best five with two seeds, the configured options, and a refit of 2.4 epochs (0.8 x 3) on twice as many rows
+    assert more.prediction.mid == pytest.approx(found.prediction.mid + 11 * trial + 2.4 * 6.0)
 
 
 @pytest.mark.usefixtures("steady")

@@ -17,6 +17,7 @@ from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.forecast.eta import Eta, SearchOptions, _n_best, estimate_end
 from lightning_bge.hpo.forecast.recording import Curve, Recording
 from lightning_bge.hpo.forecast.replay import replay_pruned
+from lightning_bge.hpo.forecast.trial_times import TrialTimes
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
 from lightning_bge.hpo.pruning.halving import Halving, rung_steps
@@ -245,7 +246,7 @@ def test_progress_prints_the_time_left_and_estimates_it_seldom(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = {"model.optimizer.lr": {"low": 0.0, "high": 1.0}}
-    config = StudyConfig(n_trials=9, space=space, pruner=PrunerConfig("none"), refit=False)
+    config = StudyConfig(n_trials=9, space=space, pruner=PrunerConfig("none"), refit=False, baseline=False)
     study = open_study(tmp_path, config, "maximize", Steps(2, 2), {})
     assert study.user_attrs["steps"] == {"folds": 2, "epochs": 2, "per_epoch": 1}
     asked = []
@@ -272,6 +273,21 @@ def test_before_the_first_report_no_time_is_printed(tmp_path: Path, capsys: pyte
     study.add_trial(create_trial(state=TrialState.PRUNED, value=None))
     Progress(StudyConfig(n_trials=9), "f1", 4)(study, study.trials[0])
     assert "left" not in capsys.readouterr().out
+
+
+def test_the_configured_options_take_as_long_as_a_trial_that_is_not_pruned() -> None:
+    recording = recorded("sample")
+    steps = Steps(recording.folds, recording.epochs)
+    seen = searched(recording, range(1, 59), rung_steps(steps.total, 1, 4), 4)[:20]
+    now = seen[-1].datetime_complete
+    assert now is not None
+    search = SearchOptions(PrunerConfig(), 58, steps)
+    without, with_it = (estimate_end(seen, replace(search, baseline=one), 1, now) for one in (False, True))
+    times = TrialTimes.read(seen, steps)
+    assert without is not None
+    assert with_it is not None
+    assert times is not None
+    assert with_it.mid - without.mid == pytest.approx(times.seconds(0, steps.total))
 
 
 def test_several_workers_share_what_is_left() -> None:
