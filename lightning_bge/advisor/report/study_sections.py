@@ -59,8 +59,8 @@ def _results(run: RunData, history: History) -> str:
     if summary.get("estimate") is not None:
         text += "".join(paragraph(f"{line[0].upper()}{line[1:]}.", "muted") for line in describe_notes(summary))
     if rows := difference_rows(summary.get("estimate") or {}):
-        text += paragraph(f"The winner is {DIFFERENCES}:")
-        text += table(["than", history.goal.metric, "interval", ""], rows, (1, 2))
+        text += paragraph(f"{DIFFERENCES[0].upper()}{DIFFERENCES[1:]}:")
+        text += table(["over", history.goal.metric, "interval", ""], rows, (1, 2))
     if summary.get("threshold_note"):
         text += paragraph(f"Threshold: {summary['threshold_note']}.", "muted")
     text += "".join(paragraph(f"{line[0].upper()}{line[1:]}.", "muted") for line in describe_exported(summary))

@@ -7,7 +7,7 @@ SELECTED = "optimistic: it has chosen the winner"
 CORRECTED = "on rows that did not choose it"
 TEST = "test file, scored once"
 OUTER = "rows of the outer fold, scored once"
-DIFFERENCES = "better than, on rows that did not choose the winner (95 % interval)"
+DIFFERENCES = "advantage of the winner, on rows that did not choose it (95 % interval)"
 
 
 def describe_scores(summary: dict[str, Any]) -> list[str]:
