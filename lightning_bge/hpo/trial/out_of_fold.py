@@ -97,7 +97,7 @@ def judge_out_of_fold(path: Path, schema: Schema, metric: str, temperature: floa
     if len(fold.unique()) == 1:
         note = "chosen and evaluated on the same validation rows: optimistic"
     else:
-        note = "chosen on all folds; out_of_fold in summary.json decides each fold at the threshold of the others"
+        note = "chosen on all folds; out_of_fold in summary.json has each fold at the threshold of the other folds"
     # decisions as extreme logits: the same function judges them, at any threshold
     logits = torch.from_numpy(decided * 40.0 - 20.0).float().reshape(predictions.logits.shape)
     at_threshold = compute_metrics(schema, replace(predictions, logits=logits), per_class=True)
