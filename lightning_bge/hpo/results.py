@@ -94,20 +94,12 @@ def finish_study(
     best = ranked(study)[0] if replicates is None else study.get_trials(deepcopy=False)[replicates.winner]
     write_text(run_dir / "trials.csv", trials_table(study))
     setup = build(best.params)
-    key: dict[str, Any] = {
-        "n_trials": finished(study),
-        "n_runs": count(study, *ENDED, TrialState.FAIL),  # a paused trial and the one that resumes it are two
-        "best_trial": best.number,
-        "requested": {name: getattr(config, name) for name in ("refit", "refit_val_file", "calibration", "ensemble")},
-        "test_file": setup.datamodule.test_file,
+    key = {
+        **_key(study, best, config, setup.datamodule.test_file),
         "seed_replicates": None if replicates is None else replicates.as_dict(),
         "baseline": None if baseline is None else score_of(baseline[0]),
     }
-    known = read_json(run_dir / "summary.json")
-    if known is not None and all(known.get(name) == value for name, value in key.items()):
-        if nested is not None and known.get("nested") != nested:
-            known["nested"] = nested
-            write_json(run_dir / "summary.json", known)
+    if (known := _known_summary(run_dir, key, nested)) is not None:
         return known
     schema = setup.datamodule.schema
     assert schema is not None
@@ -127,6 +119,28 @@ def finish_study(
         summary |= export_ensemble(winner, run_dir) if config.ensemble else refit(winner, config, run_dir)
     write_json(run_dir / "summary.json", summary)
     return summary
+
+
+def _key(study: optuna.Study, best: FrozenTrial, config: StudyConfig, test_file: str | None) -> dict[str, Any]:
+    """What a summary was made of: where it is the same, nothing is refitted or scored once more."""
+    return {
+        "n_trials": finished(study),
+        "n_runs": count(study, *ENDED, TrialState.FAIL),  # a paused trial and the one that resumes it are two
+        "best_trial": best.number,
+        "requested": {name: getattr(config, name) for name in ("refit", "refit_val_file", "calibration", "ensemble")},
+        "test_file": test_file,
+    }
+
+
+def _known_summary(run_dir: Path, key: dict[str, Any], nested: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The summary that is there, if it was made of the same; the nested cross-validation is added to it."""
+    known: dict[str, Any] | None = read_json(run_dir / "summary.json")
+    if known is None or any(known.get(name) != value for name, value in key.items()):
+        return None
+    if nested is not None and known.get("nested") != nested:
+        known["nested"] = nested
+        write_json(run_dir / "summary.json", known)
+    return known
 
 
 def _estimate(

@@ -47,7 +47,7 @@ class ScoredEpoch(Callback):
     Attributes:
         epochs: the scored epoch so far, from 1.
         predictions: of that epoch.
-        logits: of each validation so far, within epochs too.
+        logits: of each validation that this callback has seen, within epochs too.
     """
 
     def __init__(self, monitor: str, objective: str, direction: str) -> None:
@@ -74,9 +74,8 @@ class ScoredEpoch(Callback):
         """Plain data and tensors, for `restore`."""
         return {"best": self.best, "epochs": self.epochs, "predictions": _plain(self.predictions)}
 
-    def restore(self, state: dict[str, Any], logits: Sequence[Tensor]) -> None:
-        """Continue with the state of another callback, and the logits that it had kept."""
-        self.logits[:] = logits
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue with the state of another callback."""
         self.best, self.epochs = state["best"], state["epochs"]
         self.predictions = _predictions(state["predictions"])
 

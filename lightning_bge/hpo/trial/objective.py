@@ -249,41 +249,24 @@ class Objective:
         later: float,
         kept: KeptPredictions | None,
     ) -> FoldResult:
-        metric, direction = self.monitor.logged, metric_direction(str(self.monitor.metric))
-        scored, pruner = ScoredEpoch(metric, self.monitor.objective, direction), trial.study.pruner
+        direction = metric_direction(str(self.monitor.metric))
+        scored = ScoredEpoch(self.monitor.logged, self.monitor.objective, direction)
+        before = 0 if opened is None else len(opened.curve)
 
         def keep() -> None:
             if kept is not None:
-                kept.add(reports.curve, scored.logits)
+                kept.add(reports.curve[before:], scored.logits)
 
         def save(trainer: Trainer | None) -> None:
             keep()  # first: what is continued from the checkpoint has all predictions until then
             if (folder := self._folder(trial)) is not None:
                 save_trial(folder, step=reports.last_step, folds=done, curve=curve, fold=(reports, scored, trainer))
 
-        def save_paused(trainer: Trainer | None) -> None:
-            assert isinstance(pruner, AshaPruner)
-            study = trial.study
-            if pruner.can_be_resumed(study, study.get_trials(deepcopy=False)[trial.number], self.n_trials):
-                save(trainer)
-
-        reports = FoldPruningCallback(
-            trial,
-            metric,
-            fold=len(done),
-            folds=self.steps.folds,
-            epochs=self.steps.epochs,
-            earlier=[fold.score for fold in done],
-            objective=self.monitor.objective,
-            direction=direction,
-            per_epoch=self.steps.per_epoch,
-            pause=save_paused if isinstance(pruner, AshaPruner) else None,
-        )
+        reports = self._reports(trial, done, save)
         curve.append(reports.curve)
         if opened is not None:
             reports.restore(opened.reports, opened.curve)
-            known = {} if kept is None else kept.logits
-            scored.restore(opened.scored, [known[one.step] for one in opened.curve if one.step in known])
+            scored.restore(opened.scored)
         setup = self.build(params)
         setup.datamodule.select_fold(len(done))
         if earlier := [fold.predictions for fold in done if fold.predictions is not None]:
@@ -302,6 +285,30 @@ class Objective:
             finally:
                 keep()
         return FoldResult(reports.close_fold(), scored.epochs, scored.predictions, len(setup.datamodule.val_rows))
+
+    def _reports(
+        self, trial: optuna.Trial, done: list[FoldResult], save: Callable[[Trainer | None], None]
+    ) -> FoldPruningCallback:
+        """The callback that reports the next fold; `save` is called before a pause from which it can be resumed."""
+        study, pruner = trial.study, trial.study.pruner
+
+        def save_paused(trainer: Trainer | None) -> None:
+            assert isinstance(pruner, AshaPruner)
+            if pruner.can_be_resumed(study, study.get_trials(deepcopy=False)[trial.number], self.n_trials):
+                save(trainer)
+
+        return FoldPruningCallback(
+            trial,
+            self.monitor.logged,
+            fold=len(done),
+            folds=self.steps.folds,
+            epochs=self.steps.epochs,
+            earlier=[fold.score for fold in done],
+            objective=self.monitor.objective,
+            direction=metric_direction(str(self.monitor.metric)),
+            per_epoch=self.steps.per_epoch,
+            pause=save_paused if isinstance(pruner, AshaPruner) else None,
+        )
 
     def _steps_left(self, later: float, data: TextDataModule, fold: int) -> int:
         """Optimizer steps that this process will still make, if trials are pruned as often as they were so far."""

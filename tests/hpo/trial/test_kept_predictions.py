@@ -51,6 +51,12 @@ def test_a_parameter_set_that_starts_anew_takes_nothing_over(tmp_path: Path) -> 
     assert KeptPredictions(tmp_path, 0).logits == {}
 
 
+def test_validations_whose_report_is_missing_are_not_kept(tmp_path: Path) -> None:
+    kept = KeptPredictions(tmp_path, 0)
+    kept.add([report(4)], [logits(2, 4.0), logits(2, 5.0)])
+    assert {step: float(one[0]) for step, one in kept.logits.items()} == {4: 4.0}
+
+
 def test_a_file_that_was_deleted_is_no_error(tmp_path: Path) -> None:
     assert KeptPredictions(tmp_path, 0, until=4).logits == {}
 
