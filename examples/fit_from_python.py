@@ -9,7 +9,7 @@ from __future__ import annotations
 import lightning as L
 
 from lightning_bge import BGEClassifier, TextDataModule
-from lightning_bge.models.inference import TextPredictions
+from lightning_bge.models.output.inference import TextPredictions
 
 
 def main(

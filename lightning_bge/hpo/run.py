@@ -9,19 +9,19 @@ import optuna
 from filelock import FileLock
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.baseline import run_baseline
 from lightning_bge.hpo.config import BEST, PREDICTIONS, StudyConfig
 from lightning_bge.hpo.evaluation.nested import finish_nested
 from lightning_bge.hpo.experiment import Experiment
+from lightning_bge.hpo.finish.baseline import run_baseline
+from lightning_bge.hpo.finish.refit import check_end
+from lightning_bge.hpo.finish.results import describe_study, finish_study
+from lightning_bge.hpo.finish.seed_replicates import run_seed_replicates
 from lightning_bge.hpo.forecast.preview import describe_pruner
 from lightning_bge.hpo.identity import study_identity
 from lightning_bge.hpo.progress import Progress
-from lightning_bge.hpo.refit import check_end
-from lightning_bge.hpo.results import describe_study, finish_study
 from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.scheduling.trial_loop import run_trials
 from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS, LOCK, N_TRIALS
-from lightning_bge.hpo.seed_replicates import run_seed_replicates
 from lightning_bge.hpo.space.draw import check_grid, n_parameter_sets, space_size
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, parse_space

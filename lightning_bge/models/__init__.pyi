@@ -3,7 +3,6 @@ from .encoder import TextClassifier as TextClassifier
 from .encoder import load_classifier as load_classifier
 from .encoder_cache import EncoderCache as EncoderCache
 from .ensemble import Ensemble as Ensemble
-from .inference import TextPredictions as TextPredictions
 from .losses import Loss as Loss
 from .losses import LossConfig as LossConfig
 from .memory_saving.lora import LoRAConfig as LoRAConfig
@@ -12,3 +11,4 @@ from .metrics import best_threshold as best_threshold
 from .metrics import compute_metrics as compute_metrics
 from .optimizer import OptimizerConfig as OptimizerConfig
 from .optimizer import ScheduleConfig as ScheduleConfig
+from .output.inference import TextPredictions as TextPredictions

@@ -12,8 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.effective_batch import EffectiveBatchModule
 from lightning_bge.models.encoder import Attention, TextClassifier, build_classifier, expand_home, load_classifier
-from lightning_bge.models.export import export_classifier
-from lightning_bge.models.inference import Text, TextPredictions, predict_texts, tokenizer_of
 from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.memory_saving.lora import LoRAConfig
 from lightning_bge.models.optimizer import (
@@ -22,6 +20,8 @@ from lightning_bge.models.optimizer import (
     build_optimizer,
     build_schedule,
 )
+from lightning_bge.models.output.export import export_classifier
+from lightning_bge.models.output.inference import Text, TextPredictions, predict_texts, tokenizer_of
 from lightning_bge.runtime.compat.lightning import estimated_steps
 from lightning_bge.runtime.nested_config import as_config, as_plain
 from lightning_bge.types import TASKS, Schema, Task

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import expand_home, load_classifier
-from lightning_bge.models.export import replace_folder, save_tokenizer
-from lightning_bge.models.inference import Text, TextPredictions, predict_texts, tokenizer_of
 from lightning_bge.models.metrics import Predictions, scores
-from lightning_bge.models.prediction_file import decide
+from lightning_bge.models.output.export import replace_folder, save_tokenizer
+from lightning_bge.models.output.inference import Text, TextPredictions, predict_texts, tokenizer_of
+from lightning_bge.models.output.prediction_file import decide
 from lightning_bge.runtime.run_folder import create_run_dir, read_json, write_json
 from lightning_bge.types import ENSEMBLE_FILE, Schema, Task
 

@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from safetensors.torch import load_file
 
 from lightning_bge.hpo import run as hpo_run
-from lightning_bge.hpo.seed_replicates import run_seed_replicates
+from lightning_bge.hpo.finish.seed_replicates import run_seed_replicates
 from lightning_bge.hpo.storage.journal import open_storage
 from lightning_bge.trainer import BGETrainer
 from tests.helpers.cli_processes import trials
@@ -211,7 +211,7 @@ def test_a_full_disk_has_a_clear_message(run: Run, search: list[str], monkeypatc
         with open("/dev/full", "w") as file:
             file.write("x")
 
-    monkeypatch.setattr("lightning_bge.hpo.results.write_text", full)
+    monkeypatch.setattr("lightning_bge.hpo.finish.results.write_text", full)
     status, _, err = run(*search, "--hpo.n_trials", "1", "--hpo.pruner.name", "none")
     assert status == 2
     assert "no space left on the disk" in err

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lightning_bge import BGEClassifier
-from lightning_bge.models.inference import TextPredictions
+from lightning_bge.models.output.inference import TextPredictions
 from tests.examples.test_examples import pytestmark, sample
 from tests.helpers.paths import ROOT
 

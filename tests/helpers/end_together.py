@@ -18,7 +18,7 @@ from typing import Any
 
 import lightning_bge.cli.commands.hpo  # noqa: F401 - what the processes need is imported once
 from lightning_bge.cli.main import main as program
-from lightning_bge.hpo import results
+from lightning_bge.hpo.finish import results
 from tests.tools.kill_everywhere import Search
 
 PROCESSES = 4

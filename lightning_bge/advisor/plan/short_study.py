@@ -22,9 +22,9 @@ from lightning_bge.advisor.report.report import write_report
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.finish.results import finish_study
 from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.results import finish_study
 from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space

@@ -15,7 +15,7 @@ from lightning_bge.cli.evaluate import without_prefix
 from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.run_record import check_same_run
 from lightning_bge.models.metrics import best_threshold, scores
-from lightning_bge.models.prediction_file import write_predictions
+from lightning_bge.models.output.prediction_file import write_predictions
 from lightning_bge.runtime.run_folder import create_run_dir, read_json, record_run, write_json
 from lightning_bge.trainer import fit_callbacks, newest_checkpoint
 

@@ -8,9 +8,9 @@ from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.search_options import add_hpo, check_one_device, starting_again
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
+from lightning_bge.hpo.finish.results import describe_study
 from lightning_bge.hpo.outer_folds import Found, run_studies
 from lightning_bge.hpo.progress import Progress
-from lightning_bge.hpo.results import describe_study
 from lightning_bge.hpo.run import check_study, prepare_study, run_hpo
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.space.draw import n_parameter_sets

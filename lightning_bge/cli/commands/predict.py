@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.ensemble import average_predictions, ensemble_members, member_module
-from lightning_bge.models.prediction_file import write_predictions
+from lightning_bge.models.output.prediction_file import write_predictions
 
 
 def run(args: list[str]) -> None:

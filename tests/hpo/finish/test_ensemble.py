@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo import ensemble
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.results import describe_study
+from lightning_bge.hpo.finish import ensemble
+from lightning_bge.hpo.finish.results import describe_study
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.ensemble import Ensemble
 from lightning_bge.models.metrics import best_threshold

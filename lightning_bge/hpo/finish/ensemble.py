@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning_bge.hpo.refit import Winner, describe_schedule, describe_threshold
+from lightning_bge.hpo.finish.refit import Winner, describe_schedule, describe_threshold
 from lightning_bge.hpo.trial.outer_fold import save_if_outer_fold
 from lightning_bge.models.ensemble import (
     average_predictions,
@@ -17,7 +17,7 @@ from lightning_bge.models.ensemble import (
     write_ensemble,
 )
 from lightning_bge.models.metrics import compute_metrics
-from lightning_bge.models.prediction_file import write_predictions
+from lightning_bge.models.output.prediction_file import write_predictions
 from lightning_bge.runtime.memory import release
 
 MEMBERS = "members"  # folder in the run folder: models that are trained, until all of them are

@@ -13,7 +13,8 @@ from torch import nn
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.hpo.trial.out_of_fold import load_predictions
-from lightning_bge.models.calibration import (
+from lightning_bge.models.encoder import TextClassifier, load_classifier
+from lightning_bge.models.output.calibration import (
     HIGHEST,
     LOWEST,
     check_has_probabilities,
@@ -21,9 +22,8 @@ from lightning_bge.models.calibration import (
     fit_temperature,
     negative_log_likelihood,
 )
-from lightning_bge.models.encoder import TextClassifier, load_classifier
-from lightning_bge.models.inference import encode_texts
-from lightning_bge.models.output_layer import find_output_layer
+from lightning_bge.models.output.inference import encode_texts
+from lightning_bge.models.output.output_layer import find_output_layer
 from lightning_bge.types import Task
 
 FIGURES = {

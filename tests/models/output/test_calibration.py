@@ -11,7 +11,7 @@ from sklearn.metrics import log_loss
 from torch import Tensor
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.models.calibration import (
+from lightning_bge.models.output.calibration import (
     HIGHEST,
     LOWEST,
     check_has_probabilities,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_bge.models.metrics import Predictions
-from lightning_bge.models.prediction_file import decide, write_predictions
+from lightning_bge.models.output.prediction_file import decide, write_predictions
 from lightning_bge.types import Schema
 
 ROWS = torch.tensor([2, 5, 6])

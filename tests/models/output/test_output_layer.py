@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.encoder import TextClassifier, load_classifier
 from lightning_bge.models.memory_saving.lora import LoRAConfig, merged_weights
-from lightning_bge.models.output_layer import divide_logits, find_output_layer
+from lightning_bge.models.output.output_layer import divide_logits, find_output_layer
 from lightning_bge.types import MicroBatch
 from tests.helpers.small_models import micro_batch, random_sequences, save_model, small_model
 

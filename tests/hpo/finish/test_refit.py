@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.results import describe_study
+from lightning_bge.hpo.finish.results import describe_study
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.trainer import quiet_trainer
 from lightning_bge.tuning import TuneResult, tune

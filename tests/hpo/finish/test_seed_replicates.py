@@ -18,15 +18,15 @@ from optuna.trial import TrialState, create_trial
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.scheduling.study_queue import StudyQueue
-from lightning_bge.hpo.seed_replicates import (
+from lightning_bge.hpo.finish.seed_replicates import (
     ReplicatedTrial,
     SeedReplicateQueue,
     SeedReplicates,
     describe_seed_replicates,
     run_seed_replicates,
 )
+from lightning_bge.hpo.pruning.config import PrunerConfig
+from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.space.search_space import parse_space, suggest
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.journal import open_storage

@@ -12,20 +12,20 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo import baseline as baselines
-from lightning_bge.hpo import seed_replicates
 from lightning_bge.hpo.analysis.exported import describe_exported
 from lightning_bge.hpo.analysis.winner import describe_scores
-from lightning_bge.hpo.calibration import calibrate_out_of_fold
 from lightning_bge.hpo.config import PREDICTIONS, StudyConfig
-from lightning_bge.hpo.ensemble import export_ensemble
 from lightning_bge.hpo.evaluation.candidates import Target
 from lightning_bge.hpo.evaluation.resampling import ValidationRows
 from lightning_bge.hpo.evaluation.study_estimate import Kept, estimate_study
+from lightning_bge.hpo.finish import baseline as baselines
+from lightning_bge.hpo.finish import seed_replicates
+from lightning_bge.hpo.finish.calibration import calibrate_out_of_fold
+from lightning_bge.hpo.finish.ensemble import export_ensemble
+from lightning_bge.hpo.finish.refit import Winner, refit
+from lightning_bge.hpo.finish.seed_replicates import SeedReplicates, describe_seed_replicates
 from lightning_bge.hpo.progress import count, ended_early, finished
 from lightning_bge.hpo.ranking import cost_of, front, ranked, score_of
-from lightning_bge.hpo.refit import Winner, refit
-from lightning_bge.hpo.seed_replicates import SeedReplicates, describe_seed_replicates
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.trial.objective import Build, TrialSetup
 from lightning_bge.hpo.trial.out_of_fold import (
@@ -50,7 +50,7 @@ from lightning_bge.hpo.trials import (
 )
 from lightning_bge.hpo.versions import count_versions, describe_versions
 from lightning_bge.models.metrics import HAS_THRESHOLD, MonitorConfig
-from lightning_bge.models.prediction_file import write_predictions
+from lightning_bge.models.output.prediction_file import write_predictions
 from lightning_bge.runtime.run_folder import read_json, write_json, write_text
 from lightning_bge.runtime.stop import StopRequest
 from lightning_bge.types import Schema, Task
@@ -94,11 +94,8 @@ def finish_study(
     best = ranked(study)[0] if replicates is None else study.get_trials(deepcopy=False)[replicates.winner]
     write_text(run_dir / "trials.csv", trials_table(study))
     setup = build(best.params)
-    key = {
-        **_key(study, best, config, setup.datamodule.test_file),
-        "seed_replicates": None if replicates is None else replicates.as_dict(),
-        "baseline": None if baseline is None else score_of(baseline[0]),
-    }
+    key = _key(study, best, config, setup.datamodule.test_file, replicates)
+    key["baseline"] = None if baseline is None else score_of(baseline[0])
     if (known := _known_summary(run_dir, key, nested)) is not None:
         return known
     schema = setup.datamodule.schema
@@ -121,7 +118,13 @@ def finish_study(
     return summary
 
 
-def _key(study: optuna.Study, best: FrozenTrial, config: StudyConfig, test_file: str | None) -> dict[str, Any]:
+def _key(
+    study: optuna.Study,
+    best: FrozenTrial,
+    config: StudyConfig,
+    test_file: str | None,
+    replicates: SeedReplicates | None,
+) -> dict[str, Any]:
     """What a summary was made of: where it is the same, nothing is refitted or scored once more."""
     return {
         "n_trials": finished(study),
@@ -129,6 +132,7 @@ def _key(study: optuna.Study, best: FrozenTrial, config: StudyConfig, test_file:
         "best_trial": best.number,
         "requested": {name: getattr(config, name) for name in ("refit", "refit_val_file", "calibration", "ensemble")},
         "test_file": test_file,
+        "seed_replicates": None if replicates is None else replicates.as_dict(),
     }
 
 

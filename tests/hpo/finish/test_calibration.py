@@ -20,10 +20,10 @@ from transformers import AutoModelForSequenceClassification
 
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo import calibration
-from lightning_bge.hpo.calibration import calibrate_out_of_fold
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.results import describe_study
+from lightning_bge.hpo.finish import calibration
+from lightning_bge.hpo.finish.calibration import calibrate_out_of_fold
+from lightning_bge.hpo.finish.results import describe_study
 from lightning_bge.hpo.trial.out_of_fold import predictions_file, save_predictions
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import TextClassifier, load_classifier

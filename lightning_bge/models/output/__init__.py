@@ -1,0 +1,1 @@
+"""What a trained model gives: predictions, calibrated scores, files and exported folders."""
