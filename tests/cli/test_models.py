@@ -186,7 +186,8 @@ def test_alternating_models_have_the_values_that_each_has_alone(
     for limit, expected in ((1.0, 2), (0.0, 4)):
         loads.clear()
         options["run_dir"] = str(tmp_path / f"study-{expected}")
-        status, _, err = search(options, n_trials=4, space=space, enqueue=points, encoder_cache_gb=limit)
+        more = {"encoder_cache_gb": limit, "baseline": False}
+        status, _, err = search(options, n_trials=4, space=space, enqueue=points, **more)
         assert status == 0, err
         values[limit] = [(trial.params, trial.value, trial.intermediate_values) for trial in trials(options)]
         assert len(loads) == expected
