@@ -247,3 +247,23 @@ def test_a_fold_whose_weights_were_deleted_is_not_read(files: Path, tmp_path: Pa
     assert sorted(path.name for path in folder.iterdir()) == sorted([STATE, found.fold.checkpoint.name])
     found.fold.checkpoint.unlink()
     assert SavedTrial.load(folder) is None
+
+
+def test_predictions_that_were_deleted_meanwhile_are_missing_and_the_later_ones_are_right(
+    files: Path, tmp_path: Path, whole: tuple[FrozenTrial, StopAt, dict[str, torch.Tensor]]
+) -> None:
+    stop, names = StopAt([5]), {"oof_dir": "oof", "paused_dir": CHECKPOINTS, "predictions_dir": PREDICTIONS}
+    study = optuna.create_study(direction="minimize", pruner=optuna.pruners.NopPruner(), study_name="s")
+    config = StudyConfig(1, SPACE, pruner=PrunerConfig("none"))
+    for start in range(2):  # the limit on the disk may delete what is kept of a stopped trial
+        stop.request.signal = 0  # type: ignore[misc]
+        folders: dict[str, Any] = {option: tmp_path / name for option, name in names.items()}
+        if start:
+            kept_file(tmp_path / PREDICTIONS, 0).unlink()
+        objective = make(files, (stop,), request=stop.request, per_epoch=2, **folders)
+        run_study(study, objective, config, tmp_path, enqueued=[PARAMS], request=stop.request)
+    assert study.trials[-1].state == TrialState.COMPLETE
+    found, expected = kept(tmp_path, 1), whole[2]
+    missing = expected.keys() - found.keys()
+    assert missing == {"step 1", "step 2", "step 3"}
+    assert all(torch.equal(found[name], expected[name]) for name in found)
