@@ -4,15 +4,15 @@ import inspect
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
 
 from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.batches.loader import BatchLoader
 from lightning_bge.data.batches.micro_batches import EncodedDataset, concatenate_datasets
-from lightning_bge.data.batches.samplers import EffectiveBatchSampler, eval_batches
+from lightning_bge.data.batches.samplers import EffectiveBatchSampler
+from lightning_bge.data.encoded_data_module import EncodedDataModule, Split
 from lightning_bge.data.encoded_file import Source, TokenizerKey, check_file, load_file, load_training_file, stamp
 from lightning_bge.data.tables.labels import encode_labels, fit_labels
 from lightning_bge.data.tables.readers import TableConfig, read_table
@@ -21,17 +21,15 @@ from lightning_bge.data.tokens.tokenizer import load_tokenizer
 from lightning_bge.errors import ConfigError
 from lightning_bge.runtime.cache_dir import default_cache_dir
 from lightning_bge.runtime.nested_config import as_config, as_plain
-from lightning_bge.types import TASKS, Batch, Schema, Task
+from lightning_bge.types import TASKS, Schema, Task
 
 log = logging.getLogger(__name__)
-
-Split = Literal["train", "val", "test", "predict"]
 
 DEFAULT_TEXT_COLUMNS = ("text_a", "text_b")
 _TABLE, _SPLIT, _BATCHING = TableConfig(), SplitConfig(), BatchingConfig()
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(EncodedDataModule):
     """Rows of one or two texts from files, tokenized once, split into folds, in effective batches.
 
     Args:
@@ -71,7 +69,6 @@ class TextDataModule(LightningDataModule):
         ConfigError: an argument has a wrong value, or does not go with another.
     """
 
-    schema: Schema | None
     folds: tuple[np.ndarray, ...]
 
     # More than 10 arguments: each is an option that users type on the command line, and the frequent ones stay flat.
@@ -95,7 +92,7 @@ class TextDataModule(LightningDataModule):
         trust_remote_code: bool = False,
         revision: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(as_config(BatchingConfig, batching, "batching"))
         self.tokenizer, self.revision, self.trust_remote_code = tokenizer, revision, trust_remote_code
         self.task = task
         self.train_file, self.val_file = train_file, val_file
@@ -105,12 +102,10 @@ class TextDataModule(LightningDataModule):
         self.max_length, self.batch_size, self.cache_dir = max_length, batch_size, cache_dir
         self.table = as_config(TableConfig, table, "table")
         self.split = as_config(SplitConfig, split, "split")
-        self.batching = as_config(BatchingConfig, batching, "batching")
         self._check_arguments()
         # no logger: the model's `revision` and `task` have the same names, which Lightning takes for a conflict
         names = inspect.signature(TextDataModule).parameters
         self.save_hyperparameters({name: as_plain(getattr(self, name)) for name in names}, logger=False)
-        self.schema = None
         self.folds = ()
         self.folds_hash = self.data_hash = self.tokenizer_hash = ""
         self.val_hash: str | None = None
@@ -120,8 +115,6 @@ class TextDataModule(LightningDataModule):
         self._val_group_names: tuple[str, ...] = ()
         self._trains_on_val_file = False
         self._fold: int | None = self.split.fold
-        self._micro_batch_size = self.batching.initial_max_tokens
-        self._datasets: dict[str, EncodedDataset] = {}
 
     def _check_arguments(self) -> None:
         if self.task not in TASKS:
@@ -345,58 +338,6 @@ class TextDataModule(LightningDataModule):
         by_length = [fold[np.argsort(lengths[fold], kind="stable")] for fold in self.folds]
         self.folds = tuple(np.sort(fold[:: max(1, len(fold) // rows)]) for fold in by_length)
 
-    # ------------------------------------------------------------------ what a batch source offers
-
-    @property
-    def micro_batch_size(self) -> int:
-        """The most tokens of a training micro-batch, now in effect."""
-        return self._micro_batch_size
-
-    @property
-    def eval_micro_batch_size(self) -> int:
-        """The most tokens of a micro-batch without gradients, now in effect."""
-        return self.batching.eval_limit(self._micro_batch_size)
-
-    @property
-    def micro_batch_size_step(self) -> int:
-        """Tokens of the longest sequence: the smallest micro-batch size worth a try, after `setup`."""
-        assert self.schema is not None
-        return self.schema.max_length
-
-    @property
-    def auto_micro_batch_size(self) -> bool:
-        """Whether a micro-batch size is to be searched: `data.batching.max_tokens` is auto."""
-        return self.batching.max_tokens == "auto"
-
-    @property
-    def micro_batch_size_key(self) -> dict[str, Any]:
-        """What of the data the memory of a step depends on, besides the micro-batch size; after `setup`."""
-        assert self.schema is not None
-        fixed = self.batching.eval_max_tokens
-        return {"max_length": self.schema.max_length, "labels": self.schema.num_outputs, "eval_max_tokens": fixed}
-
-    def worst_case_batch(self, micro_batch_size: int, train: bool) -> Batch:
-        """One micro-batch of as many sequences of `max_length` tokens as the size allows, at least one.
-
-        Args:
-            micro_batch_size: of a training micro-batch, in tokens.
-            train: else a micro-batch without gradients, which is larger: see `data.batching.eval_max_tokens`.
-        """
-        tokens, length = micro_batch_size, self.micro_batch_size_step
-        tokens = tokens if train else self.batching.eval_limit(tokens)
-        return self._dataset("train").worst_case(max(1, tokens // length), length)
-
-    def set_micro_batch_size(self, size: int) -> None:
-        """Change the size of micro-batches, in loaders that exist too (with 0 workers at once).
-
-        Args:
-            size: tokens of a training micro-batch; those without gradients follow where `data.batching.eval_max_tokens`
-                is auto.
-        """
-        self._micro_batch_size = size
-        for name, dataset in self._datasets.items():
-            dataset.set_max_tokens(size if name == "train" else self.eval_micro_batch_size)
-
     # ------------------------------------------------------------------ loaders
 
     def new_tokenizer(self) -> Any:
@@ -422,21 +363,3 @@ class TextDataModule(LightningDataModule):
     def predict_dataloader(self) -> BatchLoader:
         """Micro-batches of the file to predict; their `rows` are row numbers of that file."""
         return self._eval_loader("predict")
-
-    def _eval_loader(self, name: Split, rows: np.ndarray | None = None) -> BatchLoader:
-        dataset = self._dataset(name)
-        rows = np.arange(len(dataset)) if rows is None else rows
-        # By the size that was configured, not the one in effect: all ranks must deal alike, and a size that was found,
-        # or lowered on one rank, cuts what is dealt.
-        limit = self.batching.eval_limit(self.batching.initial_max_tokens)
-        batches = eval_batches(rows, dataset.tokens.lengths, limit, *self._rank())
-        return BatchLoader(dataset, batches, self.batching)
-
-    def _dataset(self, name: Split) -> EncodedDataset:
-        if name not in self._datasets:
-            raise RuntimeError(f"the {name} rows have not been read: call setup() for their stage first")
-        return self._datasets[name]
-
-    def _rank(self) -> tuple[int, int]:
-        """This process's rank, and how many there are."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
