@@ -106,7 +106,7 @@ def test_several_workers_of_one_command_share_a_study(held: list[str], tmp_path:
     assert process.returncode == 0, out
     assert [trial.state for trial in trials(study)] == [TrialState.COMPLETE] * 4
     assert len({trial.user_attrs["worker"]["pid"] for trial in trials(study)}) == 2
-    for words in ("2 workers; what each prints is in", "[4/4] trial", "with seed 43 done: ", "best f1", "report.html"):
+    for words in ("2 workers; what each prints is in", "[4/4] trial", "with seed 43 done: ", "f1 of the winner", "report.html"):
         assert words in out
     assert sorted(path.name for path in (study / "workers").glob("*.log")) == ["worker-0.log", "worker-1.log"]
     assert json.loads((study / "summary.json").read_text())["n_complete"] == 4
@@ -159,7 +159,7 @@ def test_two_processes_at_once_on_one_run_folder_end_with_one_summary(held: list
     assert len({trial.params["model.optimizer.lr"] for trial in done}) == 4
     summary = json.loads((study / "summary.json").read_text())
     assert (summary["n_trials"], summary["n_complete"], summary["n_failed"]) == (4, 4, 0)
-    assert all(f"best f1 {summary['best_value']:.4f}" in out for out in outs)
+    assert all(f"selected   {summary['best_value']:.4f}" in out for out in outs)
     assert len(json.loads((study / "run.json").read_text())["calls"]) == 2
     assert living_workers(study) == set()
 
