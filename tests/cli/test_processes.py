@@ -106,7 +106,13 @@ def test_several_workers_of_one_command_share_a_study(held: list[str], tmp_path:
     assert process.returncode == 0, out
     assert [trial.state for trial in trials(study)] == [TrialState.COMPLETE] * 4
     assert len({trial.user_attrs["worker"]["pid"] for trial in trials(study)}) == 2
-    shown = ("2 workers; what each prints is in", "[4/4] trial", "with seed 43 done: ", "f1 of the winner", "report.html")
+    shown = (
+        "2 workers; what each prints is in",
+        "[4/4] trial",
+        "with seed 43 done: ",
+        "f1 of the winner",
+        "report.html",
+    )
     for words in shown:
         assert words in out
     assert sorted(path.name for path in (study / "workers").glob("*.log")) == ["worker-0.log", "worker-1.log"]
