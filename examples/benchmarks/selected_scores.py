@@ -197,6 +197,10 @@ def note(record: dict[str, Any]) -> str:
             "",
             markdown_table(header, rows),
             "",
+            "The selected and the corrected score are those of the folds' models, which have two thirds of the rows; the "
+            "test score is that of the exported model, which has all of them. Where rows are few, as in TREC QA here, "
+            "that makes it the higher one.",
+            "",
             "Three seeds are too few for a verdict: the standard error of a test score alone is as large as most of "
             "the differences. The simulation (selection_bias.md) shows how far each score is from a known truth.",
             "",
