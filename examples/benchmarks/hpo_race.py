@@ -183,7 +183,7 @@ def note_sections(record: dict[str, Any], job: Job, given: argparse.Namespace) -
         "list of trials is fixed and the same for all."
     )
     contenders = (
-        "lightning-bge runs `lightning-bge hpo` with its defaults and `refit: false`. The Trainer and the "
+        "lightning-bge runs `lightning-bge hpo` with its defaults, without refit and baseline. The Trainer and the "
         "CrossEncoderTrainer run their `hyperparameter_search(backend='optuna')` with default arguments; *tuned* means "
         "bf16, length grouping, fused AdamW, micro-batches x accumulation as named. Textbook Lightning is a module "
         "with automatic optimization in fp32 under `study.optimize`, whose trials read, tokenize and load for "

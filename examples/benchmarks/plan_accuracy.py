@@ -68,6 +68,7 @@ def options(given: argparse.Namespace, folds: int, rows: float, seed: int, prune
         "trainer.max_epochs": EPOCHS,
         "hpo.n_trials": given.trials,
         "hpo.space": SPACE,
+        "hpo.baseline": "false",
         "hpo.sampler.seed": seed,
         "hpo.pruner.name": pruner,
     }

@@ -115,6 +115,7 @@ def search(name: str, chosen: argparse.Namespace, **more: Any) -> optuna.Study:
         "hpo.pruner.name": "none",
         "hpo.val_check_interval": 1 / PER_EPOCH,
         "hpo.refit": "false",
+        "hpo.baseline": "false",
         **files,
         **SEARCHES[name],
         **more,

@@ -97,6 +97,7 @@ def run_search(folder: Path, run_dir: Path, workers: int, n_trials: int) -> floa
         "hpo.pruner.name": "none",
         "hpo.sampler.name": "random",
         "hpo.refit": "false",
+        "hpo.baseline": "false",
         "hpo.workers": workers,
         "hpo.space": json.dumps(SPACE),
         "run_dir": run_dir,
@@ -201,7 +202,12 @@ def measure_overhead(folder: str, run_dir: str, before: int) -> None:
     """Print the median seconds of a trial besides its training; run in a process of its own."""
     from lightning_bge import tune
 
-    options: dict[str, Any] = {"refit": False, "seed_replicates": 0, "trainer": {"precision": "32-true"}}
+    options: dict[str, Any] = {
+        "refit": False,
+        "baseline": False,
+        "seed_replicates": 0,
+        "trainer": {"precision": "32-true"},
+    }
     result = tune(**templates(folder), run_dir=run_dir, n_trials=before + 12, max_epochs=EPOCHS, **options)
     trials = result.study.get_trials(deepcopy=False)
     last = trials[-1].user_attrs["worker"]["id"]

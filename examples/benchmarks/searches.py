@@ -128,7 +128,7 @@ def suggest(trial: optuna.Trial, names: dict[str, str]) -> Trial:
 
 
 def search_ours(race: Race) -> optuna.Study:
-    """`lightning-bge hpo` as from a shell, with its defaults, but without the last step, the refit on all rows."""
+    """`lightning-bge hpo` as from a shell, with its defaults, but without what follows: the refit and the baseline."""
     job, run_dir = race.job, Path(race.folder, NAME)
     settings = {
         "run_dir": str(run_dir),
@@ -154,6 +154,7 @@ def search_ours(race: Race) -> optuna.Study:
             "n_trials": len(race.trials),
             "space": {OUR_NAMES[name]: {"low": low, "high": high, "log": log} for name, low, high, log in SPACE},
             "refit": False,
+            "baseline": False,
             **({} if race.pruned else {"pruner": {"name": "none"}}),
         },
     }

@@ -193,12 +193,12 @@ def note(record: dict[str, Any]) -> str:
             f"Written {record['written']} at commit {record['git_commit']} by "
             "`examples/benchmarks/selected_scores.py`.",
             f"{options['trials']} trials, {FOLDS} folds, at most {EPOCHS} epochs, the default sampler and pruner, "
-            f"MiniLM-L6 with the lower half frozen; {seconds / 60:.0f} minutes of trials. Each seed draws other rows.",
+            f"MiniLM-L6 with the lower half frozen; {seconds / 60:.0f} minutes of trials. Each seed draws others.",
             "",
             markdown_table(header, rows),
             "",
-            "The selected and the corrected score are those of the folds' models, which have two thirds of the rows; the "
-            "test score is that of the exported model, which has all of them. Where rows are few, as in TREC QA here, "
+            "The selected and the corrected score are those of the folds' models, which have two thirds of the rows; "
+            "the test score is that of the exported model, which has all of them. Where rows are few, as in TREC QA, "
             "that makes it the higher one.",
             "",
             "Three seeds are too few for a verdict: the standard error of a test score alone is as large as most of "
