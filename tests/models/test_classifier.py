@@ -173,7 +173,8 @@ def test_learns_and_logs(folder: str) -> None:
 
 
 def module_metrics() -> tuple[str, ...]:
-    return ("f1", "accuracy", "precision", "recall", "auroc", "average_precision", "loss")
+    decided = ("f1", "accuracy", "precision", "recall")
+    return (*decided, *(f"tuned_{name}" for name in decided), "auroc", "average_precision", "loss")
 
 
 def test_predictions_are_sorted_and_those_of_the_model(folder: str) -> None:
