@@ -18,25 +18,32 @@ def repeatable() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def levels() -> dict[str, int]:
+    """The levels of the loggers that the program changes, as they are at first.
+
+    Lightning's says nothing of which hardware it found, which it does each time a trainer is made.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    return {
+        name: logging.getLogger(name).level for name in ("", "lightning_bge", "lightning.pytorch", "lightning.fabric")
+    }
+
+
 @pytest.fixture(autouse=True)
-def unchanged_logging() -> Iterator[None]:
-    """The program sets levels and a handler, which would print into later tests, or into a stream that is closed."""
+def unchanged_logging(levels: dict[str, int]) -> Iterator[None]:
+    """The program sets levels and a handler, which would print into later tests, or into a stream that is closed.
+
+    What a fixture of a module has left is put back too.
+    """
     root = logging.getLogger()
     handlers = root.handlers[:]
-    loggers = [logging.getLogger(name) for name in ("", "lightning_bge", "lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
     yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     for handler in root.handlers[:]:
         if handler not in handlers:
             root.removeHandler(handler)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def quiet_lightning() -> None:
-    """Lightning says which hardware it found each time a trainer is made."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 @pytest.fixture

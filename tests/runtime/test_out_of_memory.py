@@ -116,7 +116,16 @@ def test_a_search_prunes_what_cannot_fit_and_keeps_nothing_of_it(folder: Path) -
         "--hpo.refit",
         "false",
     ]
-    more = ["--data.split.folds", "2", "--trainer.max_epochs", "1", "--hpo.pruner.name", "none"]
+    more = [
+        "--hpo.baseline",
+        "false",
+        "--data.split.folds",
+        "2",
+        "--trainer.max_epochs",
+        "1",
+        "--hpo.pruner.name",
+        "none",
+    ]
     done = run(folder, 800, "hpo", *settings(folder, "study"), *asked, *more)
     assert done.returncode == 0, done.stderr
     with (folder / "study" / "trials.csv").open() as file:
