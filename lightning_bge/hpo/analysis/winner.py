@@ -64,6 +64,8 @@ def describe_notes(summary: dict[str, Any]) -> list[str]:
     lines = []
     if summary["metric"] == "loss":
         lines.append("no corrected score: monitor another metric than the loss")
+    elif "corrected" in estimate and estimate["corrected"] is None:
+        lines.append(f"no corrected score: too few rows for {summary['metric']}, as no resample has every class")
     elif not estimate.get("corrected"):
         lines.append("no corrected score: the predictions of the complete trials are not kept (hpo.predictions_gb)")
     elif sampler not in ("random", "grid", "qmc"):

@@ -158,6 +158,7 @@ def test_the_closing_lines_name_the_results_and_the_files() -> None:
     ("changes", "says"),
     [
         ({"metric": "loss", "estimate": None}, "no corrected score: monitor another metric than the loss"),
+        ({"estimate": {"corrected": None}}, "no corrected score: too few rows for f1"),
         ({"estimate": {"n_left_out": 4}}, "no corrected score: the predictions of the complete trials are not kept"),
         ({"sampler": "random", "estimate": {"corrected": {"value": 1}, "n_left_out": 0}}, None),
     ],
