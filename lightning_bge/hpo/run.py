@@ -190,8 +190,9 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
     replicates = run_seed_replicates(
         queue, objective, metric=metric, seed=config.seed_everything, until=until, request=request
     )
-    configured = config["trainer.max_epochs"] or objective.steps.epochs
-    baseline = run_baseline(queue, objective, epochs=configured, metric=metric, until=until, request=request)
+    configured = {name: config[name] for name in objective.space}
+    configured["trainer.max_epochs"] = config["trainer.max_epochs"] or objective.steps.epochs
+    baseline = run_baseline(queue, objective, configured=configured, metric=metric, until=until, request=request)
     others = living_workers(queue.run_dir) - {queue.worker.id}
     if not request.signal and time.monotonic() >= until and others:
         print("hpo.timeout is over; other processes go on with this study, and the last of them ends it")
@@ -201,6 +202,7 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
     objective.encoder.clear()
     # the epochs of a trial that has not drawn a number of them
     epochs = config["trainer.max_epochs"] if "trainer.max_epochs" in objective.space.when else objective.steps.epochs
+    baseline_steps = replace(objective.steps, epochs=configured["trainer.max_epochs"])
     outer_folds, schema = queue.config.outer_folds, experiment.datamodule.schema
     with FileLock(queue.run_dir / END_LOCK, mode=0o600):
         assert schema is not None
@@ -213,7 +215,7 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
             epochs=epochs,
             config=queue.config,
             replicates=replicates,
-            baseline=None if baseline is None else (baseline, replace(objective.steps, epochs=configured)),
+            baseline=None if baseline is None else (baseline, baseline_steps),
             nested=nested,
             request=request,
         )

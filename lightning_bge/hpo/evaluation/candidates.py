@@ -135,8 +135,10 @@ class CandidateScorer:
             for place, stage in enumerate(self.stages):
                 if end - self.steps.per_fold < stage <= min(end, candidate.last_step):
                     scored = [*done, self._scored(fold, stage)]
-                    found.in_bag[place] = np.mean([one.compared for one in scored], axis=0)
+                    found.in_bag[place] = _mean_of_known(np.array([one.compared for one in scored]))
                     found.out_of_bag[place] = self._out_of_bag(scored)
+            if candidate.last_step < end:
+                break
             done.append(self._scored(fold, end))
         return found
 
@@ -181,7 +183,7 @@ class CandidateScorer:
 
     def _scored(self, fold: _Fold, stage: int) -> _Scored:
         """The scored epoch of each resample, at a step of the fold."""
-        places = [place for place, step in enumerate(fold.steps) if self._counts_at(step, stage)]
+        places = self._places(fold.steps, stage)
         values = np.stack([fold.compared[place] for place in places])
         best = self._chosen(values)
         compared = np.take_along_axis(values, best[None], axis=0)[0]
@@ -207,9 +209,14 @@ class CandidateScorer:
         found: np.ndarray = sum_of(decided).metric(self.target.metric, self.target.task)[0]
         return found
 
-    def _counts_at(self, step: int, stage: int) -> bool:
-        """Whether a validation counts for the value at a stage: whole epochs until then, and the stage itself."""
-        return step <= stage and (step % self.steps.per_epoch == 0 or step == stage)
+    def _places(self, steps: Sequence[int], stage: int) -> list[int]:
+        """The validations that count for the value at a step: whole epochs until then, and the one made at that step.
+
+        Where an epoch has fewer batches than parts, one validation counts for several steps, the last of which it has.
+        """
+        places = [place for place, step in enumerate(steps) if step <= stage and step % self.steps.per_epoch == 0]
+        now = next((place for place, step in enumerate(steps) if step >= stage), None)
+        return places if now is None or now in places else [*places, now]
 
     def _chosen(self, values: np.ndarray) -> np.ndarray:
         """The place of the scored epoch on each resample, [B]."""

@@ -89,13 +89,14 @@ class Counts:
         return Counts(*(each * chosen for each in vars(self).values()))
 
     def metric(self, name: str, task: Task) -> np.ndarray:
-        """F1, accuracy, precision or recall at each threshold, [K, B]: the mean over the classes."""
+        """F1, accuracy, precision or recall at each threshold, [K, B]: the mean over the classes; NaN without a row."""
+        rows = np.where(self.rows > 0, self.rows, np.nan)
         if name == "accuracy":
             if task == "multiclass":
-                return self.hits.sum(0) / np.maximum(self.rows, 1)
-            return (1 - (self.yes + self.positive - 2 * self.hits) / np.maximum(self.rows, 1)).mean(0)
+                return self.hits.sum(0) / rows
+            return (1 - (self.yes + self.positive - 2 * self.hits) / rows).mean(0)
         base = {"f1": (self.yes + self.positive) / 2, "precision": self.yes, "recall": self.positive}[name]
-        found: np.ndarray = (self.hits / np.where(base > 0, base, 1)).mean(0)
+        found: np.ndarray = np.where(self.rows > 0, (self.hits / np.where(base > 0, base, 1)).mean(0), np.nan)
         return found
 
     def best(self, name: str, task: Task) -> np.ndarray:

@@ -133,7 +133,8 @@ def estimate(contest: Contest, n_resamples: int = N_RESAMPLES, seed: int = SEED)
             in_bag[place, -1], out_of_bag[place, -1] = _over_seeds(seeds, seed + place)
             last_stage[place] += 1
     chosen = select(in_bag, out_of_bag, last_stage, target.sign)
-    against = {"runner_up": chosen.runner_up, "majority": _majority(scorer)}
+    outputs = contest.candidates[0].load()[0].logits.shape[1]
+    against = {"runner_up": chosen.runner_up, "majority": _majority(scorer, outputs)}
     if contest.configured is not None:
         candidate, steps = contest.configured
         alone = replace(scorer, steps=steps, stages=[steps.total]).score(candidate)
@@ -156,15 +157,14 @@ def _over_seeds(seeds: Sequence[ResampledScores], seed: int) -> tuple[np.ndarray
     return in_bag.mean(0), np.take_along_axis(out_of_bag, drawn, axis=0).mean(0)
 
 
-def _majority(scorer: CandidateScorer) -> np.ndarray:
+def _majority(scorer: CandidateScorer, outputs: int) -> np.ndarray:
     """Out-of-bag values of the constant prediction that is best in-bag, [B]: one class, yes, no, or the mean."""
     rows, target = scorer.rows, scorer.target
     if target.task == "regression":
         constants = np.array([[rows.labels.mean()]])
     elif target.task == "multiclass":
-        constants = np.eye(int(rows.labels.max()) + 1) * 20
+        constants = np.eye(outputs) * 20
     else:
-        outputs = 1 if rows.labels.ndim == 1 else rows.labels.shape[1]
         constants = np.array([[-20.0], [20.0]]).repeat(outputs, axis=1)
     steps = Steps(len(rows.of_fold), 1)
     alone = replace(scorer, steps=steps, stages=[steps.total], target=replace(target, tuned=False))

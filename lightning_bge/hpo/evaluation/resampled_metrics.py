@@ -76,7 +76,9 @@ def _average_precision(score: np.ndarray, labels: np.ndarray, weights: np.ndarra
 
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return (weights * values).sum(0, dtype=np.float64) / weights.sum(0, dtype=np.float64)
+    total = weights.sum(0, dtype=np.float64)
+    found: np.ndarray = (weights * values).sum(0, dtype=np.float64) / np.where(total > 0, total, np.nan)
+    return found
 
 
 def _column(values: np.ndarray) -> np.ndarray:
@@ -87,7 +89,8 @@ def _pearson(score: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.n
     x, y = _column(score), _column(labels)
     x, y = x - _mean(x, weights), y - _mean(y, weights)
     spread = _mean(x * x, weights) * _mean(y * y, weights)
-    return np.where(spread > 0, _mean(x * y, weights) / np.sqrt(np.where(spread > 0, spread, 1)), 0.0)
+    found = np.where(spread > 0, _mean(x * y, weights) / np.sqrt(np.where(spread > 0, spread, 1)), 0.0)
+    return np.where(np.isnan(spread), np.nan, found)  # no row was drawn
 
 
 def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -130,7 +133,8 @@ def _by_group(
     metric: str, score: np.ndarray, labels: np.ndarray, weights: np.ndarray, groups: np.ndarray
 ) -> np.ndarray:
     """Mean over the groups that have a positive row; a group that was drawn twice counts twice."""
-    order = np.lexsort((-score, groups))
+    ties = np.random.default_rng(0).permutation(len(score))  # else a file's order would rank rows of equal scores
+    order = np.lexsort((ties, -score, groups))
     _, starts, place = np.unique(groups[order], return_index=True, return_inverse=True)
     hit = (labels[order] > 0.5).astype(np.float64)
     rank = np.arange(len(order)) - starts[place] + 1

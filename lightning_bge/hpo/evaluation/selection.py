@@ -50,9 +50,10 @@ def select(in_bag: np.ndarray, out_of_bag: np.ndarray, last_stage: np.ndarray, s
                 shift = column[newcomers, stage] - column[leavers, stage]
                 for number, slope in enumerate(slopes):
                     column[leavers, stage + 1 + number] += slope[place] * shift
-    order = np.where(np.isfinite(in_bag[:, -1]), in_bag[:, -1], -np.inf)
-    order = np.argsort(-order, axis=0, kind="stable")
-    best = [np.take_along_axis(out_of_bag[:, -1], order[place : place + 1], axis=0) for place in (0, 1)]
+    known = np.isfinite(in_bag[:, -1])
+    order = np.argsort(-np.where(known, in_bag[:, -1], -np.inf), axis=0, kind="stable")
+    values = np.where(known, out_of_bag[:, -1], np.nan)  # where no parameter set has a value, there is no winner
+    best = [np.take_along_axis(values, order[place : place + 1], axis=0) for place in (0, 1)]
     winner, second = (sign * each[0] if len(each) else np.full(in_bag.shape[2], np.nan) for each in best)
     return Selection(winner, second)
 
@@ -70,8 +71,9 @@ def _changes(values: np.ndarray, here: np.ndarray, further: np.ndarray) -> tuple
 
 def _slope(earlier: np.ndarray, later: np.ndarray) -> float:
     """How later values follow those of a stage, [T, B] each: between the resamples of one parameter set."""
-    known = np.isfinite(later).all(axis=1) & np.isfinite(earlier).all(axis=1)
-    x, y = earlier[known], later[known]
-    x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
+    known = np.isfinite(earlier) & np.isfinite(later)
+    count = np.maximum(known.sum(axis=1, keepdims=True), 1)
+    x, y = (np.where(known, values, 0) for values in (earlier, later))
+    x, y = (np.where(known, values - values.sum(axis=1, keepdims=True) / count, 0) for values in (x, y))
     spread = float((x * x).sum())
     return float((x * y).sum()) / spread if spread > 0 else 0.0

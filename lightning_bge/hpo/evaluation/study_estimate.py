@@ -65,6 +65,7 @@ def estimate_study(
     target: Target,
     rows: ValidationRows,
     *,
+    winner: FrozenTrial,
     replicates: dict[int, Sequence[FrozenTrial]],
     replicates_kept: Kept,
     configured: tuple[FrozenTrial, Kept] | None = None,
@@ -76,24 +77,26 @@ def estimate_study(
         kept: the validations of its trials.
         target: what its trials are compared by.
         rows: that they were validated on.
-        replicates: number of a parameter set -> its seed replicates, all complete.
+        winner: the trial that was selected.
+        replicates: number of a trial -> its seed replicates, all complete.
         replicates_kept: the validations of these.
         configured: the trial of the options without a search, and where its validations are kept.
 
     Returns:
         `Estimate.as_dict()` with `n_left_out`, the parameter sets whose predictions are not kept; {"n_left_out"} alone
-        where those of no complete one are.
+        where those of the winner are not.
     """
     compared = selected_from(study)
     candidates = [found for trial in compared if (found := kept.candidate(trial)) is not None]
     left_out = len(compared) - len(candidates)
-    if not any(one.last_step == kept.steps.total for one in candidates):
+    if parameter_set_of(winner) not in {one.number for one in candidates}:
         return {"n_left_out": left_out}
+    by_number = {trial.number: parameter_set_of(trial) for trial in compared}
     seeds: dict[int, Sequence[Candidate]] = {}
     for number, trials in replicates.items():
         each = [one for trial in trials if (one := replicates_kept.candidate(trial)) is not None]
         if len(each) == len(trials):
-            seeds[number] = each
+            seeds[by_number[number]] = each
     alone = None if configured is None else configured[1].candidate(configured[0])
     contest = Contest(
         target=target,

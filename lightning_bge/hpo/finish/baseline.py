@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -18,6 +21,7 @@ from lightning_bge.hpo.trials import is_to_be_continued
 from lightning_bge.runtime.compat.optuna import storage_of
 from lightning_bge.runtime.stop import StopRequest
 
+CONFIGURED = "configured"  # user attribute of its trial: the configured values
 FOLDER = "baseline"  # of its checkpoints and predictions, beside those of the study
 
 
@@ -26,9 +30,10 @@ class BaselineQueue(TrialQueue):
 
     Args:
         studies: of the study that is compared with it.
+        configured: the values of what is searched, and the epochs: with others a new trial is needed.
     """
 
-    def __init__(self, studies: StudyQueue) -> None:
+    def __init__(self, studies: StudyQueue, configured: Mapping[str, Any]) -> None:
         study = optuna.create_study(
             storage=storage_of(studies.study),
             study_name=f"{studies.study.study_name}{BASELINE}",
@@ -39,27 +44,38 @@ class BaselineQueue(TrialQueue):
         )
         checkpoints = studies.checkpoints / FOLDER
         super().__init__(study, studies.worker, studies.config, studies.run_dir, checkpoints)
+        self.configured = json.loads(json.dumps(configured, default=str))
 
     def begin(self, tries: Tries) -> optuna.Trial | None:
         """Begin the trial, or continue it where its process died."""
-        if not tries.by_set:
-            return self.start(create_trial(state=TrialState.WAITING), {})
-        [made] = tries.by_set.values()
-        return self.retry(made[-1]) if is_to_be_continued(made) else None
+        found = [made for made in tries.by_set.values() if self.is_present(made[-1])]
+        if not found:
+            return self.start(create_trial(state=TrialState.WAITING), {CONFIGURED: self.configured})
+        return self.retry(found[-1][-1]) if is_to_be_continued(found[-1]) else None
+
+    def is_present(self, trial: FrozenTrial) -> bool:
+        """Whether a trial was made with what is configured now."""
+        return trial.user_attrs.get(CONFIGURED) == self.configured
 
     def check_failures(self, tries: Tries) -> None:
         """A baseline that fails is one without a value: the summary says so."""
 
 
 def run_baseline(
-    studies: StudyQueue, objective: Objective, *, epochs: int, metric: str, until: float, request: StopRequest
+    studies: StudyQueue,
+    objective: Objective,
+    *,
+    configured: Mapping[str, Any],
+    metric: str,
+    until: float,
+    request: StopRequest,
 ) -> FrozenTrial | None:
     """Train the configured options once, on the folds of a study that has ended; several processes may call this.
 
     Args:
         studies: of the study.
         objective: of the study.
-        epochs: of each fold.
+        configured: the values of what is searched, and `trainer.max_epochs` of each fold, by their dotted names.
         metric: its name.
         until: `time.monotonic()` after which it does not begin.
         request: whether to stop.
@@ -69,7 +85,7 @@ def run_baseline(
     """
     if not studies.config.baseline or not studies.is_finished() or not ranked(studies.study):
         return None
-    queue = BaselineQueue(studies)
+    queue, epochs = BaselineQueue(studies, configured), configured["trainer.max_epochs"]
     steps, files = replace(objective.steps, epochs=epochs), objective.files.within(FOLDER)
     train = replace(
         objective,
@@ -87,4 +103,5 @@ def run_baseline(
 
     run_trials(queue, train, until=until, request=request, report=report)
     complete = queue.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return complete[-1] if complete else None
+    found = [trial for trial in complete if queue.is_present(trial)]
+    return found[-1] if found else None

@@ -55,6 +55,8 @@ from lightning_bge.runtime.run_folder import read_json, write_json, write_text
 from lightning_bge.runtime.stop import StopRequest
 from lightning_bge.types import Schema, Task
 
+EXPORTED = ("model_dir", "refit", "ensemble", "test")  # of the summary: what the refit has given
+
 
 def finish_study(
     study: optuna.Study,
@@ -95,8 +97,9 @@ def finish_study(
     write_text(run_dir / "trials.csv", trials_table(study))
     setup = build(best.params)
     key = _key(study, best, config, setup.datamodule.test_file, replicates)
-    key["baseline"] = None if baseline is None else score_of(baseline[0])
-    if (known := _known_summary(run_dir, key, nested)) is not None:
+    baseline_score = None if baseline is None else score_of(baseline[0])
+    known = _known_summary(run_dir, key, nested)
+    if known is not None and known["baseline"] == baseline_score:
         return known
     schema = setup.datamodule.schema
     assert schema is not None
@@ -108,12 +111,15 @@ def finish_study(
     schema = replace(schema, threshold=oof.threshold)
     write_predictions(run_dir / "oof.csv", schema, oof.predictions, {"fold": oof.fold.tolist()})
     write_text(run_dir / "best.yaml", _best_yaml(setup, best, run_dir))
-    summary = _summary(study, best, monitor, schema, oof) | key | {"nested": nested}
-    summary["estimate"] = _estimate(study, run_dir, monitor, schema.task, oof, replicates, baseline)
+    summary = _summary(study, best, monitor, schema, oof) | key | {"nested": nested, "baseline": baseline_score}
     summary["calibration"] = None if calibration is None else calibration.as_dict()
-    if config.refit:
+    if known is not None:  # the same model: its test file was scored
+        summary |= {name: known[name] for name in (*EXPORTED, "nested") if name in known}
+    elif config.refit:
         winner = Winner(trial=best, build=build, epochs=epochs, schema=schema, temperature=temperature, request=request)
         summary |= export_ensemble(winner, run_dir) if config.ensemble else refit(winner, config, run_dir)
+    # last: the model is exported by then, whatever the estimate of a large study takes
+    summary["estimate"] = _estimate(study, run_dir, monitor, schema.task, oof, replicates, baseline, best)
     write_json(run_dir / "summary.json", summary)
     return summary
 
@@ -155,6 +161,7 @@ def _estimate(
     oof: OutOfFold,
     replicates: SeedReplicates | None,
     baseline: tuple[FrozenTrial, Steps] | None,
+    winner: FrozenTrial,
 ) -> dict[str, Any] | None:
     """What the rows say about the winner that did not choose it (`evaluation.estimate`); None for the loss."""
     if monitor.metric == "loss":
@@ -167,6 +174,7 @@ def _estimate(
         Kept(folder, steps),
         Target(task, str(monitor.metric), monitor.tuned, monitor.objective),
         ValidationRows(labels.numpy(), oof.fold.numpy(), None if groups is None else groups.numpy()),
+        winner=winner,
         replicates={} if replicates is None or replicates.missing else dict(replicates.complete),
         replicates_kept=Kept(folder / seed_replicates.FOLDER, steps),
         configured=None if baseline is None else (baseline[0], Kept(folder / baselines.FOLDER, baseline[1])),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import optuna
@@ -10,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_bge.hpo.ranking import sign_of
+from lightning_bge.hpo.ranking import score_of, sign_of
 from lightning_bge.hpo.steps import Report
 from lightning_bge.hpo.trials import latest_trials
 from lightning_bge.runtime.run_folder import create_run_dir, write_atomically
@@ -74,14 +76,21 @@ def limit_predictions(folder: Path, study: optuna.Study, limit: int) -> None:
         study: whose parameter sets they are.
         limit: bytes.
     """
-    sizes = {int(path.stem): path.stat().st_size for path in folder.glob(f"*{SUFFIX}") if path.stem.isdecimal()}
+    sizes: dict[int, int] = {}
+    for path in folder.glob(f"*{SUFFIX}"):
+        with suppress(FileNotFoundError):  # another process may delete it
+            if path.stem.isdecimal():
+                sizes[int(path.stem)] = path.stat().st_size
     total, sign = sum(sizes.values()), sign_of(study)
     if total <= limit:
         return
-    rank = {}
+    rank: dict[int, tuple[float, float]] = {}
     for number, trial in latest_trials(study.get_trials(deepcopy=False)).items():
-        values = trial.intermediate_values
-        rank[number] = (len(values), sign * values[max(values)]) if values else (0, 0.0)
+        values, score = trial.intermediate_values, score_of(trial)
+        if score is not None:
+            rank[number] = (math.inf, sign * score)
+        elif values:
+            rank[number] = (len(values), sign * values[max(values)])
     for number in sorted(sizes, key=lambda one: rank.get(one, (0, 0.0))):
         if total <= limit:
             return

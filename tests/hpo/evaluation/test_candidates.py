@@ -10,13 +10,15 @@ import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
+from safetensors.torch import save_file
 
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.evaluation.candidates import Candidate, CandidateScorer, Target, Validation
 from lightning_bge.hpo.evaluation.resampling import Resamples, ValidationRows
-from lightning_bge.hpo.evaluation.study_estimate import Kept, selected_from
+from lightning_bge.hpo.evaluation.study_estimate import Kept, estimate_study, selected_from
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.trial.kept_predictions import kept_file
 from lightning_bge.hpo.trial.out_of_fold import load_predictions, predictions_file
 from lightning_bge.models.metrics import MonitorConfig, Predictions, tuned_metrics
 from lightning_bge.types import Schema
@@ -120,3 +122,70 @@ def test_which_trials_were_compared() -> None:
         value = 0.5 if state == TrialState.COMPLETE else None
         study.add_trial(optuna.trial.create_trial(state=state, value=value, user_attrs=known))
     assert [trial.number for trial in selected_from(study)] == [0, 5]
+
+
+def test_a_trial_that_ended_within_the_first_epoch() -> None:
+    rows = ValidationRows(np.array([0.0, 1.0, 0.0, 1.0], np.float32), np.array([0, 0, 1, 1]))
+    steps = Steps(2, 2, per_epoch=2)
+    scorer = CandidateScorer(Target("binary", "accuracy"), rows, everything(4), steps, [1, steps.total])
+    found = scorer.score(Candidate(0, 1, lambda: [Validation(1, np.array([[-1.0], [1.0]], np.float32))]))
+    assert found.in_bag[0, 0] == 1
+    assert np.isnan(found.in_bag[1, 0])
+
+
+def test_one_validation_that_counts_for_several_steps() -> None:
+    rows = ValidationRows(np.array([0.0, 1.0], np.float32), np.array([0, 0]))
+    scorer = CandidateScorer(Target("binary", "accuracy"), rows, everything(2), Steps(1, 2, per_epoch=3), [1, 2, 3])
+    right, wrong = np.array([[-1.0], [1.0]], np.float32), np.array([[1.0], [-1.0]], np.float32)
+    # two batches an epoch: the first validation has step 1, the second steps 2 and 3
+    found = scorer.score(Candidate(0, 3, lambda: [Validation(1, wrong), Validation(3, right)]))
+    assert found.in_bag[:, 0].tolist() == [0, 1, 1]
+
+
+def test_seed_replicates_of_a_trial_that_resumed_another_belong_to_its_parameter_set(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    labels = (random.random(200) < 0.5).astype(np.float32)
+    rows, steps = ValidationRows(labels, np.arange(200) % 2), Steps(2, 1)
+    study, replicates = (optuna.create_study(direction="maximize") for _ in range(2))
+    for folder in ("p", "r"):
+        (tmp_path / folder).mkdir()
+
+    def add(to: optuna.Study, folder: str, number: int, quality: float, state: TrialState, **known: Any) -> None:
+        content = {
+            str(fold + 1): torch.from_numpy(
+                (quality * (2 * labels[mine] - 1) + random.normal(size=len(mine))).astype(np.float32)[:, None]
+            )
+            for fold, mine in enumerate(rows.of_fold)
+        }
+        save_file(content, kept_file(tmp_path / folder, number))
+        curve = [[[step, 0.5, 1, 1, 1, 1]] for step in (1, 2)]
+        value = quality if state == TrialState.COMPLETE else None
+        to.add_trial(optuna.trial.create_trial(state=state, value=value, user_attrs={"curve": curve, **known}))
+
+    add(study, "p", 0, 0.1, TrialState.COMPLETE)
+    add(study, "p", 1, 2.0, TrialState.PRUNED, pruned_at=1, paused_at=1)
+    add(study, "p", 1, 2.0, TrialState.COMPLETE, parameter_set=1, resumes=1)
+    for number, quality in enumerate((0.1, 2.0)):
+        add(replicates, "r", number, quality, TrialState.COMPLETE)
+    found = estimate_study(
+        study,
+        Kept(tmp_path / "p", steps),
+        Target("binary", "accuracy"),
+        rows,
+        winner=study.trials[2],
+        replicates={0: [replicates.trials[0]], 2: [replicates.trials[1]]},
+        replicates_kept=Kept(tmp_path / "r", steps),
+    )
+    assert found["corrected"]["value"] > 0.9
+    assert (found["n_parameter_sets"], found["n_left_out"]) == (2, 0)
+    kept_file(tmp_path / "p", 1).unlink()
+    lost = estimate_study(
+        study,
+        Kept(tmp_path / "p", steps),
+        Target("binary", "accuracy"),
+        rows,
+        winner=study.trials[2],
+        replicates={},
+        replicates_kept=Kept(tmp_path / "r", steps),
+    )
+    assert lost == {"n_left_out": 1}

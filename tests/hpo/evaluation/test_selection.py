@@ -62,3 +62,17 @@ def test_selected_values_of_equal_parameter_sets_are_right_although_most_were_pr
         errors.append(select(inside, outside, last, 1.0).winner.mean())
     kept = np.mean(errors)
     assert abs(kept) < 0.003  # the score of the selected one is 0.014 too high
+
+
+def test_a_resample_on_which_nothing_has_a_value_has_no_winner() -> None:
+    in_bag = np.array([[[np.nan, 0.5]], [[np.nan, 0.7]]])
+    found = select(in_bag, np.array([[[0.1, 0.2]], [[0.3, 0.4]]]), np.zeros(2, dtype=int), 1.0)
+    assert np.isnan(found.winner[0])
+    assert (found.winner[1], found.runner_up[1]) == (0.4, 0.2)
+
+
+def test_a_missing_value_on_one_resample_does_not_switch_the_shift_off() -> None:
+    nan = np.nan
+    in_bag = np.array([[[0.5, 0.6, nan], [1.0, 1.2, 1.1]], [[0.7, 0.1, 0.1], [nan, nan, nan]]])
+    found = select(in_bag, in_bag, np.array([1, 0]), 1.0)
+    assert found.winner[0] == pytest.approx(1.0 + 2 * 0.2)
