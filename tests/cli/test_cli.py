@@ -115,6 +115,27 @@ def test_predictions_beyond_the_limit_are_left_out_and_that_is_said(
     assert json.loads((tmp_path / "study" / "summary.json").read_text())["estimate"] == {"n_left_out": 3}
 
 
+def test_another_configured_value_gives_another_baseline_and_the_same_model(
+    run: Run, search: list[str], sample: Path, tmp_path: Path
+) -> None:
+    search = [*search, "--data.test_file", str(sample / "test.csv")]
+    weights, summaries = tmp_path / "study" / "model" / "model.safetensors", []
+    for rate, trained in (("1e-5", True), ("1e-5", False), ("0.05", True)):
+        status, out, err = run(*search, "--model.optimizer.lr", rate)
+        assert status == 0, err
+        assert ("configured hyperparameters, without a search" in out) is trained
+        summaries.append(
+            json.loads((tmp_path / "study" / "summary.json").read_text()) | {"at": weights.stat().st_mtime}
+        )
+    first, same, other = summaries
+    assert same == first
+    assert other["baseline"] != first["baseline"]
+    assert other["estimate"]["differences"]["configured"] != first["estimate"]["differences"]["configured"]
+    assert other["estimate"]["corrected"] == first["estimate"]["corrected"]
+    for name in ("test", "refit", "model_dir", "at"):  # nothing was refitted, and the test file was not scored again
+        assert other[name] == first[name]
+
+
 def test_the_same_command_again_runs_only_what_is_missing(run: Run, search: list[str], tmp_path: Path) -> None:
     study = tmp_path / "study"
     search = [*search, "--hpo.pruner.name", "hyperband"]  # `asha` may resume one of the first
