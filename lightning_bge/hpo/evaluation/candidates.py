@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -14,6 +14,8 @@ from lightning_bge.hpo.evaluation.resampling import Resamples, ValidationRows
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.models.metrics import DECISION_METRICS, LOWER_IS_BETTER
 from lightning_bge.types import Task
+
+MAX_CELLS = 2**20  # outputs x thresholds x resamples that are counted at once: some MiB for each validation of a trial
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,22 @@ class CandidateScorer:
     stages: Sequence[int]
 
     def score(self, candidate: Candidate) -> ResampledScores:
-        """Score one parameter set at all stages that it has reached."""
+        """Score one parameter set at all stages that it has reached, on so many resamples at once as memory allows."""
         validations = candidate.load()
         decider = self._decider(validations)
+        width = validations[0].logits.shape[1] * (1 if decider is None else len(decider.thresholds))
+        parts = [
+            replace(self, resamples=part)._score(candidate, validations, decider)
+            for part in self.resamples.split(max(1, MAX_CELLS // width))
+        ]
+        return ResampledScores(
+            np.concatenate([part.in_bag for part in parts], axis=1),
+            np.concatenate([part.out_of_bag for part in parts], axis=1),
+        )
+
+    def _score(
+        self, candidate: Candidate, validations: Sequence[Validation], decider: Decider | None
+    ) -> ResampledScores:
         shape = (len(self.stages), self.resamples.in_bag.shape[1])
         found = ResampledScores(np.full(shape, np.nan), np.full(shape, np.nan))
         done: list[_Scored] = []

@@ -72,6 +72,11 @@ class Resamples:
             in_bag[fold] = drawn.T[units] > 0
         return cls(in_bag, 1 - in_bag)
 
+    def split(self, size: int) -> list["Resamples"]:
+        """The same resamples, at most so many in each part."""
+        starts = range(0, self.in_bag.shape[1], size)
+        return [Resamples(self.in_bag[:, at : at + size], self.out_of_bag[:, at : at + size]) for at in starts]
+
 
 def sum_by(place: np.ndarray, count: int, weights: np.ndarray) -> np.ndarray:
     """Sums of the rows of a matrix that have the same place.

@@ -108,6 +108,23 @@ def test_out_of_bag_rows_choose_neither_epoch_nor_threshold() -> None:
     assert scores[0].out_of_bag == pytest.approx(1 - scores[1].out_of_bag)
 
 
+@pytest.mark.parametrize(("metric", "tuned"), [("f1", True), ("accuracy", False), ("average_precision", False)])
+def test_many_outputs_are_counted_on_some_resamples_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, metric: str, tuned: bool
+) -> None:
+    random = np.random.default_rng(0)
+    labels = (random.random((60, 4)) < 0.4).astype(np.float32)
+    rows = ValidationRows(labels, np.arange(60) % 2)
+    validations = [Validation(step, random.normal(size=(30, 4)).astype(np.float32)) for step in (1, 2, 3, 4)]
+    resamples, steps = Resamples.draw(rows, 25, 0), Steps(2, 2)
+    scorer = CandidateScorer(Target("multilabel", metric, tuned), rows, resamples, steps, [1, 4])
+    whole = scorer.score(Candidate(0, 4, lambda: validations))
+    monkeypatch.setattr("lightning_bge.hpo.evaluation.candidates.MAX_CELLS", 3000)
+    parts = scorer.score(Candidate(0, 4, lambda: validations))
+    assert np.array_equal(whole.in_bag, parts.in_bag)
+    assert np.array_equal(whole.out_of_bag, parts.out_of_bag)
+
+
 def test_which_trials_were_compared() -> None:
     study = optuna.create_study(direction="maximize")
     ends = [
