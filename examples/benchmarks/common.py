@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -338,6 +338,11 @@ def write_record(path: str, benchmark: str, given: Namespace, result: dict[str, 
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_json(Path(path), json.loads(json.dumps(content, default=str)))
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Options by their dotted names as arguments of the command line."""
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 
 def hardware() -> dict[str, Any]:

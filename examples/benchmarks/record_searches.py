@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from common import versions
+from common import flags, versions
 
 from lightning_bge.cli import main as cli
 from lightning_bge.hpo.forecast.recording import record_study
@@ -120,8 +120,7 @@ def search(name: str, chosen: argparse.Namespace, **more: Any) -> optuna.Study:
         **SEARCHES[name],
         **more,
     }
-    flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    sys.argv = ["lightning-bge", "hpo", *flags]  # what the run folder records
+    sys.argv = ["lightning-bge", "hpo", *flags(settings)]  # what the run folder records
     cli.main()
     return optuna.load_study(study_name=run_dir.name, storage=open_storage(run_dir / "journal.log"))
 

@@ -19,19 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import git_commit, hardware, markdown_table, versions
+import record_searches
+from common import flags, git_commit, hardware, markdown_table, versions
 
 from lightning_bge.cli import main as cli
 from lightning_bge.runtime.run_folder import write_json, write_text
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks"
-SPACE = """{
-    model.optimizer.lr: {low: 1.0e-6, high: 1.0e-3, log: true},
-    model.optimizer.weight_decay: {low: 1.0e-4, high: 0.3, log: true},
-    model.schedule.warmup: {low: 0.0, high: 0.3},
-    model.dropout: {choices: [0.0, 0.1, 0.2, 0.3]},
-    data.batch_size: {choices: [16, 32]}
-}"""
+SPACE = record_searches.SPACE.replace("high: 3.0e-3", "high: 1.0e-3")
 FOLDS, EPOCHS = 3, 3
 ROWS = {"trecqa": 600, "sick": 1000}  # that train
 PER_QUESTION, ANSWERS = 8, 4  # rows of a question of TREC QA at most, and answers among them
@@ -110,7 +105,7 @@ def search(name: str, seed: int, chosen: argparse.Namespace) -> dict[str, Any]:
         **split(name, chosen.data, folder, seed, ROWS[name]),
         **SEARCHES[name],
     }
-    cli.main(["hpo", *(part for key, value in given.items() for part in (f"--{key}", str(value)))])
+    cli.main(["hpo", *flags(given)])
     summary = json.loads((folder / "study" / "summary.json").read_text())
     with (folder / "study" / "test.csv").open(newline="", encoding="utf-8") as file:
         n_test = sum(1 for _ in csv.DictReader(file))

@@ -25,8 +25,8 @@ from scipy.stats import norm
 from lightning_bge.hpo.evaluation.candidates import Candidate, CandidateScorer, Target, Validation
 from lightning_bge.hpo.evaluation.estimate import Contest, estimate
 from lightning_bge.hpo.evaluation.resampling import Resamples, ValidationRows
+from lightning_bge.hpo.forecast.simulator import Durations, simulate_asha
 from lightning_bge.hpo.pruning.config import PrunerConfig, rungs
-from lightning_bge.hpo.pruning.halving import Halving
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.models.metrics import best_threshold
 from lightning_bge.runtime.run_folder import write_json, write_text
@@ -138,22 +138,13 @@ def study(scenario: Scenario, seed: int) -> tuple[ValidationRows, Steps, np.ndar
 
 def prune(values: np.ndarray, n_rungs: int) -> np.ndarray:
     """The last stage that each trial reaches with the product's successive halving, from its values at all stages."""
-    config = PrunerConfig()
-    halving = Halving(n_rungs, config.reduction_factor)
-    last, started = np.zeros(len(values), dtype=int), 0
-    while True:
-        number, stage = halving.next_resumed(nothing_else=started == len(values)), 0
-        if number is not None:
-            stage = halving.resume(number) + 1
-        elif started < len(values):
-            number, started = started, started + 1
-        else:
-            return last
-        last[number] = stage
-        if stage == n_rungs:
-            halving.complete()
-        else:
-            halving.add(number, stage, float(values[number, stage]), paused=True)
+    count, steps = len(values), n_rungs + 1  # each stage is a step
+    durations = Durations(
+        np.zeros(count), np.ones((count, steps)), np.zeros((count, n_rungs)), np.zeros((count, n_rungs))
+    )
+    reduction_factor = PrunerConfig().reduction_factor
+    found = simulate_asha(range(1, steps), reduction_factor, count, values, durations, workers=1)
+    return np.array(found.steps) - 1
 
 
 def repetition(scenario: Scenario, seed: int, n_resamples: int) -> dict[str, float]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
-from common import git_commit, hardware, markdown_table, versions
+from common import flags, git_commit, hardware, markdown_table, versions
 from scipy import stats
 
 from lightning_bge.cli import main as cli
@@ -76,7 +76,7 @@ def search(folder: Path, name: str, **options: Any) -> dict[str, Any]:
         "hpo.baseline": "false",
         **options,
     }
-    cli.main(["hpo", *(part for key, value in given.items() for part in (f"--{key}", str(value)))])
+    cli.main(["hpo", *flags(given)])
     found: dict[str, Any] = json.loads((folder / name / "summary.json").read_text())
     return found
 

@@ -138,6 +138,15 @@ def scores(task: Task, logits: Tensor) -> Tensor:
     return logits.squeeze(-1)
 
 
+def constant_logits(task: Task, outputs: int, mean: float) -> Tensor:
+    """The constant predictions: no and yes, each class, or (regression) the mean of the labels; [K, outputs]."""
+    if task == "regression":
+        return torch.full((1, outputs), mean)
+    if task == "multiclass":
+        return torch.eye(outputs) * 20
+    return torch.tensor([[-20.0], [20.0]]).expand(2, outputs)
+
+
 def compute_metrics(schema: Schema, predictions: Predictions, per_class: bool = False) -> dict[str, float]:
     """All metrics of the task. Multi-class and multi-label figures are macro averages over the classes.
 
@@ -307,13 +316,17 @@ def best_threshold(score: np.ndarray, labels: np.ndarray, metric: str = "f1") ->
     column = np.broadcast_to(np.arange(truth.shape[1]), truth.shape).ravel()[order]
     hit = truth.ravel()[order]
     quality = np.zeros(len(ranked) + 1)
-    for label in range(truth.shape[1]):
-        mine = column == label
-        hits, count = np.cumsum(hit * mine), np.cumsum(mine)
-        if metric == "accuracy":
-            quality[1:] += 2 * hits - count
+    if metric == "accuracy":
+        quality[1:] = 2 * np.cumsum(hit) - np.arange(1, len(hit) + 1)
+    else:  # each label's F1 changes at its own entries alone
+        own = np.argsort(column, kind="stable").reshape(truth.shape[1], -1)
+        hits, count = np.cumsum(hit[own], axis=1), np.arange(1, len(truth) + 1)
+        each = 2 * hits / (count + truth.sum(axis=0)[:, None])
+        if len(own) == 1:  # no sum, so that equal values stay equal
+            quality[1:] = each[0]
         else:
-            quality[1:] += 2 * hits / np.maximum(count + truth[:, label].sum(), 1)
+            quality[1:][own] = np.diff(each, axis=1, prepend=0)
+            quality = np.cumsum(quality)
     possible = np.append(edges[:-2] > edges[1:-1], True)  # rows of one score go together
     best = int(np.argmax(np.where(possible, quality, -np.inf)))
     middle = (edges[best] + edges[best + 1]) / 2

@@ -10,7 +10,7 @@ import numpy as np
 
 from lightning_bge.hpo.evaluation.decision_counts import Counts, Decider, count_decisions, cross_fitted, sum_of
 from lightning_bge.hpo.evaluation.resampled_metrics import resampled_metric
-from lightning_bge.hpo.evaluation.resampling import Resamples, ValidationRows
+from lightning_bge.hpo.evaluation.resampling import Resamples, ValidationRows, mean_of_known
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.models.metrics import DECISION_METRICS, LOWER_IS_BETTER
 from lightning_bge.types import Task
@@ -150,7 +150,7 @@ class CandidateScorer:
             for place, stage in enumerate(self.stages):
                 if end - self.steps.per_fold < stage <= min(end, candidate.last_step):
                     scored = [*done, self._scored(fold, stage)]
-                    found.in_bag[place] = _mean_of_known(np.array([one.compared for one in scored]))
+                    found.in_bag[place] = mean_of_known(np.array([one.compared for one in scored]))
                     found.out_of_bag[place] = self._out_of_bag(scored)
             if candidate.last_step < end:
                 break
@@ -214,7 +214,7 @@ class CandidateScorer:
     def _out_of_bag(self, folds: Sequence[_Scored]) -> np.ndarray:
         """The value on the rows that were not drawn: each fold's decided at the threshold of the other folds."""
         if folds[0].unseen is not None:
-            return _mean_of_known(np.array([one.unseen for one in folds]))
+            return mean_of_known(np.array([one.unseen for one in folds]))
         inside = [one.inside for one in folds if one.inside is not None]
         outside = [one.outside for one in folds if one.outside is not None]
         total, decided = sum_of(inside), []
@@ -240,10 +240,3 @@ class CandidateScorer:
         comparable = np.where(np.isfinite(values), self.target.sign * values, -np.inf)
         chosen: np.ndarray = comparable.argmax(axis=0)
         return chosen
-
-
-def _mean_of_known(values: np.ndarray) -> np.ndarray:
-    """Mean over the folds that have a value, [B]; NaN where none has."""
-    known = np.isfinite(values)
-    found: np.ndarray = np.where(known, values, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
-    return found

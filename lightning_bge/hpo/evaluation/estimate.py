@@ -16,6 +16,7 @@ from lightning_bge.hpo.evaluation.candidates import Candidate, CandidateScorer, 
 from lightning_bge.hpo.evaluation.resampling import Resamples, ValidationRows
 from lightning_bge.hpo.evaluation.selection import select
 from lightning_bge.hpo.steps import Steps
+from lightning_bge.models.metrics import constant_logits
 
 N_RESAMPLES = 400  # the error of a mean of so many is a twentieth of their standard deviation
 SEED = 0
@@ -160,12 +161,7 @@ def _over_seeds(seeds: Sequence[ResampledScores], seed: int) -> tuple[np.ndarray
 def _majority(scorer: CandidateScorer, outputs: int) -> np.ndarray:
     """Out-of-bag values of the constant prediction that is best in-bag, [B]: one class, yes, no, or the mean."""
     rows, target = scorer.rows, scorer.target
-    if target.task == "regression":
-        constants = np.array([[rows.labels.mean()]])
-    elif target.task == "multiclass":
-        constants = np.eye(outputs) * 20
-    else:
-        constants = np.array([[-20.0], [20.0]]).repeat(outputs, axis=1)
+    constants = constant_logits(target.task, outputs, float(rows.labels.mean())).numpy()
     steps = Steps(len(rows.of_fold), 1)
     alone = replace(scorer, steps=steps, stages=[steps.total], target=replace(target, tuned=False))
     found = []

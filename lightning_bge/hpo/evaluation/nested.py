@@ -15,7 +15,9 @@ import numpy as np
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.config import OUTER_FOLDS
 from lightning_bge.hpo.evaluation.decision_counts import Decider, count_decisions
+from lightning_bge.hpo.evaluation.estimate import Interval
 from lightning_bge.hpo.evaluation.resampled_metrics import resampled_metric
+from lightning_bge.hpo.evaluation.resampling import mean_of_known
 from lightning_bge.hpo.trial.outer_fold import OuterFold, load_outer_fold
 from lightning_bge.models.metrics import DECISION_METRICS, HAS_THRESHOLD, scores
 from lightning_bge.models.output.prediction_file import prediction_columns
@@ -24,7 +26,6 @@ from lightning_bge.types import Schema, Task
 
 POOLED = (*DECISION_METRICS, "loss", "mse", "mae")  # of the rows of all outer folds together
 RESAMPLES = 1000
-LEVEL = 0.95
 BLOCK = 2_000_000  # numbers of a block of resamples: 16 MB for each array of them
 
 
@@ -117,23 +118,14 @@ def nested_estimate(
         if metric in POOLED:
             return pooled.metric(task, metric, weights)
         each = np.split(weights, np.cumsum(sizes)[:-1])
-        return _mean([part.metric(task, metric, own) for part, own in zip(parts, each, strict=True)])
+        return mean_of_known(np.array([part.metric(task, metric, own) for part, own in zip(parts, each, strict=True)]))
 
     every = np.concatenate([overall(weights) for weights in _resamples(pooled, n_resamples, seed)])
-    found = every[np.isfinite(every)]  # a resample may lack a class
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(found, (tail, 1 - tail)).tolist() if len(found) else (math.nan, math.nan)
+    interval = Interval.of(every)  # a resample may lack a class
+    low, high = (math.nan, math.nan) if interval is None else (interval.low, interval.high)
     of_folds = [part.metric(task, metric, np.ones((size, 1))) for part, size in zip(parts, sizes, strict=True)]
     value = float(overall(np.ones((sum(sizes), 1)))[0])
     return NestedEstimate(value, low, high, tuple(float(one[0]) for one in of_folds))
-
-
-def _mean(values: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean over the outer folds in which the value is defined."""
-    every = np.stack(values)
-    known = np.isfinite(every)
-    found: np.ndarray = np.where(known, every, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
-    return found
 
 
 def _resamples(rows: _Rows, count: int, seed: int) -> Iterator[np.ndarray]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.special import expit, softmax
 
-from lightning_bge.hpo.evaluation.resampling import sum_by
+from lightning_bge.hpo.evaluation.resampling import mean_of_known, sum_by
 from lightning_bge.types import Task
 
 Column = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # score [N], labels [N], weights [N, B] -> [B]
@@ -43,9 +43,7 @@ def resampled_metric(
     else:
         score, truth = expit(logits), labels
     each = [COLUMNS[metric](score[:, column], truth[:, column], weights) for column in range(score.shape[1])]
-    found = np.array(each)
-    known = np.isfinite(found)
-    return np.where(known, found, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
+    return mean_of_known(np.array(each))
 
 
 def _places(score: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, int]:

@@ -78,6 +78,13 @@ class Resamples:
         return [Resamples(self.in_bag[:, at : at + size], self.out_of_bag[:, at : at + size]) for at in starts]
 
 
+def mean_of_known(values: np.ndarray) -> np.ndarray:
+    """The mean over the first axis of the values that are finite; NaN where none is."""
+    known = np.isfinite(values)
+    found: np.ndarray = np.where(known, values, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
+    return found
+
+
 def sum_by(place: np.ndarray, count: int, weights: np.ndarray) -> np.ndarray:
     """Sums of the rows of a matrix that have the same place.
 

@@ -11,21 +11,21 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_bge.hpo.config import BASELINE
+from lightning_bge.hpo.finish.end_queue import EndQueue
 from lightning_bge.hpo.ranking import ranked, score_of
 from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.scheduling.trial_loop import run_trials
-from lightning_bge.hpo.scheduling.trial_queue import TrialQueue, Tries
+from lightning_bge.hpo.scheduling.trial_queue import Tries
 from lightning_bge.hpo.space.search_space import Space
 from lightning_bge.hpo.trial.objective import Objective
 from lightning_bge.hpo.trials import is_to_be_continued
-from lightning_bge.runtime.compat.optuna import storage_of
 from lightning_bge.runtime.stop import StopRequest
 
 CONFIGURED = "configured"  # user attribute of its trial: the configured values
 FOLDER = "baseline"  # of its checkpoints and predictions, beside those of the study
 
 
-class BaselineQueue(TrialQueue):
+class BaselineQueue(EndQueue):
     """The one trial of the configured options; it has no parameters.
 
     Args:
@@ -34,16 +34,7 @@ class BaselineQueue(TrialQueue):
     """
 
     def __init__(self, studies: StudyQueue, configured: Mapping[str, Any]) -> None:
-        study = optuna.create_study(
-            storage=storage_of(studies.study),
-            study_name=f"{studies.study.study_name}{BASELINE}",
-            direction=studies.study.directions[0],
-            sampler=optuna.samplers.RandomSampler(),  # never used: there are no parameters
-            pruner=optuna.pruners.NopPruner(),
-            load_if_exists=True,
-        )
-        checkpoints = studies.checkpoints / FOLDER
-        super().__init__(study, studies.worker, studies.config, studies.run_dir, checkpoints)
+        super().__init__(studies, BASELINE, FOLDER)
         self.configured = json.loads(json.dumps(configured, default=str))
 
     def begin(self, tries: Tries) -> optuna.Trial | None:
@@ -56,9 +47,6 @@ class BaselineQueue(TrialQueue):
     def is_present(self, trial: FrozenTrial) -> bool:
         """Whether a trial was made with what is configured now."""
         return trial.user_attrs.get(CONFIGURED) == self.configured
-
-    def check_failures(self, tries: Tries) -> None:
-        """A baseline that fails is one without a value: the summary says so."""
 
 
 def run_baseline(

@@ -16,9 +16,9 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.finish.calibration import check_calibration, output_layer
 from lightning_bge.hpo.trial.objective import Build, StopOnRequest, TrialSetup
-from lightning_bge.hpo.trial.out_of_fold import HAS_THRESHOLD
 from lightning_bge.hpo.trial.outer_fold import save_if_outer_fold
 from lightning_bge.models.classifier import BGEClassifier
+from lightning_bge.models.metrics import HAS_THRESHOLD
 from lightning_bge.models.output.output_layer import divide_logits
 from lightning_bge.models.output.prediction_file import write_predictions
 from lightning_bge.runtime.memory import release

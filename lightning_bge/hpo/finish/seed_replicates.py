@@ -14,15 +14,15 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.hpo.config import BEST, SEED_REPLICATES
+from lightning_bge.hpo.finish.end_queue import EndQueue
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import best_parameter_sets, ranked, score_of, sign_of
 from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.scheduling.trial_loop import run_trials
-from lightning_bge.hpo.scheduling.trial_queue import TrialQueue, Tries
+from lightning_bge.hpo.scheduling.trial_queue import Tries
 from lightning_bge.hpo.trial.objective import Objective
 from lightning_bge.hpo.trials import is_to_be_continued
-from lightning_bge.runtime.compat.optuna import storage_of
 from lightning_bge.runtime.stop import StopRequest
 
 FOLDER = "seed_replicates"  # of their checkpoints and predictions, beside those of the study
@@ -128,7 +128,7 @@ def run_seed_replicates(
     return queue.result()
 
 
-class SeedReplicateQueue(TrialQueue):
+class SeedReplicateQueue(EndQueue):
     """The seed replicates of a study that are missing.
 
     Args:
@@ -137,16 +137,7 @@ class SeedReplicateQueue(TrialQueue):
     """
 
     def __init__(self, studies: StudyQueue, seeds: Sequence[int]) -> None:
-        replicates = optuna.create_study(
-            storage=storage_of(studies.study),
-            study_name=f"{studies.study.study_name}{SEED_REPLICATES}",
-            direction=studies.study.directions[0],
-            sampler=optuna.samplers.RandomSampler(),  # never used: all parameters are given
-            pruner=optuna.pruners.NopPruner(),
-            load_if_exists=True,
-        )
-        checkpoints = studies.checkpoints / FOLDER
-        super().__init__(replicates, studies.worker, studies.config, studies.run_dir, checkpoints)
+        super().__init__(studies, SEED_REPLICATES, FOLDER)
         self.replicated, self.seeds = studies.study, tuple(seeds)
 
     def best(self) -> list[FrozenTrial]:
@@ -168,9 +159,6 @@ class SeedReplicateQueue(TrialQueue):
             if is_to_be_continued(made):
                 return self.retry(made[-1])
         return None
-
-    def check_failures(self, tries: Tries) -> None:
-        """A seed replicate that fails counts as one without a value."""
 
     def complete(self) -> dict[int, list[FrozenTrial]]:
         """The seed replicates of each replicated trial all of whose replicates have a score, by its number."""

@@ -17,6 +17,7 @@ from lightning_bge.models.metrics import (
     Predictions,
     best_threshold,
     compute_metrics,
+    constant_logits,
     cross_fitted_decisions,
     scores,
 )
@@ -107,17 +108,10 @@ def judge_out_of_fold(path: Path, schema: Schema, metric: str, temperature: floa
 
 def majority_baseline(schema: Schema, predictions: Predictions, metric: str) -> float:
     """The best value of the metric among constant predictions: one class (or yes, or no) for all rows, or the mean."""
-    labels = predictions.labels
-    assert labels is not None
+    assert predictions.labels is not None
     shape = predictions.logits.shape
-    if schema.task == "regression":
-        answers = [labels.mean().expand(shape)]
-    elif schema.task == "multiclass":
-        eye = torch.eye(shape[1]) * 20
-        answers = [eye[number].expand(shape) for number in range(shape[1])]
-    else:
-        answers = [torch.full(shape, value) for value in (-20.0, 20.0)]
-    metrics = (compute_metrics(schema, replace(predictions, logits=logits)) for logits in answers)
+    answers = constant_logits(schema.task, shape[1], float(predictions.labels.float().mean()))
+    metrics = (compute_metrics(schema, replace(predictions, logits=one.expand(shape))) for one in answers)
     found = [one[metric] for one in metrics if metric in one]
     best = min if metric in LOWER_IS_BETTER else max
     return best(found, default=float("nan"))

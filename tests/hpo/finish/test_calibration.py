@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import TextClassifier, load_classifier
 from lightning_bge.models.metrics import Predictions
 from lightning_bge.tuning import TuneResult, tune
+from tests.helpers.prediction_files import column, predict_training_rows
 from tests.helpers.small_search import write_files
 
 
@@ -50,11 +50,6 @@ def search(files: Path, run_dir: Path, task: Any = "binary", **options: Any) -> 
         trainer={"precision": "32-true", "accelerator": "cpu"},
         **options,
     )
-
-
-def column(path: Path, name: str) -> list[str]:
-    with path.open(newline="") as file:
-        return [row[name] for row in csv.DictReader(file)]
 
 
 def saved(tmp_path: Path, folds: int) -> tuple[Path, Tensor, Tensor]:
@@ -136,18 +131,7 @@ def test_every_reader_of_the_exported_folder_gives_calibrated_scores(
     assert column(test[0], "label") == column(test[1], "label")
     score = np.array(column(test[0], "score"), dtype=float)
     assert peer == pytest.approx(1 / (1 + ((1 - score) / score) ** (1 / temperature)), abs=1e-4)
-    status, _, err = run(
-        *("predict", "--model.name_or_path", str(found.model_dir), "--data.predict_file", str(files / "train.csv")),
-        *(
-            "--data.cache_dir",
-            str(files / "cache"),
-            "--output",
-            str(tmp_path / "p.csv"),
-            "--trainer.precision",
-            "32-true",
-        ),
-    )
-    assert status == 0, err
+    predict_training_rows(run, str(found.model_dir), files, tmp_path / "p.csv")
     for name in ("score", "label"):
         assert column(tmp_path / "p.csv", name) == column(test[1], name)
     # what a user reads

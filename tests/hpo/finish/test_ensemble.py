@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.ensemble import Ensemble
 from lightning_bge.models.metrics import best_threshold
 from lightning_bge.tuning import TuneResult, tune
+from tests.helpers.prediction_files import column, predict_training_rows
 from tests.helpers.small_search import write_files
 
 Run = Callable[..., tuple[int, str, str]]
@@ -60,11 +60,6 @@ def found(files: Path, tmp_path_factory: pytest.TempPathFactory) -> TuneResult:
     return search(files, tmp_path_factory.mktemp("study") / "study")
 
 
-def column(path: Path, name: str) -> list[str]:
-    with path.open(newline="") as file:
-        return [row[name] for row in csv.DictReader(file)]
-
-
 def texts_of(files: Path) -> list[tuple[str, str]]:
     return list(zip(*(column(files / "train.csv", f"text_{side}") for side in "ab"), strict=True))
 
@@ -95,18 +90,7 @@ def test_every_reader_averages_the_scores(run: Run, found: TuneResult, files: Pa
     saved = load_file(found.run_dir / "oof" / f"{found.summary['best_trial']}.safetensors")
     assert threshold == best_threshold(saved["logits"].flatten().sigmoid().numpy(), saved["labels"].numpy())
     test = found.run_dir / "test.csv"
-    status, _, err = run(
-        *("predict", "--model.name_or_path", str(found.model_dir), "--data.predict_file", str(files / "train.csv")),
-        *(
-            "--data.cache_dir",
-            str(files / "cache"),
-            "--output",
-            str(tmp_path / "p.csv"),
-            "--trainer.precision",
-            "32-true",
-        ),
-    )
-    assert status == 0, err
+    predict_training_rows(run, str(found.model_dir), files, tmp_path / "p.csv")
     for path in (test, tmp_path / "p.csv"):
         assert [float(score) for score in column(path, "score")] == pytest.approx(mean.tolist(), abs=2e-6)
         assert column(path, "label") == ours.labels

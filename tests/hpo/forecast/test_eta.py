@@ -275,12 +275,18 @@ def test_before_the_first_report_no_time_is_printed(tmp_path: Path, capsys: pyte
     assert "left" not in capsys.readouterr().out
 
 
-def test_the_configured_options_take_as_long_as_a_trial_that_is_not_pruned() -> None:
+def first_trials_of_the_sample() -> tuple[list[FrozenTrial], Steps, datetime]:
+    """20 of 58 trials of a recorded search, what a trial reports, and when the last of the 20 has ended."""
     recording = recorded("sample")
     steps = Steps(recording.folds, recording.epochs)
     seen = searched(recording, range(1, 59), rung_steps(steps.total, 1, 4), 4)[:20]
     now = seen[-1].datetime_complete
     assert now is not None
+    return seen, steps, now
+
+
+def test_the_configured_options_take_as_long_as_a_trial_that_is_not_pruned() -> None:
+    seen, steps, now = first_trials_of_the_sample()
     search = SearchOptions(PrunerConfig(), 58, steps)
     without, with_it = (estimate_end(seen, replace(search, baseline=one), 1, now) for one in (False, True))
     times = TrialTimes.read(seen, steps)
@@ -291,11 +297,7 @@ def test_the_configured_options_take_as_long_as_a_trial_that_is_not_pruned() -> 
 
 
 def test_several_workers_share_what_is_left() -> None:
-    recording = recorded("sample")
-    steps = Steps(recording.folds, recording.epochs)
-    seen = searched(recording, range(1, 59), rung_steps(steps.total, 1, 4), 4)[:20]
-    now = seen[-1].datetime_complete
-    assert now is not None
+    seen, steps, now = first_trials_of_the_sample()
     alone, shared = (estimate_end(seen, SearchOptions(PrunerConfig(), 58, steps), workers, now) for workers in (1, 4))
     assert alone is not None
     assert shared is not None
@@ -303,11 +305,7 @@ def test_several_workers_share_what_is_left() -> None:
 
 
 def test_better_parameter_sets_are_resumed_more_often() -> None:
-    recording = recorded("sample")
-    steps = Steps(recording.folds, recording.epochs)
-    seen = searched(recording, range(1, 59), rung_steps(steps.total, 1, 4), 4)[:20]
-    now = seen[-1].datetime_complete
-    assert now is not None
+    seen, steps, now = first_trials_of_the_sample()
     learned, drawn = (
         estimate_end(seen, SearchOptions(PrunerConfig(), 58, steps, sampler=sampler), 1, now)
         for sampler in ("tpe", "random")
