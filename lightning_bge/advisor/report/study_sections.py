@@ -17,9 +17,9 @@ from lightning_bge.hpo.analysis.winner import (
     CORRECTED,
     DIFFERENCES,
     SELECTED,
-    TEST,
     describe_notes,
     difference_rows,
+    tested_rows,
 )
 
 MAX_BEST = 10  # best trials that are listed
@@ -79,7 +79,7 @@ def _scores(summary: dict[str, Any], history: History) -> list[tuple[str, str]]:
         interval = f"{corrected['low']:.4f} to {corrected['high']:.4f}"
         found.append((f"{corrected['value']:.4f}", f"corrected {metric}, {interval} (95 %); {CORRECTED}"))
     for value, text in (
-        ((summary.get("test") or {}).get(metric), f"{metric} of the {TEST}"),
+        ((summary.get("test") or {}).get(metric), f"{metric} of the {tested_rows(summary)}"),
         (summary.get("majority_baseline"), f"{metric} of predicting the majority class"),
     ):
         if value is not None:

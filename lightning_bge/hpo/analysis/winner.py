@@ -35,7 +35,7 @@ def describe_scores(summary: dict[str, Any]) -> list[str]:
 
 def tested_rows(summary: dict[str, Any]) -> str:
     """Which rows the exported model was tested on."""
-    return TEST if summary["test_file"] is not None else OUTER
+    return OUTER if summary.get("test_file", "") is None else TEST
 
 
 def describe_price(n_outer_folds: int) -> str:

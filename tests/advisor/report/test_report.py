@@ -222,6 +222,9 @@ def test_a_finished_study_with_seed_replicates(tmp_path: Path) -> None:
     ):
         assert words in shown
     assert "trial 6 0.8000 0.1000 0.8000, 0.7000, 0.9000 winner" in shown
+    # an inner study of a nested cross-validation has no test file
+    write_json(run / "summary.json", {**found, **more, "best_trial": 6, "best_value": 0.8, "test_file": None})
+    assert "0.7321 f1 of the rows of the outer fold, scored once" in page_of(run).shown
     assert "trial 3 not every seed has a value 0.9000, none, 0.6000" in shown
 
 
