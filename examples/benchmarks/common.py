@@ -31,7 +31,8 @@ from transformers import Trainer as TransformersTrainer
 
 from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.datamodule import TextDataModule
-from lightning_bge.data.tables.readers import Table, TableConfig, read_table
+from lightning_bge.data.tables.config import TableConfig
+from lightning_bge.data.tables.readers import Table, read_table
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.losses import LossConfig
 from lightning_bge.models.optimizer import OptimizerConfig, ScheduleConfig

@@ -19,7 +19,7 @@ from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precision
 from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.datamodule import TextDataModule
-from lightning_bge.data.tables.readers import TableConfig
+from lightning_bge.data.tables.config import TableConfig
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.trainer import quiet_trainer
 

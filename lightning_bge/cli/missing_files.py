@@ -22,17 +22,23 @@ def check_files(args: list[str]) -> None:
         ConfigError: a YAML file does not exist, or is no YAML.
         DataError: a data file does not exist.
     """
-    files: dict[str, str | None] = {}
+    files: dict[str, str | list[str] | None] = {}
     for name, value in _options(args):
         if name in ("-c", "--config"):
             files |= _data_files(Path(value).expanduser())
         elif name.removeprefix("--data.") in DATA_FILES:
-            files[name.removeprefix("--data.")] = None if value == "null" else value
+            files[name.removeprefix("--data.")] = yaml.safe_load(value) if value[:1] == "[" else value
     if any(arg in ("-h", "--help") or arg.startswith("--print_config") for arg in args):
         return
     for name, file in files.items():
-        if file is not None and not Path(file).expanduser().exists():
-            raise DataError(f"data.{name}: {file} does not exist")
+        if file is not None and file != "null":
+            # imported here, as a command that reads no data starts without it
+            from lightning_bge.data.tables.files import expand_files
+
+            try:
+                expand_files(file)
+            except DataError as error:
+                raise DataError(f"data.{name}: {error}") from error
 
 
 def _options(args: list[str]) -> list[tuple[str, str]]:
@@ -45,7 +51,7 @@ def _options(args: list[str]) -> list[tuple[str, str]]:
     return found
 
 
-def _data_files(path: Path) -> dict[str, str | None]:
+def _data_files(path: Path) -> dict[str, str | list[str] | None]:
     """The data files that a YAML file names."""
     if not path.is_file():
         raise ConfigError(f"--config: {path} does not exist")
@@ -56,4 +62,4 @@ def _data_files(path: Path) -> dict[str, str | None]:
     data = content.get("data") if isinstance(content, dict) else None
     if not isinstance(data, dict):
         return {}
-    return {name: data[name] for name in DATA_FILES if isinstance(data.get(name), str | None) and name in data}
+    return {name: data[name] for name in DATA_FILES if isinstance(data.get(name), str | list | None) and name in data}

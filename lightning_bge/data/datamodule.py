@@ -13,13 +13,26 @@ from lightning_bge.data.batches.loader import BatchLoader
 from lightning_bge.data.batches.micro_batches import EncodedDataset, concatenate_datasets
 from lightning_bge.data.batches.samplers import EffectiveBatchSampler
 from lightning_bge.data.encoded_data_module import EncodedDataModule, Split
-from lightning_bge.data.encoded_file import Source, TokenizerKey, check_file, load_file, load_training_file, stamp
+from lightning_bge.data.encoded_file import (
+    Source,
+    TokenizerKey,
+    check_file,
+    load_file,
+    load_training_file,
+    stamp,
+    stamp_of_files,
+)
+from lightning_bge.data.tables.config import TableConfig
+from lightning_bge.data.tables.files import Files
+from lightning_bge.data.tables.json_rows import PAIR_COLUMNS
 from lightning_bge.data.tables.labels import encode_labels, fit_labels
-from lightning_bge.data.tables.readers import TableConfig, read_table
+from lightning_bge.data.tables.overlap import warn_of_overlap, warn_of_overlap_of_folds
+from lightning_bge.data.tables.readers import has_pairs, read_table
 from lightning_bge.data.tables.splits import SplitConfig, validation_hash
 from lightning_bge.data.tokens.tokenizer import load_tokenizer
 from lightning_bge.errors import ConfigError
 from lightning_bge.runtime.cache_dir import default_cache_dir
+from lightning_bge.runtime.log_once import log_once
 from lightning_bge.runtime.nested_config import as_config, as_plain
 from lightning_bge.types import TASKS, Schema, Task
 
@@ -35,12 +48,14 @@ class TextDataModule(EncodedDataModule):
     Args:
         tokenizer: name or folder of the tokenizer; the command line takes the model's.
         task: binary, multiclass, multilabel or regression.
-        train_file: rows to learn from (.csv, .tsv, .jsonl, .parquet).
+        train_file: rows to learn from: a file (.csv, .tsv, .jsonl, .json, .parquet; also .gz, .bz2, .zst), a pattern
+            such as `parts/*.csv`, a folder that Hugging Face's `datasets` has saved, `hf://owner/name[/config][:split]`,
+            or a list of them. The next three too.
         val_file: rows to validate on; unset: a part of train_file.
         test_file: rows to test on. With `split.outer_fold` those of the outer fold are, and there is no test file.
         predict_file: rows to predict; needs no labels.
         text_columns: one or two columns with text.
-        label_column: column with the label.
+        label_column: column with the label; for a multi-label task also one column for each label, with 1 or 0.
         group_column: rows of a group stay on one side of a split. Unset: rows are independent.
         max_length: longest sequence in tokens, special tokens counted; longer ones are truncated, the longer text
             first.
@@ -76,12 +91,12 @@ class TextDataModule(EncodedDataModule):
         self,
         tokenizer: str = "",
         task: Task = "binary",
-        train_file: str | None = None,
-        val_file: str | None = None,
-        test_file: str | None = None,
-        predict_file: str | None = None,
+        train_file: str | list[str] | None = None,
+        val_file: str | list[str] | None = None,
+        test_file: str | list[str] | None = None,
+        predict_file: str | list[str] | None = None,
         text_columns: tuple[str, ...] = DEFAULT_TEXT_COLUMNS,
-        label_column: str = "label",
+        label_column: str | tuple[str, ...] = "label",
         group_column: str | None = None,
         max_length: int = 512,
         batch_size: int = 32,
@@ -98,7 +113,8 @@ class TextDataModule(EncodedDataModule):
         self.train_file, self.val_file = train_file, val_file
         self.test_file, self.predict_file = test_file, predict_file
         self.text_columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
-        self.label_column, self.group_column = label_column, group_column
+        self.label_column = label_column if isinstance(label_column, str) else tuple(label_column)
+        self.group_column = group_column
         self.max_length, self.batch_size, self.cache_dir = max_length, batch_size, cache_dir
         self.table = as_config(TableConfig, table, "table")
         self.split = as_config(SplitConfig, split, "split")
@@ -114,11 +130,14 @@ class TextDataModule(EncodedDataModule):
         self.group_names: tuple[str, ...] = ()
         self._val_group_names: tuple[str, ...] = ()
         self._trains_on_val_file = False
+        self._trained_texts: np.ndarray | None = None  # hashes of the texts of the training file
         self._fold: int | None = self.split.fold
 
     def _check_arguments(self) -> None:
         if self.task not in TASKS:
             raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
+        if not isinstance(self.label_column, str) and self.task != "multilabel":
+            raise ConfigError(f"label_column: a {self.task} task has one, got {list(self.label_column)}")
         for name in ("batch_size", "max_length"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -170,7 +189,14 @@ class TextDataModule(EncodedDataModule):
         source = self._source(self.train_file, self.text_columns, self.max_length, self.table.max_rows)
         training = load_training_file(source, self.task, self.split if self.val_file is None else None)
         file = training.file
-        self.schema = Schema(self.task, training.label_names, self.text_columns, file.max_length)
+        self.schema = Schema(self.task, training.label_names, source.text_columns, file.max_length)
+        self._trained_texts = np.delete(file.text_hashes, training.outer)
+        if training.folds:
+            warn_of_overlap_of_folds(file.text_hashes, training.folds, str(file.names))
+        if self.task == "binary":
+            negative, positive = training.label_names
+            text = f"{file.names}: {positive!r} is the positive label, {negative!r} the negative one"
+            log_once(log, logging.INFO, f"{text}; --data.table.labels '[{positive}, {negative}]' exchanges them")
         self.folds, self.folds_hash, self.data_hash = training.folds, training.folds_hash, file.data_hash
         self.tokenizer_hash = file.tokenizer_hash
         self.train_labels, self.group_names = training.labels, file.group_names
@@ -180,22 +206,25 @@ class TextDataModule(EncodedDataModule):
             limit = self.micro_batch_size if name == "train" else self.eval_micro_batch_size
             self._datasets[name] = EncodedDataset(file.tokens, training.labels, file.groups, limit)
 
-    def _setup_file(self, name: Split, path: str | None) -> None:
-        if path is None:
+    def _setup_file(self, name: Split, files: Files | None) -> None:
+        if files is None:
             raise ConfigError(f"{name}_file is not set")
         schema = self.schema = self._known_schema()
-        source = self._source(path, schema.text_columns, schema.max_length)
+        source = self._source(files, schema.text_columns, schema.max_length)
         if name == "predict":
             source = replace(source, label_column=None, group_column=None)
         file = load_file(source)
         labels = None
         if file.raw_labels is not None:
             separator = self.table.label_separator
-            labels = encode_labels(file.raw_labels, schema.labels, schema.task, path, separator)
+            labels = encode_labels(file.raw_labels, schema.labels, schema.task, file.names, separator)
+        if self._trained_texts is not None and name != "predict":
+            warn_of_overlap(file.text_hashes, self._trained_texts, str(file.names))
         if name == "val":
             self._val_group_names, self.val_hash = file.group_names, file.data_hash
             if common := set(file.group_names) & set(self.group_names):
-                log.warning("%d groups of %s are in the training file too: scores will be too high", len(common), path)
+                text = f"{len(common)} groups of {file.names} are in the training file too: scores will be too high"
+                log_once(log, logging.WARNING, text)
         self.schema = replace(schema, max_length=file.max_length)
         self._datasets[name] = EncodedDataset(file.tokens, labels, file.groups, self.eval_micro_batch_size)
 
@@ -218,9 +247,10 @@ class TextDataModule(EncodedDataModule):
         if self.table.labels is not None:
             return self.table.labels
         if self.train_file is not None:
-            options = {"label_column": self.label_column, "config": self.table, "max_rows": self.table.max_rows}
-            raw = read_table(self.train_file, self.text_columns, **options).labels or []  # type: ignore[arg-type]
-            return fit_labels(raw, self.task, None, self.table.label_separator)
+            source = self._source(self.train_file, self.text_columns, self.max_length)
+            options = {"label_column": source.label_column, "config": self.table, "max_rows": self.table.max_rows}
+            table = read_table(source.files, source.text_columns, **options)  # type: ignore[arg-type]
+            return fit_labels(table.labels or [], self.task, table.names, None, self.table.label_separator)
         if self.task == "binary":
             log.info("label names are not known, 0 and 1 are used; data.table.labels sets them")
             return ("0", "1")
@@ -229,11 +259,18 @@ class TextDataModule(EncodedDataModule):
             "folder exported by this program"
         )
 
-    def _source(self, path: str, text_columns: tuple[str, ...], max_length: int, max_rows: int | None = None) -> Source:
+    def _source(
+        self, files: Files, text_columns: tuple[str, ...], max_length: int, max_rows: int | None = None
+    ) -> Source:
         tokenizer = TokenizerKey(self.tokenizer, self.revision, self.trust_remote_code, stamp(self.tokenizer))
         folder = str(default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser())
-        columns = (text_columns, self.label_column, self.group_column)
-        return Source(path, stamp(path), *columns, self.table, max_rows, tokenizer, max_length, folder)
+        group = self.group_column
+        if has_pairs(files, self.table):  # their texts and their group go by the names of FlagEmbedding's lines
+            text_columns = PAIR_COLUMNS[:2] if text_columns == DEFAULT_TEXT_COLUMNS else text_columns
+            group = PAIR_COLUMNS[0] if group is None else group
+        columns = (text_columns, self.label_column, group)
+        named = files if isinstance(files, str | Path) else tuple(files)
+        return Source(named, stamp_of_files(files), *columns, self.table, max_rows, tokenizer, max_length, folder)
 
     @property
     def num_folds(self) -> int:
@@ -295,7 +332,10 @@ class TextDataModule(EncodedDataModule):
             return None
         schema = self._known_schema()
         source = self._source(self.test_file, schema.text_columns, schema.max_length)
-        return check_file(source, schema.task, schema.labels)
+        found = check_file(source, schema.task, schema.labels)
+        if self._trained_texts is not None:
+            warn_of_overlap(found.text_hashes, self._trained_texts, str(self.test_file))
+        return found.data_hash
 
     def lengths(self, split: Split) -> np.ndarray:
         """Tokens of each row (int32 [N], special tokens counted) of a split's file, whatever the fold; after `setup`.

@@ -1,4 +1,4 @@
-"""One file, read and tokenized; kept by the process, so that the trials of a study read each file once."""
+"""Files, read and tokenized; kept by the process, so that the trials of a study read each file once."""
 
 import hashlib
 import json
@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from lightning_bge.data.tables.config import TableConfig
+from lightning_bge.data.tables.files import HUB, Files, expand_files
 from lightning_bge.data.tables.labels import encode_labels, fit_labels
-from lightning_bge.data.tables.readers import Table, TableConfig, read_table
+from lightning_bge.data.tables.readers import RowNames, Table, read_table
 from lightning_bge.data.tables.splits import SplitConfig, folds_hash, make_folds, make_outer_folds
 from lightning_bge.data.tokens.cache import TokenArrays, hash_texts, tokenize_cached
 from lightning_bge.data.tokens.tokenizer import effective_max_length, load_tokenizer, tokenizer_fingerprint
@@ -27,6 +29,11 @@ def stamp(path: str | Path) -> Stamp:
     return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
 
 
+def stamp_of_files(files: Files) -> Stamp:
+    """The stamps of all files that a name, a pattern or several of them stand for; a data set on the hub has none."""
+    return tuple(part for name in expand_files(files) if not name.startswith(HUB) for part in stamp(name))
+
+
 @dataclass(frozen=True)
 class TokenizerKey:
     """Which tokenizer; with `stamp` a folder that has changed has another key."""
@@ -39,18 +46,19 @@ class TokenizerKey:
 
 @dataclass(frozen=True)
 class Source:
-    """A file and everything that decides how it is encoded.
+    """One or several files and everything that decides how they are encoded.
 
     Attributes:
-        stamp: of the file, so that a changed file is not taken for the one read before.
+        files: see `expand_files`.
+        stamp: of the files, so that a changed one is not taken for the one read before.
         max_rows: keep only the first rows; None: all.
         max_length: the requested limit, before the tokenizer's own.
     """
 
-    path: str
+    files: Files
     stamp: Stamp
     text_columns: tuple[str, ...]
-    label_column: str | None
+    label_column: str | tuple[str, ...] | None
     group_column: str | None
     table: TableConfig
     max_rows: int | None
@@ -66,6 +74,8 @@ class EncodedFile:
     Attributes:
         tokens: token ids.
         raw_labels: as read, or None.
+        names: of the rows, for messages.
+        text_hashes: int64 [N], equal for rows of equal texts; comparable within this process.
         groups: int64 [N], positions in `group_names`, or None.
         group_names: sorted.
         data_hash: sha256 (hex) of texts, labels and groups.
@@ -75,6 +85,8 @@ class EncodedFile:
 
     tokens: TokenArrays
     raw_labels: list[Any] | None
+    names: RowNames
+    text_hashes: np.ndarray
     groups: np.ndarray | None
     group_names: tuple[str, ...]
     data_hash: str
@@ -115,7 +127,7 @@ def _fingerprint(key: TokenizerKey) -> str:
 
 def _read(source: Source) -> Table:
     return read_table(
-        source.path,
+        source.files,
         source.text_columns,
         label_column=source.label_column,
         group_column=source.group_column,
@@ -130,16 +142,29 @@ def _hash_table(table: Table) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class CheckedFile:
+    """What `check_file` has found: `data_hash` and `text_hashes` as in `EncodedFile`, and the encoded labels."""
+
+    data_hash: str
+    text_hashes: np.ndarray
+    labels: np.ndarray
+
+
 @lru_cache(maxsize=16)
-def check_file(source: Source, task: Task, labels: tuple[str, ...]) -> str:
-    """Read a file and check its labels, without tokenizing it; returns its `data_hash`.
+def check_file(source: Source, task: Task, labels: tuple[str, ...]) -> CheckedFile:
+    """Read a file and check its labels, without tokenizing it.
 
     Raises:
         UserError: the file, or a label in it, is wrong.
     """
     table = _read(source)
-    encode_labels(table.labels or [], labels, task, source.path, source.table.label_separator)
-    return _hash_table(table)
+    encoded = encode_labels(table.labels or [], labels, task, table.names, source.table.label_separator)
+    return CheckedFile(_hash_table(table), _hash_texts(table), encoded)
+
+
+def _hash_texts(table: Table) -> np.ndarray:
+    return np.fromiter(map(hash, table.texts), np.int64, len(table.texts))
 
 
 @lru_cache(maxsize=16)  # a study over four models and four lengths has as many
@@ -155,7 +180,8 @@ def load_file(source: Source) -> EncodedFile:
         names = tuple(unique.tolist())
         groups = groups.astype(np.int64)
     hashes = _hash_table(table), _fingerprint(source.tokenizer)
-    return EncodedFile(tokens, table.labels, groups, names, *hashes, max_length)
+    texts = _hash_texts(table)
+    return EncodedFile(tokens, table.labels, table.names, texts, groups, names, *hashes, max_length)
 
 
 @lru_cache(maxsize=16)
@@ -166,8 +192,8 @@ def load_training_file(source: Source, task: Task, split: SplitConfig | None) ->
     """
     file = load_file(source)
     raw, separator = file.raw_labels or [], source.table.label_separator
-    names = fit_labels(raw, task, source.table.labels, separator)
-    labels = encode_labels(raw, names, task, source.path, separator)
+    names = fit_labels(raw, task, file.names, source.table.labels, separator)
+    labels = encode_labels(raw, names, task, file.names, separator)
     rows, outer, folds = np.arange(len(labels)), np.arange(0), []
     if split is not None and split.outer_fold is not None:
         outer = make_outer_folds(labels, task, split, groups=file.groups, label_names=names)[split.outer_fold]

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from lightning_bge.data import encoded_file
 from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.datamodule import TextDataModule
-from lightning_bge.data.tables.readers import TableConfig
+from lightning_bge.data.tables.config import TableConfig
 from lightning_bge.data.tables.splits import SplitConfig
 from lightning_bge.errors import ConfigError, DataError
 from lightning_bge.types import Schema

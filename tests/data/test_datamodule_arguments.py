@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.datamodule import TextDataModule
-from lightning_bge.data.tables.readers import TableConfig
+from lightning_bge.data.tables.config import TableConfig
 from lightning_bge.data.tables.splits import SplitConfig
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.classifier import BGEClassifier

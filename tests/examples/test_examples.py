@@ -11,7 +11,8 @@ from types import ModuleType
 import pytest
 
 from lightning_bge.data.sample import write_sample
-from lightning_bge.data.tables.readers import TableConfig, read_table
+from lightning_bge.data.tables.config import TableConfig
+from lightning_bge.data.tables.readers import read_table
 from lightning_bge.models.tiny_bert import build_tiny_bert
 from tests.helpers.paths import EXAMPLES
 

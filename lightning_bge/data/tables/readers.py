@@ -1,266 +1,221 @@
-"""Rows from files: CSV, TSV, JSON lines and Parquet, read with Arrow and checked."""
+"""Tables from files: CSV, TSV, JSON, Parquet and data sets of Hugging Face, checked row by row."""
 
-import csv
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv as pacsv
-import pyarrow.parquet as pq
-
+from lightning_bge.data.tables.columnar import HFDataset, ParquetFile
+from lightning_bge.data.tables.config import TableConfig
+from lightning_bge.data.tables.delimited import DelimitedFile
+from lightning_bge.data.tables.files import HUB, Files, expand_files, format_of
+from lightning_bge.data.tables.json_rows import JSONFile
 from lightning_bge.errors import ConfigError, DataError
+from lightning_bge.runtime.log_once import log_once
 
-Format = Literal["auto", "csv", "tsv", "jsonl", "parquet"]
+log = logging.getLogger(__name__)
 
-ENDINGS = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".txt": "tsv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-}
-# A row may not be longer than a block; the default of 1 MiB is too little for long documents.
-_BLOCK_BYTES = 16 << 20
+CHUNK_ROWS = 16384
+DEFAULT = TableConfig()
+DataFile = DelimitedFile | JSONFile | ParquetFile | HFDataset
 
 
 @dataclass(frozen=True)
-class TableConfig:
-    """How files are read.
+class RowNames:
+    """Says which rows a message is about.
 
-    Args:
-        format: file format; auto: by the ending (.csv, .tsv and .txt, .jsonl, .json and .ndjson, .parquet).
-        quoting: whether a double quote encloses a field of CSV or TSV. Unset: CSV yes, TSV no, because the TSV files
-            of public data sets contain unpaired quotes.
-        max_rows: read only the first rows of the training file, for a quick trial. Unset: all rows.
-        labels: label names in the order of the model's outputs (binary: the negative one first). Unset: found in the
-            training file and sorted. In YAML, quote names that it reads as booleans or numbers: '["no", "yes"]'.
-        label_separator: separates several labels in one cell (multi-label tasks).
+    Attributes:
+        files: the files that were read one after the other.
+        starts: the number of the first row of each, from 0.
     """
 
-    format: Format = "auto"
-    quoting: bool | None = None
-    max_rows: int | None = None
-    labels: tuple[str, ...] | None = None
-    label_separator: str = "|"
+    files: tuple[str, ...]
+    starts: tuple[int, ...] = (0,)
 
-    def __post_init__(self) -> None:
-        if self.format not in get_args(Format):
-            raise ConfigError(f"data.table.format must be one of {', '.join(get_args(Format))}, got {self.format!r}")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ConfigError(f"data.table.max_rows must be at least 1 or unset, got {self.max_rows}")
-        if not self.label_separator:
-            raise ConfigError("data.table.label_separator must not be empty; the default is |")
-        if self.labels is not None:
-            # Lists come from YAML; a tuple makes the configuration hashable.
-            object.__setattr__(self, "labels", tuple(str(name) for name in self.labels))
+    def __str__(self) -> str:
+        return ", ".join(self.files[:3]) + (f", ... ({len(self.files)} files)" if len(self.files) > 3 else "")
+
+    def rows(self, rows: Sequence[int]) -> str:
+        """The first of some rows, numbered from 0 over all files; in the text from 1 in each file."""
+        shown = [self._name(row) for row in rows[:5]]
+        return f"row{'s' if len(rows) > 1 else ''} {', '.join(shown)}{', ...' if len(rows) > 5 else ''}"
+
+    def _name(self, row: int) -> str:
+        number = max(place for place, start in enumerate(self.starts) if start <= row)
+        of = f" of {self.files[number]}" if len(self.files) > 1 else ""
+        return f"{row - self.starts[number] + 1}{of}"
+
+
+@dataclass
+class Chunk:
+    """Some rows of a file, one after the other.
+
+    Attributes:
+        file: the file's name.
+        first_row: the number of the first of them in the file, from 0.
+        columns: the values of each column that was asked for; None is a missing one.
+    """
+
+    file: str
+    first_row: int
+    columns: dict[str, list[Any]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
 
 
 @dataclass
 class Table:
-    """The requested columns of a file.
+    """The requested columns of one or several files.
 
     Attributes:
         texts: one or two texts for each row.
-        labels: a raw label (string, number or list) for each row, or None where no label column was read.
+        labels: a raw label (string, number or list) for each row, a dict where there is one column a label, or None
+            where no label column was read.
         groups: a group name for each row, or None where no group column was read.
+        names: of the rows, for messages.
     """
 
     texts: list[tuple[str, ...]]
     labels: list[Any] | None
     groups: list[str] | None
+    names: RowNames = field(default_factory=lambda: RowNames(("the file",)))
+
+
+def open_file(name: str, columns: Sequence[str], config: TableConfig) -> DataFile:
+    """One file that `expand_files` has named, without its rows.
+
+    Args:
+        name: its path, or the name of a data set on the hub.
+        columns: those that will be read, by which a delimiter is found; none: all.
+        config: how files are read.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    if name.startswith(HUB):
+        return HFDataset(name)
+    path = Path(name)
+    kind = format_of(path, config)
+    if kind == "dataset":
+        return HFDataset(name)
+    if path.is_file() and path.stat().st_size == 0:
+        raise DataError(f"data file {path} is empty")
+    if kind in ("csv", "tsv"):
+        return DelimitedFile(path, kind, columns, config)
+    if kind in ("json", "jsonl"):
+        return JSONFile(path, kind, config)
+    return ParquetFile(path)
+
+
+def columns_of(files: Files, config: TableConfig, names: Sequence[str] = ()) -> list[str]:
+    """The names of the columns of the first file; `names` are those by which a delimiter is found."""
+    return list(open_file(expand_files(files)[0], names, config).columns)
+
+
+def has_pairs(files: Files, config: TableConfig) -> bool:
+    """Whether the first file has FlagEmbedding's form, with the columns `PAIR_COLUMNS`."""
+    name = expand_files(files)[0]
+    if name.startswith(HUB) or format_of(Path(name), config) not in ("json", "jsonl"):
+        return False
+    first = open_file(name, (), config)
+    return isinstance(first, JSONFile) and first.has_pairs
+
+
+def read_chunks(
+    files: Files, columns: Sequence[str], config: TableConfig, *, label: str | None = None, size: int = CHUNK_ROWS
+) -> Iterator[Chunk]:
+    """The named columns of all rows, in pieces, so that a file of any size needs little memory.
+
+    Args:
+        files: see `expand_files`.
+        columns: their names.
+        config: how files are read.
+        label: the column with the label, if there is one.
+        size: the most rows of a piece.
+
+    Raises:
+        DataError: a file or a column is missing, there are no rows, or a row is malformed.
+    """
+    for name in expand_files(files):
+        file = open_file(name, columns, config)
+        log_once(log, logging.INFO, f"{name}: {file.form}")
+        row = 0
+        for rows in file.rows(columns, label, size):
+            yield Chunk(name, row, rows.columns)
+            row += len(rows)
+        if not row:
+            raise DataError(f"data file {name} has a header but no rows")
 
 
 def read_table(
-    path: str | Path,
+    files: Files,
     text_columns: Sequence[str],
     *,
-    label_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
     group_column: str | None = None,
-    config: TableConfig = TableConfig(),
+    config: TableConfig = DEFAULT,
     max_rows: int | None = None,
 ) -> Table:
-    """Read the named columns of a file.
+    """Read the named columns of one or several files.
 
     Args:
-        path: the file; `~` is expanded.
+        files: a path, a pattern, the name of a data set on the hub, or several of them: see `expand_files`.
         text_columns: one or two column names.
-        label_column: its name, or None to read no labels.
+        label_column: its name, several names where each label has a column of its own, or None to read no labels.
         group_column: its name, or None to read no groups.
-        config: format and quoting.
+        config: how files are read.
         max_rows: keep only the first rows. None: all.
 
     Raises:
-        DataError: the file or a column is missing, there are no rows, a row is malformed, a text or group is empty.
+        DataError: a file or a column is missing, there are no rows, a row is malformed, a text or group is empty.
         ConfigError: not one or two text columns.
     """
-    path = Path(path).expanduser()
     if len(text_columns) not in (1, 2):
-        raise ConfigError(f"text_columns must name one or two columns, got {list(text_columns)}")
-    if not path.is_file():
-        raise DataError(f"data file {path} does not exist{' (it is a folder)' if path.is_dir() else ''}")
-    if path.stat().st_size == 0:
-        raise DataError(f"data file {path} is empty")
-    names = [*text_columns, *filter(None, (label_column, group_column))]
-    columns = _read_columns(path, list(dict.fromkeys(names)), config)
-    columns = {name: values[:max_rows] for name, values in columns.items()}
-    if not columns[text_columns[0]]:
-        raise DataError(f"data file {path} has a header but no rows")
-    texts = [_texts(columns[name], name, path) for name in text_columns]
-    groups = _texts(columns[group_column], group_column, path) if group_column else None
-    labels = columns[label_column] if label_column else None
-    return Table(list(zip(*texts, strict=True)), labels, groups)
+        raise ConfigError(f"data.text_columns: expected one or two columns, got {list(text_columns)}")
+    labels = [label_column] if isinstance(label_column, str) else list(label_column or ())
+    names = list(dict.fromkeys([*text_columns, *labels, *filter(None, (group_column,))]))
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    starts: dict[str, int] = {}
+    for chunk in read_chunks(files, names, config, label=labels[0] if len(labels) == 1 else None):
+        starts.setdefault(chunk.file, len(columns[names[0]]))
+        for name in names:
+            columns[name] += chunk.columns[name]
+        if max_rows is not None and len(columns[names[0]]) >= max_rows:
+            columns = {name: values[:max_rows] for name, values in columns.items()}
+            break
+    rows = RowNames(tuple(starts), tuple(starts.values()))
+    texts = [_texts(columns[name], name, rows) for name in text_columns]
+    groups = _texts(columns[group_column], group_column, rows) if group_column else None
+    raw: list[Any] | None = None
+    if isinstance(label_column, str):
+        raw = columns[label_column]
+    elif labels:
+        raw = [
+            dict(zip(labels, values, strict=True)) for values in zip(*(columns[name] for name in labels), strict=True)
+        ]
+    return Table(list(zip(*texts, strict=True)), raw, groups, rows)
 
 
-def first_rows(rows: Sequence[int]) -> str:
-    """The first of some 0-based row numbers, counted from 1, for an error message."""
-    shown = ", ".join(str(row + 1) for row in rows[:5])
-    return f"row{'s' if len(rows) > 1 else ''} {shown}{', ...' if len(rows) > 5 else ''}"
+def text_fault(value: Any) -> str | None:
+    """Why a value can't be a text, in a few words; None where it can."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return "empty text"
+    if not isinstance(value, str | int | float):
+        return f"no text but {type(value).__name__}"
+    if isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        return "half a surrogate pair, which is no character"
+    return None
 
 
-def _texts(values: list[Any], column: str, path: Path) -> list[str]:
-    empty = [row for row, value in enumerate(values) if value is None or (isinstance(value, str) and not value.strip())]
-    if empty:
+def _texts(values: list[Any], column: str, names: RowNames) -> list[str]:
+    faults = [(row, fault) for row, value in enumerate(values) if (fault := text_fault(value)) is not None]
+    if faults:
+        first = faults[0][1]
+        alike = [row for row, fault in faults if fault == first]
         raise DataError(
-            f"{path}: column {column!r} is empty in {len(empty)} of {len(values)} rows ({first_rows(empty)}, "
-            "the first data row is 1): fill in or drop these rows"
+            f"{names}: column {column!r} has {first} in {len(alike)} of {len(values)} rows ({names.rows(alike)}, "
+            "the first data row is 1): correct or drop these rows"
         )
-    wrong = [row for row, value in enumerate(values) if not isinstance(value, str | int | float)]
-    if wrong:
-        kind = type(values[wrong[0]]).__name__
-        raise DataError(f"{path}: column {column!r} must hold text, {first_rows(wrong)} holds a {kind}")
     return [str(value) for value in values]
-
-
-def _read_columns(path: Path, names: list[str], config: TableConfig) -> dict[str, list[Any]]:
-    kind = config.format if config.format != "auto" else ENDINGS.get(path.suffix.lower())
-    if kind is None:
-        raise DataError(
-            f"data file {path} has an unknown ending; known are {', '.join(ENDINGS)}. "
-            "Rename it, or set data.table.format to csv, tsv, jsonl or parquet"
-        )
-    try:
-        if kind == "jsonl":
-            return _read_jsonl(path, names)
-        if kind == "parquet":
-            return _read_parquet(path, names)
-        quoting = kind == "csv" if config.quoting is None else config.quoting
-        return _read_delimited(path, names, "," if kind == "csv" else "\t", quoting)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        _check_utf8(path, kind)
-        raise DataError(f"data file {path} cannot be read as {kind}: {error}") from error
-
-
-def _check_names(names: list[str], known: Sequence[str], path: Path) -> None:
-    missing = [name for name in names if name not in known]
-    if missing:
-        raise DataError(
-            f"data file {path} has no column {', '.join(map(repr, missing))}; its columns are "
-            f"{', '.join(map(repr, known))}. Set text_columns, label_column or group_column"
-        )
-    twice = [name for name in names if list(known).count(name) > 1]
-    if twice:
-        raise DataError(f"data file {path} has more than one column {twice[0]!r}: rename one of them")
-
-
-def _read_delimited(path: Path, names: list[str], delimiter: str, quoting: bool) -> dict[str, list[Any]]:
-    invalid: list[Any] = []
-
-    def on_invalid(row: Any) -> str:
-        invalid.append(row)
-        return "error"
-
-    # One thread: only then does Arrow know the number of a malformed row.
-    read = pacsv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES)
-    parse = pacsv.ParseOptions(
-        delimiter=delimiter,
-        quote_char='"' if quoting else False,
-        newlines_in_values=quoting,
-        invalid_row_handler=on_invalid,
-    )
-    if quoting:
-        _check_quotes(path, delimiter)
-    try:
-        header = pacsv.open_csv(path, read, parse).schema.names
-        _check_names(names, header, path)
-        # In a file of one column an empty line is an empty text, which has to be reported.
-        parse.ignore_empty_lines = len(header) > 1
-        convert = pacsv.ConvertOptions(
-            include_columns=names,
-            column_types={name: pa.string() for name in names},
-            strings_can_be_null=False,
-        )
-        return pacsv.read_csv(path, read, parse, convert).to_pydict()
-    except pa.ArrowInvalid as error:
-        if not invalid:
-            raise
-        row = invalid[0]
-        number = "a row" if row.number is None else f"row {row.number - 1}"
-        raise DataError(
-            f"{path}: {number} (the first data row is 1) has {row.actual_columns} columns, "
-            f"expected {row.expected_columns}: {row.text[:80]!r}. Fix the row, or set data.table.quoting"
-        ) from error
-
-
-def _check_quotes(path: Path, delimiter: str) -> None:
-    """Arrow silently reads an unclosed quote as text up to the end of the file; Python's reader reports it."""
-    if path.read_bytes().count(b'"') % 2 == 0:
-        return
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        start = 1
-        try:
-            for _ in reader:
-                start = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(
-                f"{path}: the row that starts at line {start} has a quote that is not closed ({error}). "
-                "Close it, or set data.table.quoting to false where quotes are part of the text"
-            ) from error
-
-
-def _check_utf8(path: Path, kind: str) -> None:
-    if kind == "parquet":
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}: line {number} is not valid UTF-8 ({error}). Save it as UTF-8") from error
-
-
-def _read_jsonl(path: Path, names: list[str]) -> dict[str, list[Any]]:
-    """Python's parser, not Arrow's: it names the line of an error and takes cells of different types."""
-    rows: list[dict[str, Any]] = []
-    numbers: list[int] = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}: line {number} is not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}: line {number} must hold one JSON object, got {type(row).__name__}")
-            rows.append(row)
-            numbers.append(number)
-    if not rows:
-        raise DataError(f"data file {path} has no rows")
-    _check_names(names, list(dict.fromkeys(key for row in rows for key in row)), path)
-    for number, row in zip(numbers, rows, strict=True):
-        absent = [name for name in names if name not in row]
-        if absent:
-            raise DataError(f"{path}: line {number} has no {absent[0]!r}; it has {', '.join(map(repr, row))}")
-    return {name: [row[name] for row in rows] for name in names}
-
-
-def _read_parquet(path: Path, names: list[str]) -> dict[str, list[Any]]:
-    file = pq.ParquetFile(path)
-    _check_names(names, file.schema_arrow.names, path)
-    return file.read(columns=names).to_pydict()

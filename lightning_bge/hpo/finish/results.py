@@ -128,7 +128,7 @@ def _key(
     study: optuna.Study,
     best: FrozenTrial,
     config: StudyConfig,
-    test_file: str | None,
+    test_file: str | list[str] | None,
     replicates: SeedReplicates | None,
 ) -> dict[str, Any]:
     """What a summary was made of: where it is the same, nothing is refitted or scored once more."""

@@ -7,7 +7,10 @@ import pytest
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from lightning_bge.data.tables.labels import encode_labels, fit_labels
+from lightning_bge.data.tables.readers import RowNames
 from lightning_bge.errors import ConfigError, DataError
+
+F = RowNames(("f",))
 
 
 @pytest.mark.parametrize(
@@ -19,7 +22,11 @@ from lightning_bge.errors import ConfigError, DataError
         ([True, False], "binary", ("False", "True")),
         (["entailment", "not_entailment"], "binary", ("not_entailment", "entailment")),
         (["Yes", "no"], "binary", ("no", "Yes")),
-        (["1", "2"], "binary", ("2", "1")),
+        (["1", "2"], "binary", ("1", "2")),
+        ([1, "1.0", True, "true", 0, "False"], "binary", ("0", "1")),
+        (["TRUE", "FALSE", "TRUE"], "binary", ("FALSE", "TRUE")),
+        (["01", "1", "02"], "multiclass", ("01", "1", "02")),
+        ([-1, "1.0"], "binary", ("-1", "1")),
         (["spam", "ham"], "binary", ("ham", "spam")),
         (["10", "9", "2"], "multiclass", ("2", "9", "10")),
         (["b", "a", "c", "a"], "multiclass", ("a", "b", "c")),
@@ -29,7 +36,7 @@ from lightning_bge.errors import ConfigError, DataError
     ],
 )
 def test_names_are_found_and_sorted(raw: list[Any], task: Any, names: tuple[str, ...]) -> None:
-    assert fit_labels(raw, task) == names
+    assert fit_labels(raw, task, F) == names
 
 
 @pytest.mark.parametrize(
@@ -48,22 +55,22 @@ def test_names_are_found_and_sorted(raw: list[Any], task: Any, names: tuple[str,
 )
 def test_labels_that_cannot_be_learnt_are_refused(raw: list[Any], task: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        fit_labels(raw, task)
+        fit_labels(raw, task, F)
 
 
 def test_given_names_keep_their_order() -> None:
-    assert fit_labels(["a", "b"], "binary", ["b", "a"]) == ("b", "a")
+    assert fit_labels(["a", "b"], "binary", F, ["b", "a"]) == ("b", "a")
     for names in (["a", "a"], ["a", "b", "c"]):
         with pytest.raises(ConfigError, match="distinct names"):
-            fit_labels(["a", "b"], "binary", names)
+            fit_labels(["a", "b"], "binary", F, names)
 
 
 def test_labels_become_numbers() -> None:
-    binary = encode_labels(["yes", " no ", "yes"], ("no", "yes"), "binary", "f")
+    binary = encode_labels(["yes", " no ", "yes"], ("no", "yes"), "binary", F)
     np.testing.assert_array_equal(binary, np.array([1, 0, 1], dtype=np.float32), strict=True)
-    classes = encode_labels([2, "1", 3.0], ("1", "2", "3"), "multiclass", "f")
+    classes = encode_labels([2, "1", 3.0], ("1", "2", "3"), "multiclass", F)
     np.testing.assert_array_equal(classes, np.array([1, 0, 2]), strict=True)
-    score = encode_labels(["1.5", 2, -1e-3], (), "regression", "f")
+    score = encode_labels(["1.5", 2, -1e-3], (), "regression", F)
     np.testing.assert_array_equal(score, np.array([1.5, 2, -1e-3], dtype=np.float32), strict=True)
 
 
@@ -71,7 +78,7 @@ def test_multilabel_agrees_with_sklearn() -> None:
     lists = [["b", "a"], [], ["c"], ["a", "c"]]
     expected = MultiLabelBinarizer(classes=["a", "b", "c"]).fit_transform(lists).astype(np.float32)
     for raw in (lists, [" ; ".join(row) for row in lists]):
-        got = encode_labels(raw, ("a", "b", "c"), "multilabel", "f", separator=";")
+        got = encode_labels(raw, ("a", "b", "c"), "multilabel", F, separator=";")
         np.testing.assert_array_equal(got, expected, strict=True)
 
 
@@ -89,4 +96,4 @@ def test_multilabel_agrees_with_sklearn() -> None:
 )
 def test_labels_that_are_unknown_or_missing_are_refused(raw: list[Any], task: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        encode_labels(raw, ("a", "b"), task, "f")
+        encode_labels(raw, ("a", "b"), task, F)

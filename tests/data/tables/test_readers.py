@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_bge.data.tables.readers import TableConfig, read_table
+from lightning_bge.data.tables.config import TableConfig
+from lightning_bge.data.tables.readers import read_table
 from lightning_bge.errors import ConfigError, DataError
 
 Write = Callable[[str, "str | bytes"], Path]
@@ -77,21 +78,25 @@ def test_format_rows_and_columns_can_be_chosen(write: Write, monkeypatch: pytest
         ("t.csv", "", "is empty"),
         ("t.csv", "a,b,label\n", "no rows"),
         ("t.jsonl", "\n\n", "no rows"),
-        ("t.csv", "\n\n", "cannot be read as csv"),
+        ("t.csv", "\n\n", "is empty: its first line must name the columns"),
         ("t.csv", "a,c,label\n1,2,0\n", r"no column 'b'; its columns are 'a', 'c', 'label'"),
         ("t.csv", "a,b,b,label\n1,2,2,0\n", "more than one column 'b'"),
-        ("t.csv", "a,b,label\nx,y,0\n ,y,0\n,y,0\n", r"'a' is empty in 2 of 3 rows \(rows 2, 3"),
-        ("t.csv", "a,b,label\nx,y,0\nx,y\n", r"row 2 .* has 2 columns, expected 3: 'x,y'"),
-        ("t.csv", 'a,b,label\nx,y,0\n"x,y,0\nx,y,0\n', "line 3 has a quote that is not closed"),
+        ("t.csv", "a,b,label\nx,y,0\n ,y,0\n,y,0\n", r"'a' has empty text in 2 of 3 rows \(rows 2, 3"),
+        (
+            "t.csv",
+            "a,b,label\nx,y,0\nx,y\n",
+            r"row 2 \(line 3\) has 2 fields, expected 3 with comma between fields, utf-8: 'x,y'",
+        ),
+        ("t.csv", 'a,b,label\nx,y,0\n"x,y,0\nx,y,0\n', "a quote that line 3 opens is not closed up to line 4"),
         ("t.csv", b"a,b,label\nx,\xff,0\n", "line 2 is not valid UTF-8"),
         ("t.csv", b"a,\xff,label\nx,y,0\n", "line 1 is not valid UTF-8"),
         ("t.jsonl", b'{"a":"\xff"}\n', "line 1 is not valid UTF-8"),
         ("t.jsonl", '{"a":"x","b":"y","label":0}\n{"a":', "line 2 is not valid JSON"),
         ("t.jsonl", "[1]\n", "line 1 must hold one JSON object"),
         ("t.jsonl", '{"a":"x","b":"y","label":0}\n{"a":"x","label":0}\n', "line 2 has no 'b'"),
-        ("t.jsonl", '{"a":null,"b":"y","label":0}\n', "'a' is empty in 1 of 1 rows"),
-        ("t.jsonl", '{"a":["x"],"b":"y","label":0}\n', "must hold text, row 1 holds a list"),
-        ("t.parquet", "not a parquet file", "cannot be read as parquet"),
+        ("t.jsonl", '{"a":null,"b":"y","label":0}\n', "'a' has empty text in 1 of 1 rows"),
+        ("t.jsonl", '{"a":["x"],"b":"y","label":0}\n', "'a' has no text but list in 1 of 1 rows"),
+        ("t.parquet", "not a parquet file", "can't be read as Parquet"),
         ("t.xlsx", "x", r"unknown ending; known are \.csv.* data\.table\.format"),
     ],
 )
@@ -101,7 +106,7 @@ def test_faulty_files_are_refused_with_the_row(write: Write, name: str, content:
 
 
 def test_empty_line_of_one_column_is_an_empty_text(write: Write) -> None:
-    with pytest.raises(DataError, match="'a' is empty in 1 of 3 rows"):
+    with pytest.raises(DataError, match="'a' has empty text in 1 of 3 rows"):
         read_table(write("t.csv", "a\nx\n\ny\n"), ("a",))
 
 
@@ -112,7 +117,7 @@ def test_missing_file_and_columns(tmp_path: Path, write: Write) -> None:
         read(tmp_path)
     with pytest.raises(ConfigError, match="one or two"):
         read_table(write("t.csv", "a\n1\n"), ("a", "b", "c"))
-    with pytest.raises(DataError, match="'g' is empty"):
+    with pytest.raises(DataError, match="'g' has empty text"):
         read(write("t.csv", "a,b,label,g\nx,y,0,\n"), group="g")
 
 

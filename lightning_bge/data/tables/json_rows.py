@@ -1,0 +1,145 @@
+"""Rows of JSON files: an object a line, or an array of objects; also a query and its texts, as in FlagEmbedding."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lightning_bge.data.tables.config import TableConfig
+from lightning_bge.data.tables.files import encoding_of, open_text, undecodable
+from lightning_bge.data.tables.rows import Rows, check_names
+from lightning_bge.errors import DataError
+
+PAIR_COLUMNS = ("query", "passage", "label")  # of the rows that are made of FlagEmbedding's lines
+
+_Object = tuple[str, dict[str, Any]]  # where it stands, and its fields
+
+
+class JSONFile:
+    """A JSON file of objects, which are rows.
+
+    A line `{"query": ..., "pos": [...], "neg": [...]}`, as FlagEmbedding reads it, is one row for each text of `pos`
+    and `neg`, with the columns `query`, `passage` and `label` (1 and 0).
+
+    Args:
+        path: the file.
+        kind: jsonl, or json: an array or lines, by the first character.
+        config: the encoding, if it is set.
+
+    Attributes:
+        form: what was found, for a message.
+        has_pairs: whether it has FlagEmbedding's form.
+
+    Raises:
+        DataError: it holds no objects.
+    """
+
+    def __init__(self, path: Path, kind: str, config: TableConfig) -> None:
+        self.path, self._encoding = path, encoding_of(path, config)
+        with self._errors(), open_text(path, self._encoding) as file:
+            first = next((line.strip() for line in file if line.strip()), "")
+        self._array = kind == "json" and first.startswith("[")
+        objects = self._objects()
+        start = next(objects, None)
+        if start is None:
+            raise DataError(f"data file {path} has no rows")
+        self.has_pairs = _is_pair(start[1])
+        form = "one array" if self._array else "one object a line"
+        self.form = f"{form}, {self._encoding.removesuffix('-sig')}"
+        self.form += ", texts for queries" if self.has_pairs else ""
+
+    @property
+    def columns(self) -> list[str]:
+        """All names of fields, in the order of their first appearance."""
+        if self.has_pairs:
+            return list(PAIR_COLUMNS)
+        return list(dict.fromkeys(name for _, row in self._objects() for name in row))
+
+    def rows(self, names: Sequence[str], label: str | None, chunk: int) -> Iterator[Rows]:
+        """The rows in pieces of at most `chunk`: see `DelimitedFile.rows`.
+
+        Raises:
+            DataError: a line is no JSON object, or lacks a column.
+        """
+        objects = self._pairs() if self.has_pairs else self._objects()
+        while piece := list(islice(objects, chunk)):
+            for place, row in piece:
+                if not row.keys() >= set(names):
+                    check_names(names, self.columns, self.path, self.form)
+                    absent = next(name for name in names if name not in row)
+                    raise DataError(
+                        f"{self.path}: {place} has no {absent!r}; it has {', '.join(map(repr, row))}. Give each row "
+                        "all columns; null is a missing value"
+                    )
+            yield Rows({name: [_value(row[name]) for _, row in piece] for name in names})
+
+    def _pairs(self) -> Iterator[_Object]:
+        for place, row in self._objects():
+            texts = [(row.get(name) or [], label) for name, label in (("pos", 1), ("neg", 0))]
+            if not _is_pair(row) or not all(isinstance(part, list) for part, _ in texts):
+                raise DataError(
+                    f"{self.path}: {place} must hold a query and its texts, as the first row does: "
+                    '{"query": "...", "pos": ["..."], "neg": ["..."]}'
+                )
+            for part, label in texts:
+                for text in part:
+                    yield place, {"query": row["query"], "passage": text, "label": label}
+
+    def _objects(self) -> Iterator[_Object]:
+        with self._errors(), open_text(self.path, self._encoding) as file:
+            found = self._of_array(file.read()) if self._array else self._of_lines(file)
+            for place, value in found:
+                if not isinstance(value, dict):
+                    raise DataError(
+                        f"{self.path}: {place} must hold one JSON object with a field for each column, got "
+                        f"{type(value).__name__}. An array of objects or one object a line can be read"
+                    )
+                yield place, value
+
+    def _of_array(self, text: str) -> Iterator[tuple[str, Any]]:
+        values = self._parse(text, "")
+        return ((f"row {number}", value) for number, value in enumerate(values, 1))
+
+    def _of_lines(self, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"line {number}", self._parse(line, f"line {number} ")
+
+    def _parse(self, text: str, place: str) -> Any:
+        def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            found = dict(pairs)
+            if len(found) < len(pairs):
+                names = [name for name, _ in pairs]
+                twice = next(name for name in names if names.count(name) > 1)
+                raise DataError(f"{self.path}: {place}has the field {twice!r} twice: remove or rename one")
+            return found
+
+        try:
+            return json.loads(text, object_pairs_hook=fields)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{self.path}: {place}is not valid JSON: {error}. An array of objects or one object a line can be read"
+            ) from error
+        except RecursionError as error:
+            raise DataError(f"{self.path}: {place}is nested too deeply to be a row") from error
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except UnicodeError as error:
+            raise undecodable(self.path, self._encoding, error) from error
+        except OSError as error:
+            raise DataError(f"data file {self.path} can't be read: {error}") from error
+
+
+def _value(value: Any) -> Any:
+    """NaN, which Python and pandas write for a missing value, is one."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _is_pair(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("query"), str) and isinstance(row.get("pos"), list)

@@ -1,0 +1,48 @@
+"""A piece of a file's rows, and the names of columns."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_bge.errors import DataError
+
+
+@dataclass
+class Rows:
+    """Some rows of a file, one after the other.
+
+    Attributes:
+        columns: the values of each column; None is a missing one.
+    """
+
+    columns: dict[str, list[Any]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+
+def check_names(names: Sequence[str], known: Sequence[str], path: Path | str, form: str = "") -> None:
+    """Raise `DataError` where a file lacks a column, or has two of that name.
+
+    Args:
+        names: the columns that are asked for.
+        known: those of the file.
+        path: the file.
+        form: how it was read, for the message.
+    """
+    missing = [name for name in names if name not in known]
+    if missing:
+        near = difflib.get_close_matches(missing[0].strip().lower(), [name.strip().lower() for name in known], n=1)
+        similar = [name for name in known if name.strip().lower() in near]
+        hint = f" (did you mean {similar[0]!r}?)" if similar else ""
+        read = f", read with {form}" if form else ""
+        raise DataError(
+            f"data file {path} has no column {', '.join(map(repr, missing))}{hint}; its columns are "
+            f"{', '.join(map(repr, known[:20]))}{', ...' if len(known) > 20 else ''}{read}. Its first line must name "
+            "the columns: set data.text_columns, data.label_column or data.group_column"
+        )
+    twice = [name for name in names if list(known).count(name) > 1]
+    if twice:
+        raise DataError(f"data file {path} has more than one column {twice[0]!r}: rename one of them")
