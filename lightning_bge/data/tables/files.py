@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import pyarrow as pa
-
 from lightning_bge.data.tables.config import TableConfig
 from lightning_bge.errors import DataError
 
@@ -84,10 +82,10 @@ def expand_files(files: Files) -> list[str]:
         elif glob.has_magic(name) and not path.exists():
             matches = sorted(glob.glob(str(path), recursive=True))
             if not matches:
-                raise DataError(f"data file {name}: no file has a name of this form")
+                raise DataError(f"{name}: no file has a name of this form")
             found += matches
         elif not path.exists():
-            raise DataError(f"data file {path} does not exist")
+            raise DataError(f"{path} does not exist")
         else:
             found.append(str(path))
     twice = [name for name in found if found.count(name) > 1]
@@ -135,6 +133,8 @@ def open_bytes(path: Path) -> BinaryIO:
     compression = COMPRESSED.get(path.suffix.lower())
     if compression is None:
         return path.open("rb")
+    import pyarrow as pa  # only here, as a command that finds no file must not wait for it
+
     return io.BufferedReader(pa.input_stream(str(path), compression=compression), 1 << 20)
 
 
