@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from lightning_bge.runtime.log_once import log_once
+
 
 @pytest.fixture(autouse=True)
 def repeatable() -> Iterator[None]:
@@ -16,6 +18,12 @@ def repeatable() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(autouse=True)
+def logged_anew() -> None:
+    """What is logged once a process is logged once a test."""
+    log_once.cache_clear()
 
 
 @pytest.fixture(autouse=True, scope="session")

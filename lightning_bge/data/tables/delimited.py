@@ -167,9 +167,9 @@ class _Swallowed:
 
     def check(self, start: int, lines: _Lines, record: list[str]) -> None:
         """See a record, which begins at a line."""
+        if self._label is not None:
+            self._labels.add(record[self._label])
         if len(lines.record) == 1:
-            if self._label is not None:
-                self._labels.add(record[self._label])
             return
         rows = list(self._literal.reader(lines.record))
         if self._columns < 2 or any(len(row) != self._columns for row in rows):

@@ -61,6 +61,7 @@ def fit_labels(
         return tuple(found) if columns else _in_order(found, task)
     if len({label_key(name) for name in names}) != len(names) or (task == "binary" and len(names) != 2):
         raise ConfigError(f"data.table.labels must hold distinct names (binary: two), got {_show(names)}")
+    _warn_of_unused(names, found, where)
     return tuple(names)
 
 
@@ -171,6 +172,14 @@ def _warn_of_names(names: Sequence[str], where: RowNames) -> None:
         if name.lower() in SEEM_MISSING:
             text = f"{where}: the label {name!r} is learnt as one; drop its rows if it stands for a missing one"
             log_once(log, logging.WARNING, text)
+
+
+def _warn_of_unused(names: Sequence[str], found: Sequence[str], where: RowNames) -> None:
+    keys = {label_key(name) for name in found}
+    unused = [name for name in names if label_key(name) not in keys]
+    if unused and len(unused) < len(names):  # else each row's label is refused
+        text = f"{where}: no row has the label {_show(unused)} of data.table.labels, which can't be learnt"
+        log_once(log, logging.WARNING, text)
 
 
 def _show(names: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,10 @@ from sklearn.model_selection import (
 )
 
 from lightning_bge.errors import ConfigError, DataError
+from lightning_bge.runtime.log_once import log_once
 from lightning_bge.types import Schema, Task
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,22 @@ def make_folds(
     except ValueError as error:
         raise DataError(f"the training rows cannot be split: {error}. Change data.split") from error
     _check_folds(rows, folds)
+    if task == "multilabel":
+        _warn_of_labels(labels, folds, label_names)
     return folds
+
+
+def _warn_of_labels(labels: np.ndarray, folds: Sequence[np.ndarray], names: Sequence[str]) -> None:
+    """Warn once of labels that no row has on one side of a fold: multi-label rows are not stratified."""
+    for number, fold in enumerate(folds):
+        there = {"validation": labels[fold].any(axis=0), "training": np.delete(labels, fold, axis=0).any(axis=0)}
+        for side, present in there.items():
+            absent = [repr(names[code]) if names else str(code) for code in np.flatnonzero(~present)[:5]]
+            if absent:
+                what = "scored" if side == "validation" else "learnt"
+                text = f"label {', '.join(absent)} has no row on the {side} side of fold {number}: it can't be {what} there"
+                fix = "Use fewer folds or another data.split.seed, or drop the label"
+                log_once(log, logging.WARNING, f"{text}. {fix}")
 
 
 def make_outer_folds(

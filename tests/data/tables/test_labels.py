@@ -97,3 +97,17 @@ def test_multilabel_agrees_with_sklearn() -> None:
 def test_labels_that_are_unknown_or_missing_are_refused(raw: list[Any], task: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         encode_labels(raw, ("a", "b"), task, F)
+
+
+def test_names_that_are_nearly_the_same_or_seem_missing_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    where = RowNames(("names.csv",))
+    assert fit_labels(["Yes", "yes", "not  it", "Not it", "nan"], "multiclass", where) == (
+        *("Not it", "Yes", "nan", "not  it", "yes"),
+    )
+    fit_labels(["a", "b"], "multiclass", where, ["a", "b", "c"])
+    fit_labels(["a", "b"], "multiclass", where, ["a", "b", "c"])
+    texts = "\n".join(record.message for record in caplog.records)
+    assert "names.csv: the labels 'Yes' and 'yes' differ by case or blanks alone, and are learnt as 2 labels" in texts
+    assert "'not  it' and 'Not it'" in texts
+    assert "the label 'nan' is learnt as one" in texts
+    assert texts.count("no row has the label 'c' of data.table.labels") == 1

@@ -111,3 +111,14 @@ def test_no_fold_is_empty_or_lacks_a_class() -> None:
 def test_wrong_options_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"data.split.{next(iter(bad))}"):
         SplitConfig(**bad)
+
+
+def test_labels_that_a_fold_lacks_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    labels = np.zeros((40, 2), dtype=np.float32)
+    labels[::2, 0] = 1
+    labels[3, 1] = 1  # one row: in the validation side of one fold, and the training side of the other
+    make_folds(labels, "multilabel", SplitConfig(folds=2), label_names=("often", "once"))
+    texts = [record.message for record in caplog.records]
+    assert len(texts) == 2
+    assert all("label 'once' has no row on the" in text for text in texts)
+    assert {"can't be learnt" in text for text in texts} == {True, False}
