@@ -122,7 +122,7 @@ def _warn_of_labels(labels: np.ndarray, folds: Sequence[np.ndarray], names: Sequ
             absent = [repr(names[code]) if names else str(code) for code in np.flatnonzero(~present)[:5]]
             if absent:
                 what = "scored" if side == "validation" else "learnt"
-                text = f"label {', '.join(absent)} has no row on the {side} side of fold {number}: it can't be {what} there"
+                text = f"label {', '.join(absent)} has no row on the {side} side of fold {number} and can't be {what}"
                 fix = "Use fewer folds or another data.split.seed, or drop the label"
                 log_once(log, logging.WARNING, f"{text}. {fix}")
 
