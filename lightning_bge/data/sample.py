@@ -117,19 +117,24 @@ def write_sample(folder: str | Path, posts: int = 180, test_posts: int = 70, see
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rng = Random(seed)
+    texts: set[str] = set()
     for name, first, count in (("train.csv", 0, posts), ("test.csv", posts, test_posts)):
         with (folder / name).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["post_id", "text", "criterion", "label"])
             for number in range(first, first + count):
-                writer.writerows(_rows(f"p{number:04d}", rng))
+                writer.writerows(_rows(f"p{number:04d}", rng, texts))
     return folder
 
 
-def _rows(post_id: str, rng: Random) -> list[tuple[str, str, str, int]]:
+def _rows(post_id: str, rng: Random, texts: set[str]) -> list[tuple[str, str, str, int]]:
+    """The rows of a post, whose text is none of `texts`, and is added to them."""
     met = {criterion for criterion in CRITERIA if rng.random() < MET}
     chosen = rng.sample(list(CRITERIA), CRITERIA_PER_POST)
     text = _text(met, rng)
+    while text in texts:
+        text += f" {_fill(FILLER[0], Random(f'{post_id} {len(text)}'))}"  # not from rng: the other posts stay the same
+    texts.add(text)
     return [(post_id, text, name, int((name in met) != (rng.random() < LABEL_NOISE))) for name in chosen]
 
 

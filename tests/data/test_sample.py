@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix, hstack
 from sklearn.feature_extraction.text import CountVectorizer
@@ -120,3 +121,9 @@ def matches(sentence: list[str], pattern: str) -> bool:
     return len(wanted) == len(sentence) and all(
         want == word or want.startswith("{") for want, word in zip(wanted, sentence, strict=True)
     )
+
+
+def test_no_post_has_the_text_of_another(tmp_path: Path) -> None:
+    write_sample(tmp_path, seed=0)
+    posts = pd.concat([pd.read_csv(tmp_path / name) for name in ("train.csv", "test.csv")]).drop_duplicates("post_id")
+    assert not posts["text"].duplicated().any()
