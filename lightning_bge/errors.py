@@ -1,6 +1,7 @@
 """Errors that a user can fix. The command line prints their text without a traceback and exits with status 2."""
 
 INTERRUPTED = 130  # a shell's exit status after Ctrl-C
+PIPE_CLOSED = 141  # and after SIGPIPE: nobody reads standard output any more
 
 
 class UserError(Exception):

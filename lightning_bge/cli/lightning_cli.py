@@ -13,13 +13,15 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.micro_batch.config import MemoryConfig
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
-from lightning_bge.cli.explain import explain
+from lightning_bge.cli.explain import describe_trainer_error, explain
+from lightning_bge.cli.option_parser import OptionParser
 from lightning_bge.data.datamodule import TextDataModule
-from lightning_bge.errors import INTERRUPTED
+from lightning_bge.errors import INTERRUPTED, ConfigError
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.classifier import BGEClassifier
@@ -54,6 +56,7 @@ class BGECLI(LightningCLI):
             BGEClassifier,
             TextDataModule,
             trainer_class=BGETrainer,
+            parser_class=OptionParser,
             trainer_defaults={"max_epochs": 3},  # Lightning's own is 1000
             seed_everything_default=42,
             save_config_callback=None,
@@ -94,8 +97,14 @@ class BGECLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes neither logs nor checkpoints; `fit` has its own."""
-        config = {**self.config_init.trainer, **kwargs}
-        return self.trainer_class(**{**config, "logger": False, "enable_checkpointing": False})
+        return self.make_trainer({**self.config_init.trainer, **kwargs, "logger": False, "enable_checkpointing": False})
+
+    def make_trainer(self, arguments: dict[str, Any]) -> Trainer:
+        """A trainer, or a `ConfigError` in one line that says which of its arguments is wrong."""
+        try:
+            return self.trainer_class(**arguments)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise ConfigError(describe_trainer_error(error)) from error
 
     @property
     def run_dir(self) -> Path:

@@ -4,12 +4,13 @@ import difflib
 import importlib
 import importlib.metadata
 import logging
+import os
 import sys
 from typing import NoReturn
 
 from lightning_bge.cli.explain import explain
 from lightning_bge.cli.missing_files import check_files
-from lightning_bge.errors import INTERRUPTED
+from lightning_bge.errors import INTERRUPTED, PIPE_CLOSED
 
 log = logging.getLogger("lightning_bge")
 
@@ -32,7 +33,8 @@ COMMANDS = {
 def main(args: list[str] | None = None) -> None:
     """Run a command.
 
-    Exit status: 0 on success, 2 after an error that the user can fix (one message on stderr), 130 after Ctrl-C.
+    Exit status: 0 on success, 2 after an error that the user can fix (one message on stderr), 130 after Ctrl-C, 141
+    where the program that reads standard output has ended, as `head` does.
 
     Args:
         args: the command and its arguments; None: those of the process.
@@ -53,6 +55,10 @@ def main(args: list[str] | None = None) -> None:
     try:
         check_files(rest)
         importlib.import_module(f"lightning_bge.cli.commands.{name}").run(rest)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        raise SystemExit(PIPE_CLOSED) from None
     except Exception as error:
         explanation = explain(error)
         if explanation is None:

@@ -2,10 +2,10 @@
 
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from lightning_bge.cli.texts import load_texts
 from lightning_bge.errors import ConfigError, DataError
 
 DATA_FILES = ("train_file", "val_file", "test_file", "predict_file")
@@ -24,10 +24,10 @@ def check_files(args: list[str]) -> None:
     """
     files: dict[str, str | list[str] | None] = {}
     for name, value in _options(args):
-        if name in ("-c", "--config"):
+        if name in ("-c", "--config") and value:  # without a value: left to the parser
             files |= _data_files(Path(value).expanduser())
         elif name.removeprefix("--data.") in DATA_FILES:
-            files[name.removeprefix("--data.")] = yaml.safe_load(value) if value[:1] == "[" else value
+            files[name.removeprefix("--data.")] = _files(value)
     if any(arg in ("-h", "--help") or arg.startswith("--print_config") for arg in args):
         return
     for name, file in files.items():
@@ -51,15 +51,26 @@ def _options(args: list[str]) -> list[tuple[str, str]]:
     return found
 
 
+def _files(value: str) -> str | list[str]:
+    """One file, or a list of them as the parser reads it."""
+    try:
+        found = load_texts(value)
+    except yaml.YAMLError:  # `[1].csv`
+        return value
+    return found if isinstance(found, list) else value
+
+
 def _data_files(path: Path) -> dict[str, str | list[str] | None]:
     """The data files that a YAML file names."""
     if not path.is_file():
-        raise ConfigError(f"--config: {path} does not exist")
+        raise ConfigError(f"--config: {path} {'is a folder' if path.is_dir() else 'does not exist'}")
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content, texts = yaml.safe_load(text), load_texts(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: {path} is no YAML file: {error}") from error
+        raise ConfigError(f"--config: {path} is no YAML file: {' '.join(str(error).split())}") from error
     data = content.get("data") if isinstance(content, dict) else None
     if not isinstance(data, dict):
         return {}
-    return {name: data[name] for name in DATA_FILES if isinstance(data.get(name), str | list | None) and name in data}
+    names = [name for name in DATA_FILES if isinstance(data.get(name), str | int | float | list | None) and name in data]
+    return {name: None if data[name] is None else texts["data"][name] for name in names}

@@ -24,6 +24,7 @@ from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics import MonitorConfig
 from lightning_bge.runtime.dotted_config import check_option, with_overrides
+from lightning_bge.runtime.option_errors import describe_option_error
 
 # options of `hpo` that the inner studies of a nested cross-validation have: each is scored, its gain is not asked for
 FOR_INNER_STUDIES: dict[str, Any] = {"outer_folds": None, "refit": True, "baseline": False}
@@ -67,7 +68,8 @@ class Experiment:
         try:
             self.validate(with_overrides(self.config, overrides))
         except (TypeError, ValueError, KeyError) as error:
-            raise ConfigError(f"{where}: these options do not accept the values {overrides}: {error}") from error
+            reason = describe_option_error(str(error))
+            raise ConfigError(f"{where}: these options do not accept the values {overrides}: {reason}") from error
         found = self.build(overrides).datamodule.validation_hash
         check_validation(found, self.datamodule.validation_hash, overrides, where)
 

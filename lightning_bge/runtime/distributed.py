@@ -59,7 +59,10 @@ def _count(devices: int | list[int] | str, accelerator: Any) -> int:
         return torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 1
     if isinstance(devices, str) and "," in devices:
         return len([index for index in devices.split(",") if index.strip()])
-    return int(devices)
+    try:
+        return int(devices)
+    except (TypeError, ValueError):
+        raise ConfigError(f"trainer.devices: expected a number of devices, or their indices, got {devices!r}") from None
 
 
 class AnotherRankFailed(Exception):

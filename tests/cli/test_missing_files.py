@@ -55,3 +55,20 @@ def test_what_the_parser_must_judge_is_left_to_it(tmp_path: Path, content: str) 
 
 def test_no_arguments_are_left_to_the_parser() -> None:
     check_files([])
+
+
+def test_a_file_name_that_yaml_takes_for_a_number_is_looked_for_as_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {train_file: 1e3, test_file: ~}")
+    with pytest.raises(DataError, match=r"data.train_file: 1e3 does not exist"):
+        check_files(["-c", str(path)])
+
+
+def test_a_name_in_brackets_is_no_list(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"\[1\]\.csv"):
+        check_files(["--data.train_file", "[1].csv"])
+
+
+def test_a_folder_is_no_yaml_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder"):
+        check_files(["-c", str(tmp_path)])

@@ -37,7 +37,7 @@ class FitCLI(BGECLI):
             config["logger"] = CSVLogger(self.run_dir, name="logs")
         finder = MicroBatchFinder(init.memory, init.data.cache_dir)
         callbacks = fit_callbacks(self.run_dir, init.monitor, init.compile, finder)
-        return self.trainer_class(**{**config, "callbacks": [*(config["callbacks"] or []), *callbacks]})
+        return self.make_trainer({**config, "callbacks": [*(config["callbacks"] or []), *callbacks]})
 
 
 def run(args: list[str]) -> None:

@@ -1,14 +1,14 @@
 """`lightning-bge report RUN`: writes `RUN/report.html`."""
 
-from argparse import ArgumentParser
 from pathlib import Path
 
 from lightning_bge.advisor.report.report import write_report
+from lightning_bge.cli.arguments import PlainParser
 
 
 def run(args: list[str]) -> None:
     """Write the report and print its path."""
-    parser = ArgumentParser(
+    parser = PlainParser(
         prog="lightning-bge report",
         description="Write RUN/report.html: the results, plots and configuration of a search or a training run, "
         "finished or not, in one file that needs no network. It contains no texts of the data, and no passwords.",

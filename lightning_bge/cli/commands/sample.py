@@ -1,7 +1,6 @@
 """`lightning-bge sample FOLDER`: generated text pairs and a small model."""
 
-from argparse import ArgumentParser
-
+from lightning_bge.cli.arguments import PlainParser
 from lightning_bge.data.sample import write_sample
 from lightning_bge.data.tables.readers import read_table
 from lightning_bge.models.tiny_bert import build_tiny_bert
@@ -10,7 +9,7 @@ from lightning_bge.runtime.run_folder import create_run_dir
 
 def run(args: list[str]) -> None:
     """Write `train.csv`, `test.csv` and `model/`."""
-    parser = ArgumentParser(
+    parser = PlainParser(
         prog="lightning-bge sample", description="Write generated text pairs and a small BERT with its own tokenizer."
     )
     parser.add_argument("folder", help="The folder in which train.csv, test.csv and model/ are written.")

@@ -1,15 +1,15 @@
 """`lightning-bge status RUN`: the progress of a run, in the terminal."""
 
-from argparse import ArgumentParser
 from pathlib import Path
 
 from lightning_bge.advisor.report.status import describe_failures, describe_status, watch_status
+from lightning_bge.cli.arguments import PlainParser
 from lightning_bge.errors import ConfigError
 
 
 def run(args: list[str]) -> None:
     """Print it once, or every N seconds."""
-    parser = ArgumentParser(
+    parser = PlainParser(
         prog="lightning-bge status",
         description="Show the progress of a search or a training run: finished trials, the best value, the time left.",
     )

@@ -1,12 +1,12 @@
 """`lightning-bge worker RUN`: one more process for a study."""
 
 import os
-from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lightning_bge.cli.arguments import PlainParser
 from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.search_options import add_hpo, starting_again
 from lightning_bge.errors import ConfigError
@@ -21,7 +21,7 @@ written there. It runs trials until nothing is left to do; whichever process is 
 
 def run(args: list[str]) -> None:
     """Run what is missing of the study, together with other processes."""
-    parser = ArgumentParser(prog="lightning-bge worker", description=DESCRIPTION)
+    parser = PlainParser(prog="lightning-bge worker", description=DESCRIPTION)
     parser.add_argument("run", type=Path, help="The run's folder.")
     parser.add_argument("--timeout", type=float, metavar="S", help="Start no further trial after S seconds.")
     parser.add_argument(

@@ -1,0 +1,58 @@
+"""Arguments of commands that train nothing, and what is said about an argument that is wrong."""
+
+import difflib
+import re
+from argparse import ArgumentParser
+from collections.abc import Collection
+from typing import Any, NoReturn
+
+from lightning_bge.errors import ConfigError
+
+
+class PlainParser(ArgumentParser):
+    """argparse's parser, whose errors are one line.
+
+    Raises:
+        ConfigError: by `parse_args`, where an argument is wrong.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, with the nearest known option in the error of an unknown one."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = re.findall(r"--?[\w.]+", self.format_usage())
+            raise ConfigError(describe_unknown(unknown, known, self.prog))
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `ConfigError` in place of printing the usage."""
+        raise ConfigError(describe_argument_error(message, self.prog))
+
+
+def describe_unknown(unknown: list[str], known: Collection[str], prog: str) -> str:
+    """One line on arguments that a parser has not used.
+
+    Args:
+        unknown: the arguments.
+        known: the options that there are.
+        prog: the program with its command.
+    """
+    options = [one.partition("=")[0] for one in unknown if one.startswith("-")]
+    if not options:
+        return f"expected options, which begin with --, got {unknown[0]!r}. Put a value with blanks into quotes"
+    return f"there is no option {options[0]}. {did_you_mean(options[0], known, prog)}"
+
+
+def did_you_mean(name: str, known: Collection[str], prog: str) -> str:
+    """The remedy for an unknown name."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f"Did you mean {near[0]}?" if near else f"`{prog} --help` lists the options"
+
+
+def describe_argument_error(message: str, prog: str) -> str:
+    """One line of argparse's message, with the option first and the remedy last."""
+    text = re.sub(r"^argument (\S+?): ", lambda found: f"{found[1].split('/')[-1]}: ", " ".join(message.split()))
+    return f"{text}. See `{prog} --help`"

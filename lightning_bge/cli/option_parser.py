@@ -1,0 +1,94 @@
+"""The parser of the options of commands that train or evaluate."""
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import Namespace, get_loader, set_loader
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_bge.cli.arguments import describe_argument_error, describe_unknown, did_you_mean
+from lightning_bge.cli.texts import TextForm, text_arguments, text_loader, text_options
+from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.errors import ConfigError
+from lightning_bge.models.classifier import BGEClassifier
+from lightning_bge.runtime.option_errors import describe_option_error
+
+TEXTS = text_options({"model": BGEClassifier, "data": TextDataModule}) | {
+    name: TextForm(one=True) for name in ("run_dir", "output")
+}
+TEXTS["json"] = TextForm(one=True, null=True)
+
+_MODE = "yaml_with_texts"
+set_loader(_MODE, text_loader(TEXTS, get_loader("yaml")), (yaml.YAMLError,))
+
+
+class OptionParser(LightningArgumentParser):
+    """Lightning's parser, which takes texts as they stand, and whose errors are one line.
+
+    Raises:
+        ConfigError: by `parse_args`, where an option or a YAML file is wrong.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "parser_mode": _MODE})
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *others: Any, **options: Any
+    ) -> Namespace:
+        """As jsonargparse's; lists of texts are never interpreted."""
+        assert args is not None
+        return super().parse_args(text_arguments(args, TEXTS, get_loader("yaml")), *others, **options)
+
+    def parse_path(self, path: str | os.PathLike[str], *others: Any, **options: Any) -> Namespace:
+        """As jsonargparse's; errors name the file."""
+        try:
+            found = super().parse_path(path, *others, **options)
+            self._check_content(found)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        return found
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise `ConfigError` in place of printing the usage; parsers within this one raise what it expects."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise ConfigError(self._describe(message)) from None
+
+    def _describe(self, message: str) -> str:
+        if found := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL):
+            return describe_unknown(found[1].split(), [f"--{name}" for name in self._names()], self.prog)
+        if found := re.match(r"Group '(.+)' does not accept option '(.+)'", message):
+            return self._unknown(f"{found[1]}.{found[2]}")
+        if found := re.match(r"(?:Option|Key) '(.+)' is not accepted", message):
+            return self._unknown(found[1])
+        if message.startswith("argument "):
+            return describe_argument_error(message, self.prog)
+        if message.startswith("Unexpected config"):
+            return "expected a YAML mapping of options, such as `data: {batch_size: 32}`"
+        return f"{describe_option_error(message)}. See `{self.prog} --help`"
+
+    def _unknown(self, name: str) -> str:
+        return f"there is no option {name}. {did_you_mean(name, self._names(), self.prog)}"
+
+    def _names(self) -> set[str]:
+        """The dotted names of all options."""
+        return {"config", "help", "print_config", *self.get_defaults(skip_validation=True).keys()}
+
+    def _check_content(self, config: Namespace) -> None:
+        """Refuse unknown names, and a value in the place of a mapping of options, which jsonargparse accepts."""
+        known = self._names()
+        groups = {name for one in known for name in _beginnings(one)[:-1]}
+        for name, value in config.items(branches=True):
+            if name in groups and value is not None and not isinstance(value, Namespace | dict):
+                raise ConfigError(f"{name}: expected a mapping of options, got {value!r}. See `{self.prog} --help`")
+            if name not in groups and known.isdisjoint(_beginnings(name)):
+                raise ConfigError(self._unknown(name))
+
+
+def _beginnings(name: str) -> list[str]:
+    """`a.b.c` -> a, a.b, a.b.c."""
+    parts = name.split(".")
+    return [".".join(parts[: n + 1]) for n in range(len(parts))]
