@@ -34,7 +34,7 @@ from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics import MonitorConfig, check_metric
 from lightning_bge.runtime.dotted_config import LINKS, with_overrides
 from lightning_bge.runtime.nested_config import as_config, as_plain
-from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer
+from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, say_left_out
 
 CONFIGS: dict[str, Any] = {
     "pruner": PrunerConfig,
@@ -127,6 +127,7 @@ class _Template:
 
     def experiment(self, config: Namespace) -> Experiment:
         """The options of the study's trials, and how objects are made of them."""
+        say_left_out(config.trainer.callbacks, "a study")
         trainer = quiet_trainer(config.as_dict()["trainer"])
         if trainer.world_size > 1:
             raise ConfigError(f"trainer: expected devices=1, as a study trains on one device, got {trainer.world_size}")

@@ -1,11 +1,29 @@
 """The trainer as this program sets it up: for one run that keeps everything, and for a fold that keeps nothing."""
 
+import logging
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    Checkpoint,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    ProgressBar,
+    SpikeDetection,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import Strategy
 
 from lightning_bge.callbacks.compile.callback import CompileLayers
@@ -20,6 +38,8 @@ from lightning_bge.hpo.trial.objective import early_stopping
 from lightning_bge.models.metrics import MonitorConfig, metric_direction
 from lightning_bge.runtime.distributed import choose_strategy
 
+log = logging.getLogger("lightning_bge")
+
 # The trainer's settings that Lightning refuses under manual optimisation, and ours.
 INSTEAD = {
     "gradient_clip_val": (None, "model.optimizer.max_grad_norm"),
@@ -32,6 +52,14 @@ HARMLESS_WARNINGS = (
     ".*Checkpoint directory .* exists and is not empty.*",  # a run folder in which a run continues
     ".*number of training batches.*smaller than the logging interval.*",
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6.6 under torch 2.13
+)
+
+# Callbacks that need what `fit` alone has: checkpoints, a logger, all metrics after each epoch ...
+NEEDS_FIT = (Checkpoint, LearningRateMonitor, DeviceStatsMonitor, EarlyStopping)
+# ... and those that act on training, for which a command that only evaluates has no use
+ACTS_ON_TRAINING = (
+    *(Timer, SpikeDetection, GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging),
+    *(BaseFinetuning, ModelPruning, BatchSizeFinder, LearningRateFinder),
 )
 
 Precision = Literal["auto", "bf16-mixed", "32-true"]
@@ -60,6 +88,8 @@ class BGETrainer(Trainer):
         for name, (off, instead) in INSTEAD.items():
             if kwargs.get(name, off) != off:
                 raise ConfigError(f"trainer.{name} is not used, as the module steps by itself: set {instead}")
+        if kwargs.get("barebones"):
+            raise ConfigError("trainer.barebones: expected false, got true: no metric would be logged. Leave it out")
         if precision == "auto":
             # `TorchBackends` says which, and why
             precision, _ = choose_precision(str(kwargs.get("accelerator", "auto")))  # type: ignore[assignment]
@@ -67,7 +97,7 @@ class BGETrainer(Trainer):
         callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
         if not any(isinstance(callback, TorchBackends) for callback in callbacks):
             callbacks.insert(0, TorchBackends())  # TF32 for what remains in fp32, for the length of a run
-        silent = kwargs.get("enable_progress_bar") is False or kwargs.get("barebones")
+        silent = kwargs.get("enable_progress_bar") is False
         if not silent and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(ThroughputProgressBar())
         super().__init__(
@@ -81,6 +111,50 @@ class BGETrainer(Trainer):
         )
 
 
+def usable_callbacks(callbacks: Callback | Sequence[Callback] | None, *, evaluates: bool = False) -> list[Callback]:
+    """The user's callbacks that can serve outside of `fit`: in a study, an audit, a plan, or where nothing is trained.
+
+    Args:
+        callbacks: those of the options.
+        evaluates: whether nothing is trained.
+    """
+    unusable = (*NEEDS_FIT, *ACTS_ON_TRAINING) if evaluates else NEEDS_FIT
+    given = [callbacks] if isinstance(callbacks, Callback) else callbacks or []
+    return [callback for callback in given if not isinstance(callback, unusable)]
+
+
+def say_left_out(callbacks: Callback | Sequence[Callback] | None, command: str, *, evaluates: bool = False) -> None:
+    """Log a line for each callback that `usable_callbacks` leaves out."""
+    usable = usable_callbacks(callbacks, evaluates=evaluates)
+    reason = "trains nothing" if evaluates else "has no logger, and stops and saves trials itself (monitor.patience)"
+    for callback in [callbacks] if isinstance(callbacks, Callback) else callbacks or []:
+        if callback not in usable:
+            log.info("trainer.callbacks: %s is left out, as %s %s", type(callback).__name__, command, reason)
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """A checkpoint of a run folder, apart from those of the user's callbacks; the folder may be moved meanwhile."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with the checkpoints of these names in the folder that this callback writes into."""
+        state = {**state_dict, "dirpath": self.dirpath}
+        for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[name] = self._here(state[name])
+        state["best_k_models"] = {self._here(path): value for path, value in state["best_k_models"].items()}
+        super().load_state_dict(state)
+
+    def _here(self, path: str) -> str:
+        return str(Path(str(self.dirpath), Path(path).name)) if path else path
+
+
+class BestCheckpoint(RunCheckpoint):
+    """The best epoch, which is exported, and the last one."""
+
+
+class RecentCheckpoint(RunCheckpoint):
+    """A recent moment, from which a killed run goes on."""
+
+
 def fit_callbacks(
     run_dir: Path, monitor: MonitorConfig, compile_config: CompileConfig, memory: MicroBatchFinder
 ) -> list[Callback]:
@@ -90,8 +164,8 @@ def fit_callbacks(
     """
     mode = "max" if metric_direction(str(monitor.metric)) == "maximize" else "min"
     folder = run_dir / "checkpoints"
-    best = ModelCheckpoint(folder, "best", monitor=monitor.logged, mode=mode, save_last=True)
-    recent = ModelCheckpoint(folder, "recent", train_time_interval=timedelta(minutes=10), enable_version_counter=False)
+    best = BestCheckpoint(folder, "best", monitor=monitor.logged, mode=mode, save_last=True)
+    recent = RecentCheckpoint(folder, "recent", train_time_interval=timedelta(minutes=10), enable_version_counter=False)
     return [OOMHandler(), memory, *early_stopping(monitor), Throughput(), CompileLayers(compile_config), best, recent]
 
 
@@ -104,5 +178,9 @@ def newest_checkpoint(run_dir: Path) -> str | None:
 def quiet_trainer(config: dict[str, Any], memory: MicroBatchFinder | None = None, **changes: Any) -> Trainer:
     """A trainer for one fold: no logger, checkpoints or progress bar, which cost more than a small model's epoch."""
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    callbacks = [*(config.get("callbacks") or []), *changes.pop("callbacks", []), *([] if memory is None else [memory])]
+    callbacks = [
+        *usable_callbacks(config.get("callbacks")),
+        *changes.pop("callbacks", []),
+        *([] if memory is None else [memory]),
+    ]
     return BGETrainer(**{**config, **dict.fromkeys(off, False), "callbacks": callbacks, **changes})

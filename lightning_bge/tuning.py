@@ -14,6 +14,7 @@ from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.hpo.outer_folds import run_studies
 from lightning_bge.hpo.ranking import ranked, score_of
 from lightning_bge.models.classifier import BGEClassifier
+from lightning_bge.preflight import preflight
 from lightning_bge.runtime.nested_config import as_config
 from lightning_bge.templates import SpaceLike, StudyOptions, errors_of_arguments, quiet_libraries, study_of_templates
 
@@ -124,6 +125,7 @@ def tune(
             trainer={"max_epochs": max_epochs, **(trainer or {})},
             options=options,
         )
+        preflight("hpo", experiment, hpo)
         study, summary = run_studies(experiment, hpo)
         if summary is not None:
             print(f"  {write_report(Path(run_dir)).name:<14}the whole study on one page, for a browser")
@@ -185,4 +187,5 @@ def plan(
         )
         if isinstance(config, Mapping) and "given" in config:
             config = {**config, "given": as_config(GivenFigures, config["given"], "config.given")}
+        preflight("plan", experiment, hpo)
         return make_plan(experiment, hpo, as_config(PlanConfig, config, "config"))

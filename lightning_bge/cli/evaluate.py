@@ -1,14 +1,17 @@
 """What `validate` and `test` share."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 from lightning_bge.cli.lightning_cli import BGECLI, running
+from lightning_bge.preflight import preflight
 
 
-def evaluate(command: str, args: list[str], description: str) -> None:
+def evaluate(command: Literal["validate", "test"], args: list[str], description: str) -> None:
     """Run the trainer's method of that name, which prints the metrics."""
     cli = BGECLI(command, args, description=description)
     with running(cli.trainer):
+        preflight(command, cli.experiment)
         getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule)
 
 

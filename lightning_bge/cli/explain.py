@@ -14,7 +14,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
         what = "written" if error.errno == errno.EROFS else "opened"
         return f"{error.filename} can't be {what} ({error.strerror}). Finished work is kept: correct it and start again"
-    if any(kind.__name__ == "MisconfigurationException" for kind in type(error).__mro__):
+    of_lightning = any(kind.__name__ == "MisconfigurationException" for kind in type(error).__mro__)
+    if of_lightning or str(error).startswith("Early stopping conditioned on metric"):
         return describe_trainer_error(error)
     # torch is imported only here: a command that can run out of memory has imported it already
     from lightning_bge.models.memory_saving.oom_retry import REMEDIES

@@ -29,9 +29,10 @@ from lightning_bge.models.metrics import MonitorConfig, check_metric
 from lightning_bge.runtime.distributed import AnotherRankFailed, end_ranks
 from lightning_bge.runtime.dotted_config import LINKS, plain_config
 from lightning_bge.runtime.memory import limit_malloc_arenas
-from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer
+from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, say_left_out, usable_callbacks
 from lightning_bge.types import Schema
 
+EVALUATES = ("validate", "test", "predict")  # commands that train nothing
 AddArguments = Callable[[LightningArgumentParser], Any]
 
 
@@ -87,7 +88,7 @@ class BGECLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Take the task from an exported model's schema, and refuse a metric that the task lacks."""
         config = self.config
-        if self.command in ("validate", "test", "predict"):
+        if self.command in EVALUATES:
             schema = Schema.load(Path(config.model.name_or_path).expanduser())
             if schema is not None:
                 config.model.task = config.data.task = schema.task
@@ -97,19 +98,22 @@ class BGECLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes neither logs nor checkpoints; `fit` has its own."""
-        return self.make_trainer({**self.config_init.trainer, **kwargs, "logger": False, "enable_checkpointing": False})
+        config, evaluates = {**self.config_init.trainer, **kwargs}, self.command in EVALUATES
+        say_left_out(config["callbacks"], self.command, evaluates=evaluates)
+        callbacks = usable_callbacks(config["callbacks"], evaluates=evaluates)
+        return self.make_trainer({**config, "callbacks": callbacks, "logger": False, "enable_checkpointing": False})
 
     def make_trainer(self, arguments: dict[str, Any]) -> Trainer:
         """A trainer, or a `ConfigError` in one line that says which of its arguments is wrong."""
         try:
             return self.trainer_class(**arguments)
-        except (MisconfigurationException, ValueError, TypeError) as error:
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
             raise ConfigError(describe_trainer_error(error)) from error
 
     @property
     def run_dir(self) -> Path:
         """The run's folder, which may not exist yet."""
-        return Path(self.config_init.run_dir)
+        return Path(self.config_init.run_dir).expanduser()
 
     def plain_config(self) -> dict[str, Any]:
         """All options as plain data that the same command reads again."""

@@ -72,5 +72,7 @@ def _data_files(path: Path) -> dict[str, str | list[str] | None]:
     data = content.get("data") if isinstance(content, dict) else None
     if not isinstance(data, dict):
         return {}
-    names = [name for name in DATA_FILES if isinstance(data.get(name), str | int | float | list | None) and name in data]
+    names = [
+        name for name in DATA_FILES if isinstance(data.get(name), str | int | float | list | None) and name in data
+    ]
     return {name: None if data[name] is None else texts["data"][name] for name in names}

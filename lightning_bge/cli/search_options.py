@@ -13,6 +13,7 @@ from lightning_bge.cli.lightning_cli import BGECLI
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.scheduling.trial_loop import MemoryKeptError
+from lightning_bge.runtime.run_folder import write_json
 
 Options = TypeVar("Options", bound=Any)
 
@@ -56,10 +57,9 @@ def check_one_device(cli: BGECLI, fix: str) -> None:
         )
 
 
-def writable(path: str | None) -> Path | None:
-    """A file to write later; its folder is made now, before anything is measured for minutes."""
-    if path is None:
-        return None
-    found = Path(path).expanduser()
-    found.parent.mkdir(parents=True, exist_ok=True)
-    return found
+def write_output(path: str | None, content: dict[str, Any]) -> None:
+    """Write a JSON file where one is asked for, and make its folder."""
+    if path is not None:
+        found = Path(path).expanduser()
+        found.parent.mkdir(parents=True, exist_ok=True)
+        write_json(found, content)

@@ -309,9 +309,18 @@ class TextDataModule(EncodedDataModule):
     @property
     def class_counts(self) -> np.ndarray | None:
         """Training rows now selected of each class: binary (negative, positive), multi-class [C], multi-label [L]."""
-        if self.schema is None or self.train_labels is None or self.schema.task == "regression":
+        if self.train_labels is None:
             return None
-        labels = self.train_labels[self.train_rows]
+        return self._counts(self.train_labels[self.train_rows])
+
+    def label_counts(self, split: Split) -> np.ndarray | None:
+        """Rows of each class, as in `class_counts`, in a split's file, whatever the fold; after `setup`."""
+        labels = self._dataset(split).labels
+        return None if labels is None else self._counts(labels)
+
+    def _counts(self, labels: np.ndarray) -> np.ndarray | None:
+        if self.schema is None or self.schema.task == "regression":
+            return None
         if self.schema.task == "multilabel":
             return labels.sum(axis=0).astype(np.int64)
         return np.bincount(labels.astype(np.int64), minlength=len(self.schema.labels))

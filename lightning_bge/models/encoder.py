@@ -187,7 +187,7 @@ def load_classifier(
                 output_loading_info=True,
             )
     except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(_why_not_loaded(name_or_path, error)) from error
+        raise ConfigError(why_not_loaded(name_or_path, error)) from error
     _log_new_weights(name_or_path, report)
     return prepare_classifier(
         model,
@@ -276,7 +276,8 @@ def _log_new_head(name_or_path: str, names: str) -> None:
     log.info("%s: the checkpoint has no head of this shape; these start at random: %s", name_or_path, names)
 
 
-def _why_not_loaded(name_or_path: str, error: Exception) -> str:
+def why_not_loaded(name_or_path: str, error: Exception) -> str:
+    """What a user can do about an error with which transformers refuses a name or folder."""
     reason = str(error).strip().split("\n")[0]
     if Path(name_or_path, ENSEMBLE_FILE).is_file():
         return (
@@ -288,6 +289,8 @@ def _why_not_loaded(name_or_path: str, error: Exception) -> str:
             f"model.name_or_path: {name_or_path} is not a folder that transformers loads as a text classifier "
             f"({reason}): it needs a config.json and model.safetensors of an encoder"
         )
+    if name_or_path.startswith((".", "/")) or name_or_path.count("/") > 1:
+        return f"model.name_or_path: the folder {name_or_path} does not exist. Correct the path"
     return (
         f"model.name_or_path: neither a folder nor a model that the hub gave: {name_or_path} ({reason}). "
         "Check the name, the network, and HF_HUB_OFFLINE; or name a folder that holds the model"

@@ -16,6 +16,7 @@ from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.run_record import check_same_run
 from lightning_bge.models.metrics import best_threshold, scores
 from lightning_bge.models.output.prediction_file import write_predictions
+from lightning_bge.preflight import preflight
 from lightning_bge.runtime.run_folder import create_run_dir, read_json, record_run, write_json
 from lightning_bge.trainer import fit_callbacks, newest_checkpoint
 
@@ -49,11 +50,11 @@ def run(args: list[str]) -> None:
 
 def _fit(cli: FitCLI) -> None:
     trainer, model, datamodule = cli.trainer, cli.model, cli.datamodule
-    run_dir = create_run_dir(cli.run_dir)
     first = trainer.is_global_zero  # only this rank reads the configuration, writes and prints
     if first:
-        datamodule.setup("fit")
-        check_same_run(cli, run_dir, datamodule)
+        preflight("fit", cli.experiment)
+        check_same_run(cli, cli.run_dir, datamodule)
+    run_dir = create_run_dir(cli.run_dir)
     summary = read_json(run_dir / "summary.json")
     if summary is None:
         checkpoint = newest_checkpoint(run_dir)

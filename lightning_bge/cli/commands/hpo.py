@@ -15,6 +15,7 @@ from lightning_bge.hpo.run import check_study, prepare_study, run_hpo
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.space.draw import n_parameter_sets
 from lightning_bge.hpo.worker_pool import Slot, WorkerPool, slots
+from lightning_bge.preflight import preflight
 from lightning_bge.runtime.run_folder import create_run_dir, read_json
 
 DESCRIPTION = """Search for the best hyperparameters over folds, prune bad trials, refit the best ones on all rows of
@@ -28,6 +29,7 @@ def run(args: list[str]) -> None:
     cli = BGECLI("hpo", args, description=DESCRIPTION, add_arguments=add_hpo)
     with starting_again(), running(cli.trainer):
         check_one_device(cli, "To use more, set hpo.workers: one process for each device shares the study")
+        preflight("hpo", cli.experiment, cli.config_init.hpo)
         workers = slots(cli.config_init.hpo)
         run = run_hpo if len(workers) == 1 else partial(_run_pool, workers)
         _, summary = run_studies(cli.experiment, cli.config_init.hpo, run=run)

@@ -5,9 +5,9 @@ import time
 from lightning_bge.advisor.plan.config import PlanConfig
 from lightning_bge.advisor.plan.plan import make_plan
 from lightning_bge.cli.lightning_cli import BGECLI, running
-from lightning_bge.cli.search_options import add_hpo_and, check_one_device, own_options, writable
+from lightning_bge.cli.search_options import add_hpo_and, check_one_device, own_options, write_output
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
-from lightning_bge.runtime.run_folder import write_json
+from lightning_bge.preflight import preflight
 
 DESCRIPTION = """Estimate the hours of a study from a short measurement on this machine: with an interval, at each
 optimization level, after changes of the study, and for a deadline."""
@@ -19,10 +19,9 @@ def run(args: list[str]) -> None:
     process_s = time.process_time()
     cli = BGECLI("plan", args, description=DESCRIPTION, add_arguments=add_hpo_and(PlanConfig))
     options = own_options(cli, PlanConfig)
-    json = writable(options.json)
     check_one_device(cli, "A trial trains on one device; plan several workers with --workers")
     with running(cli.trainer):
+        preflight("plan", cli.experiment, cli.config_init.hpo, {"json": options.json})
         plan = make_plan(cli.experiment, cli.config_init.hpo, options, process_s)
     print(plan)
-    if json is not None:
-        write_json(json, plan.as_dict())
+    write_output(options.json, plan.as_dict())

@@ -10,6 +10,7 @@ from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.ensemble import average_predictions, ensemble_members, member_module
 from lightning_bge.models.output.prediction_file import write_predictions
+from lightning_bge.preflight import preflight
 
 
 def run(args: list[str]) -> None:
@@ -20,13 +21,16 @@ def run(args: list[str]) -> None:
     if cli.datamodule.predict_file is None:
         raise ConfigError("data.predict_file: predict needs a file, got null")
     with running(cli.trainer):
+        preflight("predict", cli.experiment, outputs={"output": cli.config_init.output})
         members = ensemble_members(Path(cli.model.name_or_path).expanduser())
         models: list[Any] = [member_module(cli.model, member) for member in members] or [cli.model]
         for model in models:
             cli.trainer.predict(model, datamodule=cli.datamodule, return_predictions=False)
         if cli.trainer.is_global_zero:
             predictions = average_predictions(models[0].task, [model.predictions for model in models])
-            write_predictions(Path(cli.config_init.output), models[0].schema, replace(predictions, labels=None))
+            output = Path(cli.config_init.output).expanduser()
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_predictions(output, models[0].schema, replace(predictions, labels=None))
             print(f"{len(predictions.rows)} rows: {cli.config_init.output}")
 
 

@@ -325,10 +325,14 @@ class Objective:
         return max(self.n_trials - len(ended) - 1, 0) * self.steps.folds * share / max(workers, 1)
 
 
+class MonitorEarlyStopping(EarlyStopping):
+    """That of the monitored metric, whose state is kept apart from that of the user's callbacks."""
+
+
 def early_stopping(monitor: MonitorConfig) -> list[Callback]:
     """Lightning's early stopping, where a patience is set."""
     if monitor.patience is None:
         return []
     mode = "max" if metric_direction(str(monitor.metric)) == "maximize" else "min"
     # a NaN prunes the trial, with its reason: see `FoldPruningCallback`
-    return [EarlyStopping(monitor.logged, mode=mode, patience=monitor.patience, check_finite=False)]
+    return [MonitorEarlyStopping(monitor.logged, mode=mode, patience=monitor.patience, check_finite=False)]

@@ -36,7 +36,7 @@ def export_classifier(
         ConfigError: the folder holds something else than an exported model, which would be deleted.
     """
     folder = Path(folder)
-    _check_replaceable(folder)
+    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -66,7 +66,7 @@ def replace_folder(draft: Path, folder: Path) -> None:
     Raises:
         ConfigError: the folder holds something else than an exported model, which would be deleted.
     """
-    _check_replaceable(folder)
+    check_replaceable(folder)
     old = folder.with_name(f".{folder.name}-{draft.name}-old")
     shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
     if folder.exists():
@@ -75,7 +75,8 @@ def replace_folder(draft: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
+    """Raise `ConfigError` where a folder holds something else than an exported model."""
     if folder.exists() and not (folder / SCHEMA_FILE).is_file():
         raise ConfigError(f"{folder} exists and is no exported model: name another folder, or delete that one")
 

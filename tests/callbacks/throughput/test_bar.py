@@ -236,11 +236,9 @@ def test_a_count_of_one_s_own_leaves_padding_out(now: list[float]) -> None:
         ({"enable_progress_bar": True}, ThroughputProgressBar),
         ({"callbacks": [TQDMProgressBar()]}, TQDMProgressBar),
         ({"enable_progress_bar": False}, type(None)),
-        ({"barebones": True}, type(None)),
     ],
-    ids=["nothing said", "on", "own", "off", "barebones"],
+    ids=["nothing said", "on", "own", "off"],
 )
-@pytest.mark.filterwarnings("ignore:.*barebones.*")
 def test_the_program_uses_it_unless_told_otherwise(options: dict[str, Any], kind: type) -> None:
     off = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "precision": "32-true"}
     assert type(BGETrainer(**{**off, **options}).progress_bar_callback) is kind

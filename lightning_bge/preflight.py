@@ -1,0 +1,213 @@
+"""What a command will need, checked in one pass before a model is loaded and before the first step."""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.data.tables.files import expand_files
+from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.experiment import Experiment
+from lightning_bge.hpo.space.search_space import parse_space
+from lightning_bge.models.memory_saving.lora import LoRAConfig
+from lightning_bge.models.model_size import ModelSize, measure_model
+from lightning_bge.models.output.export import check_replaceable
+from lightning_bge.runtime.memory import format_bytes
+from lightning_bge.runtime.paths import check_folder, check_output, nearest_folder
+
+Command = Literal["fit", "hpo", "plan", "audit", "predict", "validate", "test"]
+
+TRAINS = ("fit", "hpo", "plan", "audit")
+DATA_FILES = ("train_file", "val_file", "test_file", "predict_file")
+# of a run folder
+FOLDERS = ("checkpoints", "logs", "oof", "predictions", "outer_folds")
+FILES = ("config.yaml", "run.json", "summary.json", "report.html", "audit.json", "audit.html", "journal.log")
+PREDICTIONS = ("validation.csv", "test.csv", "oof.csv", "nested.csv", "trials.csv", "best.yaml")
+
+log = logging.getLogger("lightning_bge")
+
+
+def preflight(
+    command: Command,
+    experiment: Experiment,
+    hpo: StudyConfig | None = None,
+    outputs: Mapping[str, str | None] | None = None,
+) -> None:
+    """Check all that a command will need; nothing is written, and no weights are read.
+
+    The data are read and tokenized where the command trains, and the test file is read. What is slow comes last.
+
+    Args:
+        command: its name.
+        experiment: its options, data module and run folder.
+        hpo: the options of the study, for commands that have them.
+        outputs: files that it writes besides the run folder: name of the option -> path, or None.
+
+    Raises:
+        UserError: something is wrong; the message names the option or the file, and the remedy.
+    """
+    data, trainer = experiment.datamodule, experiment.config["trainer"]
+    _check_paths(command, experiment, outputs or {})
+    if command == "fit":
+        _check_epochs(trainer)
+    elif command in ("hpo", "plan") and (limits := dry_run_options(trainer)):
+        raise ConfigError(
+            f"{limits}: a study needs whole epochs, as scores of parts of the data can't be compared. Leave it out; "
+            "for a quick trial lower hpo.n_trials and set data.table.max_rows"
+        )
+    if command not in TRAINS:
+        return
+    sizes = _model_sizes(experiment, hpo)
+    if command == "fit" and not dry_run_options(trainer):
+        _check_room_of_fit(experiment.run_dir, sizes[0])
+    if command == "hpo" and hpo is not None:
+        _check_room_of_study(experiment, hpo, sizes)
+    data.setup("fit")
+    _warn_of_classes(data)
+    if command == "fit":
+        _check_val_interval(trainer, data)
+    if command in ("fit", "hpo"):
+        data.test_hash()
+
+
+def dry_run_options(trainer: Mapping[str, Any]) -> str:
+    """The first option of the trainer that makes a run a trial on parts of the data, as `name=value`; empty: none."""
+    limits = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
+    values = {name: trainer[name] for name in ("fast_dev_run", "overfit_batches", *limits)}
+    found = [(name, value) for name, value in values.items() if value and name not in limits]
+    # 1 is one batch, and 1.0 are all
+    found += [(name, values[name]) for name in limits if values[name] is not None and repr(values[name]) != "1.0"]
+    return "".join(f"trainer.{name}={value}" for name, value in found[:1])
+
+
+# ---------------------------------------------------------------------- paths
+
+
+def _check_paths(command: Command, experiment: Experiment, outputs: Mapping[str, str | None]) -> None:
+    data, model = experiment.datamodule, str(experiment.config["model.name_or_path"])
+    files = {name: getattr(data, name) for name in DATA_FILES}
+    inputs = {f"data.{name}": expand_files(value) for name, value in files.items() if value is not None}
+    inputs["model.name_or_path"] = [model]
+    for option, path in outputs.items():
+        if path is not None:
+            check_output(option, path, inputs)
+    if command not in ("fit", "hpo", "audit"):
+        return
+    run_dir = experiment.run_dir.expanduser()
+    check_folder("run_dir", run_dir, FILES, FOLDERS)
+    if command == "audit":
+        return
+    for name in PREDICTIONS:
+        check_output("run_dir", run_dir / name, inputs)
+    exported = run_dir / "model"
+    check_replaceable(exported)
+    if exported.exists() and exported.resolve() == Path(model).expanduser().resolve():
+        raise ConfigError(
+            f"model.name_or_path: {model} is the folder that this run would replace. Copy it, or name another run_dir"
+        )
+
+
+# ---------------------------------------------------------------------- the trainer's options
+
+
+def _check_epochs(trainer: Mapping[str, Any]) -> None:
+    for name in ("max_epochs", "max_steps"):
+        if trainer[name] == 0:
+            raise ConfigError(f"trainer.{name}: expected 1 or more, got 0: nothing would be trained")
+    every, epochs = trainer["check_val_every_n_epoch"], trainer["max_epochs"]
+    if every is not None and epochs is not None and 0 < epochs < every:
+        raise ConfigError(
+            f"trainer.check_val_every_n_epoch: expected at most trainer.max_epochs={epochs}, got {every}: no epoch "
+            "would be validated"
+        )
+
+
+def _check_val_interval(trainer: Mapping[str, Any], data: TextDataModule) -> None:
+    interval, steps = trainer["val_check_interval"], -(-len(data.train_rows) // data.batch_size)
+    if isinstance(interval, int) and trainer["check_val_every_n_epoch"] is not None and interval > steps:
+        raise ConfigError(
+            f"trainer.val_check_interval: expected at most the {steps} steps of an epoch, got {interval}. Lower it, or "
+            "give a part of an epoch, such as 0.5"
+        )
+
+
+# ---------------------------------------------------------------------- the model, and room for it
+
+
+def _model_sizes(experiment: Experiment, hpo: StudyConfig | None) -> list[ModelSize]:
+    """Of each model that may be trained."""
+    config, names = experiment.config["model"], [str(experiment.config["model.name_or_path"])]
+    space = parse_space(hpo.space) if hpo is not None and hpo.space else {}
+    if "model.name_or_path" in space:
+        names = [str(name) for name in space["model.name_or_path"].choices]  # type: ignore[attr-defined]
+    lora = config["lora"]
+    return [
+        measure_model(
+            name,
+            revision=config["revision"],
+            trust_remote_code=config["trust_remote_code"],
+            frozen_layers=config["frozen_layers"],
+            lora=lora if isinstance(lora, LoRAConfig) else LoRAConfig(**lora.as_dict()),
+        )
+        for name in names
+    ]
+
+
+def _check_room_of_fit(run_dir: Path, size: ModelSize) -> None:
+    """For the checkpoints of the best, the last and a recent moment, and the exported model."""
+    text = f"three checkpoints ({format_bytes(size.checkpoint)} each) and the exported model"
+    _check_room(run_dir, 3 * size.checkpoint + size.exported, text)
+
+
+def _check_room_of_study(experiment: Experiment, hpo: StudyConfig, sizes: list[ModelSize]) -> None:
+    """For a checkpoint that is being replaced, and the exported models."""
+    checkpoint, model = max(size.checkpoint for size in sizes), max(size.exported for size in sizes)
+    models = (experiment.datamodule.num_folds if hpo.ensemble else 1) if hpo.refit else 0
+    exported = f" and {models} exported model{'s' * (models > 1)}" * bool(models)
+    text = f"two checkpoints of a trial ({format_bytes(checkpoint)} each){exported}"
+    free = _check_room(experiment.run_dir, 2 * checkpoint + models * model, text)
+    limit = hpo.pruner.paused_gb
+    room = free / 4 if limit is None else limit * 2**30
+    if hpo.pruner.name == "asha" and limit != 0 and room < checkpoint:
+        log.warning(
+            "hpo.pruner.paused_gb: %s hold no checkpoint of a trial (%s): each paused trial that is resumed is trained "
+            "from its start again. Free some space, or raise the limit",
+            *(format_bytes(round(room)), format_bytes(checkpoint)),
+        )
+
+
+def _check_room(run_dir: Path, needed: int, text: str) -> int:
+    """Free bytes for a run folder, what it holds already counted as free.
+
+    Raises:
+        ConfigError: they are fewer than are needed.
+    """
+    folder = nearest_folder(run_dir)
+    held = [path for name in ("checkpoints", "model") for path in (run_dir.expanduser() / name).rglob("*")]
+    free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in held if path.is_file())
+    if free < needed:
+        raise ConfigError(
+            f"run_dir: {text} need {format_bytes(needed)}, but {format_bytes(free)} are free in {folder}. Free some "
+            "space, or name a run_dir on another disk"
+        )
+    return free
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def _warn_of_classes(data: TextDataModule) -> None:
+    """Say which classes have no rows in a file; folds are checked where they are made."""
+    for option, split in (("data.train_file", "train"), ("data.val_file", "val")):
+        counts = data.label_counts(split) if option == "data.train_file" or data.val_file is not None else None  # type: ignore[arg-type]
+        if counts is None:
+            continue
+        assert data.schema is not None
+        missing = [name for name, count in zip(data.schema.labels, counts, strict=True) if not count]
+        if missing:
+            effect = "they can't be learned" if split == "train" else "the scores say nothing of them"
+            shown = ", ".join(missing[:10]) + ", ..." * (len(missing) > 10)
+            log.warning("%s has no row of these classes: %s. So %s; add rows, or leave them out", option, shown, effect)
