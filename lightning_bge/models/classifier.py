@@ -244,10 +244,18 @@ class BGEClassifier(EffectiveBatchModule):
 
 
 def _check_arguments(
-    *, task: str, dropout: float | None, frozen_layers: int | None, lora: LoRAConfig, attention: str, **_: Any
+    *,
+    task: Task,
+    loss: LossConfig,
+    dropout: float | None,
+    frozen_layers: int | None,
+    lora: LoRAConfig,
+    attention: str,
+    **_: Any,
 ) -> None:
     if task not in TASKS:
         raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    loss.name_for(task)
     if attention not in get_args(Attention):
         raise ConfigError(f"attention must be one of {', '.join(get_args(Attention))}, got {attention!r}")
     if dropout is not None and not 0 <= dropout < 1:

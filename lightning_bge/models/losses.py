@@ -45,6 +45,13 @@ class LossConfig:
         if self.focal_gamma < 0:
             raise ConfigError(f"model.loss.focal_gamma: expected 0 or more, got {self.focal_gamma}")
 
+    def name_for(self, task: Task) -> str:
+        """The loss for a task; raises `ConfigError` where the two do not go together."""
+        allowed = ALLOWED[task]
+        if self.name not in ("auto", *allowed):
+            raise ConfigError(f"model.loss.name: a {task} task takes {' or '.join(allowed)}, got {self.name}")
+        return allowed[0] if self.name == "auto" else self.name
+
 
 class Loss(nn.Module):
     """The sum of the losses of a micro-batch's sequences; the caller divides by the effective batch's `normalizer`.
@@ -65,10 +72,7 @@ class Loss(nn.Module):
         self, config: LossConfig, task: Task, num_outputs: int, class_counts: Sequence[float] | None = None
     ) -> None:
         super().__init__()
-        allowed = ALLOWED[task]
-        self.name = allowed[0] if config.name == "auto" else config.name
-        if self.name not in allowed:
-            raise ConfigError(f"model.loss.name: a {task} task takes {' or '.join(allowed)}, got {config.name}")
+        self.name = config.name_for(task)
         self.config = config
         self.register_buffer("weight", _class_weights(config, task, num_outputs, class_counts), persistent=False)
 

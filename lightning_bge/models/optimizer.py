@@ -1,5 +1,6 @@
 """AdamW and its schedules, counted in optimizer steps."""
 
+import logging
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from transformers import (
 )
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.runtime.log_once import log_once
+
+log = logging.getLogger(__name__)
 
 OptimizerName = Literal["adamw", "adamw_8bit"]
 ScheduleName = Literal["linear", "cosine", "cosine_with_restarts", "constant"]
@@ -161,6 +165,9 @@ def _layers_above(name: str, layers: int) -> int:
 def build_schedule(optimizer: Optimizer, config: ScheduleConfig, total_steps: int) -> LambdaLR:
     """The schedule over `total_steps` optimizer steps, from transformers."""
     warmup = round(config.warmup * total_steps) if config.warmup < 1 else int(config.warmup)
+    if warmup >= total_steps:
+        text = f"model.schedule.warmup: {warmup} steps of warm-up, and {total_steps} in all: the learning rate is never"
+        log_once(log, logging.WARNING, f"{text} reached. Lower it; below 1 it is a fraction of all steps")
     if config.name == "constant":
         return get_constant_schedule_with_warmup(optimizer, warmup)
     if config.name == "linear":

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.types import Task
 
@@ -194,3 +195,10 @@ def test_class_weights_that_do_not_fit(task: Task, weights: Any, counts: list[in
 def test_values_out_of_range_are_refused(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"model\.loss\.{field}: expected .*, got {value}"):
         LossConfig(**{field: value})
+
+
+def test_a_loss_of_another_task_is_refused_before_anything_is_built() -> None:
+    assert LossConfig().name_for("regression") == "mse"
+    assert LossConfig(name="focal").name_for("multilabel") == "focal"
+    with pytest.raises(ConfigError, match=r"model\.loss\.name: a regression task takes mse, got focal"):
+        BGEClassifier(task="regression", loss={"name": "focal"})  # type: ignore[arg-type]

@@ -11,7 +11,13 @@ from transformers import get_scheduler
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.classifier import BGEClassifier
-from lightning_bge.models.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer, parameter_groups
+from lightning_bge.models.optimizer import (
+    OptimizerConfig,
+    ScheduleConfig,
+    build_optimizer,
+    build_schedule,
+    parameter_groups,
+)
 from lightning_bge.types import Batch, Schema
 from tests.helpers.small_models import Batches, cut_batch, quiet_trainer, random_sequences, save_model, small_model
 
@@ -188,3 +194,12 @@ def test_schedule_values_out_of_range_are_refused(field: str, value: Any) -> Non
 def test_an_unknown_schedule_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model.schedule.name: expected one of linear, cosine, .*, got foo"):
         ScheduleConfig(name="foo")  # type: ignore[arg-type]
+
+
+def test_a_warm_up_that_never_ends_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    build_schedule(optimizer, ScheduleConfig(warmup=9), 10)
+    assert not caplog.records
+    build_schedule(optimizer, ScheduleConfig(warmup=10), 10)
+    [record] = caplog.records
+    assert record.message.startswith("model.schedule.warmup: 10 steps of warm-up, and 10 in all")
