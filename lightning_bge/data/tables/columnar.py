@@ -79,10 +79,18 @@ class HFDataset:
             yield Rows({name: self._named(name, _values(table.column(name))) for name in names})
 
     def _named(self, name: str, values: list[Any]) -> list[Any]:
-        classes = getattr(self._data.features[name], "names", None)
+        feature = self._data.features[name]
+        inner = getattr(feature, "feature", None)  # of a list
+        classes = getattr(feature if inner is None else inner, "names", None)
         if classes is None:
             return values
-        return [None if value is None or value < 0 else classes[value] for value in values]  # -1: it has no label
+
+        def named(value: Any) -> Any:
+            if isinstance(value, list):
+                return [named(one) for one in value]
+            return None if value is None or value < 0 else classes[value]  # -1: it has no label
+
+        return [named(value) for value in values]
 
 
 def _load(source: str) -> Any:

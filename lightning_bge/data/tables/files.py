@@ -32,6 +32,15 @@ _MARKS = (
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
+# first bytes of files that are no text, and what to do with them
+_NO_TEXT = {
+    b"\x1f\x8b": "is compressed with gzip: add .gz to its name",
+    b"BZh": "is compressed with bzip2: add .bz2 to its name",
+    b"\x28\xb5\x2f\xfd": "is compressed with Zstandard: add .zst to its name",
+    b"PAR1": "is a Parquet file: name it .parquet, or set data.table.format to parquet",
+    b"PK\x03\x04": "is a zip archive or an Excel file: unpack it, or save it as CSV",
+    b"\xd0\xcf\x11\xe0": "is an old Excel file: save it as CSV",
+}
 _SAMPLE_BYTES = 4096
 # encodings that are common where a file is no Unicode, of different scripts, for the proposals of a message
 _PROPOSED = ("cp1252", "cp1250", "cp1251", "shift_jis", "gb18030", "euc_kr")
@@ -144,12 +153,19 @@ def open_text(path: Path, encoding: str) -> io.TextIOWrapper:
 
 
 def encoding_of(path: Path, config: TableConfig) -> str:
-    """The encoding that is set, else by the first bytes: UTF-8, UTF-16 or UTF-32, with a byte order mark or without."""
+    """The encoding that is set, else by the first bytes: UTF-8, UTF-16 or UTF-32, with a byte order mark or without.
+
+    Raises:
+        DataError: it can't be read, or is no text.
+    """
     try:
         with open_bytes(path) as file:
             start = file.read(_SAMPLE_BYTES)
     except OSError as error:
         raise DataError(f"data file {path} can't be read: {error}") from error
+    for mark, words in _NO_TEXT.items():
+        if start.startswith(mark):
+            raise DataError(f"data file {path} {words}")
     marked = next((encoding for mark, encoding in _MARKS if start.startswith(mark)), None)
     if config.encoding is not None:
         plain = config.encoding.lower().replace("_", "-") in ("utf-8", "utf8")
@@ -173,7 +189,7 @@ def undecodable(path: Path, encoding: str, error: UnicodeError) -> DataError:
             f"{path} is not valid {_shown(encoding)} ({error}). Set data.table.encoding to that of the file"
         )
     proposals = []
-    for other in _PROPOSED:
+    for other in _PROPOSED if line else ():
         try:
             proposals.append(f"{other}: {line.decode(other).strip()[:60]!r}")
         except UnicodeError:
@@ -186,8 +202,11 @@ def undecodable(path: Path, encoding: str, error: UnicodeError) -> DataError:
 
 
 def _first_undecodable_line(path: Path, encoding: str) -> tuple[int, bytes]:
-    with io.TextIOWrapper(open_bytes(path), encoding, "surrogateescape", newline="\n") as file:
+    wide = encoding.lower().replace("_", "-").startswith(("utf-16", "utf-32"))  # which have no bytes to escape
+    with io.TextIOWrapper(open_bytes(path), encoding, "replace" if wide else "surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, 1):
+            if wide and "\ufffd" in line:
+                return number, b""
             if any("\udc80" <= char <= "\udcff" for char in line):
                 return number, line.encode(encoding, "surrogateescape")
     raise UnicodeError("no such line")

@@ -54,6 +54,13 @@ def test_a_data_set_from_disk(tmp_path: Path) -> None:
         read_table(tmp_path / "one", ("b",))
 
 
+def test_lists_of_named_labels(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "labels": datasets.List(LABELS)})
+    data = datasets.Dataset.from_dict({"text": ["a", "b"], "labels": [[1, 0], []]}, features=features)
+    data.save_to_disk(str(tmp_path / "d"))
+    assert read_table(tmp_path / "d", ("text",), label_column="labels").labels == [["pos", "neg"], []]
+
+
 def test_a_data_set_of_the_hub_is_asked_for_by_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     data = datasets.Dataset.from_dict({"text": ["a"], "label": [0]})
     asked = []

@@ -82,9 +82,27 @@ def test_another_encoding_is_refused_with_proposals_and_read_if_it_is_set(write:
         read_table(path, ("text",), config=TableConfig(encoding="utf-16"))
     with pytest.raises(DataError, match="line 2 is not valid UTF-8"):
         read_table(write("t.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n'), ("text",))
+    with pytest.raises(DataError, match=r"line 3 is not valid UTF-16\. Set data\.table\.encoding"):
+        read_table(write("u.csv", TEXT.encode("utf-16")[:-1]), ("text",))
     for wrong in ("utf9", "base64"):
         with pytest.raises(ConfigError, match=r"data\.table\.encoding: expected the name of a text encoding"):
             TableConfig(encoding=wrong)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(TEXT.encode()), r"compressed with gzip: add \.gz"),
+        (bz2.compress(TEXT.encode()), r"compressed with bzip2: add \.bz2"),
+        (pa.compress(TEXT.encode(), "zstd", asbytes=True), r"compressed with Zstandard: add \.zst"),
+        (b"PK\x03\x04 and more", "zip archive or an Excel file"),
+        (b"PAR1 and more", "Parquet file: name it .parquet"),
+    ],
+)
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.json"])
+def test_what_is_no_text_is_named(write: Write, content: bytes, words: str, name: str) -> None:
+    with pytest.raises(DataError, match=words):
+        read_table(write(name, content), ("text",))
 
 
 def test_formats_and_names_of_the_hub(tmp_path: Path) -> None:
