@@ -31,7 +31,7 @@ from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import spec_of
 from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.classifier import BGEClassifier
-from lightning_bge.models.metrics import MonitorConfig, check_metric
+from lightning_bge.models.metrics.config import MonitorConfig, check_metric
 from lightning_bge.runtime.dotted_config import LINKS, with_overrides
 from lightning_bge.runtime.nested_config import as_config, as_plain
 from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, say_left_out

@@ -35,7 +35,7 @@ from lightning_bge.callbacks.throughput.monitor import Throughput
 from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precision
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.trial.objective import early_stopping
-from lightning_bge.models.metrics import MonitorConfig, metric_direction
+from lightning_bge.models.metrics.config import MonitorConfig, metric_direction
 from lightning_bge.runtime.distributed import choose_strategy
 
 log = logging.getLogger("lightning_bge")

@@ -25,7 +25,9 @@ from common import git_commit, markdown_table, versions
 from lightning_bge.data.tables.splits import SplitConfig, make_folds
 from lightning_bge.hpo.evaluation.nested import NestedEstimate, nested_estimate
 from lightning_bge.hpo.trial.outer_fold import OuterFold
-from lightning_bge.models.metrics import Predictions, best_threshold, compute_metrics
+from lightning_bge.models.metrics.compute import compute_metrics
+from lightning_bge.models.metrics.predictions import Predictions
+from lightning_bge.models.metrics.threshold import best_threshold
 from lightning_bge.runtime.run_folder import write_json, write_text
 from lightning_bge.types import Schema
 

@@ -28,7 +28,7 @@ from lightning_bge.hpo.evaluation.resampling import Resamples, ValidationRows
 from lightning_bge.hpo.forecast.simulator import Durations, simulate_asha
 from lightning_bge.hpo.pruning.config import PrunerConfig, rungs
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.models.metrics import best_threshold
+from lightning_bge.models.metrics.threshold import best_threshold
 from lightning_bge.runtime.run_folder import write_json, write_text
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks"

@@ -28,7 +28,8 @@ from lightning_bge.data.sample import write_sample
 from lightning_bge.data.tables.readers import read_table
 from lightning_bge.hpo.storage.journal import open_storage
 from lightning_bge.hpo.trial.kept_predictions import kept_file, load_logits
-from lightning_bge.models.metrics import Predictions, compute_metrics
+from lightning_bge.models.metrics.compute import compute_metrics
+from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.models.tiny_bert import build_tiny_bert
 from lightning_bge.runtime.run_folder import write_json, write_text
 from lightning_bge.types import Schema

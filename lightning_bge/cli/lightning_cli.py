@@ -25,7 +25,7 @@ from lightning_bge.errors import INTERRUPTED, ConfigError
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.classifier import BGEClassifier
-from lightning_bge.models.metrics import MonitorConfig, check_metric
+from lightning_bge.models.metrics.config import MonitorConfig, check_metric
 from lightning_bge.runtime.distributed import AnotherRankFailed, end_ranks
 from lightning_bge.runtime.dotted_config import LINKS, plain_config
 from lightning_bge.runtime.memory import limit_malloc_arenas

@@ -22,7 +22,7 @@ from lightning_bge.hpo.space.parameter_sets import (
 from lightning_bge.hpo.space.search_space import Space
 from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.encoder_cache import EncoderCache
-from lightning_bge.models.metrics import MonitorConfig
+from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.runtime.dotted_config import check_option, with_overrides
 from lightning_bge.runtime.option_errors import describe_option_error
 

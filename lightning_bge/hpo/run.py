@@ -30,7 +30,7 @@ from lightning_bge.hpo.storage.workers import Worker, living_workers
 from lightning_bge.hpo.study import open_study
 from lightning_bge.hpo.trial.objective import Objective, TrialFiles
 from lightning_bge.hpo.versions import other_versions, used_versions
-from lightning_bge.models.metrics import metric_direction
+from lightning_bge.models.metrics.config import metric_direction
 from lightning_bge.runtime.run_folder import create_run_dir, record_run
 from lightning_bge.runtime.stop import Stopped, StopRequest
 

@@ -6,9 +6,9 @@ from .ensemble import Ensemble as Ensemble
 from .losses import Loss as Loss
 from .losses import LossConfig as LossConfig
 from .memory_saving.lora import LoRAConfig as LoRAConfig
-from .metrics import Predictions as Predictions
-from .metrics import best_threshold as best_threshold
-from .metrics import compute_metrics as compute_metrics
+from .metrics.compute import compute_metrics as compute_metrics
+from .metrics.predictions import Predictions as Predictions
+from .metrics.threshold import best_threshold as best_threshold
 from .optimizer import OptimizerConfig as OptimizerConfig
 from .optimizer import ScheduleConfig as ScheduleConfig
 from .output.inference import TextPredictions as TextPredictions

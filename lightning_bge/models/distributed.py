@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_bge.models.metrics import Predictions
+from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.runtime.compat.torch import copy_all
 
 BUCKET_BYTES = 32 * 2**20  # large enough for the network's full speed, small beside the model

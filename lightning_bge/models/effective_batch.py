@@ -14,7 +14,10 @@ from lightning_bge.models.distributed import gather, sum_gradients, sum_over_ran
 from lightning_bge.models.encoder import TextClassifier
 from lightning_bge.models.losses import Loss
 from lightning_bge.models.memory_saving.oom_retry import OOMRetry
-from lightning_bge.models.metrics import HAS_THRESHOLD, Predictions, compute_metrics, tuned_metrics
+from lightning_bge.models.metrics.compute import compute_metrics
+from lightning_bge.models.metrics.config import HAS_THRESHOLD
+from lightning_bge.models.metrics.predictions import Predictions
+from lightning_bge.models.metrics.threshold import tuned_metrics
 from lightning_bge.models.optimizer import materialize_state
 from lightning_bge.runtime.micro_batch import batch_source
 from lightning_bge.types import Batch, Schema

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import expand_home, load_classifier
-from lightning_bge.models.metrics import Predictions, scores
+from lightning_bge.models.metrics.predictions import Predictions, scores
 from lightning_bge.models.output.export import replace_folder, save_tokenizer
 from lightning_bge.models.output.inference import Text, TextPredictions, predict_texts, tokenizer_of
 from lightning_bge.models.output.prediction_file import decide

@@ -11,7 +11,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from lightning_bge.models.metrics import Predictions, compute_metrics
+from lightning_bge.models.metrics.compute import compute_metrics
+from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.types import Schema
 from tests.helpers.paths import ROOT
 

@@ -10,7 +10,7 @@ from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.micro_batch.config import MemoryConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.trial.objective import TrialSetup
-from lightning_bge.models.metrics import MonitorConfig
+from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.runtime.dotted_config import LINKS
 from tests.helpers.small_search import SPACE, make, write_files
 

@@ -14,7 +14,7 @@ from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.trial.objective import Objective, TrialFiles, TrialSetup
 from lightning_bge.models.classifier import BGEClassifier
-from lightning_bge.models.metrics import MonitorConfig
+from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.models.optimizer import OptimizerConfig
 from lightning_bge.trainer import quiet_trainer
 from tests.helpers.small_models import VOCABULARY, small_model, word_tokenizer

@@ -15,7 +15,7 @@ from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.trial.objective import TrialSetup
-from lightning_bge.models.metrics import MonitorConfig
+from lightning_bge.models.metrics.config import MonitorConfig
 
 OPTIONS = {
     "seed_everything": 42,

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_bge.models import distributed as room
 from lightning_bge.models.distributed import gather, sum_gradients, sum_over_ranks, without_sync
-from lightning_bge.models.metrics import Predictions
+from lightning_bge.models.metrics.predictions import Predictions
 from tests.helpers.rank_processes import run_ranks
 
 

@@ -12,7 +12,7 @@ from scipy.special import expit, softmax
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.ensemble import average_predictions, ensemble_members, start_members, write_ensemble
-from lightning_bge.models.metrics import Predictions, scores
+from lightning_bge.models.metrics.predictions import Predictions, scores
 from lightning_bge.types import Schema
 from tests.helpers.small_models import word_tokenizer
 

@@ -33,7 +33,7 @@ from lightning_bge.hpo.study import open_study
 from lightning_bge.hpo.trial.objective import Build, Objective, TrialFiles, TrialSetup
 from lightning_bge.hpo.trials import PARAMETER_SET, RESUMES
 from lightning_bge.models.encoder_cache import EncoderCache
-from lightning_bge.models.metrics import MonitorConfig
+from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.runtime.clock import wait_for
 
 _clock = time.perf_counter

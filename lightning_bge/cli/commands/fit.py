@@ -14,7 +14,8 @@ from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.cli.evaluate import without_prefix
 from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.run_record import check_same_run
-from lightning_bge.models.metrics import best_threshold, scores
+from lightning_bge.models.metrics.predictions import scores
+from lightning_bge.models.metrics.threshold import best_threshold
 from lightning_bge.models.output.prediction_file import write_predictions
 from lightning_bge.preflight import preflight
 from lightning_bge.runtime.run_folder import create_run_dir, read_json, record_run, write_json

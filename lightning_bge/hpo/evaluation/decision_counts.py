@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_bge.hpo.evaluation.resampling import sum_by
-from lightning_bge.models.metrics import THRESHOLD_PARTS
+from lightning_bge.models.metrics.threshold import THRESHOLD_PARTS
 from lightning_bge.types import Task
 
 MAX_THRESHOLDS = 256  # candidates, at quantiles of the scores of positive rows: finer ones change F1 by less than 0.4 %

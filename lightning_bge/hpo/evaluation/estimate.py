@@ -16,7 +16,7 @@ from lightning_bge.hpo.evaluation.candidates import Candidate, CandidateScorer, 
 from lightning_bge.hpo.evaluation.resampling import Resamples, ValidationRows
 from lightning_bge.hpo.evaluation.selection import select
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.models.metrics import constant_logits
+from lightning_bge.models.metrics.predictions import constant_logits
 
 N_RESAMPLES = 400  # the error of a mean of so many is a twentieth of their standard deviation
 SEED = 0

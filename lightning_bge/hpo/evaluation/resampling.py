@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from lightning_bge.models.metrics import threshold_parts
+from lightning_bge.models.metrics.threshold import threshold_parts
 
 
 @dataclass(frozen=True)

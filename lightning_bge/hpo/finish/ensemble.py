@@ -16,7 +16,7 @@ from lightning_bge.models.ensemble import (
     start_members,
     write_ensemble,
 )
-from lightning_bge.models.metrics import compute_metrics
+from lightning_bge.models.metrics.compute import compute_metrics
 from lightning_bge.models.output.prediction_file import write_predictions
 from lightning_bge.runtime.memory import release
 

@@ -49,7 +49,7 @@ from lightning_bge.hpo.trials import (
     has_failed,
 )
 from lightning_bge.hpo.versions import count_versions, describe_versions
-from lightning_bge.models.metrics import HAS_THRESHOLD, MonitorConfig
+from lightning_bge.models.metrics.config import HAS_THRESHOLD, MonitorConfig
 from lightning_bge.models.output.prediction_file import write_predictions
 from lightning_bge.runtime.run_folder import read_json, write_json, write_text
 from lightning_bge.runtime.stop import StopRequest

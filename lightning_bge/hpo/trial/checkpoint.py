@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.steps import Report
-from lightning_bge.models.metrics import Predictions
+from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.runtime.run_folder import create_run_dir, write_atomically
 
 STATE = "state.pt"

@@ -31,7 +31,8 @@ from lightning_bge.hpo.trial.out_of_fold import drop_predictions, save_predictio
 from lightning_bge.hpo.trials import ENDED, PARAMETER_SET, RESUMES
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder_cache import EncoderCache
-from lightning_bge.models.metrics import MonitorConfig, Predictions, metric_direction
+from lightning_bge.models.metrics.config import MonitorConfig, metric_direction
+from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.runtime.memory import live_bytes, release
 from lightning_bge.runtime.oom import clean_up, find_oom
 from lightning_bge.runtime.stop import Stopped, StopRequest

@@ -11,16 +11,10 @@ from torch import Tensor
 
 from lightning_bge.hpo.config import BEST
 from lightning_bge.hpo.ranking import best_parameter_sets
-from lightning_bge.models.metrics import (
-    HAS_THRESHOLD,
-    LOWER_IS_BETTER,
-    Predictions,
-    best_threshold,
-    compute_metrics,
-    constant_logits,
-    cross_fitted_decisions,
-    scores,
-)
+from lightning_bge.models.metrics.compute import compute_metrics
+from lightning_bge.models.metrics.config import HAS_THRESHOLD, LOWER_IS_BETTER
+from lightning_bge.models.metrics.predictions import Predictions, constant_logits, scores
+from lightning_bge.models.metrics.threshold import best_threshold, cross_fitted_decisions
 from lightning_bge.runtime.run_folder import create_run_dir, write_atomically
 from lightning_bge.types import Schema
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.models.losses import Loss
-from lightning_bge.models.metrics import Predictions
+from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.runtime.run_folder import write_atomically
 
 OUTER_ROWS = "outer_fold.safetensors"  # file in the run folder of an inner study

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics.functional import calibration_error
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.models.metrics import scores
+from lightning_bge.models.metrics.predictions import scores
 from lightning_bge.types import Task
 
 # Of the temperature. Where the logits separate the classes, the likelihood grows without end as it falls, and where

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_bge.errors import ConfigError, DataError
 from lightning_bge.models.encoder import TextClassifier, expand_home
-from lightning_bge.models.metrics import scores
+from lightning_bge.models.metrics.predictions import scores
 from lightning_bge.models.output.prediction_file import decide
 from lightning_bge.types import MicroBatch, Schema
 

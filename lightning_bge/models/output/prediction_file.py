@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_bge.models.metrics import Predictions, scores
+from lightning_bge.models.metrics.predictions import Predictions, scores
 from lightning_bge.runtime.run_folder import write_text
 from lightning_bge.types import Schema
 

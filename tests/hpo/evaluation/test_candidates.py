@@ -20,7 +20,9 @@ from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.trial.kept_predictions import kept_file
 from lightning_bge.hpo.trial.out_of_fold import load_predictions, predictions_file
-from lightning_bge.models.metrics import MonitorConfig, Predictions, tuned_metrics
+from lightning_bge.models.metrics.config import MonitorConfig
+from lightning_bge.models.metrics.predictions import Predictions
+from lightning_bge.models.metrics.threshold import tuned_metrics
 from lightning_bge.types import Schema
 from tests.helpers.small_search import SPACE, make, write_files
 from tests.helpers.study_run import run_study

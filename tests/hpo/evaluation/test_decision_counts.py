@@ -6,14 +6,10 @@ import torch
 from scipy.special import expit
 
 from lightning_bge.hpo.evaluation.decision_counts import MAX_THRESHOLDS, Decider, count_decisions, cross_fitted, sum_of
-from lightning_bge.models.metrics import (
-    DECISION_METRICS,
-    Predictions,
-    best_threshold,
-    compute_metrics,
-    threshold_parts,
-    tuned_metrics,
-)
+from lightning_bge.models.metrics.compute import compute_metrics
+from lightning_bge.models.metrics.config import DECISION_METRICS
+from lightning_bge.models.metrics.predictions import Predictions
+from lightning_bge.models.metrics.threshold import best_threshold, threshold_parts, tuned_metrics
 from lightning_bge.types import Schema, Task
 from tests.hpo.evaluation.test_resampled_metrics import NAMES, repeated, rows_of
 

@@ -18,7 +18,9 @@ from lightning_bge.hpo.analysis.winner import describe_nested
 from lightning_bge.hpo.evaluation.nested import finish_nested, nested_estimate
 from lightning_bge.hpo.trial.outer_fold import OuterFold, load_outer_fold, save_outer_fold
 from lightning_bge.models.losses import Loss, LossConfig
-from lightning_bge.models.metrics import METRICS, Predictions, compute_metrics
+from lightning_bge.models.metrics.compute import compute_metrics
+from lightning_bge.models.metrics.config import METRICS
+from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.runtime.run_folder import write_json
 from lightning_bge.types import Schema
 

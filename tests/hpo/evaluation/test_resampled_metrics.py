@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from lightning_bge.hpo.evaluation.resampled_metrics import resampled_metric
-from lightning_bge.models.metrics import Predictions, compute_metrics
+from lightning_bge.models.metrics.compute import compute_metrics
+from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.types import Schema, Task
 
 N, B = 60, 7

@@ -26,7 +26,7 @@ from lightning_bge.hpo.finish.results import describe_study
 from lightning_bge.hpo.trial.out_of_fold import predictions_file, save_predictions
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import TextClassifier, load_classifier
-from lightning_bge.models.metrics import Predictions
+from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.tuning import TuneResult, tune
 from tests.helpers.prediction_files import column, predict_training_rows
 from tests.helpers.small_search import write_files

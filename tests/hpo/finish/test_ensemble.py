@@ -22,7 +22,7 @@ from lightning_bge.hpo.finish import ensemble
 from lightning_bge.hpo.finish.results import describe_study
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.ensemble import Ensemble
-from lightning_bge.models.metrics import best_threshold
+from lightning_bge.models.metrics.threshold import best_threshold
 from lightning_bge.tuning import TuneResult, tune
 from tests.helpers.prediction_files import column, predict_training_rows
 from tests.helpers.small_search import write_files

@@ -24,7 +24,7 @@ from lightning_bge.hpo.trial.out_of_fold import (
     predictions_file,
     save_predictions,
 )
-from lightning_bge.models.metrics import Predictions
+from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.types import Schema
 
 BINARY = Schema("binary", ("no", "yes"), ("text",), 16)

@@ -23,7 +23,7 @@ from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import open_study
 from lightning_bge.hpo.trial.out_of_fold import predictions_file
 from lightning_bge.hpo.trials import PAUSED_AT, REPORTS_BEFORE, RESUMES, ended_parameter_sets
-from lightning_bge.models.metrics import MonitorConfig
+from lightning_bge.models.metrics.config import MonitorConfig
 from tests.helpers import curve_objective
 from tests.helpers.curve_objective import CurveObjective
 from tests.helpers.plain_halving import plain_halving

@@ -24,7 +24,8 @@ from lightning_bge.hpo.trial.checkpoint import STATE, FoldResult, SavedTrial, sa
 from lightning_bge.hpo.trial.kept_predictions import kept_file
 from lightning_bge.hpo.trial.out_of_fold import predictions_file
 from lightning_bge.hpo.trials import INTERRUPTED, PARAMETER_SET, REPORTS_BEFORE, RETRY_OF, attempts
-from lightning_bge.models.metrics import MonitorConfig, Predictions
+from lightning_bge.models.metrics.config import MonitorConfig
+from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.runtime.stop import StopRequest
 from tests.helpers.small_search import SPACE, make, write_files
 from tests.helpers.study_run import run_study

@@ -25,7 +25,7 @@ from lightning_bge.hpo.trials import ERROR
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import TextClassifier
 from lightning_bge.models.encoder_cache import EncoderCache
-from lightning_bge.models.metrics import MonitorConfig
+from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.models.optimizer import OptimizerConfig
 from lightning_bge.runtime.memory import live_bytes
 from lightning_bge.trainer import quiet_trainer

@@ -17,7 +17,7 @@ from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import load_classifier
-from lightning_bge.models.metrics import scores
+from lightning_bge.models.metrics.predictions import scores
 from lightning_bge.types import Schema, Task
 from tests.helpers.small_models import (
     WORDS,

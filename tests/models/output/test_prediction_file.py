@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_bge.models.metrics import Predictions
+from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.models.output.prediction_file import decide, write_predictions
 from lightning_bge.types import Schema
 

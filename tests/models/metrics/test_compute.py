@@ -14,16 +14,10 @@ from sklearn import metrics as sk
 from torch import Tensor
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.models.metrics import (
-    METRICS,
-    MonitorConfig,
-    Predictions,
-    best_threshold,
-    check_metric,
-    compute_metrics,
-    metric_direction,
-    scores,
-)
+from lightning_bge.models.metrics.compute import compute_metrics
+from lightning_bge.models.metrics.config import METRICS, MonitorConfig, check_metric, metric_direction
+from lightning_bge.models.metrics.predictions import Predictions, scores
+from lightning_bge.models.metrics.threshold import best_threshold
 from lightning_bge.types import TASKS, Schema, Task
 
 N = 60

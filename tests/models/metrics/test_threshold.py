@@ -8,12 +8,11 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.models.metrics import (
+from lightning_bge.models.metrics.config import MonitorConfig, check_metric
+from lightning_bge.models.metrics.predictions import Predictions
+from lightning_bge.models.metrics.threshold import (
     THRESHOLD_PARTS,
-    MonitorConfig,
-    Predictions,
     best_threshold,
-    check_metric,
     cross_fitted_decisions,
     threshold_parts,
     tuned_metrics,

@@ -1,0 +1,87 @@
+"""Whether a metric can be computed on some labels, known before anything is trained."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lightning_bge.errors import DataError
+from lightning_bge.types import Schema
+
+RANKING = ("auroc", "average_precision")
+BY_GROUP = ("map", "mrr")
+CORRELATIONS = ("spearman", "pearson", "r2")
+OF_YES = ("f1", "precision", "recall")  # 0 for every model where no row is a yes
+MAX_NAMES = 5  # that a message lists
+
+
+def check_computable(schema: Schema, metric: str, labels: np.ndarray, groups: np.ndarray | None, where: str) -> None:
+    """Refuse labels on which the monitored metric is not defined, or is the same for every model.
+
+    It looks at labels and groups alone: call it for each fold, file or other set of rows that the metric is monitored
+    on, before the first step.
+
+    Args:
+        schema: task and label names.
+        metric: the monitored one, as `check_metric` returns it.
+        labels: encoded, [N], or [N, L] with several labels.
+        groups: int [N], a number for each group, or None.
+        where: the file or the split, such as `fold 2 of train.csv`; the message begins with it.
+
+    Raises:
+        DataError: names the rows, the metric and the remedy.
+    """
+    if len(labels) == 0:
+        raise DataError(f"{where}: there are no rows to compute the metric {metric} on: name a file or split with rows")
+    if schema.task == "regression":
+        lacking = _lacking_numbers(metric, labels)
+    elif metric in BY_GROUP:
+        lacking = _lacking_groups(schema, labels, groups)
+    else:
+        lacking = _lacking_classes(schema, metric, labels)
+    if lacking:
+        other = "mse" if schema.task == "regression" else "loss" if metric == "accuracy" else "accuracy"
+        raise DataError(
+            f"{where}: the metric {metric} can't be computed on these {len(labels)} rows, as {lacking}. Add such rows, "
+            f"or set monitor.metric to one that needs none, such as {other}"
+        )
+
+
+def _lacking_numbers(metric: str, labels: np.ndarray) -> str | None:
+    if metric in CORRELATIONS and labels.min() == labels.max():
+        return f"all labels are {labels[0]:g}: it compares rows of different labels"
+    return None
+
+
+def _lacking_groups(schema: Schema, labels: np.ndarray, groups: np.ndarray | None) -> str | None:
+    yes = labels > 0.5
+    if groups is None:
+        return "they have no groups (data.group_column)"
+    if not yes.any():
+        return f"no group has a row of the class {schema.labels[1]!r}"
+    return f"none is of the class {schema.labels[0]!r}" if yes.all() else None
+
+
+def _lacking_classes(schema: Schema, metric: str, labels: np.ndarray) -> str | None:
+    """Which rows the metric lacks: as a sentence; None: it has what it needs."""
+    ranks = metric in RANKING
+    if schema.task == "multiclass":
+        counts = np.bincount(labels.astype(np.int64), minlength=len(schema.labels))
+        missing = [f"of the class {name!r}" for name, count in zip(schema.labels, counts, strict=True) if not count]
+        return _none_is(missing) if ranks else None
+    yes = labels.reshape(len(labels), -1) > 0.5
+    if metric in OF_YES and not yes.any():
+        return _none_is([f"of the class {schema.labels[1]!r}"]) if schema.task == "binary" else "none has a label"
+    if not ranks:
+        return None
+    if schema.task == "binary":
+        names = [schema.labels[value] for value, there in ((0, not yes.all()), (1, yes.any())) if not there]
+        return _none_is([f"of the class {name!r}" for name in names])
+    counts = yes.sum(axis=0)
+    without = [f"with the label {schema.labels[place]!r}" for place in np.flatnonzero(counts == 0)]
+    every = [f"without the label {schema.labels[place]!r}" for place in np.flatnonzero(counts == len(labels))]
+    return _none_is([*without, *every])
+
+
+def _none_is(what: list[str]) -> str | None:
+    more = f" and {len(what) - MAX_NAMES} more" if len(what) > MAX_NAMES else ""
+    return f"none is {', none '.join(what[:MAX_NAMES])}{more}" if what else None
