@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.windows import NO_WINDOWS, Pooling, WindowConfig
 
 Task = Literal["binary", "multiclass", "multilabel", "regression"]
 TASKS: tuple[str, ...] = get_args(Task)
@@ -24,17 +25,21 @@ ENSEMBLE_FILE = "ensemble.json"  # beside the schema, in a folder of several exp
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Sequences one after another, without padding: N sequences, T tokens in all, longest sequence first.
+    """Sequences one after another, without padding: N rows, S sequences, T tokens in all, longest row first.
+
+    A row is one sequence, so that S is N, unless there are windows: then its windows follow each other.
 
     Attributes:
         input_ids: int64 [T].
         positions: int64 [T], counted from 0 anew in each sequence.
-        cu_seqlens: int32 [N + 1], where each sequence starts, and T at the end.
-        lengths: N Python ints, known on the host, so that nothing waits for a kernel.
+        cu_seqlens: int32 [S + 1], where each sequence starts, and T at the end.
+        lengths: S Python ints, known on the host, so that nothing waits for a kernel.
         token_type_ids: int64 [T], or None where the tokenizer makes none.
         labels: float32 [N] (binary, regression), int64 [N] (multi-class), float32 [N, L] (multi-label), or None.
-        rows: int64 [N], each sequence's row in its file; stays on the host.
+        rows: int64 [N], the number of each row in its file; stays on the host.
         groups: int64 [N], a number for each group, or None; stays on the host.
+        windows: number of sequences of each row, N Python ints; None: one each.
+        pooling: how the logits of a row's windows become those of the row; no effect without windows.
     """
 
     input_ids: Tensor
@@ -45,6 +50,16 @@ class MicroBatch:
     token_type_ids: Tensor | None = None
     labels: Tensor | None = None
     groups: Tensor | None = None
+    windows: tuple[int, ...] | None = None
+    pooling: Pooling = "mean"
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Tokens of each row, all of its windows together: N Python ints."""
+        if self.windows is None:
+            return self.lengths
+        ends = list(accumulate(self.lengths, initial=0))
+        return tuple(ends[stop] - ends[start] for start, stop in pairwise(accumulate(self.windows, initial=0)))
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> MicroBatch:
         """A copy whose model inputs and labels are on `device`; None, the default, waits for it unless that is CUDA.
@@ -64,23 +79,24 @@ class MicroBatch:
         return self._map(lambda tensor: None if tensor is None else tensor.pin_memory())
 
     def split(self, tokens: int) -> tuple[MicroBatch, ...]:
-        """The same sequences in micro-batches of at most `tokens` tokens, in order; a longer one is alone."""
-        if sum(self.lengths) <= tokens or len(self.lengths) == 1:
+        """The same rows in micro-batches of at most `tokens` tokens, in order; a longer one is alone."""
+        rows = self.row_lengths
+        if sum(rows) <= tokens or len(rows) == 1:
             return (self,)
         starts, used = [0], 0
-        for number, length in enumerate(self.lengths):
+        for number, length in enumerate(rows):
             if used + length > tokens and number > starts[-1]:
                 starts.append(number)
                 used = 0
             used += length
-        offsets = [0, *accumulate(self.lengths)]
-        ends = [*starts[1:], len(self.lengths)]
-        return tuple(
-            self._part(start, end, offsets[start], offsets[end]) for start, end in zip(starts, ends, strict=True)
-        )
+        ends = list(accumulate(rows, initial=0))
+        return tuple(self._part(start, end, ends[start], ends[end]) for start, end in pairwise([*starts, len(rows)]))
 
     def _part(self, start: int, end: int, first: int, last: int) -> MicroBatch:
-        """Sequences `start` to `end`, whose tokens are `first` to `last`."""
+        """Rows `start` to `end`, whose tokens are `first` to `last`."""
+        windows = None if self.windows is None else self.windows[start:end]
+        above = start if self.windows is None else sum(self.windows[:start])
+        below = end if windows is None else above + sum(windows)
 
         def of_tokens(tensor: Tensor) -> Tensor:
             return tensor[first:last]
@@ -88,15 +104,17 @@ class MicroBatch:
         def of_rows(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[start:end]
 
-        return MicroBatch(
-            of_tokens(self.input_ids),
-            of_tokens(self.positions),
-            self.cu_seqlens[start : end + 1] - first,
-            self.lengths[start:end],
-            self.rows[start:end],
-            None if self.token_type_ids is None else of_tokens(self.token_type_ids),
-            of_rows(self.labels),
-            of_rows(self.groups),
+        return replace(
+            self,
+            input_ids=of_tokens(self.input_ids),
+            positions=of_tokens(self.positions),
+            cu_seqlens=self.cu_seqlens[above : below + 1] - first,
+            lengths=self.lengths[above:below],
+            rows=self.rows[start:end],
+            token_type_ids=None if self.token_type_ids is None else of_tokens(self.token_type_ids),
+            labels=of_rows(self.labels),
+            groups=of_rows(self.groups),
+            windows=windows,
         )
 
     def _map(self, move) -> MicroBatch:  # type: ignore[no-untyped-def]
@@ -124,8 +142,8 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """Number of sequences."""
-        return sum(len(m.lengths) for m in self.micro)
+        """Number of rows."""
+        return sum(len(m.rows) for m in self.micro)
 
     @property
     def tokens(self) -> int:
@@ -157,6 +175,7 @@ class Schema:
         text_columns: one or two column names.
         max_length: the longest sequence in tokens, special tokens counted.
         threshold: a binary or multi-label score at or above it counts as a yes.
+        windows: what becomes of texts that are longer than `max_length`.
     """
 
     task: Task
@@ -164,6 +183,7 @@ class Schema:
     text_columns: tuple[str, ...]
     max_length: int
     threshold: float = 0.5
+    windows: WindowConfig = NO_WINDOWS
 
     @property
     def num_outputs(self) -> int:
@@ -174,6 +194,8 @@ class Schema:
     def from_plain(cls, content: Mapping[str, Any]) -> Schema:
         """From a dict of the fields, in which tuples may be lists: as JSON and checkpoints hold it."""
         found = {**content, "labels": tuple(content["labels"]), "text_columns": tuple(content["text_columns"])}
+        if "windows" in found:  # older folders have none
+            found["windows"] = WindowConfig(**found["windows"])
         return cls(**found)
 
     def save(self, folder: str | Path) -> None:

@@ -35,6 +35,7 @@ from lightning_bge.runtime.cache_dir import default_cache_dir
 from lightning_bge.runtime.log_once import log_once
 from lightning_bge.runtime.nested_config import as_config, as_plain
 from lightning_bge.types import TASKS, Schema, Task
+from lightning_bge.windows import NO_WINDOWS, WindowConfig
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ class TextDataModule(EncodedDataModule):
         table: how files are read. This and the next two may be dicts of their fields, such as `split={"folds": 3}`.
         split: how the training file is split.
         batching: how rows become batches.
+        windows: sliding windows over texts that are longer than `max_length`. `predict`, `test` and `validate` take
+            those of an exported model where this is unset.
         trust_remote_code: run code that comes with the tokenizer.
         revision: version of a tokenizer on the hub.
 
@@ -104,6 +107,7 @@ class TextDataModule(EncodedDataModule):
         table: TableConfig = _TABLE,
         split: SplitConfig = _SPLIT,
         batching: BatchingConfig = _BATCHING,
+        windows: WindowConfig = NO_WINDOWS,
         trust_remote_code: bool = False,
         revision: str | None = None,
     ) -> None:
@@ -118,6 +122,7 @@ class TextDataModule(EncodedDataModule):
         self.max_length, self.batch_size, self.cache_dir = max_length, batch_size, cache_dir
         self.table = as_config(TableConfig, table, "table")
         self.split = as_config(SplitConfig, split, "split")
+        self.windows = as_config(WindowConfig, windows, "windows")
         self._check_arguments()
         # no logger: the model's `revision` and `task` have the same names, which Lightning takes for a conflict
         names = inspect.signature(TextDataModule).parameters
@@ -170,7 +175,7 @@ class TextDataModule(EncodedDataModule):
         """
         if stage in ("fit", "validate", None):
             if self.train_file is not None or stage != "validate":
-                self._setup_training()
+                self._setup_training(evaluates=stage == "validate")
             if self.val_file is not None and "val" not in self._datasets:
                 self._setup_file("val", self.val_file)
         elif stage == "test" and "test" not in self._datasets:
@@ -181,15 +186,18 @@ class TextDataModule(EncodedDataModule):
         elif stage == "predict" and "predict" not in self._datasets:
             self._setup_file("predict", self.predict_file)
 
-    def _setup_training(self) -> None:
+    def _setup_training(self, evaluates: bool = False) -> None:
         if "train" in self._datasets:
             return
         if self.train_file is None:
             raise ConfigError("train_file is not set")
+        windows = self._windows(self._exported_schema()) if evaluates else self.windows
         source = self._source(self.train_file, self.text_columns, self.max_length, self.table.max_rows)
+        source = replace(source, windows=windows)
         training = load_training_file(source, self.task, self.split if self.val_file is None else None)
         file = training.file
-        self.schema = Schema(self.task, training.label_names, source.text_columns, file.max_length)
+        columns = source.text_columns
+        self.schema = Schema(self.task, training.label_names, columns, file.max_length, windows=windows)
         self._trained_texts = np.delete(file.text_hashes, training.outer)
         if training.folds:
             warn_of_overlap_of_folds(file.text_hashes, training.folds, str(file.names))
@@ -204,13 +212,13 @@ class TextDataModule(EncodedDataModule):
         names = ["train", *(["val"] if self.val_file is None else []), *(["test"] if len(training.outer) else [])]
         for name in names:
             limit = self.micro_batch_size if name == "train" else self.eval_micro_batch_size
-            self._datasets[name] = EncodedDataset(file.tokens, training.labels, file.groups, limit)
+            self._datasets[name] = EncodedDataset(file.tokens, training.labels, file.groups, limit, windows.pooling)
 
     def _setup_file(self, name: Split, files: Files | None) -> None:
         if files is None:
             raise ConfigError(f"{name}_file is not set")
         schema = self.schema = self._known_schema()
-        source = self._source(files, schema.text_columns, schema.max_length)
+        source = replace(self._source(files, schema.text_columns, schema.max_length), windows=schema.windows)
         if name == "predict":
             source = replace(source, label_column=None, group_column=None)
         file = load_file(source)
@@ -226,19 +234,28 @@ class TextDataModule(EncodedDataModule):
                 text = f"{len(common)} groups of {file.names} are in the training file too: scores will be too high"
                 log_once(log, logging.WARNING, text)
         self.schema = replace(schema, max_length=file.max_length)
-        self._datasets[name] = EncodedDataset(file.tokens, labels, file.groups, self.eval_micro_batch_size)
+        limit, pooling = self.eval_micro_batch_size, schema.windows.pooling
+        self._datasets[name] = EncodedDataset(file.tokens, labels, file.groups, limit, pooling)
 
     def _known_schema(self) -> Schema:
         """From `setup("fit")`, else from the exported model's folder, else from the arguments and the training file."""
         if self.schema is not None:
             return self.schema
-        schema = Schema.load(Path(self.tokenizer).expanduser()) if self.tokenizer else None
+        schema = self._exported_schema()
         if schema is not None:
             chosen = self.text_columns if self.text_columns != DEFAULT_TEXT_COLUMNS else schema.text_columns
             if schema.task != self.task:
                 log.info("task %s of the exported model is used, not %s", schema.task, self.task)
-            return replace(schema, text_columns=chosen, max_length=min(self.max_length, schema.max_length))
-        return Schema(self.task, self._known_labels(), self.text_columns, self.max_length)
+            length, windows = min(self.max_length, schema.max_length), self._windows(schema)
+            return replace(schema, text_columns=chosen, max_length=length, windows=windows)
+        return Schema(self.task, self._known_labels(), self.text_columns, self.max_length, windows=self.windows)
+
+    def _exported_schema(self) -> Schema | None:
+        return Schema.load(Path(self.tokenizer).expanduser()) if self.tokenizer else None
+
+    def _windows(self, exported: Schema | None) -> WindowConfig:
+        """Those that were set, else those of the exported model that is evaluated."""
+        return self.windows if exported is None or self.windows != NO_WINDOWS else exported.windows
 
     def _known_labels(self) -> tuple[str, ...]:
         """Names of the model's outputs: those given, else those of the training file, else 0 and 1 for binary."""
@@ -349,6 +366,7 @@ class TextDataModule(EncodedDataModule):
     def lengths(self, split: Split) -> np.ndarray:
         """Tokens of each row (int32 [N], special tokens counted) of a split's file, whatever the fold; after `setup`.
 
+        With windows the tokens of all windows of a row.
         Without a `val_file` the rows of `val` are those of the training file: `val_rows` of them are validated on.
         """
         return self._dataset(split).tokens.lengths

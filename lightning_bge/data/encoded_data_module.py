@@ -49,9 +49,17 @@ class EncodedDataModule(LightningDataModule):
 
     @property
     def micro_batch_size_step(self) -> int:
-        """Tokens of the longest sequence: the smallest micro-batch size worth a try, after `setup`."""
+        """Tokens of the longest row: the smallest micro-batch size worth a try, after `setup`.
+
+        Without windows no row is longer than `max_length`. With windows the rows that were read decide, rounded up to
+        a multiple of `max_length`, as a row is never split.
+        """
         assert self.schema is not None
-        return self.schema.max_length
+        length = self.schema.max_length
+        if self.schema.windows.stride is None:
+            return length
+        longest = max((int(each.tokens.lengths.max(initial=0)) for each in self._datasets.values()), default=0)
+        return max(1, -(-longest // length)) * length
 
     @property
     def auto_micro_batch_size(self) -> bool:
@@ -72,9 +80,10 @@ class EncodedDataModule(LightningDataModule):
             micro_batch_size: of a training micro-batch, in tokens.
             train: else a micro-batch without gradients, which is larger: see `data.batching.eval_max_tokens`.
         """
-        tokens, length = micro_batch_size, self.micro_batch_size_step
-        tokens = tokens if train else self.batching.eval_limit(tokens)
-        return self._dataset("train").worst_case(max(1, tokens // length), length)
+        assert self.schema is not None
+        tokens = micro_batch_size if train else self.batching.eval_limit(micro_batch_size)
+        length = self.schema.max_length
+        return self._dataset("train").worst_case(max(tokens, self.micro_batch_size_step) // length, length)
 
     def set_micro_batch_size(self, size: int) -> None:
         """Change the size of micro-batches, in loaders that exist too (with 0 workers at once).

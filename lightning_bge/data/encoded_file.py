@@ -17,6 +17,7 @@ from lightning_bge.data.tables.splits import SplitConfig, folds_hash, make_folds
 from lightning_bge.data.tokens.cache import TokenArrays, hash_texts, tokenize_cached
 from lightning_bge.data.tokens.tokenizer import effective_max_length, load_tokenizer, tokenizer_fingerprint
 from lightning_bge.types import Task
+from lightning_bge.windows import NO_WINDOWS, WindowConfig
 
 Stamp = tuple[tuple[str, int, int], ...]
 
@@ -53,6 +54,7 @@ class Source:
         stamp: of the files, so that a changed one is not taken for the one read before.
         max_rows: keep only the first rows; None: all.
         max_length: the requested limit, before the tokenizer's own.
+        windows: what becomes of longer rows.
     """
 
     files: Files
@@ -65,6 +67,7 @@ class Source:
     tokenizer: TokenizerKey
     max_length: int
     cache_dir: str
+    windows: WindowConfig = NO_WINDOWS
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ def load_file(source: Source) -> EncodedFile:
     table = _read(source)
     tokenizer = _tokenizer(source.tokenizer)
     max_length = effective_max_length(tokenizer, source.max_length, len(source.text_columns) == 2)
-    tokens = tokenize_cached(table.texts, tokenizer, max_length, source.cache_dir)
+    tokens = tokenize_cached(table.texts, tokenizer, max_length, source.cache_dir, source.windows)
     groups, names = None, ()
     if table.groups is not None:
         unique, groups = np.unique(np.array(table.groups, dtype=object), return_inverse=True)

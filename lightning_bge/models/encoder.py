@@ -25,6 +25,7 @@ from lightning_bge.models.memory_saving.gradient_checkpointing import set_gradie
 from lightning_bge.models.memory_saving.lora import LoRAConfig, add_lora
 from lightning_bge.runtime.compat.transformers import attention_implementation
 from lightning_bge.types import ENSEMBLE_FILE, MicroBatch
+from lightning_bge.windows import Pooling
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +90,9 @@ class TextClassifier(nn.Module):
         return -(-(tokens + 1) // self.token_bucket) * self.token_bucket  # as `pad_to_bucket`: a dummy token at least
 
     def forward(self, micro: MicroBatch) -> Tensor:
-        """Logits, [N, outputs], in the order of the micro-batch's sequences."""
-        return self._packed(micro) if self.packed else self._padded(micro)
+        """Logits, [N, outputs], in the order of the micro-batch's rows."""
+        logits = self._packed(micro) if self.packed else self._padded(micro)
+        return logits if micro.windows is None else pool_windows(logits, micro.windows, micro.pooling)
 
     def _packed(self, micro: MicroBatch) -> Tensor:
         config = self.model.config
@@ -135,6 +137,23 @@ class TextClassifier(nn.Module):
         if micro.token_type_ids is not None and getattr(self.model.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = pad(micro.token_type_ids, 0)
         return self.model(**inputs).logits
+
+
+def pool_windows(logits: Tensor, windows: tuple[int, ...], pooling: Pooling) -> Tensor:
+    """Logits of sequences, [S, outputs] -> logits of rows, [N, outputs], at least in fp32.
+
+    Nothing waits for the device, and the order of all sums is fixed, so that a resumed run repeats them.
+
+    Args:
+        logits: the windows of a row follow each other.
+        windows: number of windows of each row.
+        pooling: their mean, or their maximum for each output.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if max(windows) == 1:
+        return wide
+    parts = wide.split(windows)
+    return torch.stack([part.mean(dim=0) if pooling == "mean" else part.amax(dim=0) for part in parts])
 
 
 def load_classifier(

@@ -1,4 +1,4 @@
-"""Cut effective batches into micro-batches of sequences laid end to end, by a maximum of tokens."""
+"""Cut effective batches into micro-batches of rows laid end to end, by a maximum of tokens."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,14 +10,15 @@ from torch.utils.data import Dataset
 from lightning_bge.data.batches.shards import balanced_shards
 from lightning_bge.data.tokens.cache import TokenArrays, concatenate_tokens
 from lightning_bge.types import Batch, MicroBatch
+from lightning_bge.windows import Pooling
 
 
 def cut_micro_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Cut sequences into micro-batches of similar length.
+    """Cut rows into micro-batches of similar length.
 
     Args:
-        lengths: tokens of each sequence, int [N].
-        max_tokens: the most tokens of a micro-batch; a longer sequence is a micro-batch of its own.
+        lengths: tokens of each row, int [N].
+        max_tokens: the most tokens of a micro-batch; a longer row is a micro-batch of its own.
 
     Returns:
         For each micro-batch positions into `lengths`, int64; the longest come first, equal ones in the given order.
@@ -44,12 +45,19 @@ class EncodedDataset(Dataset[Batch]):
         labels: encoded labels of all rows, or None.
         groups: int64 [N], a group number for each row, or None.
         max_tokens: the most tokens of a micro-batch.
+        pooling: how the logits of a row's windows become those of the row, where the tokens have windows.
     """
 
     def __init__(
-        self, tokens: TokenArrays, labels: np.ndarray | None, groups: np.ndarray | None, max_tokens: int
+        self,
+        tokens: TokenArrays,
+        labels: np.ndarray | None,
+        groups: np.ndarray | None,
+        max_tokens: int,
+        pooling: Pooling = "mean",
     ) -> None:
         self.tokens, self.labels, self.groups, self.max_tokens = tokens, labels, groups, max_tokens
+        self.pooling = pooling
         self.rank, self.ranks = 0, 1
 
     def set_max_tokens(self, max_tokens: int) -> None:
@@ -96,11 +104,12 @@ class EncodedDataset(Dataset[Batch]):
     def _micro_batch(self, rows: np.ndarray) -> MicroBatch:
         tokens = self.tokens
         lengths = tokens.lengths[rows].astype(np.int64)
-        ends = np.cumsum(lengths)
-        total = np.arange(ends[-1])
-        # Where each token of the micro-batch is in its own sequence, and then in the file.
-        positions = total - np.repeat(ends - lengths, lengths)
-        source = positions + np.repeat(tokens.offsets[rows], lengths)
+        windows, sequences = None, lengths
+        if tokens.window_offsets is not None and tokens.window_lengths is not None:
+            first, stop = tokens.window_offsets[rows], tokens.window_offsets[rows + 1]
+            windows, sequences = stop - first, tokens.window_lengths[_ranges(first, stop - first)].astype(np.int64)
+        # where each token of the micro-batch is in the file, and in its own sequence
+        source, positions = _ranges(tokens.offsets[rows], lengths), _ranges(np.zeros_like(sequences), sequences)
         types = tokens.token_type_ids
 
         def pick(values: np.ndarray | None) -> torch.Tensor | None:
@@ -109,13 +118,21 @@ class EncodedDataset(Dataset[Batch]):
         return MicroBatch(
             input_ids=torch.from_numpy(tokens.input_ids[source].astype(np.int64)),
             positions=torch.from_numpy(positions),
-            cu_seqlens=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
-            lengths=tuple(lengths.tolist()),
+            cu_seqlens=torch.from_numpy(np.concatenate(([0], np.cumsum(sequences))).astype(np.int32)),
+            lengths=tuple(sequences.tolist()),
             rows=torch.from_numpy(rows),
             token_type_ids=None if types is None else torch.from_numpy(types[source].astype(np.int64)),
             labels=pick(self.labels),
             groups=pick(self.groups),
+            windows=None if windows is None else tuple(windows.tolist()),
+            pooling=self.pooling,
         )
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """`counts` whole numbers from each of `starts` on, end to end: int64."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
 
 
 def concatenate_datasets(
@@ -140,4 +157,4 @@ def concatenate_datasets(
         names = tuple(unique.tolist())
     tokens = concatenate_tokens(first.tokens, second.tokens)
     labels = np.concatenate((first.labels, second.labels))
-    return EncodedDataset(tokens, labels, groups, first.max_tokens), names
+    return EncodedDataset(tokens, labels, groups, first.max_tokens, first.pooling), names

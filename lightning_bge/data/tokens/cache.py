@@ -21,6 +21,7 @@ import tokenizers
 from lightning_bge.data.tokens.tokenizer import tokenizer_fingerprint
 from lightning_bge.errors import DataError
 from lightning_bge.runtime.cache_dir import CACHE_ENV, default_cache_dir
+from lightning_bge.windows import NO_WINDOWS, WindowConfig, tokenize_rows
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,11 @@ class TokenArrays:
         input_ids: int32 [T].
         offsets: int64 [N + 1], where each row starts, and T at the end.
         token_type_ids: uint8 [T], or None where the tokenizer makes none.
-        lengths: int32 [N].
+        lengths: int32 [N]; with windows the tokens of all windows of a row.
         path: the file.
+        window_offsets: int64 [N + 1], where the windows of each row start in `window_lengths`, and their number at the
+            end; None where each row is one sequence.
+        window_lengths: int32, tokens of each window, or None.
     """
 
     input_ids: np.ndarray
@@ -47,6 +51,8 @@ class TokenArrays:
     token_type_ids: np.ndarray | None
     lengths: np.ndarray
     path: Path
+    window_offsets: np.ndarray | None = None
+    window_lengths: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -69,23 +75,32 @@ def hash_texts(texts: Sequence[tuple[str, ...]]) -> str:
 
 
 def tokenize_cached(
-    texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int, cache_dir: str | Path | None = None
+    texts: Sequence[tuple[str, ...]],
+    tokenizer: Any,
+    max_length: int,
+    cache_dir: str | Path | None = None,
+    windows: WindowConfig = NO_WINDOWS,
 ) -> TokenArrays:
     """Token ids of rows of one or two texts, from the cache where it has them.
 
     Truncated as `tokenizer(a, b, truncation=True, max_length=max_length)` does it: the longer text loses tokens first.
+    With a stride longer rows are cut into windows instead: see `tokenize_rows`.
 
     Args:
         texts: N rows, all of one or all of two texts.
         tokenizer: a fast tokenizer of transformers.
-        max_length: the most tokens of a row, special tokens counted.
+        max_length: the most tokens of a sequence, special tokens counted.
         cache_dir: folder of the cache; None: `default_cache_dir()`.
+        windows: what becomes of longer rows.
 
     Raises:
-        DataError: the folder cannot be written or is full, or a row has no token at all.
+        ConfigError: the stride of the windows is too large for `max_length`.
+        DataError: the folder cannot be written or is full, or a row has no token at all, or no room for windows.
     """
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
-    parts = (_VERSION, tokenizers.__version__, tokenizer_fingerprint(tokenizer), hash_texts(texts), str(max_length))
+    parts = [_VERSION, tokenizers.__version__, tokenizer_fingerprint(tokenizer), hash_texts(texts), str(max_length)]
+    if windows.stride is not None:
+        parts.append(f"windows {windows.stride} {windows.max_windows}")
     path = folder / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()}.arrow"
     if path.exists():
         try:
@@ -93,7 +108,7 @@ def tokenize_cached(
         except (pa.ArrowException, OSError, ValueError) as error:
             log.warning("token cache %s cannot be read (%s): it is written once more", path, error)
     log.info("tokenizing %d rows into %s", len(texts), path)
-    _write(path, _tokenize(texts, tokenizer, max_length))
+    _write(path, _tokenize(texts, tokenizer, max_length, windows))
     return open_tokens(path, rows=len(texts))
 
 
@@ -110,7 +125,16 @@ def open_tokens(path: Path, rows: int | None = None) -> TokenArrays:
     ids = batch.column("input_ids")
     offsets = ids.offsets.to_numpy()
     types = batch.column("token_type_ids").values.to_numpy() if "token_type_ids" in batch.schema.names else None
-    return TokenArrays(ids.values.to_numpy(), offsets, types, np.diff(offsets).astype(np.int32), Path(path))
+    windows = batch.column("windows") if "windows" in batch.schema.names else None
+    return TokenArrays(
+        input_ids=ids.values.to_numpy(),
+        offsets=offsets,
+        token_type_ids=types,
+        lengths=np.diff(offsets).astype(np.int32),
+        path=Path(path),
+        window_offsets=None if windows is None else windows.offsets.to_numpy(),
+        window_lengths=None if windows is None else windows.values.to_numpy(),
+    )
 
 
 def concatenate_tokens(first: TokenArrays, second: TokenArrays) -> TokenArrays:
@@ -158,30 +182,38 @@ def _map_batch(path: Path) -> pa.RecordBatch:
     return reader.get_batch(0)
 
 
-def _tokenize(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -> pa.RecordBatch:
+def _tokenize(
+    texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int, windows: WindowConfig
+) -> pa.RecordBatch:
     chunks: dict[str, list[np.ndarray]] = {"input_ids": [], "token_type_ids": []}
-    dtypes = {"input_ids": np.int32, "token_type_ids": np.uint8}
-    lengths = np.empty(len(texts), dtype=np.int64)
+    sequences, counts = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
     for start in range(0, len(texts), _CHUNK):
-        columns = [list(column) for column in zip(*texts[start : start + _CHUNK], strict=True)]
-        encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
-        ids = encoded["input_ids"]
-        lengths[start : start + len(ids)] = [len(row) for row in ids]
-        for name in chunks.keys() & encoded.keys():
-            flat = itertools.chain.from_iterable(encoded[name])
-            chunks[name].append(np.fromiter(flat, dtypes[name]))
-    empty = np.flatnonzero(lengths == 0)
+        found = tokenize_rows(texts[start : start + _CHUNK], tokenizer, max_length, windows, first_row=start)
+        sequences.append(np.fromiter(map(len, found.input_ids), np.int32, len(found.input_ids)))
+        counts.append(np.array(found.windows or [1] * len(found.input_ids)))
+        chunks["input_ids"].append(_flat(found.input_ids, np.int32))
+        if found.token_type_ids is not None:
+            chunks["token_type_ids"].append(_flat(found.token_type_ids, np.uint8))
+    lengths, firsts = np.concatenate(sequences), np.concatenate(([0], np.cumsum(np.concatenate(counts))))
+    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))[firsts]
+    empty = np.flatnonzero(np.diff(offsets) == 0)
     if len(empty):
         raise DataError(
             f"the tokenizer makes no token of row {empty[0] + 1} ({len(empty)} rows in all): drop these rows"
         )
-    offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int64())
-    columns_out = {
-        name: pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(parts)))
-        for name, parts in chunks.items()
-        if parts
-    }
-    return pa.record_batch(columns_out).replace_schema_metadata({"rows": str(len(texts))})
+    columns = {name: _lists(offsets, np.concatenate(parts)) for name, parts in chunks.items() if parts}
+    if windows.stride is not None:
+        columns["windows"] = _lists(firsts, lengths)
+    return pa.record_batch(columns).replace_schema_metadata({"rows": str(len(texts))})
+
+
+def _flat(rows: list[list[int]], dtype: type) -> np.ndarray:
+    return np.fromiter(itertools.chain.from_iterable(rows), dtype)
+
+
+def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.LargeListArray:
+    """A list of values for each row, end to end."""
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
 
 
 def _write(path: Path, batch: pa.RecordBatch) -> None:

@@ -105,6 +105,6 @@ def output_layer(net: TextClassifier, data: TextDataModule) -> nn.Linear:
         ConfigError: there is none.
     """
     assert data.schema is not None
-    row, length = ("text",) * len(data.schema.text_columns), data.schema.max_length
-    [micro] = encode_texts([row], data.new_tokenizer(), length, max_tokens=length)
+    row = ("text",) * len(data.schema.text_columns)
+    [micro] = encode_texts([row], data.new_tokenizer(), data.schema, max_tokens=data.schema.max_length)
     return find_output_layer(net, micro.to(next(net.parameters()).device))

@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 REMEDIES = (
-    "lower data.max_length, take a smaller model, free the device of other processes, or save memory by "
-    "model.lora.r, model.frozen_layers or model.optimizer.name: adamw_8bit"
+    "lower data.max_length or data.windows.max_windows, take a smaller model, free the device of other processes, or "
+    "save memory by model.lora.r, model.frozen_layers or model.optimizer.name: adamw_8bit"
 )
 
 
@@ -47,7 +47,7 @@ class OOMRetry:
     """Repeats a computation that ran out of memory with less memory: the same effective batch, from the same state.
 
     First the micro-batches are halved, from the one on that did not fit. The batch source learns the new size, so that
-    it makes smaller ones; those that it made before are split here. A single sequence that does not fit makes training
+    it makes smaller ones; those that it made before are split here. A single row that does not fit makes training
     switch gradient checkpointing on. Then nothing is left, and an error says what to change.
 
     Attributes:
@@ -115,8 +115,8 @@ class OOMRetry:
         self, failed: OutOfMemory, failing: MicroBatch | None, net: nn.Module, sized: Sized | None
     ) -> None:
         """Take the next measure; `sized` is None in evaluation."""
-        if failing is not None and len(failing.lengths) > 1:
-            size = max(sum(failing.lengths) // 2, failing.lengths[0])
+        if failing is not None and len(failing.row_lengths) > 1:
+            size = max(sum(failing.lengths) // 2, max(failing.row_lengths))
             if sized is None:
                 self.eval_size = size
             else:
@@ -126,9 +126,9 @@ class OOMRetry:
         elif sized is not None and supports_gradient_checkpointing(net) and not uses_gradient_checkpointing(net):
             set_gradient_checkpointing(net, True)
             self.gradient_checkpointing = True
-            log.warning("%s for one sequence: gradient checkpointing is on from now on", failed)
+            log.warning("%s for one row: gradient checkpointing is on from now on", failed)
         else:
-            tokens = "a micro-batch" if failing is None else f"one sequence of {sum(failing.lengths)} tokens"
+            tokens = "a micro-batch" if failing is None else f"one row of {sum(failing.lengths)} tokens"
             raise OutOfMemoryError(f"{tokens} does not fit into memory: {failed}. To fix it, {REMEDIES}", failed)
 
     def step(self, update: Callable[[], None], has_changed: Callable[[], bool]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from lightning_bge.models.encoder import TextClassifier, expand_home
 from lightning_bge.models.metrics.predictions import scores
 from lightning_bge.models.output.prediction_file import decide
 from lightning_bge.types import MicroBatch, Schema
+from lightning_bge.windows import tokenize_rows
 
 Text = str | Sequence[str]
 
@@ -38,13 +40,13 @@ def predict_texts(
 
     Args:
         net: the encoder with its head.
-        schema: number of texts a row, length limit, label names and threshold.
+        schema: number of texts a row, length limit, windows, label names and threshold.
         texts: strings, or pairs of strings for a model of two texts.
-        tokenizer: of the encoder; longer texts are truncated as in training.
+        tokenizer: of the encoder; longer texts are truncated, or cut into windows, as in training.
         max_tokens: the most tokens that are computed at once; a longer text is computed alone.
 
     Raises:
-        DataError: there is no text, or one has the wrong form.
+        DataError: there is no text, or one has the wrong form, or leaves no room for windows.
     """
     if isinstance(texts, str) or not isinstance(texts, Sequence):
         raise DataError(f"texts must be a list of strings or of pairs of strings, got {type(texts).__name__}")
@@ -58,7 +60,7 @@ def predict_texts(
     net.eval()
     try:
         with torch.inference_mode():
-            for micro in encode_texts(rows, tokenizer, schema.max_length, max_tokens):
+            for micro in encode_texts(rows, tokenizer, schema, max_tokens):
                 order.append(micro.rows)
                 logits.append(net(micro.to(device)).float().cpu())
     finally:
@@ -90,22 +92,29 @@ def _row(number: int, text: Text, schema: Schema) -> tuple[str, ...]:
 
 
 def encode_texts(
-    rows: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, max_length: int, max_tokens: int
+    rows: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, schema: Schema, max_tokens: int
 ) -> Iterator[MicroBatch]:
-    """All rows of one or two texts in micro-batches of at most `max_tokens` tokens, longest sequences first."""
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
-    ids, types = encoded["input_ids"], encoded.get("token_type_ids")
-    order = sorted(range(len(rows)), key=lambda row: -len(ids[row]))
-    size = max(max_tokens // max(len(ids[order[0]]), 1), 1)
-    for start in range(0, len(order), size):
-        part = order[start : start + size]
-        lengths = tuple(len(ids[row]) for row in part)
+    """All rows of one or two texts in micro-batches of at most `max_tokens` tokens, longest rows first."""
+    found = tokenize_rows(rows, tokenizer, schema.max_length, schema.windows)
+    counts = found.windows or [1] * len(rows)
+    ends = list(accumulate(counts))
+    sequences = [range(end - count, end) for end, count in zip(ends, counts, strict=True)]  # of each row
+    totals = [sum(len(found.input_ids[number]) for number in own) for own in sequences]
+    order = sorted(range(len(rows)), key=lambda row: -totals[row])
+    start = 0
+    while start < len(order):
+        part = order[start : start + max(max_tokens // max(totals[order[start]], 1), 1)]
+        start += len(part)
+        own = [number for row in part for number in sequences[row]]
+        ids, types = [found.input_ids[number] for number in own], found.token_type_ids
+        lengths = tuple(map(len, ids))
         yield MicroBatch(
-            input_ids=torch.tensor([token for row in part for token in ids[row]]),
+            input_ids=torch.tensor(list(chain.from_iterable(ids))),
             positions=torch.cat([torch.arange(length) for length in lengths]),
             cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
             lengths=lengths,
             rows=torch.tensor(part),
-            token_type_ids=None if types is None else torch.tensor([token for row in part for token in types[row]]),
+            token_type_ids=None if types is None else torch.tensor([kind for number in own for kind in types[number]]),
+            windows=None if found.windows is None else tuple(counts[row] for row in part),
+            pooling=schema.windows.pooling,
         )

@@ -121,7 +121,7 @@ def test_one_sequence_switches_gradient_checkpointing_on_and_then_ends_the_run(
     retry = OOMRetry()
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(OutOfMemoryError, match="one sequence of 20 tokens does not fit into memory") as caught,
+        pytest.raises(OutOfMemoryError, match="one row of 20 tokens does not fit into memory") as caught,
     ):
         retry.run(Device(retry, most=15), make_batch([20]), net, source=None, training=True)
     assert uses_gradient_checkpointing(net)
