@@ -240,7 +240,7 @@ class BGEClassifier(EffectiveBatchModule):
         """
         if self.net is None or self.schema is None:
             raise ConfigError("this BGEClassifier has no weights yet: train it, or load a checkpoint, before `export`")
-        return export_classifier(self.net, self.schema, tokenizer, folder)
+        return export_classifier(self.net, self.schema, tokenizer, folder, base_model=self.name_or_path)
 
 
 def _check_arguments(

@@ -16,6 +16,7 @@ from lightning_bge.models.encoder import expand_home, load_classifier
 from lightning_bge.models.metrics.predictions import Predictions, scores
 from lightning_bge.models.output.export import replace_folder, save_tokenizer
 from lightning_bge.models.output.inference import Text, TextPredictions, predict_texts, tokenizer_of
+from lightning_bge.models.output.model_card import write_model_card
 from lightning_bge.models.output.prediction_file import decide
 from lightning_bge.runtime.run_folder import create_run_dir, read_json, write_json
 from lightning_bge.types import ENSEMBLE_FILE, Schema, Task
@@ -135,5 +136,6 @@ def write_ensemble(
     """
     save_tokenizer(tokenizer, schema, draft)
     schema.save(draft)
+    write_model_card(draft, schema, members=len(names))
     write_json(draft / ENSEMBLE_FILE, {"members": list(names), "source": source})
     replace_folder(draft, folder)

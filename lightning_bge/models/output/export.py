@@ -12,13 +12,18 @@ from transformers import PreTrainedTokenizerBase
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.encoder import TextClassifier, quiet_transformers
 from lightning_bge.models.memory_saving.lora import merged_weights
+from lightning_bge.models.output.model_card import write_model_card
 from lightning_bge.types import SCHEMA_FILE, Schema
 
 
 def export_classifier(
-    net: TextClassifier, schema: Schema, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+    net: TextClassifier,
+    schema: Schema,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    base_model: str | None = None,
 ) -> Path:
-    """Write weights, configuration, tokenizer and label schema; the arguments stay unchanged.
+    """Write weights, configuration, tokenizer, label schema and model card; the arguments stay unchanged.
 
     The tokenizer's length limit is set to the one trained with, so that texts are truncated as in training. The folder
     appears whole or not at all; an older one is replaced. LoRA's factors are merged into the weights that are written.
@@ -28,6 +33,7 @@ def export_classifier(
         schema: what the outputs mean; written as `lightning_bge.json`.
         tokenizer: the one the texts were tokenised with; a copy with the length limit is saved.
         folder: where to.
+        base_model: what was fine-tuned, for the model card, which names it if it came from the hub.
 
     Returns:
         The folder.
@@ -47,6 +53,7 @@ def export_classifier(
             net.model.save_pretrained(draft, state_dict=merged_weights(net.model))
         save_tokenizer(tokenizer, schema, draft)
         schema.save(draft)
+        write_model_card(draft, schema, base_model)
         replace_folder(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

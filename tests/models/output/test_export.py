@@ -44,10 +44,12 @@ def make_texts(columns: int) -> list[tuple[str, ...]]:
 
 
 def predicted(
-    tmp_path: Path, task: Task, kind: str = "bert", columns: int = 2
+    tmp_path: Path, task: Task, kind: str = "bert", columns: int = 2, windows: dict[str, Any] | None = None
 ) -> tuple[BGEClassifier, TextDataModule, list[tuple[str, ...]]]:
     """A module that has predicted the rows of a file."""
     texts = make_texts(columns)
+    if windows:  # the first text is in each window
+        texts = [(" ".join(first.split()[:9]), second) for first, second in texts]
     names = ["text_a", "text_b"][:columns]
     rows = [
         dict(zip(names, row, strict=True)) | {"label": LABELS[task][i % len(LABELS[task])] if task in LABELS else i / 7}
@@ -64,6 +66,7 @@ def predicted(
         text_columns=tuple(names),
         max_length=MAX_LENGTH,
         cache_dir=str(tmp_path / "cache"),
+        windows=windows or {},
     )
     module = BGEClassifier(folder, task)
     quiet_trainer().predict(module, datamodule=data, return_predictions=False)
@@ -127,6 +130,23 @@ def test_the_exported_configuration_describes_the_outputs(
     assert config["dtype"] == "float32"
     assert "packed" not in text
     assert str(tmp_path) not in text
+
+
+def test_a_model_with_windows_gives_texts_that_fit_the_same_scores_in_the_peers(tmp_path: Path) -> None:
+    module, data, texts = predicted(tmp_path, "binary", windows={"stride": 2})
+    folder = module.export(tmp_path / "exported", data.new_tokenizer())
+    ours = BGEClassifier(str(folder)).predict(texts).scores
+    theirs = CrossEncoder(str(folder), device="cpu").predict(texts, convert_to_tensor=True, show_progress_bar=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    columns = map(list, zip(*texts, strict=True))
+    with torch.no_grad():
+        logits = model(**tokenizer(*columns, truncation=True, padding=True, return_tensors="pt")).logits
+    fits = torch.tensor([len((first + " " + second).split()) + 3 <= MAX_LENGTH for first, second in texts])
+    assert 2 <= int(fits.sum()) < len(texts) - 1
+    for peer in (theirs, logits.sigmoid().squeeze(-1)):
+        torch.testing.assert_close(peer[fits], ours[fits], rtol=0, atol=1e-5)
+        assert float((peer[~fits] - ours[~fits]).abs().max()) > 1e-3
 
 
 def test_own_program_reads_it_back(tmp_path: Path) -> None:
