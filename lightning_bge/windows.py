@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -41,6 +41,12 @@ class WindowConfig:
 
 
 NO_WINDOWS = WindowConfig()
+NameRow = Callable[[int], str]  # of the number of a row, from 0, for messages
+
+
+def name_row(row: int) -> str:
+    """`row 1` for the row number 0."""
+    return f"row {row + 1}"
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def tokenize_rows(
     tokenizer: Any,
     max_length: int,
     windows: WindowConfig = NO_WINDOWS,
-    first_row: int = 0,
+    name: NameRow = name_row,
 ) -> TokenizedRows:
     """Token ids of rows, as the tokenizer itself truncates them or cuts them into windows.
 
@@ -74,7 +80,7 @@ def tokenize_rows(
         tokenizer: a fast tokenizer of transformers.
         max_length: the most tokens of a sequence, special tokens counted.
         windows: without a stride each row is one sequence, and the longer text of a pair loses tokens first.
-        first_row: number of the first row, from 0, for messages.
+        name: names a row in messages.
 
     Raises:
         ConfigError: the stride is too large for `max_length`.
@@ -88,7 +94,7 @@ def tokenize_rows(
     pair = len(columns) == 2
     check_stride(tokenizer, max_length, windows, pair)
     if pair:
-        _check_room(columns, tokenizer, max_length, windows.stride, first_row)
+        _check_room(columns, tokenizer, max_length, windows.stride, name)
     options |= {"stride": windows.stride, "return_overflowing_tokens": True}
     encoded = tokenizer(*columns, truncation="only_second" if pair else True, **options)
     return _keep(encoded, len(rows), windows.max_windows)
@@ -106,24 +112,46 @@ def check_stride(tokenizer: Any, max_length: int, windows: WindowConfig, pair: b
         )
 
 
-def _check_room(columns: list[list[str]], tokenizer: Any, max_length: int, stride: int, first_row: int) -> None:
+def full_lengths(rows: Sequence[tuple[str, ...]], found: TokenizedRows, tokenizer: Any, max_length: int) -> list[int]:
+    """Tokens that each row would have if nothing of it were dropped: N.
+
+    Args:
+        rows: as `tokenize_rows` got them. Only those at the limit are tokenized once more, without it.
+        found: what it returned. With windows the tokens of all windows count, and nothing is tokenized.
+        tokenizer: as it got it.
+        max_length: as it got it.
+    """
+    if found.windows is not None and found.dropped is not None:
+        lengths = iter(map(len, found.input_ids))
+        kept = [sum(next(lengths) for _ in range(count)) for count in found.windows]
+        return [here + more for here, more in zip(kept, found.dropped, strict=True)]
+    whole = [len(ids) for ids in found.input_ids]
+    if at_limit := [row for row, length in enumerate(whole) if length >= max_length]:
+        columns = ([text[column] for text in map(rows.__getitem__, at_limit)] for column in range(len(rows[0])))
+        for row, length in zip(at_limit, _count_tokens(tokenizer, *columns), strict=True):
+            whole[row] = length
+    return whole
+
+
+def _count_tokens(tokenizer: Any, *columns: list[str], special: bool = True) -> list[int]:
+    """Tokens of each row, without a limit."""
+    # verbose: transformers warns about texts that are longer than the model, which is what is looked for
+    options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
+    return [len(ids) for ids in tokenizer(*columns, **options)["input_ids"]]
+
+
+def _check_room(columns: list[list[str]], tokenizer: Any, max_length: int, stride: int, name: NameRow) -> None:
     """Raise `DataError` for a pair that needs windows, and whose first text leaves no room for them."""
-
-    def lengths(*texts: list[str], special: bool) -> list[int]:
-        # verbose: transformers warns about texts that are longer than the model, which is what is looked for
-        options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
-        return [len(ids) for ids in tokenizer(*texts, **options)["input_ids"]]
-
     room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
-    firsts = lengths(columns[0], special=False)
+    firsts = _count_tokens(tokenizer, columns[0], special=False)
     narrow = [row for row, first in enumerate(firsts) if room - first <= stride]
     if not narrow:
         return
-    whole = lengths(*([column[row] for row in narrow] for column in columns), special=True)
+    whole = _count_tokens(tokenizer, *([column[row] for row in narrow] for column in columns))
     for row, length in zip(narrow, whole, strict=True):
         if length > max_length:
             raise DataError(
-                f"row {first_row + row + 1}: the first text has {firsts[row]} tokens. Windows of {max_length} tokens "
+                f"{name(row)}: the first text has {firsts[row]} tokens. Windows of {max_length} tokens "
                 f"(data.max_length) that share {stride} (data.windows.stride) have room for {room - stride - 1}. Raise "
                 "data.max_length, lower data.windows.stride, shorten the text, or name the longer column last in "
                 "data.text_columns"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_bge.errors import ConfigError, DataError
-from lightning_bge.windows import WindowConfig, check_stride, tokenize_rows
+from lightning_bge.windows import TokenizedRows, WindowConfig, check_stride, full_lengths, tokenize_rows
 from tests.helpers.plain_windows import plain_types, plain_windows
 from tests.helpers.small_texts import build_tokenizer, random_texts
 
@@ -61,14 +61,32 @@ def test_windows_above_the_limit_are_dropped_and_counted(tokenizer: Any) -> None
     assert max(some.dropped) > 0
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+def test_full_lengths_are_those_without_a_limit(tokenizer: Any, columns: int) -> None:
+    rows = random_texts(60, columns=columns, longest=20)
+    expected = [len(tokenizer(*row, verbose=False)["input_ids"]) for row in rows]
+    for length in (8, 16, 60):
+        found = tokenize_rows(rows, tokenizer, length)
+        assert full_lengths(rows, found, tokenizer, length) == expected
+    assert full_lengths([], TokenizedRows([], None), tokenizer, 8) == []
+
+
+def test_full_lengths_of_windows_count_those_that_are_dropped(tokenizer: Any) -> None:
+    rows = random_texts(40, columns=1, longest=50)
+    for most in (None, 1, 3):
+        found = tokenize_rows(rows, tokenizer, 8, WindowConfig(stride=2, max_windows=most))
+        expected = [sum(map(len, plain_windows(tokenizer, row, 8, 2))) for row in rows]
+        assert full_lengths(rows, found, tokenizer, 8) == expected
+
+
 def test_a_first_text_that_leaves_no_room_is_an_error_with_the_row(tokenizer: Any) -> None:
     rows = [("w1 w2", "w3"), ("w1 w2 w3 w4 w5 w6 w7", "w3"), ("w1 w2 w3 w4 w5 w6 w7", "w3 w4 w5 w6 w7 w8")]
     expected = (
-        r"row 4099: the first text has 7 tokens. Windows of 12 tokens \(data.max_length\) that share 2 "
+        r"rows.csv: row 3: the first text has 7 tokens. Windows of 12 tokens \(data.max_length\) that share 2 "
         r"\(data.windows.stride\) have room for 6\. Raise data.max_length, lower"
     )
     with pytest.raises(DataError, match=expected):
-        tokenize_rows(rows, tokenizer, 12, WindowConfig(stride=2), first_row=4096)
+        tokenize_rows(rows, tokenizer, 12, WindowConfig(stride=2), lambda row: f"rows.csv: row {row + 1}")
     # the second row fits without windows, and one token less in the first text leaves room
     rows[2] = ("w1 w2 w3 w4 w5 w6", rows[2][1])
     assert tokenize_rows(rows, tokenizer, 12, WindowConfig(stride=2)).windows == [1, 1, 4]
@@ -79,7 +97,8 @@ def test_texts_longer_than_the_model_cause_no_warning_of_transformers(
 ) -> None:
     rows = [(" ".join(["w1"] * 60), " ".join(["w2"] * 90))]
     with pytest.raises(DataError, match="row 1"):
-        tokenize_rows(rows, build_tokenizer(model_max_length=16), 16, WindowConfig(stride=2))
+        tokenize_rows(rows, tokenizer, 16, WindowConfig(stride=2))
+    full_lengths(rows, tokenize_rows(rows, tokenizer, 16), tokenizer, 16)
     assert "longer than" not in caplog.text + capfd.readouterr().err
 
 

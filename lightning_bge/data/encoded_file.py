@@ -16,6 +16,7 @@ from lightning_bge.data.tables.readers import RowNames, Table, read_table
 from lightning_bge.data.tables.splits import SplitConfig, folds_hash, make_folds, make_outer_folds
 from lightning_bge.data.tokens.cache import TokenArrays, hash_texts, tokenize_cached
 from lightning_bge.data.tokens.tokenizer import effective_max_length, load_tokenizer, tokenizer_fingerprint
+from lightning_bge.data.tokens.truncation import warn_of_truncation
 from lightning_bge.types import Task
 from lightning_bge.windows import NO_WINDOWS, WindowConfig
 
@@ -176,7 +177,16 @@ def load_file(source: Source) -> EncodedFile:
     table = _read(source)
     tokenizer = _tokenizer(source.tokenizer)
     max_length = effective_max_length(tokenizer, source.max_length, len(source.text_columns) == 2)
-    tokens = tokenize_cached(table.texts, tokenizer, max_length, source.cache_dir, source.windows)
+    file, rows = str(table.names), table.names.rows
+    tokens = tokenize_cached(
+        table.texts,
+        tokenizer,
+        max_length,
+        source.cache_dir,
+        source.windows,
+        name=lambda row: f"{file}: {rows([row])}",
+    )
+    warn_of_truncation(file, tokens, max_length, tokenizer.model_max_length, source.windows)
     groups, names = None, ()
     if table.groups is not None:
         unique, groups = np.unique(np.array(table.groups, dtype=object), return_inverse=True)

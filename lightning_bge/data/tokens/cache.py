@@ -21,12 +21,12 @@ import tokenizers
 from lightning_bge.data.tokens.tokenizer import tokenizer_fingerprint
 from lightning_bge.errors import DataError
 from lightning_bge.runtime.cache_dir import CACHE_ENV, default_cache_dir
-from lightning_bge.windows import NO_WINDOWS, WindowConfig, tokenize_rows
+from lightning_bge.windows import NO_WINDOWS, NameRow, WindowConfig, full_lengths, name_row, tokenize_rows
 
 log = logging.getLogger(__name__)
 
 # Part of every key: raise it when the content of the files changes its meaning.
-_VERSION = "1"
+_VERSION = "2"
 _CHUNK = 4096
 _STALE_SECONDS = 86400
 
@@ -44,6 +44,8 @@ class TokenArrays:
         window_offsets: int64 [N + 1], where the windows of each row start in `window_lengths`, and their number at the
             end; None where each row is one sequence.
         window_lengths: int32, tokens of each window, or None.
+        full_lengths: int32 [N], tokens that each row would have if nothing of it were dropped; see `full_lengths`.
+            None: not known.
     """
 
     input_ids: np.ndarray
@@ -53,6 +55,7 @@ class TokenArrays:
     path: Path
     window_offsets: np.ndarray | None = None
     window_lengths: np.ndarray | None = None
+    full_lengths: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -80,6 +83,7 @@ def tokenize_cached(
     max_length: int,
     cache_dir: str | Path | None = None,
     windows: WindowConfig = NO_WINDOWS,
+    name: NameRow = name_row,
 ) -> TokenArrays:
     """Token ids of rows of one or two texts, from the cache where it has them.
 
@@ -92,6 +96,7 @@ def tokenize_cached(
         max_length: the most tokens of a sequence, special tokens counted.
         cache_dir: folder of the cache; None: `default_cache_dir()`.
         windows: what becomes of longer rows.
+        name: names a row in messages.
 
     Raises:
         ConfigError: the stride of the windows is too large for `max_length`.
@@ -108,7 +113,7 @@ def tokenize_cached(
         except (pa.ArrowException, OSError, ValueError) as error:
             log.warning("token cache %s cannot be read (%s): it is written once more", path, error)
     log.info("tokenizing %d rows into %s", len(texts), path)
-    _write(path, _tokenize(texts, tokenizer, max_length, windows))
+    _write(path, _tokenize(texts, tokenizer, max_length, windows, name))
     return open_tokens(path, rows=len(texts))
 
 
@@ -134,6 +139,7 @@ def open_tokens(path: Path, rows: int | None = None) -> TokenArrays:
         path=Path(path),
         window_offsets=None if windows is None else windows.offsets.to_numpy(),
         window_lengths=None if windows is None else windows.values.to_numpy(),
+        full_lengths=batch.column("full_lengths").to_numpy(),
     )
 
 
@@ -183,12 +189,14 @@ def _map_batch(path: Path) -> pa.RecordBatch:
 
 
 def _tokenize(
-    texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int, windows: WindowConfig
+    texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int, windows: WindowConfig, name: NameRow
 ) -> pa.RecordBatch:
     chunks: dict[str, list[np.ndarray]] = {"input_ids": [], "token_type_ids": []}
-    sequences, counts = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+    sequences, counts, whole = [np.empty(0, np.int32)], [np.empty(0, np.int64)], [np.empty(0, np.int32)]
     for start in range(0, len(texts), _CHUNK):
-        found = tokenize_rows(texts[start : start + _CHUNK], tokenizer, max_length, windows, first_row=start)
+        rows = texts[start : start + _CHUNK]
+        found = tokenize_rows(rows, tokenizer, max_length, windows, _shifted(name, start))
+        whole.append(np.array(full_lengths(rows, found, tokenizer, max_length), np.int32))
         sequences.append(np.fromiter(map(len, found.input_ids), np.int32, len(found.input_ids)))
         counts.append(np.array(found.windows or [1] * len(found.input_ids)))
         chunks["input_ids"].append(_flat(found.input_ids, np.int32))
@@ -199,12 +207,19 @@ def _tokenize(
     empty = np.flatnonzero(np.diff(offsets) == 0)
     if len(empty):
         raise DataError(
-            f"the tokenizer makes no token of row {empty[0] + 1} ({len(empty)} rows in all): drop these rows"
+            f"{name(int(empty[0]))}: the tokenizer makes no token of it ({len(empty)} such rows): drop them"
         )
-    columns = {name: _lists(offsets, np.concatenate(parts)) for name, parts in chunks.items() if parts}
+    columns: dict[str, pa.Array] = {
+        column: _lists(offsets, np.concatenate(parts)) for column, parts in chunks.items() if parts
+    }
+    columns["full_lengths"] = pa.array(np.concatenate(whole))
     if windows.stride is not None:
         columns["windows"] = _lists(firsts, lengths)
     return pa.record_batch(columns).replace_schema_metadata({"rows": str(len(texts))})
+
+
+def _shifted(name: NameRow, start: int) -> NameRow:
+    return lambda row: name(start + row)
 
 
 def _flat(rows: list[list[int]], dtype: type) -> np.ndarray:
