@@ -1,29 +1,12 @@
 """The trainer as this program sets it up: for one run that keeps everything, and for a fold that keeps nothing."""
 
 import logging
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    BatchSizeFinder,
-    Checkpoint,
-    DeviceStatsMonitor,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    ModelPruning,
-    ProgressBar,
-    SpikeDetection,
-    StochasticWeightAveraging,
-    Timer,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.strategies import Strategy
 
 from lightning_bge.callbacks.compile.callback import CompileLayers
@@ -36,6 +19,7 @@ from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precisi
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.trial.objective import early_stopping
 from lightning_bge.models.metrics.config import MonitorConfig, metric_direction
+from lightning_bge.runtime.callback_kinds import NEEDS_FIT, NEEDS_TRAINING, Given, callback_list, without_kinds
 from lightning_bge.runtime.distributed import choose_strategy
 
 log = logging.getLogger("lightning_bge")
@@ -54,14 +38,6 @@ HARMLESS_WARNINGS = (
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6.6 under torch 2.13
 )
 
-# Callbacks that need what `fit` alone has: checkpoints, a logger, all metrics after each epoch ...
-NEEDS_FIT = (Checkpoint, LearningRateMonitor, DeviceStatsMonitor, EarlyStopping)
-# ... and those that act on training, for which a command that only evaluates has no use
-ACTS_ON_TRAINING = (
-    *(Timer, SpikeDetection, GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging),
-    *(BaseFinetuning, ModelPruning, BatchSizeFinder, LearningRateFinder),
-)
-
 Precision = Literal["auto", "bf16-mixed", "32-true"]
 
 
@@ -74,6 +50,15 @@ class BGETrainer(Trainer):
         devices: number of devices, or their indices; each of several has a process and a share of each batch.
         strategy: auto or ddp; both are `UnwrappedDDP` on several devices.
         num_sanity_val_steps: validation batches before the first epoch; 0, as they cost time in every fold.
+        limit_train_batches: a number of batches (1), or a part of an epoch (1.0), that is trained on: a dry run, of
+            which `fit` keeps nothing. This and the next five are Lightning's. They are named here because Lightning's
+            annotations are `Union[int, float]`, of which Python may make `Union[float, int]`, and the command line
+            then 1.0 of 1.
+        limit_val_batches: the same for validation.
+        limit_test_batches: the same for the test file.
+        limit_predict_batches: the same for predictions.
+        overfit_batches: train and validate on so many batches, or on such a part, of the training rows: a dry run.
+        val_check_interval: validate after so many steps, or after such a part of an epoch.
     """
 
     def __init__(
@@ -83,6 +68,12 @@ class BGETrainer(Trainer):
         devices: int | list[int] | str = 1,
         strategy: str | Strategy = "auto",
         num_sanity_val_steps: int = 0,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
+        val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         for name, (off, instead) in INSTEAD.items():
@@ -107,27 +98,27 @@ class BGETrainer(Trainer):
             devices=devices,
             strategy=choose_strategy(strategy, devices, kwargs.get("num_nodes", 1), kwargs.get("accelerator", "auto")),
             num_sanity_val_steps=num_sanity_val_steps,
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            overfit_batches=overfit_batches,
+            val_check_interval=val_check_interval,
             **kwargs,
         )
 
 
-def usable_callbacks(callbacks: Callback | Sequence[Callback] | None, *, evaluates: bool = False) -> list[Callback]:
-    """The user's callbacks that can serve outside of `fit`: in a study, an audit, a plan, or where nothing is trained.
+def say_left_out(callbacks: Given, command: str, *, evaluates: bool = False) -> None:
+    """Log a line for each of the user's callbacks that a command can't use.
 
     Args:
         callbacks: those of the options.
-        evaluates: whether nothing is trained.
+        command: its name, for the message.
+        evaluates: whether it trains nothing.
     """
-    unusable = (*NEEDS_FIT, *ACTS_ON_TRAINING) if evaluates else NEEDS_FIT
-    given = [callbacks] if isinstance(callbacks, Callback) else callbacks or []
-    return [callback for callback in given if not isinstance(callback, unusable)]
-
-
-def say_left_out(callbacks: Callback | Sequence[Callback] | None, command: str, *, evaluates: bool = False) -> None:
-    """Log a line for each callback that `usable_callbacks` leaves out."""
-    usable = usable_callbacks(callbacks, evaluates=evaluates)
+    usable = without_kinds(callbacks, NEEDS_TRAINING if evaluates else NEEDS_FIT)
     reason = "trains nothing" if evaluates else "has no logger, and stops and saves trials itself (monitor.patience)"
-    for callback in [callbacks] if isinstance(callbacks, Callback) else callbacks or []:
+    for callback in callback_list(callbacks):
         if callback not in usable:
             log.info("trainer.callbacks: %s is left out, as %s %s", type(callback).__name__, command, reason)
 
@@ -169,6 +160,27 @@ def fit_callbacks(
     return [OOMHandler(), memory, *early_stopping(monitor), Throughput(), CompileLayers(compile_config), best, recent]
 
 
+def check_checkpoints(arguments: dict[str, Any], run_dir: Path) -> None:
+    """Refuse arguments of the trainer with which a run could not keep its checkpoints.
+
+    Raises:
+        ConfigError: `enable_checkpointing` is off, or a callback of the user's writes among the checkpoints of the run.
+    """
+    if arguments.get("enable_checkpointing") is False:
+        raise ConfigError(
+            "trainer.enable_checkpointing: expected true for fit, got false: the best epoch is exported from its "
+            "checkpoint. Leave it out"
+        )
+    folder = (run_dir / "checkpoints").resolve()
+    for callback in callback_list(arguments.get("callbacks")):
+        given = None if isinstance(callback, RunCheckpoint) else getattr(callback, "dirpath", None)
+        if isinstance(callback, Checkpoint) and given is not None and Path(given).resolve() == folder:
+            raise ConfigError(
+                f"trainer.callbacks: {type(callback).__name__}.dirpath is {given}, where the run keeps its own "
+                "checkpoints. Name another folder"
+            )
+
+
 def newest_checkpoint(run_dir: Path) -> str | None:
     """The checkpoint to resume from: that of the last epoch's end, or a later one within an epoch."""
     found = [path for name in ("last", "recent") if (path := run_dir / "checkpoints" / f"{name}.ckpt").is_file()]
@@ -179,7 +191,7 @@ def quiet_trainer(config: dict[str, Any], memory: MicroBatchFinder | None = None
     """A trainer for one fold: no logger, checkpoints or progress bar, which cost more than a small model's epoch."""
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     callbacks = [
-        *usable_callbacks(config.get("callbacks")),
+        *without_kinds(config.get("callbacks"), NEEDS_FIT),
         *changes.pop("callbacks", []),
         *([] if memory is None else [memory]),
     ]

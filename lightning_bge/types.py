@@ -186,6 +186,11 @@ class Schema:
     windows: WindowConfig = NO_WINDOWS
 
     @property
+    def positive_label(self) -> str | None:
+        """The label that a score of 1 stands for; None unless the task is binary."""
+        return self.labels[1] if self.task == "binary" else None
+
+    @property
     def num_outputs(self) -> int:
         """Width of the model's last layer: 1 for binary and regression, else one for each label."""
         return 1 if self.task in ("binary", "regression") else len(self.labels)

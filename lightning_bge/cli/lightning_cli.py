@@ -26,10 +26,11 @@ from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.config import MonitorConfig, check_metric
+from lightning_bge.runtime.callback_kinds import NEEDS_FIT, NEEDS_TRAINING, without_kinds
 from lightning_bge.runtime.distributed import AnotherRankFailed, end_ranks
 from lightning_bge.runtime.dotted_config import LINKS, plain_config
 from lightning_bge.runtime.memory import limit_malloc_arenas
-from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, say_left_out, usable_callbacks
+from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, say_left_out
 from lightning_bge.types import Schema
 
 EVALUATES = ("validate", "test", "predict")  # commands that train nothing
@@ -100,7 +101,7 @@ class BGECLI(LightningCLI):
         """A trainer that writes neither logs nor checkpoints; `fit` has its own."""
         config, evaluates = {**self.config_init.trainer, **kwargs}, self.command in EVALUATES
         say_left_out(config["callbacks"], self.command, evaluates=evaluates)
-        callbacks = usable_callbacks(config["callbacks"], evaluates=evaluates)
+        callbacks = without_kinds(config["callbacks"], NEEDS_TRAINING if evaluates else NEEDS_FIT)
         return self.make_trainer({**config, "callbacks": callbacks, "logger": False, "enable_checkpointing": False})
 
     def make_trainer(self, arguments: dict[str, Any]) -> Trainer:

@@ -4,9 +4,14 @@ import copy
 import json
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_dumper
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.runtime.callback_kinds import acting_callbacks
+
+_PLAIN = "plain"
+# objects that are defaults of a callback's arguments, such as a `torch.device`, as the text that stands for them
+set_dumper(_PLAIN, lambda options: json.dumps(options, default=str))
 
 # An option, and another one that takes its value: the data module needs the model's; one seed draws head, dropout and
 # order.
@@ -18,10 +23,17 @@ LINKS = (
     ("seed_everything", "model.seed"),
     ("seed_everything", "data.batching.seed"),
 )
-# Options that may change between two calls of a run: they do not change what a trial or an epoch is.
+# Options that may change between two calls of a run: they do not change what a trial or an epoch is. Of the data the
+# content counts, and not how it is read; another kind of device computes the same up to rounding. Their number is not
+# among them: within an epoch a run goes on with as many as it had.
 FREE = (
-    *("run_dir", "hpo", "config", "compile", "memory", "trainer.logger"),
+    *("run_dir", "hpo", "config", "compile", "memory"),
     *("data.test_file", "data.predict_file", "data.cache_dir"),
+    *("data.table.format", "data.table.delimiter", "data.table.encoding", "data.table.quoting", "data.table.escape"),
+    *("trainer.accelerator", "trainer.strategy", "trainer.max_time"),
+    *("trainer.logger", "trainer.log_every_n_steps", "trainer.profiler", "trainer.default_root_dir"),
+    *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.enable_checkpointing"),
+    *("trainer.num_sanity_val_steps", "trainer.detect_anomaly", "trainer.deterministic", "trainer.benchmark"),
     *("data.batching.max_tokens", "data.batching.eval_max_tokens"),
     *("data.batching.num_workers", "data.batching.pin_memory", "data.batching.persistent_workers"),
 )
@@ -58,11 +70,14 @@ def check_option(config: Namespace, name: str) -> None:
 
 def plain_config(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """All options as plain data that the same parser can read."""
-    return json.loads(parser.dump(config, format="json", skip_unset=False, skip_validation=True))
+    return json.loads(parser.dump(config, format=_PLAIN, skip_unset=False, skip_validation=True))
 
 
 def comparable(config: dict[str, Any], searched: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Dotted name -> value, of the options that must not change within one run."""
+    """Dotted name -> value, of the options that must not change within one run.
+
+    Of the trainer's callbacks those that change nothing of what is trained are left out.
+    """
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, node: Any) -> None:
@@ -73,5 +88,6 @@ def comparable(config: dict[str, Any], searched: tuple[str, ...] = ()) -> dict[s
             flat[prefix] = node
 
     walk("", config)
+    flat["trainer.callbacks"] = acting_callbacks(flat.get("trainer.callbacks"))
     free = (*FREE, *searched)
     return {name: value for name, value in flat.items() if not any(name == f or name.startswith(f"{f}.") for f in free)}

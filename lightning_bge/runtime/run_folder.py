@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -63,13 +63,34 @@ def read_json(path: Path, schema_version: int = SCHEMA_VERSION) -> dict[str, Any
     return content if content.get("schema_version") == schema_version else None
 
 
-def record_run(folder: Path, config: dict[str, Any], data_hash: str | None) -> None:
-    """Write the options as `config.yaml`, and add one entry for this call to `run.json`."""
+def record_run(
+    folder: Path, config: dict[str, Any], data_hash: str | None, more: Mapping[str, Any] | None = None
+) -> None:
+    """Write the options as `config.yaml`, and add one entry for this call to `run.json`.
+
+    Args:
+        folder: the run's folder.
+        config: the options, as plain data.
+        data_hash: of the training file.
+        more: further content of the entry.
+    """
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     calls = (read_json(folder / "run.json") or {}).get("calls", [])
     model = config["model"]
-    calls.append(describe_run(config["seed_everything"], data_hash, model["name_or_path"], model["revision"]))
+    entry = describe_run(config["seed_everything"], data_hash, model["name_or_path"], model["revision"])
+    calls.append(entry | dict(more or {}))
     write_json(folder / "run.json", {"calls": calls})
+
+
+def absolute_folder(name: str, start: str | Path = ".") -> str:
+    """The absolute path of a folder that exists; another name, such as that of a model on the hub, is unchanged.
+
+    Args:
+        name: a path, or something else.
+        start: where a relative path begins.
+    """
+    path = Path(start, Path(name).expanduser())
+    return str(path.resolve()) if path.exists() else name
 
 
 def describe_run(seed: int, data_hash: str | None, model: str, revision: str | None) -> dict[str, Any]:

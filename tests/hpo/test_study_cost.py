@@ -90,6 +90,7 @@ def test_the_closing_lines_list_the_front() -> None:
     summary = {
         **dict.fromkeys(("n_complete", "n_pruned", "n_failed", "best_trial"), 3),
         **dict.fromkeys(("wall_seconds", "best_value", "majority_baseline", "threshold"), 0.5),
+        **{"positive_label": "yes", "warnings": []},
         **{"study": "s", "task": "binary", "n_out_of_memory": 0, "seed_replicates": None, "model_dir": None},
         **{
             "metric": "f1",

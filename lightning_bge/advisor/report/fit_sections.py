@@ -42,12 +42,17 @@ def _results(run: RunData) -> str:
     figures.append((str(len(run.epochs)), "epochs trained"))
     if summary.get("threshold") is not None:
         figures.append((f"{summary['threshold']:.3f}", "decision threshold"))
+    if summary.get("majority_baseline") is not None:
+        figures.append((f"{summary['majority_baseline']:.4f}", f"{metric} of the same answer for every row"))
+    if summary.get("positive_label") is not None:
+        figures.append((summary["positive_label"], "positive label"))
+    warnings = "".join(paragraph(f"Warning: {warning}.") for warning in summary.get("warnings", []))
     note = paragraph(f"Threshold: {summary['threshold_note']}.", "muted") if summary.get("threshold_note") else ""
     parts = [summary[part] for part in ("validation", "test") if summary.get(part)]
     names = [name for name in (parts[0] if parts else ()) if all(name in part for part in parts)]
     rows = [(name, *(f"{part[name]:.4f}" for part in parts)) for name in names]
     head = ["metric", *(title for part, title in PARTS.items() if summary.get(part))]
-    return cards(figures) + note + (table(head, rows, (1, 2)) if rows else "")
+    return cards(figures) + warnings + note + (table(head, rows, (1, 2)) if rows else "")
 
 
 def _learning_curves(run: RunData) -> str:

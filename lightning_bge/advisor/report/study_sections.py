@@ -54,8 +54,11 @@ def _results(run: RunData, history: History) -> str:
     figures = _scores(summary, history)
     if summary.get("threshold") is not None:
         figures.append((f"{summary['threshold']:.3f}", "decision threshold"))
+    if summary.get("positive_label") is not None:
+        figures.append((summary["positive_label"], "positive label"))
     figures += _progress(run, history)
     text = "" if history.best is not None else paragraph(NONE_COMPLETE)
+    text += "".join(paragraph(f"Warning: {warning}.") for warning in summary.get("warnings", []))
     if summary.get("estimate") is not None:
         text += "".join(paragraph(f"{line[0].upper()}{line[1:]}.", "muted") for line in describe_notes(summary))
     if rows := difference_rows(summary.get("estimate") or {}):

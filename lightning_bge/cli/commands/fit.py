@@ -1,5 +1,6 @@
 """`lightning-bge fit`: train one model."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,19 @@ from lightning_bge.advisor.report.report import write_report
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.cli.evaluate import without_prefix
 from lightning_bge.cli.lightning_cli import BGECLI, running
-from lightning_bge.cli.run_record import check_same_run
+from lightning_bge.cli.run_record import check_same_run, contents, start_more_epochs
+from lightning_bge.hpo.trial.out_of_fold import majority_baseline, warn_of_constants
 from lightning_bge.models.metrics.predictions import scores
 from lightning_bge.models.metrics.threshold import best_threshold
 from lightning_bge.models.output.prediction_file import write_predictions
-from lightning_bge.preflight import preflight
+from lightning_bge.preflight import dry_run_options, preflight
+from lightning_bge.runtime.callback_kinds import NEEDS_FIT, callback_list, without_kinds
 from lightning_bge.runtime.run_folder import create_run_dir, read_json, record_run, write_json
-from lightning_bge.trainer import fit_callbacks, newest_checkpoint
+from lightning_bge.trainer import BestCheckpoint, check_checkpoints, fit_callbacks, newest_checkpoint
 
 DESCRIPTION = """Train one model, choose its decision threshold, export it, and score the test file once.
-An interrupted run continues from its last checkpoint when the same command is run again."""
+An interrupted run continues from its last checkpoint when the same command is run again, and a finished one with a
+higher trainer.max_epochs. With trainer.fast_dev_run or a limit on batches nothing is written."""
 
 
 class FitCLI(BGECLI):
@@ -38,8 +42,16 @@ class FitCLI(BGECLI):
             # a new version for each start: a CSVLogger deletes what is in its folder
             config["logger"] = CSVLogger(self.run_dir, name="logs")
         finder = MicroBatchFinder(init.memory, init.data.cache_dir)
-        callbacks = fit_callbacks(self.run_dir, init.monitor, init.compile, finder)
-        return self.make_trainer({**config, "callbacks": [*(config["callbacks"] or []), *callbacks]})
+        callbacks = [
+            *callback_list(config["callbacks"]),
+            *fit_callbacks(self.run_dir, init.monitor, init.compile, finder),
+        ]
+        if dry_run_options(config):
+            callbacks = without_kinds(callbacks, NEEDS_FIT)
+            config |= {"logger": False, "enable_checkpointing": False}
+        else:
+            check_checkpoints(config, self.run_dir)
+        return self.make_trainer({**config, "callbacks": callbacks})
 
 
 def run(args: list[str]) -> None:
@@ -54,7 +66,11 @@ def _fit(cli: FitCLI) -> None:
     first = trainer.is_global_zero  # only this rank reads the configuration, writes and prints
     if first:
         preflight("fit", cli.experiment)
-        check_same_run(cli, cli.run_dir, datamodule)
+    if limits := dry_run_options(cli.config_init.trainer):
+        _dry_run(cli, limits)
+        return
+    if first and (epochs := check_same_run(cli, cli.run_dir, datamodule)) is not None:
+        start_more_epochs(cli, cli.run_dir, epochs)
     run_dir = create_run_dir(cli.run_dir)
     summary = read_json(run_dir / "summary.json")
     if summary is None:
@@ -62,14 +78,25 @@ def _fit(cli: FitCLI) -> None:
         if first:
             if checkpoint is not None:
                 print(f"resuming from {checkpoint}", flush=True)
-            record_run(run_dir, cli.plain_config(), datamodule.data_hash)
+            record_run(run_dir, cli.plain_config(), datamodule.data_hash, contents(datamodule))
         trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         summary = _finish(cli, run_dir)
     elif first:
-        print(f"{run_dir} is finished; name another --run_dir to train again")
+        print(f"{run_dir} is finished; a higher trainer.max_epochs goes on with it, another --run_dir begins anew")
     if first:
-        print(yaml.safe_dump(summary, sort_keys=False).rstrip())
+        shown = {name: value for name, value in summary.items() if name != "warnings"}
+        print(yaml.safe_dump(shown, sort_keys=False).rstrip())
+        for warning in summary["warnings"]:
+            print(f"WARNING: {warning}")
         print(f"{write_report(run_dir)}: the report, for a browser; it needs no network")
+
+
+def _dry_run(cli: FitCLI, limits: str) -> None:
+    """Train and validate on parts of the data; the test file is not scored, as that is done once."""
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    cli.trainer.validate(cli.model, datamodule=cli.datamodule)
+    if cli.trainer.is_global_zero:
+        print(f"dry run ({limits}): no model, checkpoint or summary is written, and {cli.run_dir} is left as it was")
 
 
 def _finish(cli: FitCLI, run_dir: Path) -> dict[str, Any]:
@@ -79,10 +106,19 @@ def _finish(cli: FitCLI, run_dir: Path) -> dict[str, Any]:
     epoch = _load_best(cli)
     [found] = trainer.validate(model, datamodule=datamodule, verbose=False)
     schema, predictions = model.schema, model.predictions
-    summary: dict[str, Any] = {"metric": monitor.metric, "epoch": epoch, "validation": without_prefix(found)}
+    metric = str(monitor.metric)
+    baseline = majority_baseline(schema, predictions, metric)
+    summary: dict[str, Any] = {
+        "metric": metric,
+        "epoch": epoch,
+        "positive_label": schema.positive_label,
+        "validation": without_prefix(found),
+        "majority_baseline": baseline if math.isfinite(baseline) else None,
+        "warnings": warn_of_constants(schema, predictions, metric, found.get(monitor.logged, math.nan), baseline),
+    }
     if schema.task in ("binary", "multilabel"):
         score = scores(schema.task, predictions.logits).numpy()
-        threshold = best_threshold(score, predictions.labels.numpy(), str(monitor.metric))
+        threshold = best_threshold(score, predictions.labels.numpy(), metric)
         model.set_schema(replace(schema, threshold=threshold))
         summary["threshold"] = threshold
         summary["threshold_note"] = "chosen on the validation rows; the figures without tuned_ are at 0.5"
@@ -101,7 +137,8 @@ def _finish(cli: FitCLI, run_dir: Path) -> dict[str, Any]:
 
 def _load_best(cli: FitCLI) -> int:
     """Put the weights of the epoch that counts into the model; returns its number, counted from 1."""
-    best = cli.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    [ours] = [one for one in cli.trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint)]
+    best = ours.best_model_path
     if cli.config_init.monitor.objective != "best" or not best:
         return cli.trainer.current_epoch
     content = torch.load(best, weights_only=True, map_location="cpu")

@@ -34,6 +34,7 @@ from lightning_bge.hpo.trial.out_of_fold import (
     judge_out_of_fold,
     majority_baseline,
     predictions_file,
+    warn_of_constants,
 )
 from lightning_bge.hpo.trials import (
     COMPUTED_WITH,
@@ -217,6 +218,9 @@ def _summary(
     study: optuna.Study, best: FrozenTrial, monitor: MonitorConfig, schema: Schema, oof: OutOfFold
 ) -> dict[str, Any]:
     failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    metric, value = str(monitor.metric), score_of(best)
+    baseline = majority_baseline(schema, oof.predictions, metric)
+    assert value is not None
     n_failed = sum(has_failed(tries) for tries in attempts(study.get_trials(deepcopy=False)).values())
     found: dict[str, Any] = {
         "study": study.study_name,
@@ -229,8 +233,10 @@ def _summary(
         "metric": monitor.metric,
         "objective": monitor.objective,
         "sampler": study.user_attrs["methods"]["hpo.sampler"]["name"],
-        "best_value": score_of(best),
-        "majority_baseline": majority_baseline(schema, oof.predictions, str(monitor.metric)),
+        "positive_label": schema.positive_label,
+        "best_value": value,
+        "majority_baseline": baseline,
+        "warnings": warn_of_constants(schema, oof.predictions, metric, value, baseline),
         "best_trial": best.number,
         "best_params": best.params,
         "fold_scores": best.user_attrs["fold_scores"],
@@ -282,6 +288,8 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
     lines += [
         *describe_scores(summary),
         f"{baseline}: {metric} {summary['majority_baseline']:.4f}",
+        *(f"WARNING: {warning}" for warning in summary["warnings"]),
+        *([f"positive label: {summary['positive_label']}"] if summary["positive_label"] is not None else []),
         "its hyperparameters:",
         *(f"  {name}: {value}" for name, value in summary["best_params"].items()),
     ]

@@ -18,6 +18,8 @@ from lightning_bge.models.metrics.threshold import best_threshold, cross_fitted_
 from lightning_bge.runtime.run_folder import create_run_dir, write_atomically
 from lightning_bge.types import Schema
 
+EQUAL = 1e-6  # scores that differ by less are the same: files have six digits
+
 
 def predictions_file(folder: Path, number: int) -> Path:
     """The file of a trial's out-of-fold predictions."""
@@ -98,6 +100,31 @@ def judge_out_of_fold(path: Path, schema: Schema, metric: str, temperature: floa
     at_threshold = compute_metrics(schema, replace(predictions, logits=logits), per_class=True)
     ranking = {name: value for name, value in metrics.items() if name in ("auroc", "average_precision", "map", "mrr")}
     return OutOfFold(predictions, fold, threshold, at_threshold | ranking, note)
+
+
+def warn_of_constants(
+    schema: Schema, predictions: Predictions, metric: str, value: float, baseline: float
+) -> list[str]:
+    """Sentences, without a full stop, on a model that is no better than the same answer for every row.
+
+    Args:
+        schema: of the model.
+        predictions: of validation rows.
+        metric: the monitored one.
+        value: its value for the model.
+        baseline: its best value for constant predictions (`majority_baseline`); NaN where it has none.
+    """
+    found = []
+    if value <= baseline if metric not in LOWER_IS_BETTER else value >= baseline:
+        same = "the mean of the labels" if schema.task == "regression" else "the same answer"
+        found.append(
+            f"no better than {same} for every row: {metric} {value:.4f}, and {baseline:.4f} for that. Train longer, "
+            "search for other hyperparameters, look at the labels, or monitor another metric"
+        )
+    score = scores(schema.task, predictions.logits)
+    if len(score) > 1 and bool((score.amax(dim=0) - score.amin(dim=0) < EQUAL).all()):
+        found.append("every row has the same score: the model tells nothing apart. Train longer, or look at the texts")
+    return found
 
 
 def majority_baseline(schema: Schema, predictions: Predictions, metric: str) -> float:

@@ -115,6 +115,7 @@ def test_the_closing_lines_name_the_results_and_the_files() -> None:
     summary = {
         **dict.fromkeys(("n_complete", "n_pruned", "n_failed", "best_trial"), 3),
         **dict.fromkeys(("wall_seconds", "best_value", "majority_baseline", "threshold"), 0.5),
+        **{"positive_label": "yes", "warnings": []},
         **{
             "study": "s",
             "task": "binary",

@@ -1,0 +1,61 @@
+"""Which of Lightning's callbacks can serve where, and which of them change what is trained."""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    Checkpoint,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelPruning,
+    ModelSummary,
+    ProgressBar,
+    SpikeDetection,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
+
+Given = Callback | Sequence[Callback] | None
+
+# those that write or show, and change no weight; a Timer ends a call as Ctrl-C does, and the next one goes on
+OBSERVERS = (Checkpoint, LearningRateMonitor, DeviceStatsMonitor, ModelSummary, ProgressBar, Timer)
+# those that need what `fit` alone has: checkpoints, a logger, all metrics after each epoch
+NEEDS_FIT = (Checkpoint, LearningRateMonitor, DeviceStatsMonitor, EarlyStopping)
+# those for which a command that only evaluates has no use
+NEEDS_TRAINING = (
+    *NEEDS_FIT,
+    *(Timer, SpikeDetection, GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging),
+    *(BaseFinetuning, ModelPruning, BatchSizeFinder, LearningRateFinder),
+)
+
+
+def callback_list(callbacks: Given) -> list[Callback]:
+    """The callbacks of a trainer's argument."""
+    return [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+
+
+def without_kinds(callbacks: Given, kinds: tuple[type, ...]) -> list[Callback]:
+    """The callbacks that are of none of these kinds."""
+    return [callback for callback in callback_list(callbacks) if not isinstance(callback, kinds)]
+
+
+def acting_callbacks(options: Any, kinds: tuple[type, ...] = OBSERVERS) -> list[Any]:
+    """The callbacks of options as plain data (`class_path`, `init_args`) that are of none of these kinds."""
+    given = [options] if isinstance(options, dict) else options or []
+    return [one for one in given if not (isinstance(one, dict) and issubclass(_class(one), kinds))]
+
+
+def _class(option: dict[str, Any]) -> type:
+    module, _, name = str(option.get("class_path", "")).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):  # of a package that is not installed here: it may do anything
+        return object
