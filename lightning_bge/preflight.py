@@ -12,9 +12,11 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.space.search_space import parse_space
+from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.memory_saving.lora import LoRAConfig
 from lightning_bge.models.model_size import ModelSize, measure_model
 from lightning_bge.models.output.export import check_replaceable
+from lightning_bge.runtime.cache_dir import default_cache_dir
 from lightning_bge.runtime.memory import format_bytes
 from lightning_bge.runtime.paths import check_folder, check_output, nearest_folder
 
@@ -50,6 +52,7 @@ def preflight(
         UserError: something is wrong; the message names the option or the file, and the remedy.
     """
     data, trainer = experiment.datamodule, experiment.config["trainer"]
+    _check_files_given(command, data)
     _check_paths(command, experiment, outputs or {})
     if command == "fit":
         _check_epochs(trainer)
@@ -69,6 +72,8 @@ def preflight(
     _warn_of_classes(data)
     if command == "fit":
         _check_val_interval(trainer, data)
+    if command != "hpo" or "model.loss.name" not in (hpo.space if hpo is not None else {}):
+        _check_loss(experiment)
     if command in ("fit", "hpo"):
         data.test_hash()
 
@@ -86,6 +91,16 @@ def dry_run_options(trainer: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------- paths
 
 
+def _check_files_given(command: Command, data: TextDataModule) -> None:
+    """Check that the files are named without which a command has nothing to do."""
+    needed = {"test": "test_file", "predict": "predict_file"}.get(command, "train_file")
+    if getattr(data, needed) is not None or (command == "validate" and data.val_file is not None):
+        return
+    if command != "test" or data.split.outer_fold is None:
+        other = ", or data.val_file" if command == "validate" else ""
+        raise ConfigError(f"data.{needed}: {command} needs a file, got null. Set it{other}")
+
+
 def _check_paths(command: Command, experiment: Experiment, outputs: Mapping[str, str | None]) -> None:
     data, model = experiment.datamodule, str(experiment.config["model.name_or_path"])
     files = {name: getattr(data, name) for name in DATA_FILES}
@@ -94,6 +109,7 @@ def _check_paths(command: Command, experiment: Experiment, outputs: Mapping[str,
     for option, path in outputs.items():
         if path is not None:
             check_output(option, path, inputs)
+    check_folder("data.cache_dir", data.cache_dir or default_cache_dir())
     if command not in ("fit", "hpo", "audit"):
         return
     run_dir = experiment.run_dir.expanduser()
@@ -118,6 +134,8 @@ def _check_epochs(trainer: Mapping[str, Any]) -> None:
         if trainer[name] == 0:
             raise ConfigError(f"trainer.{name}: expected 1 or more, got 0: nothing would be trained")
     every, epochs = trainer["check_val_every_n_epoch"], trainer["max_epochs"]
+    if every is not None and every < 1:
+        raise ConfigError(f"trainer.check_val_every_n_epoch: expected 1 or more, or null, got {every}")
     if every is not None and epochs is not None and 0 < epochs < every:
         raise ConfigError(
             f"trainer.check_val_every_n_epoch: expected at most trainer.max_epochs={epochs}, got {every}: no epoch "
@@ -132,6 +150,15 @@ def _check_val_interval(trainer: Mapping[str, Any], data: TextDataModule) -> Non
             f"trainer.val_check_interval: expected at most the {steps} steps of an epoch, got {interval}. Lower it, or "
             "give a part of an epoch, such as 0.5"
         )
+
+
+def _check_loss(experiment: Experiment) -> None:
+    """Check that the loss goes with the task and its classes."""
+    data, config = experiment.datamodule, experiment.config["model.loss"]
+    assert data.schema is not None
+    counts = None if data.class_counts is None else data.class_counts.tolist()
+    config = config if isinstance(config, LossConfig) else LossConfig(**config.as_dict())
+    Loss(config, data.schema.task, data.schema.num_outputs, counts)
 
 
 # ---------------------------------------------------------------------- the model, and room for it

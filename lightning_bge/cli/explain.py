@@ -14,6 +14,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
         what = "written" if error.errno == errno.EROFS else "opened"
         return f"{error.filename} can't be {what} ({error.strerror}). Finished work is kept: correct it and start again"
+    if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError) and error.filename:
+        return f"{error.filename} can't be used ({error.strerror}). Name another path, or move what is there"
     of_lightning = any(kind.__name__ == "MisconfigurationException" for kind in type(error).__mro__)
     if of_lightning or str(error).startswith("Early stopping conditioned on metric"):
         return describe_trainer_error(error)

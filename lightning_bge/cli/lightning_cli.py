@@ -30,6 +30,7 @@ from lightning_bge.runtime.callback_kinds import NEEDS_FIT, NEEDS_TRAINING, with
 from lightning_bge.runtime.distributed import AnotherRankFailed, end_ranks
 from lightning_bge.runtime.dotted_config import LINKS, plain_config
 from lightning_bge.runtime.memory import limit_malloc_arenas
+from lightning_bge.runtime.option_errors import describe_option_error
 from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, say_left_out
 from lightning_bge.types import Schema
 
@@ -72,6 +73,11 @@ class BGECLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without Lightning's warning that `sys.argv` holds arguments as well: they are the same."""
         self.config = parser.parse_args(args)
+        seed = self.config.seed_everything
+        if not 0 <= seed < 2**32:
+            raise ConfigError(f"seed_everything: expected true, false, or 0 ... 2**32 - 1, got {seed}")
+        if not str(self.config.run_dir).strip():
+            raise ConfigError("run_dir: expected a folder, got nothing. Name one, such as runs/my-run")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run folder, the monitored metric, compilation, memory, and the links between model and data."""
@@ -110,6 +116,15 @@ class BGECLI(LightningCLI):
             return self.trainer_class(**arguments)
         except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
             raise ConfigError(describe_trainer_error(error)) from error
+
+    def instantiate_classes(self) -> None:
+        """As Lightning's, with one line on a class that can't be made, as a package is missing."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if "Problem with given class_path" not in str(error):
+                raise
+            raise ConfigError(describe_option_error(str(error))) from error
 
     @property
     def run_dir(self) -> Path:

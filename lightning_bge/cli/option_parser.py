@@ -5,8 +5,10 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader
+from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_bge.cli.arguments import describe_argument_error, describe_unknown, did_you_mean
@@ -23,6 +25,9 @@ TEXTS["json"] = TextForm(one=True, null=True)
 
 _MODE = "yaml_with_texts"
 set_loader(_MODE, text_loader(TEXTS, get_loader("yaml")), (yaml.YAMLError,))
+
+# the default of an argument of StochasticWeightAveraging, written into the run's config.yaml and read from there
+register_type(torch.device, serializer=str, deserializer=torch.device)
 
 
 class OptionParser(LightningArgumentParser):

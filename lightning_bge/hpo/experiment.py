@@ -103,6 +103,8 @@ class Experiment:
             ConfigError: there is no such number.
         """
         searched = ends(space["trainer.max_epochs"]) if "trainer.max_epochs" in space else ()
+        if wrong := [value for value in searched if value is None or value < 1]:
+            raise ConfigError(f"hpo.space.trainer.max_epochs: expected 1 or more, got {wrong[0]}")
         if searched and "trainer.max_epochs" not in space.when:
             return max(searched)
         configured = self.config["trainer.max_epochs"]

@@ -19,6 +19,7 @@ from lightning_bge.hpo.finish.seed_replicates import run_seed_replicates
 from lightning_bge.hpo.forecast.preview import describe_pruner
 from lightning_bge.hpo.identity import study_identity
 from lightning_bge.hpo.progress import Progress
+from lightning_bge.hpo.pruning.config import build_pruner
 from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.scheduling.trial_loop import run_trials
 from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS, LOCK, N_TRIALS
@@ -54,6 +55,7 @@ def check_study(experiment: Experiment, hpo: StudyConfig) -> tuple[Space, Steps]
     data = experiment.datamodule
     data.setup("fit")
     steps = Steps(data.num_folds, experiment.most_epochs(space), hpo.reports_per_epoch)
+    build_pruner(hpo.pruner, n_parameter_sets(hpo.n_trials, space), steps)  # raises where it could never prune
     check_end(hpo, data, lambda: experiment.setups_of_models(space))
     if hpo.terminator and steps.folds == 1:
         raise ConfigError("hpo.terminator: expected two folds or more, as it compares with the error between folds")

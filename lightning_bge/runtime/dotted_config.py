@@ -4,14 +4,10 @@ import copy
 import json
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace, set_dumper
+from jsonargparse import ArgumentParser, Namespace
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.runtime.callback_kinds import acting_callbacks
-
-_PLAIN = "plain"
-# objects that are defaults of a callback's arguments, such as a `torch.device`, as the text that stands for them
-set_dumper(_PLAIN, lambda options: json.dumps(options, default=str))
 
 # An option, and another one that takes its value: the data module needs the model's; one seed draws head, dropout and
 # order.
@@ -70,7 +66,7 @@ def check_option(config: Namespace, name: str) -> None:
 
 def plain_config(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """All options as plain data that the same parser can read."""
-    return json.loads(parser.dump(config, format=_PLAIN, skip_unset=False, skip_validation=True))
+    return json.loads(parser.dump(config, format="json", skip_unset=False, skip_validation=True))
 
 
 def comparable(config: dict[str, Any], searched: tuple[str, ...] = ()) -> dict[str, Any]:

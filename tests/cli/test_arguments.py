@@ -38,6 +38,15 @@ def test_a_wrong_argument_has_one_line(run: Run, args: list[str], message: str) 
     assert len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("folder", ["file", "file/x"])
+def test_a_sample_needs_a_folder(run: Run, tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").touch()
+    status, _, err = run("sample", str(tmp_path / folder))
+    assert status == 2
+    assert "folder: " in err
+    assert "where a folder is needed" in err
+
+
 def test_a_reader_that_ends_early_ends_the_program_quietly(tmp_path: Path) -> None:
     """What `lightning-bge status RUN | head -1` does: nobody reads standard output any more."""
     code = "import time, types, sys; from lightning_bge.cli import main\n"

@@ -85,6 +85,11 @@ def test_what_a_run_can_not_do_without(fit: Run, folder: Path, args: list[str], 
     assert not folder.exists()
 
 
+def test_a_callback_with_a_device_is_written_and_read_again(fit: Run, tmp_path: Path, folder: Path) -> None:
+    ok(fit(*callbacks(tmp_path, ("StochasticWeightAveraging", {"swa_lrs": 0.01, "device": "cpu"}))))
+    assert "is finished" in ok(fit("-c", str(folder / "config.yaml")))
+
+
 def test_a_checkpoint_among_those_of_the_run_is_refused(fit: Run, tmp_path: Path, folder: Path) -> None:
     given = ("ModelCheckpoint", {"dirpath": str(folder / "checkpoints"), "save_weights_only": True, "save_last": True})
     status, _, err = fit(*callbacks(tmp_path, given))

@@ -188,6 +188,9 @@ def test_a_full_disk_is_found_before_training(
     [
         (["--trainer.max_epochs", "0"], "trainer.max_epochs: expected 1 or more, got 0: nothing would be trained"),
         (["--trainer.max_steps", "0"], "trainer.max_steps: expected 1 or more, got 0"),
+        (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch: expected 1 or more"),
+        (["--model.loss.name", "mse"], "model.loss.name: a binary task takes bce or focal, got mse"),
+        (["--data.cache_dir", __file__], "is a file, where a folder is needed"),
         (["--trainer.check_val_every_n_epoch", "3"], "expected at most trainer.max_epochs=2, got 3"),
         (["--trainer.val_check_interval", "1000"], "expected at most the 3 steps of an epoch, got 1000"),
         (["--trainer.barebones", "true"], "trainer.barebones: expected false"),
@@ -202,6 +205,40 @@ def test_options_with_which_nothing_would_be_trained_or_validated(
     message: str,
 ) -> None:
     refused(run, ["fit", *options, *args], message)
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("fit", "train"),
+        ("hpo", "train"),
+        ("plan", "train"),
+        ("validate", "train"),
+        ("test", "test"),
+        ("predict", "predict"),
+    ],
+)
+def test_a_command_without_its_file(run: Run, command: str, option: str) -> None:
+    refused(run, [command], f"data.{option}_file: {command} needs a file, got null")
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ('{"trainer.max_epochs": {"choices": [0, 2]}}', "hpo.space.trainer.max_epochs: expected 1 or more, got 0"),
+        ('{"model.name_or_path": {"choices": ["./gone", "./none"]}}', "the folder ./gone does not exist"),
+    ],
+)
+def test_a_space_of_what_can_not_be_trained(
+    run: Run, search: list[str], tmp_path: Path, space: str, message: str
+) -> None:
+    refused(run, [*search, "--hpo.space", space], message)
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_pruner_that_could_never_prune_leaves_no_folder(run: Run, search: list[str], tmp_path: Path) -> None:
+    refused(run, [*search, "--trainer.max_epochs", "1", "--data.split.folds", "1"], "could never prune")
     assert not (tmp_path / "study").exists()
 
 

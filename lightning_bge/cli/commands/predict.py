@@ -7,7 +7,6 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_bge.cli.lightning_cli import BGECLI, running
-from lightning_bge.errors import ConfigError
 from lightning_bge.models.ensemble import average_predictions, ensemble_members, member_module
 from lightning_bge.models.output.prediction_file import write_predictions
 from lightning_bge.preflight import preflight
@@ -18,8 +17,6 @@ def run(args: list[str]) -> None:
     description = "Write a score and a label for each row of data.predict_file as a CSV file. The score of an exported "
     description += "ensemble is the mean of its models' scores."
     cli = BGECLI("predict", args, description=description, add_arguments=_add_arguments)
-    if cli.datamodule.predict_file is None:
-        raise ConfigError("data.predict_file: predict needs a file, got null")
     with running(cli.trainer):
         preflight("predict", cli.experiment, outputs={"output": cli.config_init.output})
         members = ensemble_members(Path(cli.model.name_or_path).expanduser())
