@@ -6,19 +6,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.tables.files import expand_files
+from lightning_bge.data.tables.labels import count_classes
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.memory_saving.lora import LoRAConfig
+from lightning_bge.models.metrics.computable import check_computable
 from lightning_bge.models.model_size import ModelSize, measure_model
 from lightning_bge.models.output.export import check_replaceable
 from lightning_bge.runtime.cache_dir import default_cache_dir
 from lightning_bge.runtime.memory import format_bytes
 from lightning_bge.runtime.paths import check_folder, check_output, nearest_folder
+from lightning_bge.types import Schema
 
 Command = Literal["fit", "hpo", "plan", "audit", "predict", "validate", "test"]
 
@@ -69,13 +74,11 @@ def preflight(
     if command == "hpo" and hpo is not None:
         _check_room_of_study(experiment, hpo, sizes)
     data.setup("fit")
-    _warn_of_classes(data)
+    _check_rows(command, experiment)
     if command == "fit":
         _check_val_interval(trainer, data)
     if command != "hpo" or "model.loss.name" not in (hpo.space if hpo is not None else {}):
         _check_loss(experiment)
-    if command in ("fit", "hpo"):
-        data.test_hash()
 
 
 def dry_run_options(trainer: Mapping[str, Any]) -> str:
@@ -226,15 +229,29 @@ def _check_room(run_dir: Path, needed: int, text: str) -> int:
 # ---------------------------------------------------------------------- rows
 
 
-def _warn_of_classes(data: TextDataModule) -> None:
-    """Say which classes have no rows in a file; folds are checked where they are made."""
-    for option, split in (("data.train_file", "train"), ("data.val_file", "val")):
-        counts = data.label_counts(split) if option == "data.train_file" or data.val_file is not None else None  # type: ignore[arg-type]
-        if counts is None:
-            continue
-        assert data.schema is not None
-        missing = [name for name, count in zip(data.schema.labels, counts, strict=True) if not count]
-        if missing:
-            effect = "they can't be learned" if split == "train" else "the scores say nothing of them"
-            shown = ", ".join(missing[:10]) + ", ..." * (len(missing) > 10)
-            log.warning("%s has no row of these classes: %s. So %s; add rows, or leave them out", option, shown, effect)
+def _check_rows(command: Command, experiment: Experiment) -> None:
+    """Check that the metric can be computed wherever it will be."""
+    data, metric = experiment.datamodule, str(experiment.monitor.metric)
+    assert data.schema is not None
+    labels, groups = data.labels_and_groups("val")
+    assert labels is not None
+    folds = data.folds or (np.arange(len(labels)),)
+    for k, rows in enumerate(folds):
+        where = "data.val_file" if data.val_file is not None else f"validation rows of fold {k}"
+        check_computable(data.schema, metric, labels[rows], None if groups is None else groups[rows], where)
+    if data.val_file is not None:
+        _warn_of_missing_classes(data.schema, labels)
+    if command in ("fit", "hpo") and data.test_file is not None:
+        tested, groups = data.labels_and_groups("test")
+        assert tested is not None
+        check_computable(data.schema, metric, tested, groups, "data.test_file")
+
+
+def _warn_of_missing_classes(schema: Schema, labels: np.ndarray) -> None:
+    """Say which classes have no rows in the validation file; folds are checked where they are made."""
+    counts = count_classes(labels, schema)
+    if counts is None or counts.all():
+        return
+    missing = [name for name, count in zip(schema.labels, counts, strict=True) if not count]
+    shown = ", ".join(missing[:10]) + ", ..." * (len(missing) > 10)
+    log.warning("data.val_file has no row of these classes, so that its scores say nothing of them: %s", shown)

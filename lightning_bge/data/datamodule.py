@@ -14,6 +14,7 @@ from lightning_bge.data.batches.micro_batches import EncodedDataset, concatenate
 from lightning_bge.data.batches.samplers import EffectiveBatchSampler
 from lightning_bge.data.encoded_data_module import EncodedDataModule, Split
 from lightning_bge.data.encoded_file import (
+    CheckedFile,
     Source,
     TokenizerKey,
     check_file,
@@ -25,7 +26,7 @@ from lightning_bge.data.encoded_file import (
 from lightning_bge.data.tables.config import TableConfig
 from lightning_bge.data.tables.files import Files
 from lightning_bge.data.tables.json_rows import PAIR_COLUMNS
-from lightning_bge.data.tables.labels import encode_labels, fit_labels
+from lightning_bge.data.tables.labels import count_classes, encode_labels, fit_labels
 from lightning_bge.data.tables.overlap import warn_of_overlap, warn_of_overlap_of_folds
 from lightning_bge.data.tables.readers import has_pairs, read_table
 from lightning_bge.data.tables.splits import SplitConfig, validation_hash
@@ -326,21 +327,9 @@ class TextDataModule(EncodedDataModule):
     @property
     def class_counts(self) -> np.ndarray | None:
         """Training rows now selected of each class: binary (negative, positive), multi-class [C], multi-label [L]."""
-        if self.train_labels is None:
+        if self.train_labels is None or self.schema is None:
             return None
-        return self._counts(self.train_labels[self.train_rows])
-
-    def label_counts(self, split: Split) -> np.ndarray | None:
-        """Rows of each class, as in `class_counts`, in a split's file, whatever the fold; after `setup`."""
-        labels = self._dataset(split).labels
-        return None if labels is None else self._counts(labels)
-
-    def _counts(self, labels: np.ndarray) -> np.ndarray | None:
-        if self.schema is None or self.schema.task == "regression":
-            return None
-        if self.schema.task == "multilabel":
-            return labels.sum(axis=0).astype(np.int64)
-        return np.bincount(labels.astype(np.int64), minlength=len(self.schema.labels))
+        return count_classes(self.train_labels[self.train_rows], self.schema)
 
     @property
     def validation_hash(self) -> str:
@@ -354,14 +343,25 @@ class TextDataModule(EncodedDataModule):
 
         After `setup("fit")`, and without tokenizing it. `UserError`: the file, or a label in it, is wrong.
         """
-        if self.test_file is None:
-            return None
+        return None if self.test_file is None else self._check_test_file(self.test_file).data_hash
+
+    def labels_and_groups(self, split: Split) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Encoded labels and group numbers of all rows of a split's file, as in `MicroBatch`; after `setup("fit")`.
+
+        Without a `val_file` those of `val` are those of the training file. The test file is not tokenized for it.
+        """
+        if split == "test" and "test" not in self._datasets and self.test_file is not None:
+            checked = self._check_test_file(self.test_file)
+            return checked.labels, checked.groups
+        rows = self._dataset(split)
+        return rows.labels, rows.groups
+
+    def _check_test_file(self, files: Files) -> CheckedFile:
         schema = self._known_schema()
-        source = self._source(self.test_file, schema.text_columns, schema.max_length)
-        found = check_file(source, schema.task, schema.labels)
+        found = check_file(self._source(files, schema.text_columns, schema.max_length), schema.task, schema.labels)
         if self._trained_texts is not None:
-            warn_of_overlap(found.text_hashes, self._trained_texts, str(self.test_file))
-        return found.data_hash
+            warn_of_overlap(found.text_hashes, self._trained_texts, str(files))
+        return found
 
     def lengths(self, split: Split) -> np.ndarray:
         """Tokens of each row (int32 [N], special tokens counted) of a split's file, whatever the fold; after `setup`.

@@ -148,11 +148,12 @@ def _hash_table(table: Table) -> str:
 
 @dataclass(frozen=True)
 class CheckedFile:
-    """What `check_file` has found: `data_hash` and `text_hashes` as in `EncodedFile`, and the encoded labels."""
+    """What `check_file` has found: as in `EncodedFile`, and the encoded labels."""
 
     data_hash: str
     text_hashes: np.ndarray
     labels: np.ndarray
+    groups: np.ndarray | None
 
 
 @lru_cache(maxsize=16)
@@ -164,7 +165,15 @@ def check_file(source: Source, task: Task, labels: tuple[str, ...]) -> CheckedFi
     """
     table = _read(source)
     encoded = encode_labels(table.labels or [], labels, task, table.names, source.table.label_separator)
-    return CheckedFile(_hash_table(table), _hash_texts(table), encoded)
+    return CheckedFile(_hash_table(table), _hash_texts(table), encoded, _group_numbers(table)[0])
+
+
+def _group_numbers(table: Table) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """The number of each row's group (int64 [N]), and the groups' names in the order of their numbers."""
+    if table.groups is None:
+        return None, ()
+    unique, groups = np.unique(np.array(table.groups, dtype=object), return_inverse=True)
+    return groups.astype(np.int64), tuple(unique.tolist())
 
 
 def _hash_texts(table: Table) -> np.ndarray:
@@ -187,11 +196,7 @@ def load_file(source: Source) -> EncodedFile:
         name=lambda row: f"{file}: {rows([row])}",
     )
     warn_of_truncation(file, tokens, max_length, tokenizer.model_max_length, source.windows)
-    groups, names = None, ()
-    if table.groups is not None:
-        unique, groups = np.unique(np.array(table.groups, dtype=object), return_inverse=True)
-        names = tuple(unique.tolist())
-        groups = groups.astype(np.int64)
+    groups, names = _group_numbers(table)
     hashes = _hash_table(table), _fingerprint(source.tokenizer)
     texts = _hash_texts(table)
     return EncodedFile(tokens, table.labels, table.names, texts, groups, names, *hashes, max_length)

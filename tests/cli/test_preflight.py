@@ -260,8 +260,31 @@ def test_classes_without_rows_are_named(run: Run, options: list[str], tmp_path: 
     common += ["--model.task", "multiclass", "--monitor.metric", "accuracy", "--data.table.labels", "[a, b, c]"]
     status, _, err = run("fit", *options, *files, *common)
     assert status == 0, err
-    assert "data.train_file has no row of these classes: c. So they can't be learned" in err
-    assert "data.val_file has no row of these classes: c. So the scores say nothing of them" in err
+    assert "data.val_file has no row of these classes, so that its scores say nothing of them: c" in err
+
+
+def test_a_metric_that_can_not_be_computed_on_a_file_is_found_first(
+    run: Run, search: list[str], tmp_path: Path
+) -> None:
+    """Its rows are all of one class."""
+    path = tmp_path / "one.csv"
+    path.write_text("text,criterion,post_id,label\na,b,1,0\nc,d,2,0\n")
+    for command, option in (("fit", "val"), ("fit", "test"), ("hpo", "test")):
+        args = search[1:] if command == "hpo" else search[1 : search.index("--data.split.folds")]
+        message = f"data.{option}_file: the metric auroc can't be computed on these 2 rows"
+        refused(run, [command, *args, "--monitor.metric", "auroc", f"--data.{option}_file", str(path)], message)
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_metric_that_can_not_be_computed_on_a_fold_is_found_first(
+    run: Run, search: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "rare.csv"
+    rows = "".join(f"text {n},{'a|b' if n == 1 else 'a' if n % 2 else ''}\n" for n in range(40))
+    path.write_text(f"text,label\n{rows}")
+    labels = ["--model.task", "multilabel", "--monitor.metric", "auroc", "--data.text_columns", "text"]
+    args = [*search, "--data.train_file", str(path), "--data.group_column", "null", *labels]
+    refused(run, args, "the metric auroc can't be computed on these 20 rows, as none is with the label 'b'")
 
 
 # ---------------------------------------------------------------------- callbacks

@@ -12,7 +12,7 @@ from lightning_bge.data.tables.label_lists import is_list, label_key, label_list
 from lightning_bge.data.tables.readers import RowNames
 from lightning_bge.errors import ConfigError, DataError
 from lightning_bge.runtime.log_once import log_once
-from lightning_bge.types import Task
+from lightning_bge.types import Schema, Task
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,20 @@ def encode_labels(
         return encoded
     dtype = np.float32 if task == "binary" else np.int64
     return np.array([index[keys[0]] for keys in rows], dtype=dtype)
+
+
+def count_classes(labels: np.ndarray, schema: Schema) -> np.ndarray | None:
+    """Rows of each class: binary (negative, positive), multi-class [C], multi-label [L]; None for a regression.
+
+    Args:
+        labels: as `encode_labels` returns them.
+        schema: task and label names.
+    """
+    if schema.task == "regression":
+        return None
+    if schema.task == "multilabel":
+        return labels.sum(axis=0).astype(np.int64)
+    return np.bincount(labels.astype(np.int64), minlength=len(schema.labels))
 
 
 def _row_labels(raw: Sequence[Any], task: Task, where: RowNames, separator: str | None) -> list[list[Any]]:
