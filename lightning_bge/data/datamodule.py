@@ -12,6 +12,7 @@ from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.batches.loader import BatchLoader
 from lightning_bge.data.batches.micro_batches import EncodedDataset, concatenate_datasets
 from lightning_bge.data.batches.samplers import EffectiveBatchSampler
+from lightning_bge.data.checkpoint_labels import checkpoint_labels
 from lightning_bge.data.encoded_data_module import EncodedDataModule, Split
 from lightning_bge.data.encoded_file import (
     CheckedFile,
@@ -174,6 +175,8 @@ class TextDataModule(EncodedDataModule):
         Raises:
             UserError: an argument, a file or its content is wrong.
         """
+        if stage in ("validate", "test", "predict") and self.schema is None:
+            self._check_text_columns()
         if stage in ("fit", "validate", None):
             if self.train_file is not None or stage != "validate":
                 self._setup_training(evaluates=stage == "validate")
@@ -238,6 +241,17 @@ class TextDataModule(EncodedDataModule):
         limit, pooling = self.eval_micro_batch_size, schema.windows.pooling
         self._datasets[name] = EncodedDataset(file.tokens, labels, file.groups, limit, pooling)
 
+    def _check_text_columns(self) -> None:
+        """Refuse single texts for a model of pairs, and pairs for a model of single texts."""
+        schema = Schema.load(Path(self.tokenizer).expanduser()) if self.tokenizer else None
+        chosen = self.text_columns
+        if schema is not None and chosen != DEFAULT_TEXT_COLUMNS and len(chosen) != len(schema.text_columns):
+            forms = ("", "single texts", "pairs of texts")
+            raise ConfigError(
+                f"data.text_columns: {self.tokenizer} was trained on {forms[len(schema.text_columns)]} "
+                f"({', '.join(schema.text_columns)}), got {', '.join(chosen)}. Name as many columns, or another model"
+            )
+
     def _known_schema(self) -> Schema:
         """From `setup("fit")`, else from the exported model's folder, else from the arguments and the training file."""
         if self.schema is not None:
@@ -259,7 +273,7 @@ class TextDataModule(EncodedDataModule):
         return self.windows if exported is None or self.windows != NO_WINDOWS else exported.windows
 
     def _known_labels(self) -> tuple[str, ...]:
-        """Names of the model's outputs: those given, else those of the training file, else 0 and 1 for binary."""
+        """Those given, else of the training file, else of a checkpoint of transformers, else 0 and 1 for binary."""
         if self.task == "regression":
             return ()
         if self.table.labels is not None:
@@ -269,6 +283,8 @@ class TextDataModule(EncodedDataModule):
             options = {"label_column": source.label_column, "config": self.table, "max_rows": self.table.max_rows}
             table = read_table(source.files, source.text_columns, **options)  # type: ignore[arg-type]
             return fit_labels(table.labels or [], self.task, table.names, None, self.table.label_separator)
+        if names := checkpoint_labels(self.tokenizer, self.task, self.revision, self.trust_remote_code):
+            return names
         if self.task == "binary":
             log.info("label names are not known, 0 and 1 are used; data.table.labels sets them")
             return ("0", "1")

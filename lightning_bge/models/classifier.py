@@ -7,9 +7,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.models.checkpoint_head import Outputs
 from lightning_bge.models.effective_batch import EffectiveBatchModule
 from lightning_bge.models.encoder import Attention, TextClassifier, build_classifier, expand_home, load_classifier
 from lightning_bge.models.losses import Loss, LossConfig
@@ -102,6 +104,7 @@ class BGEClassifier(EffectiveBatchModule):
         self._encoder_options = {name: arguments[name] for name in ENCODER_OPTIONS}
         self.load: Callable[..., TextClassifier] = load_classifier
         self.class_counts: Sequence[float] | None = None
+        self._untrained = ""  # why the head was never trained; empty: it was
 
     # ------------------------------------------------------------------ building
 
@@ -115,13 +118,14 @@ class BGEClassifier(EffectiveBatchModule):
         if self.schema is None:
             return
         if self.net is None:
-            net = self.load(self.name_or_path, self.schema.num_outputs, **self._encoder_options)
+            wanted = Outputs(self.schema.task, self.schema.labels)
+            net = self.load(self.name_or_path, wanted, **self._encoder_options)
             if self.schema.max_length > net.max_positions:
                 raise ConfigError(
                     f"data.max_length is {self.schema.max_length}, but {self.name_or_path} has positions for "
                     f"{net.max_positions} tokens: set data.max_length to that or less"
                 )
-            self.net = net
+            self.net, self._untrained = net, net.untrained
         if self.loss is None:
             self.loss = Loss(self.loss_config, self.task, self.schema.num_outputs, self.class_counts)
 
@@ -182,6 +186,7 @@ class BGEClassifier(EffectiveBatchModule):
         """Build what the checkpoint describes, where nothing is built yet: in `load_from_checkpoint`."""
         saved = checkpoint.get(CHECKPOINT_KEY)
         if self.net is not None or saved is None:
+            self._untrained = ""  # a trainer loads the weights
             return
         self.schema, self.class_counts = Schema.from_plain(saved["schema"]), saved["class_counts"]
         if saved["encoder"] is not None:
@@ -189,6 +194,7 @@ class BGEClassifier(EffectiveBatchModule):
             options = {name: value for name, value in self._encoder_options.items() if name in names}
             self.net = build_classifier(saved["encoder"], **options)
         self.configure_model()
+        self._untrained = ""
 
     def configure_optimizers(self) -> Any:
         """Fused AdamW and a schedule over all optimizer steps of the run."""
@@ -203,6 +209,28 @@ class BGEClassifier(EffectiveBatchModule):
 
     # ------------------------------------------------------------------ inference and export
 
+    def on_train_start(self) -> None:
+        """The head is trained from here on."""
+        super().on_train_start()
+        self._untrained = ""
+
+    def on_validation_start(self) -> None:
+        """Refuse to score with a head that was never trained; a checkpoint's weights are there by now."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self._check_trained()
+
+    def on_test_start(self) -> None:
+        """As `on_validation_start`."""
+        self._check_trained()
+
+    def on_predict_start(self) -> None:
+        """As `on_validation_start`."""
+        self._check_trained()
+
+    def _check_trained(self) -> None:
+        if self._untrained:
+            raise ConfigError(f"model.name_or_path: {self.name_or_path} {self._untrained}")
+
     def predict(
         self, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase | None = None, max_tokens: int = 8192
     ) -> TextPredictions:
@@ -214,7 +242,7 @@ class BGEClassifier(EffectiveBatchModule):
             max_tokens: the most tokens that are computed at once.
 
         Raises:
-            ConfigError: the module does not know its labels, or there is no tokenizer.
+            ConfigError: the module does not know its labels, its head was never trained, or there is no tokenizer.
             DataError: a text has the wrong form.
         """
         self.configure_model()
@@ -223,6 +251,7 @@ class BGEClassifier(EffectiveBatchModule):
                 "this BGEClassifier has not been trained: use BGEClassifier.load_from_checkpoint(path), or "
                 "BGEClassifier(folder) with the folder of an exported model"
             )
+        self._check_trained()
         if tokenizer is None:
             options = {name: self.hparams[name] for name in ("revision", "trust_remote_code")}
             tokenizer = tokenizer_of(self.name_or_path, **options)

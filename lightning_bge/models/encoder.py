@@ -2,9 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +17,20 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.models.attention.bert_layers import BERT_LIKE, use_packed_layers
 from lightning_bge.models.attention.packed import PACKED, register_packed_attention
 from lightning_bge.models.attention.packing import Packing, pad_to_bucket
+from lightning_bge.models.checkpoint_head import (
+    Outputs,
+    has_head,
+    match_head,
+    rearrange_outputs,
+    start_anew,
+)
 from lightning_bge.models.dropout import use_cheap_dropout
 from lightning_bge.models.heads import PACKED_HEADS
 from lightning_bge.models.memory_saving.freezing import freeze_layers
 from lightning_bge.models.memory_saving.gradient_checkpointing import set_gradient_checkpointing
 from lightning_bge.models.memory_saving.lora import LoRAConfig, add_lora
 from lightning_bge.runtime.compat.transformers import attention_implementation
+from lightning_bge.runtime.log_once import log_once
 from lightning_bge.types import ENSEMBLE_FILE, MicroBatch
 from lightning_bge.windows import Pooling
 
@@ -41,6 +48,7 @@ class TextClassifier(nn.Module):
 
     Attributes:
         packed: whether sequences are computed without padding.
+        untrained: why the head was never trained, to follow the model's name in a sentence; empty: it was.
         token_bucket: round a packed micro-batch's tokens up to a multiple of this with dummy sequences, as CUDA graphs
             need few shapes; None, the default, does not round.
 
@@ -59,6 +67,7 @@ class TextClassifier(nn.Module):
         use_cheap_dropout(model)
         self.model = model
         self.packed = can_pack and attention != "padded"
+        self.untrained = ""
         self.token_bucket: int | None = None
         if self.packed:
             register_packed_attention()
@@ -158,7 +167,7 @@ def pool_windows(logits: Tensor, windows: tuple[int, ...], pooling: Pooling) -> 
 
 def load_classifier(
     name_or_path: str,
-    num_outputs: int,
+    outputs: int | Outputs,
     *,
     attention: Attention = "auto",
     dropout: float | None = None,
@@ -176,7 +185,8 @@ def load_classifier(
 
     Args:
         name_or_path: hub name or folder.
-        num_outputs: width of the last layer. A head that the checkpoint holds is kept where its width fits.
+        outputs: what the outputs are to mean. A head of the checkpoint is kept where it was trained for that, with its
+            outputs matched by their names (`match_head`). With a number alone it is kept where its width fits.
         attention: see `TextClassifier`.
         dropout: overrides every dropout probability of the model's configuration; None keeps them.
         seed: what a new head, and LoRA's factors, are drawn from.
@@ -186,6 +196,9 @@ def load_classifier(
         frozen_layers: see `freeze_layers`; None freezes nothing.
         lora: see `LoRAConfig`.
 
+    Returns:
+        The classifier; where its head is new, `untrained` says why, and one line was logged.
+
     Raises:
         ConfigError: there is no such model, it can't be reached, or it has no sequence-classification form; or
             the architecture does not support gradient checkpointing, frozen layers or LoRA.
@@ -193,22 +206,10 @@ def load_classifier(
     name_or_path = expand_home(name_or_path)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(name_or_path, num_labels=num_outputs, **source)
-        _set_dropout(config, dropout)
-        with torch.random.fork_rng(devices=[]), quiet_transformers():
-            torch.manual_seed(seed)
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                name_or_path,
-                config=config,
-                dtype=torch.float32,
-                **source,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+        model, untrained = _load_with_head(name_or_path, outputs, dropout, seed, source)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(why_not_loaded(name_or_path, error)) from error
-    _log_new_weights(name_or_path, report)
-    return prepare_classifier(
+    net = prepare_classifier(
         model,
         attention=attention,
         seed=seed,
@@ -216,6 +217,55 @@ def load_classifier(
         frozen_layers=frozen_layers,
         lora=lora,
     )
+    net.untrained = untrained
+    return net
+
+
+def _load_with_head(
+    name_or_path: str, outputs: int | Outputs, dropout: float | None, seed: int, source: dict[str, Any]
+) -> tuple[PreTrainedModel, str]:
+    """The model with the wanted outputs, and why its head was never trained; empty: it was."""
+    match = None
+    if isinstance(outputs, Outputs):
+        config = AutoConfig.from_pretrained(name_or_path, **source)
+        match, outputs = match_head(config, outputs) if has_head(config) else None, outputs.count
+    if match is not None and match.matrix is not None:
+        width = match.matrix.shape[1]
+        model, new = _load(name_or_path, width, dropout, seed, source)
+        if not new:
+            rearrange_outputs(model, match.matrix)
+            if match.note:
+                log_once(log, logging.INFO, f"{name_or_path}: {match.note}")
+            return model, ""
+        if width == outputs:
+            return model, _say_new_weights(name_or_path, new)
+    model, new = _load(name_or_path, outputs, dropout, seed, source)
+    if match is None or match.matrix is not None:
+        return model, _say_new_weights(name_or_path, new) if new else ""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        start_anew(model)
+    log_once(log, logging.INFO, f"{name_or_path} {match.why_not}: its last layer starts at random")
+    return model, f"{match.why_not}. {match.remedy}"
+
+
+def _load(
+    name_or_path: str, num_outputs: int, dropout: float | None, seed: int, source: dict[str, Any]
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model with a head of that width, and the names of weights that are not in the checkpoint."""
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        config = AutoConfig.from_pretrained(name_or_path, num_labels=num_outputs, **source)
+        _set_dropout(config, dropout)
+        torch.manual_seed(seed)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=torch.float32,
+            **source,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    return model, sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
 
 
 def build_classifier(
@@ -281,18 +331,17 @@ def _set_dropout(config: PretrainedConfig, dropout: float | None) -> None:
             setattr(config, field, dropout)
 
 
-def _log_new_weights(name_or_path: str, report: dict) -> None:
-    new = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
+def _say_new_weights(name_or_path: str, new: Sequence[str]) -> str:
+    """Log which weights start at random; returns what they mean for a model that is not trained further."""
     inner = [key for key in new if not any(part in key for part in ("classifier", "pooler", "score", "head"))]
+    names = ", ".join(new)
     if inner:
         log.warning("%s: %d weights are not in the checkpoint and start at random: %s", name_or_path, len(inner), inner)
-    elif new:
-        _log_new_head(name_or_path, ", ".join(new))
-
-
-@cache
-def _log_new_head(name_or_path: str, names: str) -> None:
-    log.info("%s: the checkpoint has no head of this shape; these start at random: %s", name_or_path, names)
+    else:
+        text = f"{name_or_path}: the checkpoint has no head of this shape; these start at random: {names}"
+        log_once(log, logging.INFO, text)
+    what = f"has no trained head: {names} would be random numbers" if not inner else f"lacks weights: {names}"
+    return f"{what}. Name a trained model, such as the folder model of a run, or train this one first"
 
 
 def why_not_loaded(name_or_path: str, error: Exception) -> str:

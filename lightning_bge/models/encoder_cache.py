@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_bge.models.attention.bert_layers import BERT_LIKE
+from lightning_bge.models.checkpoint_head import Outputs
 from lightning_bge.models.dropout import CheapDropout
 from lightning_bge.models.encoder import TextClassifier, load_classifier
 from lightning_bge.models.memory_saving.freezing import freeze_layers
@@ -66,7 +67,7 @@ class EncoderCache:
     def load(
         self,
         name_or_path: str,
-        num_outputs: int,
+        outputs: int | Outputs,
         *,
         dropout: float | None = None,
         seed: int = 42,
@@ -78,8 +79,8 @@ class EncoderCache:
         """See `load_classifier`, whose arguments these are."""
         since = time.perf_counter()
         options["lora"] = lora
-        key = repr((name_or_path, num_outputs, sorted(options.items())))
-        read = partial(self._read, name_or_path, num_outputs, **options)
+        key = repr((name_or_path, outputs, sorted(options.items())))
+        read = partial(self._read, name_or_path, outputs, **options)
         entry = next((each for each in self._entries if each.serves(key, dropout)), None)
         if entry is None or entry is not self._entries[-1]:
             entry = self._put_into_use(entry, key, partial(_CachedEncoder, key, read, dropout, seed))

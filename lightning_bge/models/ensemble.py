@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.models.checkpoint_head import Outputs
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import expand_home, load_classifier
 from lightning_bge.models.metrics.predictions import Predictions, scores
@@ -52,8 +53,12 @@ class Ensemble:
             raise ConfigError(f"{folder}: expected a folder that a study with hpo.ensemble has exported")
         self.schema, self._tokenizer = schema, tokenizer_of(folder, None, trust_remote_code)
         nets = [
-            load_classifier(str(member), schema.num_outputs, trust_remote_code=trust_remote_code) for member in members
+            load_classifier(str(member), Outputs(schema.task, schema.labels), trust_remote_code=trust_remote_code)
+            for member in members
         ]
+        for member, net in zip(members, nets, strict=True):
+            if net.untrained:
+                raise ConfigError(f"{member} {net.untrained}")
         self.nets = [net.eval().to(device) for net in nets]
 
     def predict(self, texts: Sequence[Text], max_tokens: int = 8192) -> TextPredictions:

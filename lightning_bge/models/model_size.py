@@ -54,7 +54,8 @@ def measure_model(
     name_or_path = expand_home(name_or_path)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(name_or_path, num_labels=1, **source)
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(name_or_path, num_labels=1, **source)
         _check_weights(Path(name_or_path))
         with torch.random.fork_rng(devices=[]), quiet_transformers(), torch.device("meta"):
             kind = AutoModelForSequenceClassification

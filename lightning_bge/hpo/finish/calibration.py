@@ -13,6 +13,7 @@ from torch import nn
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.hpo.trial.out_of_fold import load_predictions
+from lightning_bge.models.checkpoint_head import Outputs
 from lightning_bge.models.encoder import TextClassifier, load_classifier
 from lightning_bge.models.output.calibration import (
     HIGHEST,
@@ -95,7 +96,8 @@ def check_calibration(setups: Iterable[TrialSetup]) -> None:
         assert data.schema is not None
         check_has_probabilities(data.schema.task)
         options = {name: model.hparams[name] for name in ("revision", "trust_remote_code")}
-        output_layer(load_classifier(model.name_or_path, data.schema.num_outputs, **options), data)
+        outputs = Outputs(data.schema.task, data.schema.labels)
+        output_layer(load_classifier(model.name_or_path, outputs, **options), data)
 
 
 def output_layer(net: TextClassifier, data: TextDataModule) -> nn.Linear:
