@@ -21,8 +21,8 @@ from lightning_bge.models.metrics.computable import check_computable
 from lightning_bge.models.model_size import ModelSize, measure_model
 from lightning_bge.models.output.export import check_replaceable
 from lightning_bge.runtime.cache_dir import default_cache_dir
-from lightning_bge.runtime.memory import format_bytes
 from lightning_bge.runtime.paths import check_folder, check_output, nearest_folder
+from lightning_bge.runtime.units import format_bytes
 from lightning_bge.types import Schema
 
 Command = Literal["fit", "hpo", "plan", "audit", "predict", "validate", "test"]

@@ -4,4 +4,4 @@ from .sample import write_sample as write_sample
 from .tables.readers import TableConfig as TableConfig
 from .tables.readers import read_table as read_table
 from .tables.splits import SplitConfig as SplitConfig
-from .tokens.cache import clear_cache as clear_cache
+from .tokens.cache_folder import clear_cache as clear_cache

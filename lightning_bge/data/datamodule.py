@@ -65,6 +65,9 @@ class TextDataModule(EncodedDataModule):
         batch_size: rows of an effective batch: those of one optimizer step.
         cache_dir: folder for token ids. Unset: the environment variable LIGHTNING_BGE_CACHE, else
             ~/.cache/lightning-bge.
+        cache_gb: what the tokenized texts in it may take, in units of 2**30 bytes, which is checked after each
+            tokenization: files that were not used for longest are deleted, but none used within the last day. 20 by
+            default: about fifteen files of a million rows with 256 tokens. Unset: no limit.
         table: how files are read. This and the next two may be dicts of their fields, such as `split={"folds": 3}`.
         split: how the training file is split.
         batching: how rows become batches.
@@ -106,6 +109,7 @@ class TextDataModule(EncodedDataModule):
         max_length: int = 512,
         batch_size: int = 32,
         cache_dir: str | None = None,
+        cache_gb: float | None = 20.0,
         table: TableConfig = _TABLE,
         split: SplitConfig = _SPLIT,
         batching: BatchingConfig = _BATCHING,
@@ -121,7 +125,8 @@ class TextDataModule(EncodedDataModule):
         self.text_columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
         self.label_column = label_column if isinstance(label_column, str) else tuple(label_column)
         self.group_column = group_column
-        self.max_length, self.batch_size, self.cache_dir = max_length, batch_size, cache_dir
+        self.max_length, self.batch_size = max_length, batch_size
+        self.cache_dir, self.cache_gb = cache_dir, cache_gb
         self.table = as_config(TableConfig, table, "table")
         self.split = as_config(SplitConfig, split, "split")
         self.windows = as_config(WindowConfig, windows, "windows")
@@ -149,6 +154,8 @@ class TextDataModule(EncodedDataModule):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} must be a whole number from 1 up, got {value!r}")
+        if self.cache_gb is not None and not self.cache_gb > 0:
+            raise ConfigError(f"cache_gb must be a number above 0, or null, got {self.cache_gb!r}")
         if self.val_file is not None and self.split.folds > 1:
             raise ConfigError(
                 f"val_file and split.folds={self.split.folds} exclude each other: leave out val_file to "
@@ -304,7 +311,17 @@ class TextDataModule(EncodedDataModule):
             group = PAIR_COLUMNS[0] if group is None else group
         columns = (text_columns, self.label_column, group)
         named = files if isinstance(files, str | Path) else tuple(files)
-        return Source(named, stamp_of_files(files), *columns, self.table, max_rows, tokenizer, max_length, folder)
+        return Source(
+            named,
+            stamp_of_files(files),
+            *columns,
+            self.table,
+            max_rows,
+            tokenizer,
+            max_length,
+            folder,
+            cache_gb=self.cache_gb,
+        )
 
     @property
     def num_folds(self) -> int:
@@ -357,7 +374,8 @@ class TextDataModule(EncodedDataModule):
     def test_hash(self) -> str | None:
         """Check the test file, and return the sha256 (hex) of its texts, labels and groups; None without such a file.
 
-        After `setup("fit")`, and without tokenizing it. `UserError`: the file, or a label in it, is wrong.
+        After `setup("fit")`. It is tokenized only with windows, for which a pair may leave no room. `UserError`: the
+        file, or a label in it, is wrong.
         """
         return None if self.test_file is None else self._check_test_file(self.test_file).data_hash
 
@@ -374,7 +392,10 @@ class TextDataModule(EncodedDataModule):
 
     def _check_test_file(self, files: Files) -> CheckedFile:
         schema = self._known_schema()
-        found = check_file(self._source(files, schema.text_columns, schema.max_length), schema.task, schema.labels)
+        source = self._source(files, schema.text_columns, schema.max_length)
+        found = check_file(source, schema.task, schema.labels)
+        if schema.windows.stride is not None:
+            load_file(replace(source, windows=schema.windows))
         if self._trained_texts is not None:
             warn_of_overlap(found.text_hashes, self._trained_texts, str(files))
         return found
@@ -382,8 +403,8 @@ class TextDataModule(EncodedDataModule):
     def lengths(self, split: Split) -> np.ndarray:
         """Tokens of each row (int32 [N], special tokens counted) of a split's file, whatever the fold; after `setup`.
 
-        With windows the tokens of all windows of a row.
-        Without a `val_file` the rows of `val` are those of the training file: `val_rows` of them are validated on.
+        With windows the tokens of all windows of a row. Without a `val_file` the rows of `val` are those of the
+        training file: `val_rows` of them are validated on.
         """
         return self._dataset(split).tokens.lengths
 

@@ -56,6 +56,7 @@ class Source:
         max_rows: keep only the first rows; None: all.
         max_length: the requested limit, before the tokenizer's own.
         windows: what becomes of longer rows.
+        cache_gb: limit of the cache; None: no limit.
     """
 
     files: Files
@@ -69,6 +70,7 @@ class Source:
     max_length: int
     cache_dir: str
     windows: WindowConfig = NO_WINDOWS
+    cache_gb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ def load_file(source: Source) -> EncodedFile:
         source.cache_dir,
         source.windows,
         name=lambda row: f"{file}: {rows([row])}",
+        cache_gb=source.cache_gb,
     )
     warn_of_truncation(file, tokens, max_length, tokenizer.model_max_length, source.windows)
     groups, names = _group_numbers(table)

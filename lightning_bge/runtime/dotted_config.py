@@ -24,7 +24,7 @@ LINKS = (
 # among them: within an epoch a run goes on with as many as it had.
 FREE = (
     *("run_dir", "hpo", "config", "compile", "memory"),
-    *("data.test_file", "data.predict_file", "data.cache_dir"),
+    *("data.test_file", "data.predict_file", "data.cache_dir", "data.cache_gb"),
     *("data.table.format", "data.table.delimiter", "data.table.encoding", "data.table.quoting", "data.table.escape"),
     *("trainer.accelerator", "trainer.strategy", "trainer.max_time"),
     *("trainer.logger", "trainer.log_every_n_steps", "trainer.profiler", "trainer.default_root_dir"),

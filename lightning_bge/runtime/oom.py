@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 
 from lightning_bge.errors import UserError
-from lightning_bge.runtime.memory import format_bytes, free_bytes, limits, release, shrink_caches
+from lightning_bge.runtime.memory import free_bytes, limits, release, shrink_caches
+from lightning_bge.runtime.units import format_bytes
 
 # Texts of `RuntimeError`s that mean a failed allocation. torch gives them no class of their own.
 TEXTS = (

@@ -185,6 +185,12 @@ def test_wrong_options_and_rows_without_room_end_the_setup(options: dict[str, An
     pairs = {**options, "train_file": str(path), "text_columns": ("a", "b"), "group_column": None}
     with pytest.raises(DataError, match=r"row 2: the first text has 9 tokens\. .*room for 6"):
         TextDataModule(**pairs).setup("fit")
+    fits = tmp_path / "fits.jsonl"
+    fits.write_text("".join(f'{{"a": "w{row}", "b": "w2", "label": {row % 2}}}\n' for row in range(20)))
+    data = TextDataModule(**{**pairs, "train_file": str(fits), "test_file": str(path)})
+    data.setup("fit")
+    with pytest.raises(DataError, match=r"pairs.jsonl: row 2: the first text has 9 tokens\."):
+        data.test_hash()  # before training, and not after it
 
 
 def test_hparams_make_an_equal_data_module(options: dict[str, Any]) -> None:

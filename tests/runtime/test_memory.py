@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from lightning_bge.runtime.memory import Limit, _cgroup_limits, format_bytes, limits, live_bytes, release
+from lightning_bge.runtime.memory import Limit, _cgroup_limits, limits, live_bytes, release
+from lightning_bge.runtime.units import format_bytes
 
 
 def test_live_bytes_counts_each_storage_once() -> None:

@@ -12,7 +12,8 @@ from lightning_bge.advisor.audit.requested import DROPOUT, ObservedRun, dropout_
 from lightning_bge.advisor.audit.result import Fix, Row, TimeSaved, Verdict
 from lightning_bge.advisor.audit.trace import EAGER
 from lightning_bge.callbacks.torch_backends import choose_precision
-from lightning_bge.runtime.memory import format_bytes, limits
+from lightning_bge.runtime.memory import limits
+from lightning_bge.runtime.units import format_bytes
 
 MIN_SHARE = 0.9  # of the matrix products that are to be in the requested precision: heads and losses may be in fp32
 TF32_ERROR = 1e-5  # relative error of an fp32 product above which it was computed in TF32

@@ -13,12 +13,12 @@ import torch
 from filelock import FileLock
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_bge.runtime.cache_dir import MICRO_BATCH_SIZES, mark_used
 from lightning_bge.runtime.compat.torch import compiled_call
 from lightning_bge.runtime.run_folder import create_run_dir, read_json, write_json
 
 log = logging.getLogger(__name__)
 
-FOLDER = "micro_batch_sizes"
 IRRELEVANT = ("params", "lr", "initial_lr", "weight_decay")  # of an optimizer's options
 
 _known: dict[str, FoundSize] = {}
@@ -53,7 +53,7 @@ class MicroBatchSizes:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self.folder = None if folder is None else folder / FOLDER
+        self.folder = None if folder is None else folder / MICRO_BATCH_SIZES
 
     def get(self, key: str) -> FoundSize | None:
         """The smallest size that is known, as another process may have lowered it; None where the key is not known."""
@@ -77,6 +77,7 @@ class MicroBatchSizes:
         path = self.folder / f"{key}.json"
         try:
             content = read_json(path)
+            mark_used(path)
             return None if content is None else FoundSize(int(content["micro_batch_size"]), str(content["reason"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log_once(f"{path} can't be read ({error}): the size is found anew", logging.WARNING)

@@ -13,8 +13,9 @@ from lightning_bge.callbacks.micro_batch.config import MemoryConfig
 from lightning_bge.callbacks.micro_batch.probe import Probe, make_meter
 from lightning_bge.callbacks.micro_batch.search import Search
 from lightning_bge.runtime.cache_dir import default_cache_dir
-from lightning_bge.runtime.memory import Limit, cache_bytes, format_bytes, limits, unreserved_use
+from lightning_bge.runtime.memory import Limit, cache_bytes, limits, unreserved_use
 from lightning_bge.runtime.micro_batch import SupportsMicroBatchSize, batch_source
+from lightning_bge.runtime.units import format_bytes
 
 NOT_EVEN = "not even this fits"
 CONTEXT_BYTES = 2**30  # CUDA's own, of this process, at most

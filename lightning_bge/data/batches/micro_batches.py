@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from lightning_bge.data.batches.shards import balanced_shards
 from lightning_bge.data.tokens.cache import TokenArrays, concatenate_tokens
+from lightning_bge.runtime.cache_dir import mark_used
 from lightning_bge.types import Batch, MicroBatch
 from lightning_bge.windows import Pooling
 
@@ -58,6 +59,7 @@ class EncodedDataset(Dataset[Batch]):
     ) -> None:
         self.tokens, self.labels, self.groups, self.max_tokens = tokens, labels, groups, max_tokens
         self.pooling = pooling
+        mark_used(tokens.path)  # the trials of a study read the file once, and its workers open it later
         self.rank, self.ranks = 0, 1
 
     def set_max_tokens(self, max_tokens: int) -> None:

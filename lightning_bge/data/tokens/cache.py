@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 import tokenizers
 
+from lightning_bge.data.tokens.cache_folder import limit_cache
 from lightning_bge.data.tokens.tokenizer import tokenizer_fingerprint
 from lightning_bge.errors import DataError
-from lightning_bge.runtime.cache_dir import CACHE_ENV, default_cache_dir
+from lightning_bge.runtime.cache_dir import CACHE_ENV, default_cache_dir, mark_used
 from lightning_bge.windows import NO_WINDOWS, NameRow, WindowConfig, full_lengths, name_row, tokenize_rows
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class TokenArrays:
 
     def __reduce__(self) -> tuple[Callable[[Path], TokenArrays], tuple[Path]]:
         # A worker process maps the same file instead of getting a copy of the arrays.
+        mark_used(self.path)
         return open_tokens, (self.path,)
 
 
@@ -84,6 +86,7 @@ def tokenize_cached(
     cache_dir: str | Path | None = None,
     windows: WindowConfig = NO_WINDOWS,
     name: NameRow = name_row,
+    cache_gb: float | None = None,
 ) -> TokenArrays:
     """Token ids of rows of one or two texts, from the cache where it has them.
 
@@ -97,6 +100,7 @@ def tokenize_cached(
         cache_dir: folder of the cache; None: `default_cache_dir()`.
         windows: what becomes of longer rows.
         name: names a row in messages.
+        cache_gb: see `limit_cache`, which is called after a file was written; in units of 2**30 bytes. None: no limit.
 
     Raises:
         ConfigError: the stride of the windows is too large for `max_length`.
@@ -108,12 +112,15 @@ def tokenize_cached(
         parts.append(f"windows {windows.stride} {windows.max_windows}")
     path = folder / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()}.arrow"
     if path.exists():
+        mark_used(path)
         try:
             return open_tokens(path, rows=len(texts))
         except (pa.ArrowException, OSError, ValueError) as error:
             log.warning("token cache %s cannot be read (%s): it is written once more", path, error)
     log.info("tokenizing %d rows into %s", len(texts), path)
     _write(path, _tokenize(texts, tokenizer, max_length, windows, name))
+    if cache_gb is not None:
+        limit_cache(folder, cache_gb * 2**30)
     return open_tokens(path, rows=len(texts))
 
 
@@ -158,27 +165,13 @@ def concatenate_tokens(first: TokenArrays, second: TokenArrays) -> TokenArrays:
     # both names are hashes of all that decides the content
     name = hashlib.sha256("|".join((_VERSION, first.path.stem, second.path.stem)).encode()).hexdigest()
     path, rows = first.path.with_name(f"{name}.arrow"), len(first) + len(second)
-    if not path.exists():
+    if path.exists():
+        mark_used(path)
+    else:
         batches = [_map_batch(one.path).replace_schema_metadata(None) for one in (first, second)]
         [batch] = pa.Table.from_batches(batches).combine_chunks().to_batches()
         _write(path, batch.replace_schema_metadata({"rows": str(rows)}))
     return open_tokens(path, rows=rows)
-
-
-def clear_cache(folder: str | Path | None = None) -> int:
-    """Delete the files of the token cache; a process that has a file open keeps its content.
-
-    Args:
-        folder: of the cache; None: `default_cache_dir()`.
-
-    Returns:
-        The bytes that this frees.
-    """
-    freed = 0
-    for path in (default_cache_dir() if folder is None else Path(folder).expanduser()).glob("*.arrow"):
-        freed += path.stat().st_size
-        path.unlink(missing_ok=True)
-    return freed
 
 
 def _map_batch(path: Path) -> pa.RecordBatch:

@@ -12,9 +12,9 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_bge.errors import StudyError, UserError
 from lightning_bge.hpo.scheduling.trial_queue import TrialQueue
 from lightning_bge.hpo.trials import ERROR, FAILURES, INTERRUPTED
-from lightning_bge.runtime.memory import format_bytes
 from lightning_bge.runtime.run_folder import create_run_dir, write_text
 from lightning_bge.runtime.stop import Stopped, StopRequest
+from lightning_bge.runtime.units import format_bytes
 
 log = logging.getLogger("lightning_bge")
 

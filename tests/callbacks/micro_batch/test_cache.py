@@ -13,9 +13,10 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from lightning_bge.callbacks.micro_batch import cache as cache_module
-from lightning_bge.callbacks.micro_batch.cache import FOLDER, FoundSize, MicroBatchSizes
+from lightning_bge.callbacks.micro_batch.cache import FoundSize, MicroBatchSizes
 from lightning_bge.callbacks.micro_batch.config import MemoryConfig
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
+from lightning_bge.runtime.cache_dir import MICRO_BATCH_SIZES
 from tests.helpers.trial_steps import ALL, HELD, OPTIMIZERS, ROW, Foreign, Rows, Use, search, train
 
 pytestmark = [
@@ -38,7 +39,7 @@ def test_the_second_run_makes_no_trial_step(use: Use, tmp_path: Path) -> None:
             cache_module.forget()
         second, again = search(use)
         assert (second.set, second.made, again.tried, again.reason) == (first.set, [], [], finder.reason)
-    [path] = (tmp_path / "cache" / FOLDER).iterdir()
+    [path] = (tmp_path / "cache" / MICRO_BATCH_SIZES).iterdir()
     assert path.stat().st_mode & 0o077 == 0
 
 
@@ -78,7 +79,7 @@ def test_without_a_cache_only_this_process_remembers(use: Use, tmp_path: Path) -
 )
 def test_a_damaged_file_is_replaced(use: Use, tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
     search(use, tmp_path)
-    [path] = (tmp_path / FOLDER).iterdir()
+    [path] = (tmp_path / MICRO_BATCH_SIZES).iterdir()
     path.write_text(content)
     cache_module.forget()
     assert search(use, tmp_path)[0].made

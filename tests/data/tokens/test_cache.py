@@ -18,7 +18,8 @@ from sentence_transformers import CrossEncoder
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_bge.data.tokens import cache as cache_module
-from lightning_bge.data.tokens.cache import clear_cache, tokenize_cached
+from lightning_bge.data.tokens.cache import tokenize_cached
+from lightning_bge.data.tokens.cache_folder import clear_cache
 from lightning_bge.errors import DataError
 from lightning_bge.runtime.cache_dir import default_cache_dir
 from tests.helpers.small_texts import build_tokenizer, random_texts
@@ -235,7 +236,7 @@ def test_two_files_become_one_that_other_processes_map(tokenizer: Any, tmp_path:
     assert both.token_type_ids is not None
     assert both.token_type_ids.tolist() == [kind for part in parts for kind in part.token_type_ids.tolist()]
     assert rows_of(pickle.loads(pickle.dumps(both))) == rows_of(both)
-    written = both.path.stat().st_mtime_ns
-    assert cache_module.concatenate_tokens(*parts).path.stat().st_mtime_ns == written
+    written = both.path.stat().st_ino
+    assert cache_module.concatenate_tokens(*parts).path.stat().st_ino == written
     # the order of the files is a part of the name
     assert rows_of(cache_module.concatenate_tokens(*reversed(parts))) == rows_of(parts[1]) + rows_of(parts[0])
