@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import load_classifier, pool_windows
 from lightning_bge.models.output.inference import encode_texts
 from lightning_bge.types import Batch, MicroBatch, Schema
 from lightning_bge.windows import Pooling, WindowConfig
-from tests.helpers.small_models import save_model, word_tokenizer
+from tests.helpers.small_models import quiet_trainer, save_model, word_tokenizer
 from tests.helpers.small_texts import random_texts
 
 LENGTH, STRIDE = 16, 3
@@ -135,6 +136,28 @@ def test_predictions_and_export_keep_the_windows(tmp_path: Path) -> None:
     assert 2 <= int(fits.sum()) <= 10
     torch.testing.assert_close(truncated[fits], found[fits], rtol=1e-5, atol=1e-6)
     assert float((truncated[~fits] - found[~fits]).abs().max()) > 1e-3
+
+
+def test_a_checkpoint_keeps_the_windows(tmp_path: Path) -> None:
+    lines = [f"{row[0]},{number % 2}" for number, row in enumerate(rows_of(1))]
+    (tmp_path / "rows.csv").write_text("\n".join(["x,label", *lines]) + "\n")
+    folder = save_model(tmp_path / "start")
+    data = TextDataModule(
+        folder,
+        train_file=str(tmp_path / "rows.csv"),
+        text_columns=("x",),
+        max_length=LENGTH,
+        cache_dir=str(tmp_path / "cache"),
+        windows={"stride": STRIDE, "pooling": "max"},
+    )
+    module, trainer = BGEClassifier(folder), quiet_trainer()
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = BGEClassifier.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert loaded.schema is not None
+    assert loaded.schema.windows == WindowConfig(STRIDE, "max")
+    rows = [row[0] for row in rows_of(1)]
+    torch.testing.assert_close(loaded.predict(rows).scores, module.predict(rows).scores, rtol=0, atol=0)
 
 
 def test_without_windows_the_forward_pools_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

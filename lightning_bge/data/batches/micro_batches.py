@@ -106,12 +106,14 @@ class EncodedDataset(Dataset[Batch]):
     def _micro_batch(self, rows: np.ndarray) -> MicroBatch:
         tokens = self.tokens
         lengths = tokens.lengths[rows].astype(np.int64)
+        positions = _count_up(lengths)
+        source = positions + np.repeat(tokens.offsets[rows], lengths)  # where each token is in the file
         windows, sequences = None, lengths
         if tokens.window_offsets is not None and tokens.window_lengths is not None:
-            first, stop = tokens.window_offsets[rows], tokens.window_offsets[rows + 1]
-            windows, sequences = stop - first, tokens.window_lengths[_ranges(first, stop - first)].astype(np.int64)
-        # where each token of the micro-batch is in the file, and in its own sequence
-        source, positions = _ranges(tokens.offsets[rows], lengths), _ranges(np.zeros_like(sequences), sequences)
+            first = tokens.window_offsets[rows]
+            windows = tokens.window_offsets[rows + 1] - first
+            sequences = tokens.window_lengths[_count_up(windows) + np.repeat(first, windows)].astype(np.int64)
+            positions = _count_up(sequences)
         types = tokens.token_type_ids
 
         def pick(values: np.ndarray | None) -> torch.Tensor | None:
@@ -131,10 +133,10 @@ class EncodedDataset(Dataset[Batch]):
         )
 
 
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """`counts` whole numbers from each of `starts` on, end to end: int64."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
+def _count_up(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ... anew for each of `lengths`, end to end: int64."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
 
 
 def concatenate_datasets(

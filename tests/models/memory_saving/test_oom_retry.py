@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,21 @@ def test_micro_batches_are_halved_and_the_source_learns_it(net: TextClassifier) 
     # a batch that was made before is split at once
     assert retry.run(device, make_batch(LENGTHS), net, source=source, training=True) == 5
     assert device.steps[-1] == [20, 20, 20]
+
+
+def test_windows_of_a_row_stay_together(net: TextClassifier) -> None:
+    [micro] = make_batch([10, 10, 5, 10, 4, 6]).micro
+    retry, source = OOMRetry(), Source()
+    device = Device(retry, most=27)
+    batch = Batch((replace(micro, windows=(3, 2, 1), rows=torch.arange(3), labels=torch.zeros(3)),))
+    # sorted: rows of 10 + 10 + 10, 6 + 5 and 4 tokens; the first does not fit, whatever the size
+    with pytest.raises(OutOfMemoryError, match="one row of 30 tokens does not fit into memory"):
+        retry.run(device, batch, net, source=source, training=True)
+    assert device.steps == [[45], [30], [30]]
+    device.most = 30
+    assert retry.run(device, batch, net, source=source, training=True) == 3
+    assert device.steps[-1] == [30, 15]
+    assert source.micro_batch_size == 30
 
 
 def test_batches_are_taken_as_they_come_before_any_failure(net: TextClassifier) -> None:
