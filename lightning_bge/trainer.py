@@ -1,6 +1,7 @@
 """The trainer as this program sets it up: for one run that keeps everything, and for a fold that keeps nothing."""
 
 import logging
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.callbacks.throughput.bar import ThroughputProgressBar
 from lightning_bge.callbacks.throughput.monitor import Throughput
 from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precision
-from lightning_bge.errors import ConfigError
+from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.trial.objective import early_stopping
 from lightning_bge.models.metrics.config import MonitorConfig, metric_direction
 from lightning_bge.runtime.callback_kinds import NEEDS_FIT, NEEDS_TRAINING, Given, callback_list, without_kinds
@@ -182,7 +183,17 @@ def check_checkpoints(arguments: dict[str, Any], run_dir: Path) -> None:
 
 
 def newest_checkpoint(run_dir: Path) -> str | None:
-    """The checkpoint to resume from: that of the last epoch's end, or a later one within an epoch."""
+    """The checkpoint to resume from: that of the last epoch's end, or a later one within an epoch.
+
+    Raises:
+        StudyError: a checkpoint is damaged.
+    """
+    for path in (run_dir / "checkpoints").glob("*.ckpt"):
+        if not zipfile.is_zipfile(path):  # as torch writes them; one that was cut off is none
+            raise StudyError(
+                f"{path} is damaged: expected a checkpoint. Delete it, and the run goes on from another one, or begins "
+                "anew where there is none"
+            )
     found = [path for name in ("last", "recent") if (path := run_dir / "checkpoints" / f"{name}.ckpt").is_file()]
     return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 

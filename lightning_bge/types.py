@@ -213,12 +213,15 @@ class Schema:
         """Read the schema of an exported model; None where the folder holds none (a plain encoder).
 
         Raises:
-            ConfigError: the file was written by a newer version.
+            ConfigError: the file is damaged, or was written by a newer version.
         """
         path = Path(folder, SCHEMA_FILE)
         if not path.is_file():
             return None
-        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path} is damaged ({error}). Restore it, or export the model again") from error
         version = content.pop("schema_version", None)
         if version != SCHEMA_VERSION:
             raise ConfigError(

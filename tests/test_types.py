@@ -97,3 +97,10 @@ def test_schema_of_another_version_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 2}))
     with pytest.raises(ConfigError, match=r"has schema version 2, this program reads 1: update lightning-bge"):
         Schema.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "[1, 2]"])
+def test_a_damaged_schema_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "lightning_bge.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"lightning_bge\.json (is damaged|has schema version None)"):
+        Schema.load(tmp_path)

@@ -3,14 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_bge.cli.lightning_cli import BGECLI
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.study import differences
 from lightning_bge.runtime.dotted_config import comparable
-from lightning_bge.runtime.run_folder import absolute_folder, read_json
+from lightning_bge.runtime.run_folder import absolute_folder, read_config, read_json
 from lightning_bge.trainer import newest_checkpoint
 
 # options of which the content of what is read counts, as `contents` has it
@@ -36,13 +34,12 @@ def check_same_run(cli: BGECLI, run_dir: Path, datamodule: TextDataModule) -> tu
     Raises:
         StudyError: the folder holds another run; the message lists the differences.
     """
-    path = run_dir / "config.yaml"
     begun = (run_dir / "summary.json").is_file() or newest_checkpoint(run_dir) is not None
-    if not path.is_file() or not begun:
+    if not (run_dir / "config.yaml").is_file() or not begun:
         return None
     calls = (read_json(run_dir / "run.json") or {}).get("calls", [])
     last = calls[-1] if calls else {}
-    old = _comparable(yaml.safe_load(path.read_text(encoding="utf-8")), last.get("folder", "."))
+    old = _comparable(read_config(run_dir), last.get("folder", "."))
     new = _comparable(cli.plain_config())
     if calls:
         found = contents(datamodule) | {"data_hash": datamodule.data_hash}
@@ -88,7 +85,7 @@ def start_more_epochs(cli: BGECLI, run_dir: Path, epochs: tuple[int, int]) -> No
 
 def _comparable(config: dict[str, Any], start: str = ".") -> dict[str, Any]:
     found = comparable(config, BY_CONTENT)
-    found["model.name_or_path"] = absolute_folder(str(found["model.name_or_path"]), start)
+    found["model.name_or_path"] = absolute_folder(str(found.get("model.name_or_path")), start)
     return found
 
 

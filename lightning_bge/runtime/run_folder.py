@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from lightning_bge.errors import StudyError
+
 SCHEMA_VERSION = 1
 PACKAGES = ("lightning-bge", "torch", "lightning", "transformers", "tokenizers", "optuna", "torchmetrics", "numpy")
 
@@ -56,11 +58,36 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path, schema_version: int = SCHEMA_VERSION) -> dict[str, Any] | None:
-    """Read what `write_json` wrote; None where there is no such file, or one of another schema version."""
+    """Read what `write_json` wrote; None where there is no such file, or one of another schema version.
+
+    Raises:
+        StudyError: the file is damaged.
+    """
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = _read_mapping(path, json.loads)
     return content if content.get("schema_version") == schema_version else None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The options of a run, as plain data: its `config.yaml`.
+
+    Raises:
+        StudyError: the file is damaged.
+    """
+    return _read_mapping(folder / "config.yaml", yaml.safe_load)
+
+
+def _read_mapping(path: Path, load: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        content = load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise StudyError(f"{path} is damaged ({reason}). Restore it, or name another folder") from error
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise StudyError(f"{path} is damaged: expected a mapping, got {kind}. Restore it, or name another folder")
+    return content
 
 
 def record_run(

@@ -237,6 +237,28 @@ def test_a_moved_run_folder_goes_on_with_its_own_checkpoints(fit: Run, folder: P
     assert [path.name for path in (tmp_path / "moved" / "checkpoints").glob("best*")] == ["best.ckpt"]
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "run.json", "summary.json"])
+def test_a_damaged_run_folder_is_named(fit: Run, run: Run, folder: Path, name: str) -> None:
+    ok(fit("--trainer.max_epochs", "1"))
+    (folder / name).write_text("{")
+    for found in (fit("--trainer.max_epochs", "1"), run("status", str(folder)), run("report", str(folder))):
+        status, _, err = found
+        assert status == 2
+        assert f"{name} is damaged" in err
+
+
+def test_a_checkpoint_that_was_cut_off_is_named(fit: Run, folder: Path) -> None:
+    ok(fit("--trainer.max_epochs", "1"))
+    last = folder / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-100])
+    status, _, err = fit()
+    assert status == 2
+    assert f"{last} is damaged: expected a checkpoint. Delete it" in err
+    last.unlink()
+    (folder / "summary.json").unlink()
+    assert "resuming from" not in ok(fit())  # nothing is left to go on from
+
+
 # ---------------------------------------------------------------------- dry runs
 
 

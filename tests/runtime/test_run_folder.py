@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from lightning_bge.runtime.run_folder import PACKAGES, create_run_dir, describe_run, read_json, write_json, write_text
+from lightning_bge.errors import StudyError
+from lightning_bge.runtime.run_folder import (
+    PACKAGES,
+    absolute_folder,
+    create_run_dir,
+    describe_run,
+    read_config,
+    read_json,
+    write_json,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -134,3 +144,22 @@ def test_record_names_the_commit_of_a_hub_model(tmp_path: Path, monkeypatch: pyt
 def test_the_program_has_one_name_however_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/somewhere/lightning_bge/cli/__main__.py", "fit"])
     assert describe_run(42, None, "model", None)["command"] == ["lightning-bge", "fit"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"3"])
+@pytest.mark.parametrize("name", ["summary.json", "config.yaml"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(StudyError, match=f"{name} is damaged.*Restore it, or name another folder") as error:
+        read_config(tmp_path) if name == "config.yaml" else read_json(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_exists_has_one_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert absolute_folder("model") == absolute_folder(str(tmp_path / "model")) == str(tmp_path / "model")
+    monkeypatch.chdir("/")
+    assert absolute_folder("model", tmp_path) == str(tmp_path / "model")
+    assert absolute_folder("owner/model") == "owner/model"

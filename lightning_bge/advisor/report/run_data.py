@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_bge.advisor.audit.result import AUDIT_SCHEMA
 from lightning_bge.advisor.report.secrets import hide_secrets, hide_secrets_in_command, hide_secrets_in_yaml
 from lightning_bge.errors import ConfigError
@@ -15,7 +13,7 @@ from lightning_bge.hpo.analysis.history import History, history_of
 from lightning_bge.hpo.analysis.hours import time_left
 from lightning_bge.hpo.analysis.journal import load_study
 from lightning_bge.hpo.forecast.eta import Eta
-from lightning_bge.runtime.run_folder import read_json
+from lightning_bge.runtime.run_folder import read_config, read_json
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def read_run(run_dir: Path) -> RunData:
             f"config.yaml, but it {found}. Give the folder that the run had as its run_dir"
         )
     best = run_dir / "best.yaml"
-    options = hide_secrets(yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None) or {}
+    options = hide_secrets(read_config(run_dir) if config.is_file() else None) or {}
     calls = (read_json(run_dir / "run.json") or {}).get("calls", [])
     loaded = load_study(run_dir)
     return RunData(

@@ -15,6 +15,7 @@ from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.cli.evaluate import without_prefix
 from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.run_record import check_same_run, contents, start_more_epochs
+from lightning_bge.errors import StudyError
 from lightning_bge.hpo.trial.out_of_fold import majority_baseline, warn_of_constants
 from lightning_bge.models.metrics.predictions import scores
 from lightning_bge.models.metrics.threshold import best_threshold
@@ -141,6 +142,11 @@ def _load_best(cli: FitCLI) -> int:
     best = ours.best_model_path
     if cli.config_init.monitor.objective != "best" or not best:
         return cli.trainer.current_epoch
+    if not Path(best).is_file():
+        raise StudyError(
+            f"{best} is missing: the checkpoint of the best epoch. Restore it, or delete the other checkpoints beside it "
+            "and begin anew"
+        )
     content = torch.load(best, weights_only=True, map_location="cpu")
     cli.model.load_state_dict(content["state_dict"])
     return content["epoch"] + 1
