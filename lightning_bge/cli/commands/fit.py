@@ -144,7 +144,7 @@ def _load_best(cli: FitCLI) -> int:
         return cli.trainer.current_epoch
     if not Path(best).is_file():
         raise StudyError(
-            f"{best} is missing: the checkpoint of the best epoch. Restore it, or delete the other checkpoints beside it "
+            f"{best} is missing: the checkpoint of the best epoch. Restore it, or delete the checkpoints beside it "
             "and begin anew"
         )
     content = torch.load(best, weights_only=True, map_location="cpu")
