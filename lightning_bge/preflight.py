@@ -61,11 +61,8 @@ def preflight(
     _check_paths(command, experiment, outputs or {})
     if command == "fit":
         _check_epochs(trainer)
-    elif command in ("hpo", "plan") and (limits := dry_run_options(trainer)):
-        raise ConfigError(
-            f"{limits}: a study needs whole epochs, as scores of parts of the data can't be compared. Leave it out; "
-            "for a quick trial lower hpo.n_trials and set data.table.max_rows"
-        )
+    else:
+        _check_limits(command, dry_run_options(trainer))
     if command not in TRAINS:
         return
     sizes = _model_sizes(experiment, hpo)
@@ -83,7 +80,7 @@ def preflight(
 
 def dry_run_options(trainer: Mapping[str, Any]) -> str:
     """The first option of the trainer that makes a run a trial on parts of the data, as `name=value`; empty: none."""
-    limits = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
+    limits = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches")
     values = {name: trainer[name] for name in ("fast_dev_run", "overfit_batches", *limits)}
     found = [(name, value) for name, value in values.items() if value and name not in limits]
     # 1 is one batch, and 1.0 are all
@@ -130,6 +127,19 @@ def _check_paths(command: Command, experiment: Experiment, outputs: Mapping[str,
 
 
 # ---------------------------------------------------------------------- the trainer's options
+
+
+def _check_limits(command: Command, limits: str) -> None:
+    """Refuse options of a dry run where results of parts of the data would pass for those of all."""
+    if limits and command in ("hpo", "plan"):
+        raise ConfigError(
+            f"{limits}: a study needs whole epochs, as scores of parts of the data can't be compared. Leave it out; "
+            "for a quick trial lower hpo.n_trials and set data.table.max_rows"
+        )
+    if limits and command == "predict":
+        raise ConfigError(f"{limits}: predict writes a row for each row of data.predict_file. Leave it out")
+    if limits and command in ("validate", "test"):
+        log.warning("%s: the scores are those of a part of the rows", limits)
 
 
 def _check_epochs(trainer: Mapping[str, Any]) -> None:

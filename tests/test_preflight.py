@@ -18,5 +18,12 @@ from lightning_bge.preflight import dry_run_options
     ],
 )
 def test_which_options_make_a_dry_run(trainer: dict, found: str) -> None:
-    names = ("fast_dev_run", "overfit_batches", "limit_train_batches", "limit_val_batches", "limit_test_batches")
+    names = (
+        "limit_predict_batches",
+        "fast_dev_run",
+        "overfit_batches",
+        "limit_train_batches",
+        "limit_val_batches",
+        "limit_test_batches",
+    )
     assert dry_run_options({**dict.fromkeys(names), **trainer}) == found

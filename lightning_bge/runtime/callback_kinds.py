@@ -25,8 +25,8 @@ from lightning.pytorch.callbacks import (
 
 Given = Callback | Sequence[Callback] | None
 
-# those that write or show, and change no weight; a Timer ends a call as Ctrl-C does, and the next one goes on
-OBSERVERS = (Checkpoint, LearningRateMonitor, DeviceStatsMonitor, ModelSummary, ProgressBar, Timer)
+# those that write or show, and change no weight
+OBSERVERS = (Checkpoint, LearningRateMonitor, DeviceStatsMonitor, ModelSummary, ProgressBar)
 # those that need what `fit` alone has: checkpoints, a logger, all metrics after each epoch
 NEEDS_FIT = (Checkpoint, LearningRateMonitor, DeviceStatsMonitor, EarlyStopping)
 # those for which a command that only evaluates has no use

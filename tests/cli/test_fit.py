@@ -121,19 +121,18 @@ SAME = [
     ["--trainer.enable_progress_bar", "true"],
     ["--trainer.enable_model_summary", "true"],
     ["--trainer.log_every_n_steps", "3"],
-    ["--trainer.max_time", "01:00:00:00"],
     ["--data.batching.num_workers", "1"],
     ["--compile.mode", "max-autotune"],
     ["--data.table.format", "csv"],
     ["--data.table.labels", "[0, 1]"],
     ["--trainer.callbacks", '[{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}]'],
-    ["--trainer.callbacks", '[{"class_path": "lightning.pytorch.callbacks.Timer"}]'],
     ["--trainer.accelerator", "cpu"],
 ]
 OTHER = [
     (["--model.optimizer.lr", "2e-3"], "model.optimizer.lr: 0.001 in the folder, 0.002 requested"),
     (["--data.table.labels", "[1, 0]"], "labels: ['0', '1'] in the folder, ['1', '0'] requested"),
     (["--data.table.max_rows", "80"], "data_hash: "),
+    (["--trainer.max_time", "01:00:00:00"], "trainer.max_time: None in the folder"),  # it may end a run earlier
     (["--data.batch_size", "8"], "data.batch_size: 32 in the folder, 8 requested"),
     (["--trainer.max_epochs", "1"], "trainer.max_epochs: 2 in the folder, 1 requested"),
     (["--trainer.callbacks", '[{"class_path": "lightning.pytorch.callbacks.StochasticWeightAveraging",'

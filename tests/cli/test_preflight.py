@@ -242,6 +242,12 @@ def test_a_pruner_that_could_never_prune_leaves_no_folder(run: Run, search: list
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.parametrize("limit", [["--trainer.fast_dev_run", "true"], ["--trainer.limit_predict_batches", "1"]])
+def test_predictions_of_a_part_of_the_rows_are_refused(run: Run, sample: Path, limit: list[str]) -> None:
+    args = ["predict", "--model.name_or_path", str(sample / "model"), "--data.predict_file", str(sample / "test.csv")]
+    refused(run, [*args, *limit], "predict writes a row for each row of data.predict_file")
+
+
 @pytest.mark.parametrize("command", ["hpo", "plan"])
 def test_a_study_of_parts_of_the_data_is_refused(run: Run, search: list[str], command: str) -> None:
     refused(run, [command, *search[1:], "--trainer.limit_train_batches", "2"], "lower hpo.n_trials and set data.table")

@@ -54,7 +54,7 @@ LIGHTNING = "lightning.pytorch.callbacks"
     [
         ({"class_path": f"{LIGHTNING}.ModelCheckpoint"}, False),
         ({"class_path": f"{LIGHTNING}.TQDMProgressBar", "init_args": {"refresh_rate": 2}}, False),
-        ({"class_path": f"{LIGHTNING}.Timer"}, False),
+        ({"class_path": f"{LIGHTNING}.Timer"}, True),
         ({"class_path": f"{LIGHTNING}.EarlyStopping"}, True),
         ({"class_path": f"{LIGHTNING}.StochasticWeightAveraging"}, True),
         ({"class_path": f"{__name__}.Own"}, True),
