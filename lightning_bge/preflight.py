@@ -146,7 +146,12 @@ def _check_epochs(trainer: Mapping[str, Any]) -> None:
     for name in ("max_epochs", "max_steps"):
         if trainer[name] == 0:
             raise ConfigError(f"trainer.{name}: expected 1 or more, got 0: nothing would be trained")
-    every, epochs = trainer["check_val_every_n_epoch"], trainer["max_epochs"]
+    every, epochs, steps = (trainer[name] for name in ("check_val_every_n_epoch", "max_epochs", "max_steps"))
+    if (epochs is None or epochs < 0) and steps < 0:
+        raise ConfigError(
+            f"trainer.max_epochs: expected 1 or more, or trainer.max_steps, got {epochs}: the learning rate's schedule "
+            "needs to know its length"
+        )
     if every is not None and every < 1:
         raise ConfigError(f"trainer.check_val_every_n_epoch: expected 1 or more, or null, got {every}")
     if every is not None and epochs is not None and 0 < epochs < every:

@@ -197,5 +197,5 @@ def _warn_of_unused(names: Sequence[str], found: Sequence[str], where: RowNames)
 
 
 def _show(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:10])
+    shown = ", ".join(repr(name if len(name) <= 40 else f"{name[:40]}...") for name in names[:10])
     return f"{shown}, ... ({len(names)} in all)" if len(names) > 10 else shown

@@ -172,8 +172,8 @@ def read_table(
         DataError: a file or a column is missing, there are no rows, a row is malformed, a text or group is empty.
         ConfigError: not one or two text columns.
     """
-    if len(text_columns) not in (1, 2):
-        raise ConfigError(f"data.text_columns: expected one or two columns, got {list(text_columns)}")
+    if len(text_columns) not in (1, 2) or len(set(text_columns)) < len(text_columns):
+        raise ConfigError(f"data.text_columns: expected one or two different columns, got {list(text_columns)}")
     labels = [label_column] if isinstance(label_column, str) else list(label_column or ())
     names = list(dict.fromkeys([*text_columns, *labels, *filter(None, (group_column,))]))
     columns: dict[str, list[Any]] = {name: [] for name in names}
