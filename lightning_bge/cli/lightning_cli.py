@@ -11,6 +11,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -26,6 +27,7 @@ from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.config import MonitorConfig, check_metric
+from lightning_bge.prediction.progress import RowProgressBar
 from lightning_bge.runtime.callback_kinds import NEEDS_FIT, NEEDS_TRAINING, without_kinds
 from lightning_bge.runtime.distributed import AnotherRankFailed, end_ranks
 from lightning_bge.runtime.dotted_config import LINKS, plain_config
@@ -108,6 +110,9 @@ class BGECLI(LightningCLI):
         config, evaluates = {**self.config_init.trainer, **kwargs}, self.command in EVALUATES
         say_left_out(config["callbacks"], self.command, evaluates=evaluates)
         callbacks = without_kinds(config["callbacks"], NEEDS_TRAINING if evaluates else NEEDS_FIT)
+        own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if self.command == "predict" and config["enable_progress_bar"] is not False and not own_bar:
+            callbacks.append(RowProgressBar())
         return self.make_trainer({**config, "callbacks": callbacks, "logger": False, "enable_checkpointing": False})
 
     def make_trainer(self, arguments: dict[str, Any]) -> Trainer:

@@ -21,7 +21,7 @@ from lightning_bge.runtime.option_errors import describe_option_error
 TEXTS = text_options({"model": BGEClassifier, "data": TextDataModule}) | {
     name: TextForm(one=True) for name in ("run_dir", "output")
 }
-TEXTS["json"] = TextForm(one=True, null=True)
+TEXTS |= {"json": TextForm(one=True, null=True), "keep": TextForm(several=True, null=True)}
 
 _MODE = "yaml_with_texts"
 set_loader(_MODE, text_loader(TEXTS, get_loader("yaml")), (yaml.YAMLError,))

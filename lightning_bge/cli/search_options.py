@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -13,7 +12,8 @@ from lightning_bge.cli.lightning_cli import BGECLI
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.scheduling.trial_loop import MemoryKeptError
-from lightning_bge.runtime.run_folder import write_json
+from lightning_bge.runtime.output_file import write_output_text
+from lightning_bge.runtime.run_folder import json_text
 
 Options = TypeVar("Options", bound=Any)
 
@@ -60,6 +60,4 @@ def check_one_device(cli: BGECLI, fix: str) -> None:
 def write_output(path: str | None, content: dict[str, Any]) -> None:
     """Write a JSON file where one is asked for, and make its folder."""
     if path is not None:
-        found = Path(path).expanduser()
-        found.parent.mkdir(parents=True, exist_ok=True)
-        write_json(found, content)
+        write_output_text(path, json_text(content))

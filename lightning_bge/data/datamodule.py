@@ -230,9 +230,7 @@ class TextDataModule(EncodedDataModule):
             raise ConfigError(f"{name}_file is not set")
         schema = self.schema = self._known_schema()
         source = replace(self._source(files, schema.text_columns, schema.max_length), windows=schema.windows)
-        if name == "predict":
-            source = replace(source, label_column=None, group_column=None)
-        file = load_file(source)
+        file = load_file(self.predict_source() if name == "predict" else source)
         labels = None
         if file.raw_labels is not None:
             separator = self.table.label_separator
@@ -258,6 +256,18 @@ class TextDataModule(EncodedDataModule):
                 f"data.text_columns: {self.tokenizer} was trained on {forms[len(schema.text_columns)]} "
                 f"({', '.join(schema.text_columns)}), got {', '.join(chosen)}. Name as many columns, or another model"
             )
+
+    def predict_source(self) -> Source:
+        """The file to predict, and how it is read; `schema` is set then, without reading or tokenizing the rows.
+
+        Raises:
+            ConfigError: `predict_file` is not set, or the names of the model's outputs are not known.
+        """
+        if self.predict_file is None:
+            raise ConfigError("predict_file is not set")
+        schema = self.schema = self._known_schema()
+        source = self._source(self.predict_file, schema.text_columns, schema.max_length)
+        return replace(source, windows=schema.windows, label_column=None, group_column=None)
 
     def _known_schema(self) -> Schema:
         """From `setup("fit")`, else from the exported model's folder, else from the arguments and the training file."""

@@ -198,9 +198,13 @@ class EffectiveBatchModule(LightningModule):
         assert self.net is not None
         if batch_idx == 0:
             self._parts.clear()  # of a run that was interrupted
-        parts = self._retried(self._predict, batch, training=False)
+        parts = self.compute_batch(batch)
         self._parts += parts
         return parts
+
+    def compute_batch(self, batch: Batch) -> list[Predictions]:
+        """The logits of a batch's micro-batches, in their order, which may be smaller where memory ran out."""
+        return self._retried(self._predict, batch, training=False)
 
     def _predict(self, batch: Batch) -> list[Predictions]:
         assert self.net is not None

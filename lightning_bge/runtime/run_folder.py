@@ -54,7 +54,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON with a schema version, the one in `content` if it has one, as `write_text` does."""
-    write_text(path, json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=2) + "\n")
+    write_text(path, json_text(content))
+
+
+def json_text(content: dict[str, Any]) -> str:
+    """What `write_json` writes."""
+    return json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=2) + "\n"
 
 
 def read_json(path: Path, schema_version: int = SCHEMA_VERSION) -> dict[str, Any] | None:
@@ -130,7 +135,7 @@ def describe_run(seed: int, data_hash: str | None, model: str, revision: str | N
         "seed": seed,
         "data_hash": data_hash,
         "model": model,
-        "model_revision": _hub_commit(model, revision),
+        "model_revision": hub_commit(model, revision),
         "git_commit": _git_commit(),
         "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -160,7 +165,7 @@ def _git_commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _hub_commit(model: str, revision: str | None) -> str | None:
+def hub_commit(model: str, revision: str | None) -> str | None:
     """The commit behind a branch or tag of a model that the hub's cache holds; None for a folder."""
     if Path(model).expanduser().exists():
         return None

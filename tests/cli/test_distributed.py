@@ -145,7 +145,9 @@ def test_predict_and_test_on_two_devices(fitted: Path, files: dict[str, str], tm
     names = [name for name in found[0] if name in expected[0] and name not in ("row", "label")]
     assert names
     for mine, other in zip(found, expected, strict=True):
-        assert [mine[name] for name in names] == [other[name] for name in names]
+        assert mine["label"] == other["label"]
+        ours, theirs = ([float(one[name]) for name in names] for one in (mine, other))
+        assert ours == pytest.approx(theirs, abs=1e-6)
 
 
 # ------------------------------------------------------------------ failing

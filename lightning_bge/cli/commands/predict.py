@@ -1,35 +1,45 @@
 """`lightning-bge predict`: a score and a label for each row of a file."""
 
-from dataclasses import replace
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_bge.cli.lightning_cli import BGECLI, running
-from lightning_bge.models.ensemble import average_predictions, ensemble_members, member_module
-from lightning_bge.models.output.prediction_file import write_predictions
+from lightning_bge.models.ensemble import ensemble_members, member_module
+from lightning_bge.prediction.formats import OutputFormat
+from lightning_bge.prediction.predict import describe_reasons, predict_files, refuse_parts
 from lightning_bge.preflight import preflight
+from lightning_bge.runtime.output_file import is_stream
+
+DESCRIPTION = """Write a score and a label for each row of data.predict_file. The score of an exported ensemble is the
+mean of its models' scores. Rows that can't be scored, such as those with an empty text, have no score and a reason. An
+interrupted run is continued by the same command."""
+OUTPUT = """The file to write: .csv, .tsv, .jsonl or .parquet, the first three also with .gz, .bz2 or .zst behind. A
+device or a pipe, such as /dev/stdout, is written to as CSV, or as the ending says; such a run can't be continued."""
+KEEP = """Columns of the input to carry over, such as '[id, group]'; '[]': none. Unset: all but the texts. A name that
+the output uses itself (row, file, score, label, reason, truth) gets the prefix input_."""
 
 
 def run(args: list[str]) -> None:
-    """Write the predictions of an exported model as CSV."""
-    description = "Write a score and a label for each row of data.predict_file as a CSV file. The score of an exported "
-    description += "ensemble is the mean of its models' scores."
-    cli = BGECLI("predict", args, description=description, add_arguments=_add_arguments)
-    with running(cli.trainer):
-        preflight("predict", cli.experiment, outputs={"output": cli.config_init.output})
+    """Write the predictions of an exported model."""
+    cli = BGECLI("predict", args, description=" ".join(DESCRIPTION.split()), add_arguments=_add_arguments)
+    output = cli.config_init.output
+    with running(cli.trainer), redirect_stdout(sys.stderr) if is_stream(output) else nullcontext():
+        refuse_parts(cli.config.trainer)
+        preflight("predict", cli.experiment, outputs={"output": output})
+        OutputFormat.of(output, is_stream(output))
         members = ensemble_members(Path(cli.model.name_or_path).expanduser())
         models: list[Any] = [member_module(cli.model, member) for member in members] or [cli.model]
-        for model in models:
-            cli.trainer.predict(model, datamodule=cli.datamodule, return_predictions=False)
+        rows, reasons = predict_files(cli.trainer, models, cli.datamodule, output=output, keep=cli.config_init.keep)
         if cli.trainer.is_global_zero:
-            predictions = average_predictions(models[0].task, [model.predictions for model in models])
-            output = Path(cli.config_init.output).expanduser()
-            output.parent.mkdir(parents=True, exist_ok=True)
-            write_predictions(output, models[0].schema, replace(predictions, labels=None))
-            print(f"{len(predictions.rows)} rows: {cli.config_init.output}")
+            print(f"{rows} rows: {output}")
+            if reasons:
+                print(describe_reasons(rows, reasons))
 
 
 def _add_arguments(parser: LightningArgumentParser) -> None:
-    parser.add_argument("--output", type=str, default="predictions.csv", help="The CSV file to write.")
+    parser.add_argument("--output", type=str, default="predictions.csv", help=" ".join(OUTPUT.split()))
+    parser.add_argument("--keep", type=list[str] | None, default=None, help=" ".join(KEEP.split()))

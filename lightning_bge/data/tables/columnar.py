@@ -19,6 +19,7 @@ class ParquetFile:
 
     Attributes:
         columns: their names.
+        types: Arrow's type of each column.
         form: the format, for a message.
 
     Raises:
@@ -32,6 +33,7 @@ class ParquetFile:
         with self._errors():
             self._file = pq.ParquetFile(path)
         self.columns: list[str] = self._file.schema_arrow.names
+        self.types = dict(zip(self.columns, self._file.schema_arrow.types, strict=True))
 
     def rows(self, names: Sequence[str], label: str | None, chunk: int) -> Iterator[Rows]:
         """The rows in pieces of at most `chunk`: see `DelimitedFile.rows`."""

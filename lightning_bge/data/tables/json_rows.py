@@ -28,6 +28,7 @@ class JSONFile:
         path: the file.
         kind: jsonl, or json: an array or lines, by the first character.
         config: the encoding, if it is set.
+        fill: whether a field that a row lacks is a missing value, and no error.
 
     Attributes:
         form: what was found, for a message.
@@ -37,8 +38,8 @@ class JSONFile:
         DataError: it holds no objects.
     """
 
-    def __init__(self, path: Path, kind: str, config: TableConfig) -> None:
-        self.path, self._encoding = path, encoding_of(path, config)
+    def __init__(self, path: Path, kind: str, config: TableConfig, fill: bool = False) -> None:
+        self.path, self._encoding, self._fill = path, encoding_of(path, config), fill
         with self._errors(), open_text(path, self._encoding) as file:
             first = next((line.strip() for line in file if line.strip()), "")
         self._array = kind == "json" and first.startswith("[")
@@ -67,14 +68,14 @@ class JSONFile:
         objects = self._pairs() if self.has_pairs else self._objects()
         while piece := list(islice(objects, chunk)):
             for place, row in piece:
-                if not row.keys() >= set(names):
+                if not (self._fill or row.keys() >= set(names)):
                     check_names(names, self.columns, self.path, self.form)
                     absent = next(name for name in names if name not in row)
                     raise DataError(
                         f"{self.path}: {place} has no {absent!r}; it has {', '.join(map(repr, row))}. Give each row "
                         "all columns; null is a missing value"
                     )
-            yield Rows({name: [_value(row[name]) for _, row in piece] for name in names})
+            yield Rows({name: [_value(row.get(name)) for _, row in piece] for name in names})
 
     def _pairs(self) -> Iterator[_Object]:
         for place, row in self._objects():

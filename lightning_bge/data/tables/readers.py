@@ -83,13 +83,14 @@ class Table:
     names: RowNames = field(default_factory=lambda: RowNames(("the file",)))
 
 
-def open_file(name: str, columns: Sequence[str], config: TableConfig) -> DataFile:
+def open_file(name: str, columns: Sequence[str], config: TableConfig, *, fill: bool = False) -> DataFile:
     """One file that `expand_files` has named, without its rows.
 
     Args:
         name: its path, or the name of a data set on the hub.
         columns: those that will be read, by which a delimiter is found; none: all.
         config: how files are read.
+        fill: whether a field that a row of JSON lacks is a missing value, and no error.
 
     Raises:
         DataError: it can't be read.
@@ -105,8 +106,13 @@ def open_file(name: str, columns: Sequence[str], config: TableConfig) -> DataFil
     if kind in ("csv", "tsv"):
         return DelimitedFile(path, kind, columns, config)
     if kind in ("json", "jsonl"):
-        return JSONFile(path, kind, config)
+        return JSONFile(path, kind, config, fill)
     return ParquetFile(path)
+
+
+def say_what_was_found(name: str, file: DataFile) -> None:
+    """Log the form of a file, once."""
+    log_once(log, logging.INFO, f"{name}: {file.form}")
 
 
 def columns_of(files: Files, config: TableConfig, names: Sequence[str] = ()) -> list[str]:
@@ -140,7 +146,7 @@ def read_chunks(
     """
     for name in expand_files(files):
         file = open_file(name, columns, config)
-        log_once(log, logging.INFO, f"{name}: {file.form}")
+        say_what_was_found(name, file)
         row = 0
         for rows in file.rows(columns, label, size):
             yield Chunk(name, row, rows.columns)

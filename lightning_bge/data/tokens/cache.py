@@ -34,14 +34,14 @@ _STALE_SECONDS = 86400
 
 @dataclass(frozen=True)
 class TokenArrays:
-    """Token ids of N rows, T tokens in all, end to end; views of a memory-mapped file, read-only.
+    """Token ids of N rows, T tokens in all, end to end; of a cache file views of its memory map, read-only.
 
     Attributes:
         input_ids: int32 [T].
         offsets: int64 [N + 1], where each row starts, and T at the end.
         token_type_ids: uint8 [T], or None where the tokenizer makes none.
         lengths: int32 [N]; with windows the tokens of all windows of a row.
-        path: the file.
+        path: the file; empty where the rows are in memory alone, and can't be sent to another process.
         window_offsets: int64 [N + 1], where the windows of each row start in `window_lengths`, and their number at the
             end; None where each row is one sequence.
         window_lengths: int32, tokens of each window, or None.
@@ -118,10 +118,27 @@ def tokenize_cached(
         except (pa.ArrowException, OSError, ValueError) as error:
             log.warning("token cache %s cannot be read (%s): it is written once more", path, error)
     log.info("tokenizing %d rows into %s", len(texts), path)
-    _write(path, _tokenize(texts, tokenizer, max_length, windows, name))
+    batch = _tokenize(texts, tokenizer, max_length, windows, name)
+    empty = np.flatnonzero(_arrays(batch, path).lengths == 0)
+    if len(empty):
+        raise DataError(
+            f"{name(int(empty[0]))}: the tokenizer makes no token of it ({len(empty)} such rows): drop them"
+        )
+    _write(path, batch)
     if cache_gb is not None:
         limit_cache(folder, cache_gb * 2**30)
     return open_tokens(path, rows=len(texts))
+
+
+def tokenize_in_memory(
+    texts: Sequence[tuple[str, ...]],
+    tokenizer: Any,
+    max_length: int,
+    windows: WindowConfig = NO_WINDOWS,
+    name: NameRow = name_row,
+) -> TokenArrays:
+    """As `tokenize_cached`, but the disk is not used, and a row may have no token at all."""
+    return _arrays(_tokenize(texts, tokenizer, max_length, windows, name), Path())
 
 
 def open_tokens(path: Path, rows: int | None = None) -> TokenArrays:
@@ -134,6 +151,10 @@ def open_tokens(path: Path, rows: int | None = None) -> TokenArrays:
     header = (batch.schema.metadata or {}).get(b"rows")
     if header != str(batch.num_rows).encode() or rows not in (None, batch.num_rows):
         raise ValueError(f"{batch.num_rows} rows, its header says {header!r}, expected {rows}")
+    return _arrays(batch, Path(path))
+
+
+def _arrays(batch: pa.RecordBatch, path: Path) -> TokenArrays:
     ids = batch.column("input_ids")
     offsets = ids.offsets.to_numpy()
     types = batch.column("token_type_ids").values.to_numpy() if "token_type_ids" in batch.schema.names else None
@@ -143,7 +164,7 @@ def open_tokens(path: Path, rows: int | None = None) -> TokenArrays:
         offsets=offsets,
         token_type_ids=types,
         lengths=np.diff(offsets).astype(np.int32),
-        path=Path(path),
+        path=path,
         window_offsets=None if windows is None else windows.offsets.to_numpy(),
         window_lengths=None if windows is None else windows.values.to_numpy(),
         full_lengths=batch.column("full_lengths").to_numpy(),
@@ -197,11 +218,6 @@ def _tokenize(
             chunks["token_type_ids"].append(_flat(found.token_type_ids, np.uint8))
     lengths, firsts = np.concatenate(sequences), np.concatenate(([0], np.cumsum(np.concatenate(counts))))
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))[firsts]
-    empty = np.flatnonzero(np.diff(offsets) == 0)
-    if len(empty):
-        raise DataError(
-            f"{name(int(empty[0]))}: the tokenizer makes no token of it ({len(empty)} such rows): drop them"
-        )
     columns: dict[str, pa.Array] = {
         column: _lists(offsets, np.concatenate(parts)) for column, parts in chunks.items() if parts
     }

@@ -32,11 +32,31 @@ def warn_of_truncation(
 
 def describe_truncation(tokens: TokenArrays, max_length: int, model_length: int, windows: WindowConfig) -> str | None:
     """The share of rows that are truncated, their full lengths, and what to do; None where none is."""
-    assert tokens.full_lengths is not None
-    cut = tokens.full_lengths[tokens.full_lengths > tokens.lengths]
-    if not len(cut):
-        return None
-    share, rows = len(cut) / len(tokens), f"{len(cut):,} of {len(tokens):,} rows"
+    found = Truncation()
+    found.add(tokens)
+    return found.describe(max_length, model_length, windows)
+
+
+class Truncation:
+    """What is truncated of rows that are seen piece by piece."""
+
+    def __init__(self) -> None:
+        self._rows, self._cut = 0, [np.empty(0, np.int32)]
+
+    def add(self, tokens: TokenArrays) -> None:
+        """See some rows, with their full lengths."""
+        assert tokens.full_lengths is not None
+        self._rows += len(tokens)
+        self._cut.append(tokens.full_lengths[tokens.full_lengths > tokens.lengths])
+
+    def describe(self, max_length: int, model_length: int, windows: WindowConfig) -> str | None:
+        """As `describe_truncation`, of all rows."""
+        cut = np.concatenate(self._cut)
+        return _describe(cut, self._rows, max_length, model_length, windows) if len(cut) else None
+
+
+def _describe(cut: np.ndarray, total: int, max_length: int, model_length: int, windows: WindowConfig) -> str:
+    share, rows = len(cut) / total, f"{len(cut):,} of {total:,} rows"
     shown = f"{share:.0%}" if share >= 0.01 else "less than 1%"
     lengths = f"{np.median(cut):,.0f} tokens in the median and {cut.max():,} at most"
     if windows.stride is not None:

@@ -1,0 +1,1 @@
+"""Predictions of files of any size, written into files of several formats."""
