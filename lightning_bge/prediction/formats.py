@@ -204,5 +204,5 @@ def type_of(values: Sequence[Any]) -> pa.DataType:
     """Arrow's type of values; a text where they have none in common."""
     try:
         return pa.array(values).type
-    except (pa.ArrowException, OverflowError):
+    except (pa.ArrowException, OverflowError, UnicodeError):
         return pa.string()

@@ -42,12 +42,12 @@ def survey(pieces: TextPieces, form: OutputFormat) -> Survey:
     for piece in pieces:
         found.rows += len(piece)
         found.pieces += 1
-        if form.kind == "parquet" and not known:
-            for name, values in piece.kept.items():
-                found.types[name] = common_type(found.types.get(name, pa.null()), type_of(values))
         if form.kind != "jsonl":
             for name, values in piece.kept.items():
                 _check_texts(piece, name, values)
+        if form.kind == "parquet" and not known:
+            for name, values in piece.kept.items():
+                found.types[name] = common_type(found.types.get(name, pa.null()), type_of(values))
     if form.kind == "parquet" and known:
         for name in pieces.columns:
             found.types[name] = reduce(common_type, (types[name] for types in pieces.types), pa.null())
