@@ -3,7 +3,6 @@
 import inspect
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,28 +11,23 @@ from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.batches.loader import BatchLoader
 from lightning_bge.data.batches.micro_batches import EncodedDataset, concatenate_datasets
 from lightning_bge.data.batches.samplers import EffectiveBatchSampler
-from lightning_bge.data.checkpoint_labels import checkpoint_labels
 from lightning_bge.data.encoded_data_module import EncodedDataModule, Split
-from lightning_bge.data.encoded_file import (
-    CheckedFile,
-    Source,
-    TokenizerKey,
-    check_file,
-    load_file,
-    load_training_file,
-    stamp,
-    stamp_of_files,
+from lightning_bge.data.encoded_file import CheckedFile, Source, check_file, load_file, load_training_file
+from lightning_bge.data.sources import (
+    DEFAULT_TEXT_COLUMNS,
+    check_text_columns,
+    exported_schema,
+    known_schema,
+    make_source,
+    windows_of,
 )
 from lightning_bge.data.tables.config import TableConfig
 from lightning_bge.data.tables.files import Files
-from lightning_bge.data.tables.json_rows import PAIR_COLUMNS
-from lightning_bge.data.tables.labels import count_classes, encode_labels, fit_labels
+from lightning_bge.data.tables.labels import count_classes, encode_labels
 from lightning_bge.data.tables.overlap import warn_of_overlap, warn_of_overlap_of_folds
-from lightning_bge.data.tables.readers import has_pairs, read_table
 from lightning_bge.data.tables.splits import SplitConfig, validation_hash
 from lightning_bge.data.tokens.tokenizer import load_tokenizer
 from lightning_bge.errors import ConfigError
-from lightning_bge.runtime.cache_dir import default_cache_dir
 from lightning_bge.runtime.log_once import log_once
 from lightning_bge.runtime.nested_config import as_config, as_plain
 from lightning_bge.types import TASKS, Schema, Task
@@ -41,7 +35,6 @@ from lightning_bge.windows import NO_WINDOWS, WindowConfig
 
 log = logging.getLogger(__name__)
 
-DEFAULT_TEXT_COLUMNS = ("text_a", "text_b")
 _TABLE, _SPLIT, _BATCHING = TableConfig(), SplitConfig(), BatchingConfig()
 
 
@@ -183,7 +176,7 @@ class TextDataModule(EncodedDataModule):
             UserError: an argument, a file or its content is wrong.
         """
         if stage in ("validate", "test", "predict") and self.schema is None:
-            self._check_text_columns()
+            check_text_columns(self)
         if stage in ("fit", "validate", None):
             if self.train_file is not None or stage != "validate":
                 self._setup_training(evaluates=stage == "validate")
@@ -202,8 +195,8 @@ class TextDataModule(EncodedDataModule):
             return
         if self.train_file is None:
             raise ConfigError("train_file is not set")
-        windows = self._windows(self._exported_schema()) if evaluates else self.windows
-        source = self._source(self.train_file, self.text_columns, self.max_length, self.table.max_rows)
+        windows = windows_of(self, exported_schema(self)) if evaluates else self.windows
+        source = make_source(self, self.train_file, self.text_columns, self.max_length, self.table.max_rows)
         source = replace(source, windows=windows)
         training = load_training_file(source, self.task, self.split if self.val_file is None else None)
         file = training.file
@@ -228,8 +221,8 @@ class TextDataModule(EncodedDataModule):
     def _setup_file(self, name: Split, files: Files | None) -> None:
         if files is None:
             raise ConfigError(f"{name}_file is not set")
-        schema = self.schema = self._known_schema()
-        source = replace(self._source(files, schema.text_columns, schema.max_length), windows=schema.windows)
+        schema = self.schema = self.schema or known_schema(self)
+        source = replace(make_source(self, files, schema.text_columns, schema.max_length), windows=schema.windows)
         file = load_file(self.predict_source() if name == "predict" else source)
         labels = None
         if file.raw_labels is not None:
@@ -246,17 +239,6 @@ class TextDataModule(EncodedDataModule):
         limit, pooling = self.eval_micro_batch_size, schema.windows.pooling
         self._datasets[name] = EncodedDataset(file.tokens, labels, file.groups, limit, pooling)
 
-    def _check_text_columns(self) -> None:
-        """Refuse single texts for a model of pairs, and pairs for a model of single texts."""
-        schema = Schema.load(Path(self.tokenizer).expanduser()) if self.tokenizer else None
-        chosen = self.text_columns
-        if schema is not None and chosen != DEFAULT_TEXT_COLUMNS and len(chosen) != len(schema.text_columns):
-            forms = ("", "single texts", "pairs of texts")
-            raise ConfigError(
-                f"data.text_columns: {self.tokenizer} was trained on {forms[len(schema.text_columns)]} "
-                f"({', '.join(schema.text_columns)}), got {', '.join(chosen)}. Name as many columns, or another model"
-            )
-
     def predict_source(self) -> Source:
         """The file to predict, and how it is read; `schema` is set then, without reading or tokenizing the rows.
 
@@ -265,73 +247,9 @@ class TextDataModule(EncodedDataModule):
         """
         if self.predict_file is None:
             raise ConfigError("predict_file is not set")
-        schema = self.schema = self._known_schema()
-        source = self._source(self.predict_file, schema.text_columns, schema.max_length)
+        schema = self.schema = self.schema or known_schema(self)
+        source = make_source(self, self.predict_file, schema.text_columns, schema.max_length)
         return replace(source, windows=schema.windows, label_column=None, group_column=None)
-
-    def _known_schema(self) -> Schema:
-        """From `setup("fit")`, else from the exported model's folder, else from the arguments and the training file."""
-        if self.schema is not None:
-            return self.schema
-        schema = self._exported_schema()
-        if schema is not None:
-            chosen = self.text_columns if self.text_columns != DEFAULT_TEXT_COLUMNS else schema.text_columns
-            if schema.task != self.task:
-                log.info("task %s of the exported model is used, not %s", schema.task, self.task)
-            length, windows = min(self.max_length, schema.max_length), self._windows(schema)
-            return replace(schema, text_columns=chosen, max_length=length, windows=windows)
-        return Schema(self.task, self._known_labels(), self.text_columns, self.max_length, windows=self.windows)
-
-    def _exported_schema(self) -> Schema | None:
-        return Schema.load(Path(self.tokenizer).expanduser()) if self.tokenizer else None
-
-    def _windows(self, exported: Schema | None) -> WindowConfig:
-        """Those that were set, else those of the exported model that is evaluated."""
-        return self.windows if exported is None or self.windows != NO_WINDOWS else exported.windows
-
-    def _known_labels(self) -> tuple[str, ...]:
-        """Those given, else of the training file, else of a checkpoint of transformers, else 0 and 1 for binary."""
-        if self.task == "regression":
-            return ()
-        if self.table.labels is not None:
-            return self.table.labels
-        if self.train_file is not None:
-            source = self._source(self.train_file, self.text_columns, self.max_length)
-            options = {"label_column": source.label_column, "config": self.table, "max_rows": self.table.max_rows}
-            table = read_table(source.files, source.text_columns, **options)  # type: ignore[arg-type]
-            return fit_labels(table.labels or [], self.task, table.names, None, self.table.label_separator)
-        if names := checkpoint_labels(self.tokenizer, self.task, self.revision, self.trust_remote_code):
-            return names
-        if self.task == "binary":
-            log.info("label names are not known, 0 and 1 are used; data.table.labels sets them")
-            return ("0", "1")
-        raise ConfigError(
-            "the names of the model's outputs are not known: set data.table.labels, or train_file, or use a "
-            "folder exported by this program"
-        )
-
-    def _source(
-        self, files: Files, text_columns: tuple[str, ...], max_length: int, max_rows: int | None = None
-    ) -> Source:
-        tokenizer = TokenizerKey(self.tokenizer, self.revision, self.trust_remote_code, stamp(self.tokenizer))
-        folder = str(default_cache_dir() if self.cache_dir is None else Path(self.cache_dir).expanduser())
-        group = self.group_column
-        if has_pairs(files, self.table):  # their texts and their group go by the names of FlagEmbedding's lines
-            text_columns = PAIR_COLUMNS[:2] if text_columns == DEFAULT_TEXT_COLUMNS else text_columns
-            group = PAIR_COLUMNS[0] if group is None else group
-        columns = (text_columns, self.label_column, group)
-        named = files if isinstance(files, str | Path) else tuple(files)
-        return Source(
-            named,
-            stamp_of_files(files),
-            *columns,
-            self.table,
-            max_rows,
-            tokenizer,
-            max_length,
-            folder,
-            cache_gb=self.cache_gb,
-        )
 
     @property
     def num_folds(self) -> int:
@@ -401,8 +319,8 @@ class TextDataModule(EncodedDataModule):
         return rows.labels, rows.groups
 
     def _check_test_file(self, files: Files) -> CheckedFile:
-        schema = self._known_schema()
-        source = self._source(files, schema.text_columns, schema.max_length)
+        schema = self.schema or known_schema(self)
+        source = make_source(self, files, schema.text_columns, schema.max_length)
         found = check_file(source, schema.task, schema.labels)
         if schema.windows.stride is not None:
             load_file(replace(source, windows=schema.windows))
