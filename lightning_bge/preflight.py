@@ -17,6 +17,7 @@ from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.memory_saving.lora import LoRAConfig
+from lightning_bge.models.metrics.class_path import try_class
 from lightning_bge.models.metrics.computable import check_computable
 from lightning_bge.models.model_size import ModelSize, measure_model
 from lightning_bge.models.output.export import check_replaceable
@@ -246,8 +247,11 @@ def _check_room(run_dir: Path, needed: int, text: str) -> int:
 
 def _check_rows(command: Command, experiment: Experiment) -> None:
     """Check that the metric can be computed wherever it will be."""
-    data, metric = experiment.datamodule, str(experiment.monitor.metric)
+    data, metric = experiment.datamodule, experiment.monitor.metric
     assert data.schema is not None
+    assert metric is not None
+    if isinstance(metric, dict):
+        try_class(metric, data.schema)
     labels, groups = data.labels_and_groups("val")
     assert labels is not None
     folds = data.folds or (np.arange(len(labels)),)

@@ -31,7 +31,8 @@ from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import spec_of
 from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.classifier import BGEClassifier
-from lightning_bge.models.metrics.config import MonitorConfig, check_metric
+from lightning_bge.models.metrics.config import MonitorConfig, check_monitor
+from lightning_bge.models.metrics.names import Metric
 from lightning_bge.runtime.dotted_config import LINKS, with_overrides
 from lightning_bge.runtime.nested_config import as_config, as_plain
 from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, say_left_out
@@ -79,7 +80,7 @@ def study_of_templates(
     *,
     run_dir: Path,
     n_trials: int,
-    metric: str | None,
+    metric: Metric | None,
     seed: int,
     trainer: Mapping[str, Any],
     options: StudyOptions,
@@ -95,9 +96,8 @@ def study_of_templates(
     own = {name: given.pop(name, kind()) for name, kind in CONFIGS.items() if name not in ("pruner", "sampler")}
     _check_templates(model, data)
     grouped = data.hparams["group_column"] is not None
-    monitor = own["monitor"]
-    metric, threshold = check_metric(model.hparams["task"], metric or monitor.metric, monitor.threshold, grouped)
-    own["monitor"] = replace(monitor, metric=metric, threshold=threshold)
+    monitor = replace(own["monitor"], metric=metric or own["monitor"].metric)
+    own["monitor"] = check_monitor(monitor, model.hparams["task"], grouped)
     hpo = StudyConfig(n_trials=n_trials, space=_parse(space), **given)
     template = _Template(model=model, data=data, hpo=hpo, **own)
     return template.experiment(template.config(run_dir, seed, trainer)), hpo
@@ -148,6 +148,7 @@ class _Template:
 
     def _create(self, config: Namespace) -> TrialSetup:
         model, data = type(self.model)(**config.as_dict()["model"]), self._datamodule(config)
+        model.monitored = self.monitor.metric
         data.setup("fit")
         finder = MicroBatchFinder(self.memory, data.cache_dir)
         trainer = partial(quiet_trainer, config.as_dict()["trainer"], finder)

@@ -19,7 +19,7 @@ from lightning_bge.callbacks.throughput.monitor import Throughput
 from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precision
 from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.trial.objective import early_stopping
-from lightning_bge.models.metrics.config import MonitorConfig, metric_direction
+from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.runtime.callback_kinds import NEEDS_FIT, NEEDS_TRAINING, Given, callback_list, without_kinds
 from lightning_bge.runtime.distributed import choose_strategy
 
@@ -154,7 +154,7 @@ def fit_callbacks(
 
     Kept are the best epoch, the last one, and one every ten minutes.
     """
-    mode = "max" if metric_direction(str(monitor.metric)) == "maximize" else "min"
+    mode = "max" if monitor.direction == "maximize" else "min"
     folder = run_dir / "checkpoints"
     best = BestCheckpoint(folder, "best", monitor=monitor.logged, mode=mode, save_last=True)
     recent = RecentCheckpoint(folder, "recent", train_time_interval=timedelta(minutes=10), enable_version_counter=False)

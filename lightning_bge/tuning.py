@@ -14,6 +14,7 @@ from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.hpo.outer_folds import run_studies
 from lightning_bge.hpo.ranking import ranked, score_of
 from lightning_bge.models.classifier import BGEClassifier
+from lightning_bge.models.metrics.names import Metric
 from lightning_bge.preflight import preflight
 from lightning_bge.runtime.nested_config import as_config
 from lightning_bge.templates import SpaceLike, StudyOptions, errors_of_arguments, quiet_libraries, study_of_templates
@@ -78,7 +79,7 @@ def tune(
     run_dir: str | Path,
     n_trials: int = 100,
     max_epochs: int = 3,
-    metric: str | None = None,
+    metric: Metric | None = None,
     seed: int = 42,
     trainer: Mapping[str, Any] | None = None,
     **options: Unpack[StudyOptions],
@@ -101,7 +102,8 @@ def tune(
         run_dir: the run's folder; it is created.
         n_trials: how many trials the study has in all.
         max_epochs: of each fold of each trial.
-        metric: the metric that is optimized; None: the task's usual one, f1, or spearman for a regression.
+        metric: the metric that is optimized; None: the task's usual one, f1, or spearman for a regression. A metric of
+            torchmetrics is given by its class, as a dict of `class_path` and `init_args`.
         seed: of the model's head, of dropout and of the order of rows.
         trainer: further arguments of the trainer, such as `{"precision": "32-true"}`.
         **options: fields of `StudyConfig`, such as `pruner`, `timeout` or `refit`, and `monitor`, `compile` and
@@ -141,7 +143,7 @@ def plan(
     run_dir: str | Path = "study",
     n_trials: int = 100,
     max_epochs: int = 3,
-    metric: str | None = None,
+    metric: Metric | None = None,
     seed: int = 42,
     trainer: Mapping[str, Any] | None = None,
     **options: Unpack[StudyOptions],

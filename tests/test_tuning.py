@@ -62,6 +62,17 @@ def short(model: BGEClassifier, data: TextDataModule, folder: Path, **changes: A
     return tune(model, data, space, run_dir=folder, **options)
 
 
+def test_a_metric_by_its_class(model: BGEClassifier, data: TextDataModule, tmp_path: Path) -> None:
+    metric = {"class_path": "torchmetrics.HammingDistance", "init_args": {"threshold": 0.4}}
+    found = short(model, data, tmp_path / "study", metric=metric, pruner={"name": "none"}, baseline=False)
+    assert found.study.direction == optuna.study.StudyDirection.MINIMIZE
+    assert found.summary is not None
+    assert (found.summary["metric"], found.summary["metric_class"]) == ("hamming_distance", metric)
+    assert found.best_value == pytest.approx(found.summary["best_value"])
+    with pytest.raises(ConfigError, match=r"monitor\.metric: torchmetrics\.AUROC does not accept init_args"):
+        short(model, data, tmp_path / "other", metric={"class_path": "torchmetrics.AUROC", "init_args": {"x": 1}})
+
+
 def test_the_trials_and_the_model_are_those_of_the_command_line(
     run: Callable[..., tuple[int, str, str]], files: Path, model: BGEClassifier, data: TextDataModule, tmp_path: Path
 ) -> None:

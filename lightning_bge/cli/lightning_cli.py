@@ -26,7 +26,7 @@ from lightning_bge.errors import INTERRUPTED, ConfigError
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.classifier import BGEClassifier
-from lightning_bge.models.metrics.config import MonitorConfig, check_metric
+from lightning_bge.models.metrics.config import MonitorConfig, check_monitor
 from lightning_bge.prediction.progress import RowProgressBar
 from lightning_bge.runtime.callback_kinds import NEEDS_FIT, NEEDS_TRAINING, without_kinds
 from lightning_bge.runtime.distributed import AnotherRankFailed, end_ranks
@@ -102,8 +102,8 @@ class BGECLI(LightningCLI):
             if schema is not None:
                 config.model.task = config.data.task = schema.task
         grouped = config.data.group_column is not None
-        monitor = config.monitor
-        monitor.metric, monitor.threshold = check_metric(config.model.task, monitor.metric, monitor.threshold, grouped)
+        monitor = check_monitor(MonitorConfig(**config.monitor.as_dict()), config.model.task, grouped)
+        config.monitor.update(Namespace(**vars(monitor)))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes neither logs nor checkpoints; `fit` has its own."""
@@ -123,13 +123,14 @@ class BGECLI(LightningCLI):
             raise ConfigError(describe_trainer_error(error)) from error
 
     def instantiate_classes(self) -> None:
-        """As Lightning's, with one line on a class that can't be made, as a package is missing."""
+        """As Lightning's, with the monitored metric, and one line on a class whose package is missing."""
         try:
             super().instantiate_classes()
         except ValueError as error:
             if "Problem with given class_path" not in str(error):
                 raise
             raise ConfigError(describe_option_error(str(error))) from error
+        self.model.monitored = self.config_init.monitor.metric
 
     @property
     def run_dir(self) -> Path:
@@ -158,6 +159,7 @@ class BGECLI(LightningCLI):
     def _create(self, config: Namespace) -> TrialSetup:
         """Fresh objects of these options; the data are set up."""
         init = self.parser.instantiate_classes(config)
+        init.model.monitored = init.monitor.metric
         init.data.setup("fit")
         memory = MicroBatchFinder(init.memory, config.data.cache_dir)
         trainer = partial(quiet_trainer, dict(init.trainer), memory)

@@ -81,7 +81,7 @@ class Experiment:
             UserError: the data are wrong.
         """
         enqueued = parse_enqueued(hpo.enqueue, space)
-        check_searchable(space, self.config.get, str(self.monitor.metric))
+        check_searchable(space, self.config.get, self.monitor.name)
         for name in space:
             check_option(self.config, name)
         self.datamodule.setup("fit")

@@ -41,6 +41,7 @@ def study_identity(experiment: Experiment, hpo: StudyConfig, space: Space) -> di
         options[f"trainer.precision=auto{CONTENT}"] = precision
     if hpo.reports_per_epoch > 1:
         options["hpo.val_check_interval"] = hpo.val_check_interval
+    options["monitor.metric"] = experiment.monitor.name  # a class has its path and arguments besides
     return options | _content(experiment, hpo, space)
 
 

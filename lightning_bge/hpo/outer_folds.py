@@ -64,6 +64,11 @@ def run_studies(experiment: Experiment, hpo: StudyConfig, *, run: RunStudy = run
 
 def _inner_experiments(experiment: Experiment, n_outer_folds: int) -> list[Experiment]:
     data = experiment.datamodule
+    if isinstance(experiment.monitor.metric, dict):
+        raise ConfigError(
+            f"hpo.outer_folds: expected null with a metric by class_path, got {n_outer_folds}: the interval needs one "
+            "with a name. Set monitor.metric to such a one, or hpo.outer_folds to null"
+        )
     if data.val_file is not None:
         raise ConfigError(
             f"hpo.outer_folds: expected null with data.val_file, got {n_outer_folds}: the validation rows would be the "

@@ -31,7 +31,6 @@ from lightning_bge.hpo.storage.workers import Worker, living_workers
 from lightning_bge.hpo.study import open_study
 from lightning_bge.hpo.trial.objective import Objective, TrialFiles
 from lightning_bge.hpo.versions import other_versions, used_versions
-from lightning_bge.models.metrics.config import metric_direction
 from lightning_bge.runtime.run_folder import create_run_dir, record_run
 from lightning_bge.runtime.stop import Stopped, StopRequest
 
@@ -87,13 +86,13 @@ def prepare_study(
     data = experiment.datamodule
     if not joins:
         _print_head(experiment, hpo, space, steps)
-    run_dir, metric = experiment.run_dir, str(experiment.monitor.metric)
+    run_dir = experiment.run_dir
     with FileLock(run_dir / LOCK, mode=0o600):
         versions = used_versions(str(experiment.config.get("trainer.accelerator", "auto")))
         study = open_study(
             run_dir,
             hpo,
-            metric_direction(metric),
+            experiment.monitor.direction,
             steps,
             study_identity(experiment, hpo, space),
             dict(experiment.config.items()),
@@ -154,7 +153,7 @@ def run_hpo(
             cost=hpo.cost,
             request=request,
         )
-        progress = Progress(replace(hpo, n_trials=queue.n_trials), str(experiment.monitor.metric), steps.total)
+        progress = Progress(replace(hpo, n_trials=queue.n_trials), experiment.monitor.name, steps.total)
         summary = None
         try:
             while not request.signal:
@@ -175,7 +174,7 @@ def _print_head(experiment: Experiment, hpo: StudyConfig, space: Space, steps: S
     monitor, size = experiment.monitor, space_size(space)
     print(
         f"study {experiment.run_dir.resolve().name}: {hpo.n_trials} trials, {split}, at most {steps.epochs} epochs "
-        f"each; metric: {monitor.metric} of the {monitor.objective} epoch, mean over the folds"
+        f"each; metric: {monitor.name} of the {monitor.objective} epoch, mean over the folds"
     )
     if size < hpo.n_trials:
         print(f"the search space has {int(size)} parameter sets, and none is trained twice: the study ends with them")
@@ -188,7 +187,7 @@ def _print_head(experiment: Experiment, hpo: StudyConfig, space: Space, steps: S
 
 def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until: float) -> dict[str, Any] | None:
     """Seed replicates, refit, export and results; None: other processes end the study, or a stop was requested."""
-    config, metric, request = experiment.config, str(experiment.monitor.metric), objective.request
+    config, metric, request = experiment.config, experiment.monitor.name, objective.request
     replicates = run_seed_replicates(
         queue, objective, metric=metric, seed=config.seed_everything, until=until, request=request
     )

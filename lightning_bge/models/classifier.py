@@ -16,6 +16,7 @@ from lightning_bge.models.effective_batch import EffectiveBatchModule
 from lightning_bge.models.encoder import Attention, TextClassifier, build_classifier, expand_home, load_classifier
 from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.memory_saving.lora import LoRAConfig
+from lightning_bge.models.metrics.class_path import try_class
 from lightning_bge.models.optimizer import (
     OptimizerConfig,
     ScheduleConfig,
@@ -126,6 +127,8 @@ class BGEClassifier(EffectiveBatchModule):
                     f"{net.max_positions} tokens: set data.max_length to that or less"
                 )
             self.net, self._untrained = net, net.untrained
+            if isinstance(self.monitored, dict):
+                try_class(self.monitored, self.schema)
         if self.loss is None:
             self.loss = Loss(self.loss_config, self.task, self.schema.num_outputs, self.class_counts)
 

@@ -15,7 +15,7 @@ from lightning_bge.models.encoder import TextClassifier
 from lightning_bge.models.losses import Loss
 from lightning_bge.models.memory_saving.oom_retry import OOMRetry
 from lightning_bge.models.metrics.compute import compute_metrics
-from lightning_bge.models.metrics.config import HAS_THRESHOLD
+from lightning_bge.models.metrics.names import HAS_THRESHOLD, Metric
 from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.models.metrics.threshold import tuned_metrics
 from lightning_bge.models.optimizer import materialize_state
@@ -46,6 +46,7 @@ class EffectiveBatchModule(LightningModule):
         net: the encoder with its head; None until `configure_model`, which the trainer calls.
         loss: the loss; None until then.
         predictions: of the last validation, test or prediction run of a trainer.
+        monitored: a metric that is computed besides the usual ones, by its name or class; None: there is none.
         oom_retry: repeats a step that ran out of memory with less, and records such failures.
     """
 
@@ -57,6 +58,7 @@ class EffectiveBatchModule(LightningModule):
         self.net: TextClassifier | None = None
         self.loss: Loss | None = None
         self.predictions: Predictions | None = None
+        self.monitored: Metric | None = None
         self.oom_retry = OOMRetry()
         self._trial_steps = False
         self._threshold_rows: Predictions | None = None
@@ -215,7 +217,7 @@ class EffectiveBatchModule(LightningModule):
         return parts
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val_<metric>` for every metric of the task, and `val_tuned_<metric>` at tuned thresholds."""
+        """Log `val_<metric>` for the usual metrics and the monitored one, `val_tuned_<metric>` at tuned thresholds."""
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
@@ -237,9 +239,9 @@ class EffectiveBatchModule(LightningModule):
             return
         assert self.schema is not None
         assert self.loss is not None
-        metrics = compute_metrics(self.schema, found, per_class=prefix == "test")
+        metrics = compute_metrics(self.schema, found, per_class=prefix == "test", monitored=self.monitored)
         if prefix == "val" and self.schema.task in HAS_THRESHOLD:
-            tuned = tuned_metrics(self.schema, found, self._threshold_rows)
+            tuned = tuned_metrics(self.schema, found, self._threshold_rows, self.monitored)
             metrics |= {f"tuned_{name}": value for name, value in tuned.items()}
         loss = self.loss.cpu()
         metrics["loss"] = float(loss(found.logits, found.labels) / loss.normalizer(found.labels))

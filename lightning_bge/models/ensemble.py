@@ -105,7 +105,9 @@ def _logits(task: Task, score: Tensor) -> Tensor:
 def member_module(model: BGEClassifier, folder: Path) -> BGEClassifier:
     """A module with the arguments of `model` and the weights of an exported model."""
     own: dict[str, Any] = {"name_or_path": str(folder), "revision": None, "lora": {}, "frozen_layers": None}
-    return type(model)(**{**model.hparams, **own})
+    member = type(model)(**{**model.hparams, **own})
+    member.monitored = model.monitored
+    return member
 
 
 def start_members(folder: Path, source: dict[str, Any]) -> None:

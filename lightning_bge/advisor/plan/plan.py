@@ -199,6 +199,7 @@ def make_plan(experiment: Experiment, hpo: StudyConfig, options: PlanConfig, pro
         baseline=hpo.baseline,
         learns=hpo.sampler.name == "tpe",
         patience=experiment.monitor.patience,
+        min_delta=experiment.monitor.min_delta,
     )
     costs = StudyCosts.of(calibration, sets)
     share = predict(scenario, costs, WHAT_IF_RUNS).share[1]

@@ -35,6 +35,7 @@ class Scenario:
         baseline: whether the configured options are trained at the end, as one trial more that is not pruned.
         learns: whether the sampler learns from earlier trials (tpe).
         patience: epochs without an improvement after which a fold ends; None: there is no early stopping.
+        min_delta: what counts as an improvement; generated learning curves have values from 0 to 1.
     """
 
     n_trials: int
@@ -46,6 +47,7 @@ class Scenario:
     baseline: bool = False
     learns: bool = True
     patience: int | None = None
+    min_delta: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -262,12 +264,12 @@ def _fit_curves(recording: Recording, scenario: Scenario) -> LearningCurves:
     whole = [curve for curve in recording.trials if len(curve.values) == recording.n_steps]
     values = recording.sign * np.array([curve.values for curve in whole])[:, at]
     values = values[np.argsort(-values[:, -1], kind="stable")]
-    return LearningCurves(values, _trained(values, steps, scenario.patience))
+    return LearningCurves(values, _trained(values, scenario))
 
 
-def _trained(values: np.ndarray, steps: Steps, patience: int | None) -> np.ndarray:
+def _trained(values: np.ndarray, scenario: Scenario) -> np.ndarray:
     """Which reports are trained for if a fold ends after so many epochs without an improvement, bool [C, R]."""
-    found = np.ones(values.shape, dtype=bool)
+    found, steps, patience = np.ones(values.shape, dtype=bool), scenario.steps, scenario.patience
     if patience is None:
         return found
     ends = np.zeros(len(values))  # the sum of the folds so far
@@ -276,10 +278,11 @@ def _trained(values: np.ndarray, steps: Steps, patience: int | None) -> np.ndarr
         # the best of the fold so far, as its part of the mean over the folds
         best = values[:, first : first + steps.per_fold] * (fold + 1) - ends[:, None]
         whole = best[:, steps.per_epoch - 1 :: steps.per_epoch]
-        since = np.zeros(len(values), dtype=int)
+        since, reference = np.zeros(len(values), dtype=int), whole[:, 0]
         stopped = np.full(len(values), steps.epochs)
         for epoch in range(1, steps.epochs):
-            since = np.where(whole[:, epoch] > whole[:, epoch - 1] + 1e-9, 0, since + 1)
+            improved = whole[:, epoch] > reference + scenario.min_delta + 1e-9
+            since, reference = np.where(improved, 0, since + 1), np.where(improved, whole[:, epoch], reference)
             stopped = np.where((since >= patience) & (stopped == steps.epochs), epoch + 1, stopped)
         within = np.arange(steps.per_fold) // steps.per_epoch
         found[:, first : first + steps.per_fold] = within < stopped[:, None]

@@ -13,6 +13,7 @@ from lightning_bge.hpo.analysis.history import History, history_of
 from lightning_bge.hpo.analysis.hours import time_left
 from lightning_bge.hpo.analysis.journal import load_study
 from lightning_bge.hpo.forecast.eta import Eta
+from lightning_bge.models.metrics.names import metric_name
 from lightning_bge.runtime.run_folder import read_config, read_json
 
 
@@ -47,7 +48,8 @@ class RunData:
     @property
     def metric(self) -> str | None:
         """The monitored metric of a training run; None where no file names it."""
-        return (self.summary or {}).get("metric") or (self.config.get("monitor") or {}).get("metric")
+        configured = (self.config.get("monitor") or {}).get("metric")
+        return (self.summary or {}).get("metric") or (configured and metric_name(configured))
 
     @property
     def logged(self) -> str:

@@ -107,19 +107,18 @@ def _finish(cli: FitCLI, run_dir: Path) -> dict[str, Any]:
     epoch = _load_best(cli)
     [found] = trainer.validate(model, datamodule=datamodule, verbose=False)
     schema, predictions = model.schema, model.predictions
-    metric = str(monitor.metric)
-    baseline = majority_baseline(schema, predictions, metric)
+    baseline = majority_baseline(schema, predictions, monitor)
     summary: dict[str, Any] = {
-        "metric": metric,
+        "metric": monitor.name,
         "epoch": epoch,
         "positive_label": schema.positive_label,
         "validation": without_prefix(found),
         "majority_baseline": baseline if math.isfinite(baseline) else None,
-        "warnings": warn_of_constants(schema, predictions, metric, found.get(monitor.logged, math.nan), baseline),
+        "warnings": warn_of_constants(schema, predictions, monitor, found.get(monitor.logged, math.nan), baseline),
     }
     if schema.task in ("binary", "multilabel"):
         score = scores(schema.task, predictions.logits).numpy()
-        threshold = best_threshold(score, predictions.labels.numpy(), metric)
+        threshold = best_threshold(score, predictions.labels.numpy(), monitor.name)
         model.set_schema(replace(schema, threshold=threshold))
         summary["threshold"] = threshold
         summary["threshold_note"] = "chosen on the validation rows; the figures without tuned_ are at 0.5"

@@ -43,7 +43,7 @@ def _run_pool(workers: list[Slot], experiment: Experiment, hpo: StudyConfig, *, 
     run_dir = create_run_dir(experiment.run_dir)
     study = prepare_study(experiment, hpo, space, steps, joins=joins)
     progress = Progress(
-        replace(hpo, n_trials=n_parameter_sets(hpo.n_trials, space)), str(experiment.monitor.metric), steps.total
+        replace(hpo, n_trials=n_parameter_sets(hpo.n_trials, space)), experiment.monitor.name, steps.total
     )
     WorkerPool(study, run_dir, hpo, progress, workers).run()
     summary = read_json(run_dir / "summary.json")

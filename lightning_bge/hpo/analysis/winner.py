@@ -64,6 +64,8 @@ def describe_notes(summary: dict[str, Any]) -> list[str]:
     lines = []
     if summary["metric"] == "loss":
         lines.append("no corrected score: monitor another metric than the loss")
+    elif summary.get("metric_class"):
+        lines.append("no corrected score: a metric by class_path is not computed on resamples; monitor one with a name")
     elif "corrected" in estimate and estimate["corrected"] is None:
         lines.append(f"no corrected score: too few rows for {summary['metric']}, as no resample has every class")
     elif not estimate.get("corrected"):

@@ -12,7 +12,7 @@ from lightning_bge.hpo.evaluation.decision_counts import Counts, Decider, count_
 from lightning_bge.hpo.evaluation.resampled_metrics import resampled_metric
 from lightning_bge.hpo.evaluation.resampling import Resamples, ValidationRows, mean_of_known
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.models.metrics.config import DECISION_METRICS, LOWER_IS_BETTER
+from lightning_bge.models.metrics.names import DECISION_METRICS, LOWER_IS_BETTER
 from lightning_bge.types import Task
 
 MAX_CELLS = 2**20  # outputs x thresholds x resamples that are counted at once: some MiB for each validation of a trial

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_bge.hpo.evaluation.resampling import sum_by
+from lightning_bge.models.metrics.decisions import metric_of_counts
+from lightning_bge.models.metrics.names import threshold_metric
 from lightning_bge.models.metrics.threshold import THRESHOLD_PARTS
 from lightning_bge.types import Task
 
@@ -92,19 +94,13 @@ class Counts:
         return Counts(*(each * chosen for each in vars(self).values()))
 
     def metric(self, name: str, task: Task) -> np.ndarray:
-        """F1, accuracy, precision or recall at each threshold, [K, B]: the mean over the classes; NaN without a row."""
-        rows = np.where(self.rows > 0, self.rows, np.nan)
-        if name == "accuracy":
-            if task == "multiclass":
-                return self.hits.sum(0) / rows
-            return (1 - (self.yes + self.positive - 2 * self.hits) / rows).mean(0)
-        base = {"f1": (self.yes + self.positive) / 2, "precision": self.yes, "recall": self.positive}[name]
-        found: np.ndarray = np.where(self.rows > 0, (self.hits / np.where(base > 0, base, 1)).mean(0), np.nan)
-        return found
+        """One of `DECISION_METRICS` at each threshold, [K, B]; NaN without a row."""
+        return metric_of_counts(name, task, **vars(self))
 
     def best(self, name: str, task: Task) -> np.ndarray:
         """The threshold of each resample that `best_threshold` would choose for a metric, int [B]."""
-        return self.metric(name if name == "accuracy" else "f1", task).argmax(0)
+        found: np.ndarray = np.nan_to_num(self.metric(threshold_metric(name), task)).argmax(0)
+        return found
 
 
 def count_decisions(

@@ -19,7 +19,7 @@ from lightning_bge.hpo.evaluation.estimate import Interval
 from lightning_bge.hpo.evaluation.resampled_metrics import resampled_metric
 from lightning_bge.hpo.evaluation.resampling import mean_of_known
 from lightning_bge.hpo.trial.outer_fold import OuterFold, load_outer_fold
-from lightning_bge.models.metrics.config import DECISION_METRICS, HAS_THRESHOLD
+from lightning_bge.models.metrics.names import DECISION_METRICS, HAS_THRESHOLD
 from lightning_bge.models.metrics.predictions import scores
 from lightning_bge.models.output.prediction_file import prediction_columns
 from lightning_bge.runtime.run_folder import read_json, write_text

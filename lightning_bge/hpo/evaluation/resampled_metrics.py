@@ -9,6 +9,7 @@ import numpy as np
 from scipy.special import expit, softmax
 
 from lightning_bge.hpo.evaluation.resampling import mean_of_known, sum_by
+from lightning_bge.models.metrics.names import fixed_precision
 from lightning_bge.types import Task
 
 Column = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # score [N], labels [N], weights [N, B] -> [B]
@@ -26,8 +27,8 @@ def resampled_metric(
 
     Args:
         task: binary, multiclass, multilabel or regression.
-        metric: auroc, average_precision, map, mrr, spearman, pearson, mse, mae or r2. With several classes the mean
-            over those that a resample has.
+        metric: auroc, average_precision, recall_at_precision_<p>, map, mrr, spearman, pearson, mse, mae or r2. With
+            several classes the mean over those that a resample has.
         logits: float [N, outputs].
         labels: encoded, [N] or [N, L].
         weights: float [N, B], how often each row is in each resample; equal within a group where there are groups.
@@ -36,6 +37,8 @@ def resampled_metric(
     if metric in ("map", "mrr"):
         assert groups is not None
         return _by_group(metric, logits.squeeze(-1), labels, weights, groups)
+    if (percent := fixed_precision(metric)) is not None:
+        return _recall_at_precision(logits.squeeze(-1), labels, weights, percent)
     if task in ("binary", "regression"):
         return COLUMNS[metric](logits.squeeze(-1), labels, weights)
     if task == "multiclass":
@@ -71,6 +74,17 @@ def _average_precision(score: np.ndarray, labels: np.ndarray, weights: np.ndarra
     hits = at.sum(0, dtype=np.float64)
     both = (hits > 0) & (hits < weights.sum(0, dtype=np.float64))
     return (precision * at).sum(0, dtype=np.float64) / np.where(both, hits, np.nan)
+
+
+def _recall_at_precision(score: np.ndarray, labels: np.ndarray, weights: np.ndarray, percent: int) -> np.ndarray:
+    positive = labels > 0.5
+    place, count = _places(score, positive)
+    hits = np.cumsum(sum_by(np.where(positive, place, count), count, weights), axis=0, dtype=np.float64)
+    yes = np.cumsum(sum_by(place, count, weights), axis=0, dtype=np.float64)
+    total = weights[positive].sum(0, dtype=np.float64)
+    both = (total > 0) & (total < weights.sum(0, dtype=np.float64))
+    found: np.ndarray = np.where(100 * hits >= percent * yes, hits, 0).max(0, initial=0) / np.where(both, total, np.nan)
+    return found
 
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -82,7 +82,8 @@ def _test(winner: Winner, run_dir: Path, folder: Path) -> dict[str, Any]:
     assert predictions.labels is not None
     assert module.loss is not None
     write_predictions(run_dir / "test.csv", winner.schema, predictions)
-    metrics, loss = compute_metrics(winner.schema, predictions, per_class=True), module.loss.cpu()
+    monitored, loss = module.monitored, module.loss.cpu()
+    metrics = compute_metrics(winner.schema, predictions, per_class=True, monitored=monitored)
     value = loss(predictions.logits, predictions.labels) / loss.normalizer(predictions.labels)
     save_if_outer_fold(run_dir, setup.datamodule, predictions, loss)
     return {"test": {**metrics, "loss": float(value)}}

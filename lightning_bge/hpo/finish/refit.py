@@ -18,7 +18,7 @@ from lightning_bge.hpo.finish.calibration import check_calibration, output_layer
 from lightning_bge.hpo.trial.objective import Build, StopOnRequest, TrialSetup
 from lightning_bge.hpo.trial.outer_fold import save_if_outer_fold
 from lightning_bge.models.classifier import BGEClassifier
-from lightning_bge.models.metrics.config import HAS_THRESHOLD
+from lightning_bge.models.metrics.names import HAS_THRESHOLD
 from lightning_bge.models.output.output_layer import divide_logits
 from lightning_bge.models.output.prediction_file import write_predictions
 from lightning_bge.runtime.memory import release

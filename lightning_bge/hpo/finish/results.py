@@ -50,7 +50,8 @@ from lightning_bge.hpo.trials import (
     has_failed,
 )
 from lightning_bge.hpo.versions import count_versions, describe_versions
-from lightning_bge.models.metrics.config import HAS_THRESHOLD, MonitorConfig
+from lightning_bge.models.metrics.config import MonitorConfig
+from lightning_bge.models.metrics.names import HAS_THRESHOLD
 from lightning_bge.models.output.prediction_file import write_predictions
 from lightning_bge.runtime.run_folder import read_json, write_json, write_text
 from lightning_bge.runtime.stop import StopRequest
@@ -108,7 +109,7 @@ def finish_study(
     path = predictions_file(run_dir / "oof", best.number)
     calibration = None if config.calibration is None else calibrate_out_of_fold(path, schema.task)
     temperature = 1.0 if calibration is None else calibration.temperature
-    oof = judge_out_of_fold(path, schema, str(monitor.metric), temperature)
+    oof = judge_out_of_fold(path, schema, monitor, temperature)
     schema = replace(schema, threshold=oof.threshold)
     write_predictions(run_dir / "oof.csv", schema, oof.predictions, {"fold": oof.fold.tolist()})
     write_text(run_dir / "best.yaml", _best_yaml(setup, best, run_dir))
@@ -164,8 +165,8 @@ def _estimate(
     baseline: tuple[FrozenTrial, Steps] | None,
     winner: FrozenTrial,
 ) -> dict[str, Any] | None:
-    """What the rows say about the winner that did not choose it (`evaluation.estimate`); None for the loss."""
-    if monitor.metric == "loss":
+    """What the rows that did not choose the winner say about it (`evaluation.estimate`); None for loss and classes."""
+    if monitor.metric == "loss" or isinstance(monitor.metric, dict):
         return None
     folder, steps = run_dir / PREDICTIONS, Steps(**study.user_attrs["steps"])
     labels, groups = oof.predictions.labels, oof.predictions.groups
@@ -173,7 +174,7 @@ def _estimate(
     return estimate_study(
         study,
         Kept(folder, steps),
-        Target(task, str(monitor.metric), monitor.tuned, monitor.objective),
+        Target(task, monitor.name, monitor.tuned, monitor.objective),
         ValidationRows(labels.numpy(), oof.fold.numpy(), None if groups is None else groups.numpy()),
         winner=winner,
         replicates={} if replicates is None or replicates.missing else dict(replicates.complete),
@@ -218,8 +219,7 @@ def _summary(
     study: optuna.Study, best: FrozenTrial, monitor: MonitorConfig, schema: Schema, oof: OutOfFold
 ) -> dict[str, Any]:
     failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-    metric, value = str(monitor.metric), score_of(best)
-    baseline = majority_baseline(schema, oof.predictions, metric)
+    value, baseline = score_of(best), majority_baseline(schema, oof.predictions, monitor)
     assert value is not None
     n_failed = sum(has_failed(tries) for tries in attempts(study.get_trials(deepcopy=False)).values())
     found: dict[str, Any] = {
@@ -230,13 +230,14 @@ def _summary(
         "n_out_of_memory": sum("oom_where" in trial.user_attrs for trial in study.get_trials(deepcopy=False)),
         "n_failed": n_failed,
         "n_interrupted": sum(bool({WORKER_LOST, INTERRUPTED} & trial.user_attrs.keys()) for trial in failed),
-        "metric": monitor.metric,
+        "metric": monitor.name,
+        "metric_class": monitor.metric if isinstance(monitor.metric, dict) else None,
         "objective": monitor.objective,
         "sampler": study.user_attrs["methods"]["hpo.sampler"]["name"],
         "positive_label": schema.positive_label,
         "best_value": value,
         "majority_baseline": baseline,
-        "warnings": warn_of_constants(schema, oof.predictions, metric, value, baseline),
+        "warnings": warn_of_constants(schema, oof.predictions, monitor, value, baseline),
         "best_trial": best.number,
         "best_params": best.params,
         "fold_scores": best.user_attrs["fold_scores"],

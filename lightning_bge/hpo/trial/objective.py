@@ -31,7 +31,7 @@ from lightning_bge.hpo.trial.out_of_fold import drop_predictions, save_predictio
 from lightning_bge.hpo.trials import ENDED, PARAMETER_SET, RESUMES
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder_cache import EncoderCache
-from lightning_bge.models.metrics.config import MonitorConfig, metric_direction
+from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.runtime.memory import live_bytes, release
 from lightning_bge.runtime.oom import clean_up, find_oom
@@ -250,8 +250,7 @@ class Objective:
         later: float,
         kept: KeptPredictions | None,
     ) -> FoldResult:
-        direction = metric_direction(str(self.monitor.metric))
-        scored = ScoredEpoch(self.monitor.logged, self.monitor.objective, direction)
+        scored = ScoredEpoch(self.monitor.logged, self.monitor.objective, self.monitor.direction)
         before = 0 if opened is None else len(opened.curve)
 
         def keep() -> None:
@@ -306,7 +305,7 @@ class Objective:
             epochs=self.steps.epochs,
             earlier=[fold.score for fold in done],
             objective=self.monitor.objective,
-            direction=metric_direction(str(self.monitor.metric)),
+            direction=self.monitor.direction,
             per_epoch=self.steps.per_epoch,
             pause=save_paused if isinstance(pruner, AshaPruner) else None,
         )
@@ -334,6 +333,7 @@ def early_stopping(monitor: MonitorConfig) -> list[Callback]:
     """Lightning's early stopping, where a patience is set."""
     if monitor.patience is None:
         return []
-    mode = "max" if metric_direction(str(monitor.metric)) == "maximize" else "min"
+    mode = "max" if monitor.direction == "maximize" else "min"
     # a NaN prunes the trial, with its reason: see `FoldPruningCallback`
-    return [MonitorEarlyStopping(monitor.logged, mode=mode, patience=monitor.patience, check_finite=False)]
+    options: dict[str, Any] = {"patience": monitor.patience, "min_delta": monitor.min_delta, "check_finite": False}
+    return [MonitorEarlyStopping(monitor.logged, mode=mode, **options)]

@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_bge.hpo.config import BEST
 from lightning_bge.hpo.ranking import best_parameter_sets
 from lightning_bge.models.metrics.compute import compute_metrics
-from lightning_bge.models.metrics.config import HAS_THRESHOLD, LOWER_IS_BETTER
+from lightning_bge.models.metrics.config import MonitorConfig
+from lightning_bge.models.metrics.names import DECISION_METRICS, HAS_THRESHOLD
 from lightning_bge.models.metrics.predictions import Predictions, constant_logits, scores
 from lightning_bge.models.metrics.threshold import best_threshold, cross_fitted_decisions
 from lightning_bge.runtime.run_folder import create_run_dir, write_atomically
@@ -73,53 +74,54 @@ class OutOfFold:
     threshold_note: str
 
 
-def judge_out_of_fold(path: Path, schema: Schema, metric: str, temperature: float = 1.0) -> OutOfFold:
+def judge_out_of_fold(path: Path, schema: Schema, monitor: MonitorConfig, temperature: float = 1.0) -> OutOfFold:
     """Choose the threshold on the out-of-fold predictions, and judge it on rows that were not used to choose it.
 
     Args:
         path: of the predictions, as `save_predictions` wrote them.
         schema: of the model.
-        metric: for which the threshold is best.
+        monitor: the metric of the study, for which the threshold is best.
         temperature: by which the exported model's logits are divided, and these as well.
     """
     predictions, fold = load_predictions(path)
     predictions = replace(predictions, logits=predictions.logits / temperature)
     assert predictions.labels is not None
-    metrics = compute_metrics(schema, predictions, per_class=True)
+    metrics = compute_metrics(schema, predictions, per_class=True, monitored=monitor.metric)
     if schema.task not in HAS_THRESHOLD:
         return OutOfFold(predictions, fold, 0.5, metrics, "the task has no threshold")
     score, labels = scores(schema.task, predictions.logits).numpy(), predictions.labels.numpy()
-    threshold = best_threshold(score, labels, metric)
-    decided = cross_fitted_decisions(score, labels, fold.numpy(), metric)
+    threshold = best_threshold(score, labels, monitor.name)
+    decided = cross_fitted_decisions(score, labels, fold.numpy(), monitor.name)
     if len(fold.unique()) == 1:
         note = "chosen and evaluated on the same validation rows: optimistic"
     else:
         note = "chosen on all folds; out_of_fold in summary.json has each fold at the threshold of the other folds"
     # decisions as extreme logits: the same function judges them, at any threshold
     logits = torch.from_numpy(decided * 40.0 - 20.0).float().reshape(predictions.logits.shape)
-    at_threshold = compute_metrics(schema, replace(predictions, logits=logits), per_class=True)
-    ranking = {name: value for name, value in metrics.items() if name in ("auroc", "average_precision", "map", "mrr")}
-    return OutOfFold(predictions, fold, threshold, at_threshold | ranking, note)
+    extreme, monitored = replace(predictions, logits=logits), monitor.metric if monitor.of_decisions else None
+    at_threshold = compute_metrics(schema, extreme, per_class=True, monitored=monitored)
+    of_scores = {name: value for name, value in metrics.items() if name.split("/")[0] not in DECISION_METRICS}
+    return OutOfFold(predictions, fold, threshold, at_threshold | of_scores, note)
 
 
 def warn_of_constants(
-    schema: Schema, predictions: Predictions, metric: str, value: float, baseline: float
+    schema: Schema, predictions: Predictions, monitor: MonitorConfig, value: float, baseline: float
 ) -> list[str]:
     """Sentences, without a full stop, on a model that is no better than the same answer for every row.
 
     Args:
         schema: of the model.
         predictions: of validation rows.
-        metric: the monitored one.
+        monitor: the metric.
         value: its value for the model.
         baseline: its best value for constant predictions (`majority_baseline`); NaN where it has none.
     """
     found = []
-    if value <= baseline if metric not in LOWER_IS_BETTER else value >= baseline:
+    if value <= baseline if monitor.direction == "maximize" else value >= baseline:
         same = "the mean of the labels" if schema.task == "regression" else "the same answer"
         found.append(
-            f"no better than {same} for every row: {metric} {value:.4f}, and {baseline:.4f} for that. Train longer, "
-            "search for other hyperparameters, look at the labels, or monitor another metric"
+            f"no better than {same} for every row: {monitor.name} {value:.4f}, and {baseline:.4f} for that. Train "
+            "longer, search for other hyperparameters, look at the labels, or monitor another metric"
         )
     score = scores(schema.task, predictions.logits)
     if len(score) > 1 and bool((score.amax(dim=0) - score.amin(dim=0) < EQUAL).all()):
@@ -127,12 +129,13 @@ def warn_of_constants(
     return found
 
 
-def majority_baseline(schema: Schema, predictions: Predictions, metric: str) -> float:
+def majority_baseline(schema: Schema, predictions: Predictions, monitor: MonitorConfig) -> float:
     """The best value of the metric among constant predictions: one class (or yes, or no) for all rows, or the mean."""
     assert predictions.labels is not None
     shape = predictions.logits.shape
     answers = constant_logits(schema.task, shape[1], float(predictions.labels.float().mean()))
-    metrics = (compute_metrics(schema, replace(predictions, logits=one.expand(shape))) for one in answers)
-    found = [one[metric] for one in metrics if metric in one]
-    best = min if metric in LOWER_IS_BETTER else max
+    constant = (replace(predictions, logits=one.expand(shape)) for one in answers)
+    metrics = [compute_metrics(schema, one, monitored=monitor.metric) for one in constant]
+    found = [one[monitor.name] for one in metrics if monitor.name in one]
+    best = max if monitor.direction == "maximize" else min
     return best(found, default=float("nan"))

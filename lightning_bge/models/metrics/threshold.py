@@ -5,45 +5,61 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lightning_bge.models.metrics.compute import decision_metrics
-from lightning_bge.models.metrics.config import DECISION_METRICS
+from lightning_bge.models.metrics.compute import decision_metrics, further_decision_metric
+from lightning_bge.models.metrics.decisions import metric_of_counts
+from lightning_bge.models.metrics.names import (
+    AGREEMENT,
+    BETA,
+    DECISION_METRICS,
+    USUAL_DECISIONS,
+    Metric,
+    threshold_metric,
+)
 from lightning_bge.models.metrics.predictions import Predictions, scores
 from lightning_bge.types import Schema
 
 THRESHOLD_PARTS = 5  # of the validation rows: each is decided at the threshold that is best on the others
 
 
-def tuned_metrics(schema: Schema, predictions: Predictions, others: Predictions | None = None) -> dict[str, float]:
-    """F1, accuracy, precision and recall of yes/no decisions at a threshold that was tuned on other rows.
+def tuned_metrics(
+    schema: Schema, predictions: Predictions, others: Predictions | None = None, monitored: Metric | None = None
+) -> dict[str, float]:
+    """Metrics of yes/no decisions at a threshold that was tuned on other rows: the usual ones, and the monitored one.
 
-    Where there are `others`, the threshold is the one that is best on them: for accuracy the one with the best
-    accuracy, for the rest the one with the best F1. That also shows whether a threshold suits another model, as the
-    exported model is not the one that its threshold is tuned on. Else the rows are cut into `THRESHOLD_PARTS` parts
-    (`threshold_parts`), and each part is decided at the threshold that is best on the other parts.
+    Where there are `others`, the threshold is the one that is best on them (`threshold_metric`). That also shows
+    whether a threshold suits another model, as the exported model is not the one that its threshold is tuned on. Else
+    the rows are cut into `THRESHOLD_PARTS` parts (`threshold_parts`), and each part is decided at the threshold that is
+    best on the other parts.
 
     Args:
         schema: of a binary or multi-label task.
         predictions: with labels.
         others: other rows, with labels, as other models of the same hyperparameters have predicted them.
+        monitored: the monitored metric; it is added where it is one of decisions.
 
     Returns:
         The metrics by their names; NaN where a logit is not finite.
     """
     assert predictions.labels is not None
+    further = [monitored] if isinstance(monitored, str) and monitored in DECISION_METRICS else []
+    names = dict.fromkeys([*USUAL_DECISIONS, *further])
     if not predictions.logits.isfinite().all():
-        return dict.fromkeys(DECISION_METRICS, float("nan"))
+        return dict.fromkeys(names, float("nan"))
     score, labels = scores(schema.task, predictions.logits).numpy(), predictions.labels.numpy()
     parts = threshold_parts(len(labels), None if predictions.groups is None else predictions.groups.numpy())
     found: dict[str, float] = {}
-    for metrics in (("accuracy",), ("f1", "precision", "recall")):
+    for best in dict.fromkeys(map(threshold_metric, names)):
         if others is None:
-            decided = torch.from_numpy(cross_fitted_decisions(score, labels, parts, metrics[0]))
+            decided = torch.from_numpy(cross_fitted_decisions(score, labels, parts, best))
         else:
             assert others.labels is not None
             known = scores(schema.task, others.logits).numpy()
-            decided = torch.from_numpy(score >= best_threshold(known, others.labels.numpy(), metrics[0])).long()
+            decided = torch.from_numpy(score >= best_threshold(known, others.labels.numpy(), best)).long()
         at = decision_metrics(schema.task, decided, predictions.labels.long(), schema.labels)
-        found |= {name: float(at[name]) for name in metrics}
+        for name in names:
+            if threshold_metric(name) == best:
+                truth = predictions.labels.long()
+                found[name] = float(at[name]) if name in at else further_decision_metric(name, schema, decided, truth)
     return found
 
 
@@ -85,8 +101,8 @@ def best_threshold(score: np.ndarray, labels: np.ndarray, metric: str = "f1") ->
     Args:
         score: [N] or [N, L] probabilities; several labels have one threshold.
         labels: 0 or 1, of the same shape.
-        metric: `accuracy`, or anything else for F1, the usual measure of a yes/no decision; with several labels the
-            mean of their F1, as `compute_metrics` has it.
+        metric: `accuracy`, `f0.5`, `f2`, `mcc` or `kappa` (binary), or anything else for F1, the usual measure of a
+            yes/no decision; with several labels the mean of their F1 (F0.5, F2), as `compute_metrics` has it.
     """
     order = np.argsort(-score.ravel(), kind="stable")
     ranked = score.ravel()[order]
@@ -97,12 +113,17 @@ def best_threshold(score: np.ndarray, labels: np.ndarray, metric: str = "f1") ->
     column = np.broadcast_to(np.arange(truth.shape[1]), truth.shape).ravel()[order]
     hit = truth.ravel()[order]
     quality = np.zeros(len(ranked) + 1)
-    if metric == "accuracy":
+    if metric in AGREEMENT:  # of a binary task
+        hits, yes = np.append(0, np.cumsum(hit)), np.arange(len(hit) + 1)
+        counts = {"hits": hits[None], "yes": yes[None], "positive": hits[-1:, None], "rows": yes[-1]}
+        quality = np.nan_to_num(metric_of_counts(metric, "binary", **counts))
+    elif metric == "accuracy":
         quality[1:] = 2 * np.cumsum(hit) - np.arange(1, len(hit) + 1)
     else:  # each label's F1 changes at its own entries alone
+        square = BETA.get(metric, 1.0) ** 2
         own = np.argsort(column, kind="stable").reshape(truth.shape[1], -1)
         hits, count = np.cumsum(hit[own], axis=1), np.arange(1, len(truth) + 1)
-        each = 2 * hits / (count + truth.sum(axis=0)[:, None])
+        each = (1 + square) * hits / (count + square * truth.sum(axis=0)[:, None])
         if len(own) == 1:  # no sum, so that equal values stay equal
             quality[1:] = each[0]
         else:

@@ -126,6 +126,9 @@ def test_early_stopping_leaves_epochs_out(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module, "sample_curves", lambda *_: recorded)
     assert learning_curves(study)[0].trained.tolist() == [[True, True, True, True, False, True, True, True, True, True]]
     assert learning_curves(replace(study, patience=None))[0].trained.all()
+    # 0.6 is better than 0.5 by less than this, and 0.7 than the 0.6 of the second fold
+    stopped = learning_curves(replace(study, min_delta=0.25))[0].trained
+    assert stopped.tolist() == [[True, True, True, False, False, True, True, True, False, False]]
 
 
 def test_curves_of_another_length_are_stretched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from lightning_bge.hpo.evaluation.nested import finish_nested, nested_estimate
 from lightning_bge.hpo.trial.outer_fold import OuterFold, load_outer_fold, save_outer_fold
 from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.metrics.compute import compute_metrics
-from lightning_bge.models.metrics.config import METRICS
+from lightning_bge.models.metrics.names import METRICS
 from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.runtime.run_folder import write_json
 from lightning_bge.types import Schema
@@ -30,7 +30,10 @@ SCHEMAS = {
     "multilabel": Schema("multilabel", ("a", "b", "c"), ("text",), 16),
     "regression": Schema("regression", (), ("text",), 16),
 }
-POOLED = ("f1", "accuracy", "precision", "recall", "mse", "mae")
+POOLED = (
+    *("f1", "accuracy", "precision", "recall", "f0.5", "f2", "mcc", "kappa", "f1_micro", "f1_weighted"),
+    *("mse", "mae"),
+)
 
 
 def made_folds(task: str, sizes: tuple[int, ...] = (40, 50, 60), group_size: int = 5) -> list[OuterFold]:
@@ -72,10 +75,14 @@ def pooled_decisions(task: str, folds: list[OuterFold]) -> Predictions:
 def test_the_value_is_that_of_torchmetrics_on_pooled_rows_or_the_mean_over_folds(task: str, metric: str) -> None:
     folds, schema = made_folds(task), SCHEMAS[task]
     found = nested_estimate(schema.task, metric, folds, n_resamples=50)
-    of_folds = [compute_metrics(replace(schema, threshold=fold.threshold), fold.predictions)[metric] for fold in folds]
+    of_folds = [
+        compute_metrics(replace(schema, threshold=fold.threshold), fold.predictions, monitored=metric)[metric]
+        for fold in folds
+    ]
     assert found.folds == pytest.approx(of_folds, abs=1e-6)
     if metric in POOLED:
-        assert found.value == pytest.approx(compute_metrics(schema, pooled_decisions(task, folds))[metric], abs=1e-6)
+        pooled = compute_metrics(schema, pooled_decisions(task, folds), monitored=metric)[metric]
+        assert found.value == pytest.approx(pooled, abs=1e-6)
         assert found.value != pytest.approx(np.mean(of_folds), abs=1e-6)
     else:
         assert found.value == pytest.approx(np.mean(of_folds), abs=1e-6)

@@ -24,6 +24,7 @@ from lightning_bge.hpo.trial.out_of_fold import (
     predictions_file,
     save_predictions,
 )
+from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.types import Schema
 
@@ -77,7 +78,7 @@ def test_the_baseline_is_the_best_of_the_constant_answers(
     schema = Schema(task, names if task != "regression" else (), ("text",), 16)
     rows = torch.arange(len(labels))
     predictions = Predictions(rows, torch.randn(len(labels), schema.num_outputs), torch.tensor(labels))
-    assert majority_baseline(schema, predictions, metric) == pytest.approx(expected)
+    assert majority_baseline(schema, predictions, MonitorConfig(metric)) == pytest.approx(expected)
 
 
 def out_of_fold(tmp_path: Path, folds: int) -> Path:
@@ -102,8 +103,8 @@ def test_predictions_come_back_in_the_order_of_the_rows(tmp_path: Path) -> None:
 
 
 def test_the_threshold_is_judged_on_rows_it_has_not_seen(tmp_path: Path) -> None:
-    three = judge_out_of_fold(out_of_fold(tmp_path, 3), BINARY, "f1")
-    one = judge_out_of_fold(out_of_fold(tmp_path, 1), BINARY, "f1")
+    three = judge_out_of_fold(out_of_fold(tmp_path, 3), BINARY, MonitorConfig("f1"))
+    one = judge_out_of_fold(out_of_fold(tmp_path, 1), BINARY, MonitorConfig("f1"))
     assert three.threshold == one.threshold  # the one that is stored is chosen on all rows
     assert "other folds" in three.threshold_note
     assert "optimistic" in one.threshold_note

@@ -9,7 +9,7 @@ import torch
 from lightning_bge.errors import DataError
 from lightning_bge.models.metrics.computable import check_computable
 from lightning_bge.models.metrics.compute import compute_metrics
-from lightning_bge.models.metrics.config import METRICS
+from lightning_bge.models.metrics.names import METRICS, Metric, metric_name
 from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.types import Schema
 
@@ -34,13 +34,19 @@ GROUPS = np.array([0, 0, 1, 1])
         (CLASSES, "average_precision", np.array([1]), None, "none is of the class 'a', none of the class 'c'"),
         (LABELS, "auroc", np.array([[1, 0], [1, 0]]), None, "none is with the label 'y', none without the label 'x'"),
         (LABELS, "f1", np.zeros((3, 2)), None, "none has a label"),
+        (BINARY, "mcc", NO, None, "none is of the class 'yes'"),
+        (BINARY, "recall_at_precision_80", YES, None, "none is of the class 'no'"),
+        (BINARY, "f2", NO, None, "none is of the class 'yes'"),
+        (CLASSES, "kappa", np.array([1, 1]), None, "all are of one class"),
+        (BINARY, {"class_path": "torchmetrics.AUROC"}, NO, None, "No positive samples in targets"),
+        (NUMBER, {"class_path": "torchmetrics.R2Score"}, np.array([1.0]), None, "at least two samples"),
         (NUMBER, "spearman", np.full(3, 2.5), None, r"all labels are 2\.5.*such as mse"),
         (NUMBER, "r2", np.array([1.0]), None, "all labels are 1"),
         (BINARY, "f1", np.zeros(0), None, "there are no rows"),
     ],
 )
-def test_refused(schema: Schema, metric: str, labels: np.ndarray, groups: np.ndarray | None, expected: str) -> None:
-    with pytest.raises(DataError, match=f"^fold 1 of x.csv: .*metric {metric} .*{expected}|no rows"):
+def test_refused(schema: Schema, metric: Metric, labels: np.ndarray, groups: np.ndarray | None, expected: str) -> None:
+    with pytest.raises(DataError, match=f"^fold 1 of x.csv: .*metric {metric_name(metric)} .*{expected}|no rows"):
         check_computable(schema, metric, labels, groups, "fold 1 of x.csv")
 
 
@@ -57,21 +63,15 @@ def test_refused(schema: Schema, metric: str, labels: np.ndarray, groups: np.nda
 def test_what_is_accepted_is_computed(schema: Schema, labels: np.ndarray, grouped: bool) -> None:
     groups = np.arange(len(labels)) // 2 if grouped else None
     logits = torch.randn(len(labels), schema.num_outputs, generator=torch.Generator().manual_seed(0))
-    found = compute_metrics(
-        schema,
-        Predictions(
-            torch.arange(len(labels)),
-            logits,
-            torch.from_numpy(labels),
-            None if groups is None else torch.from_numpy(groups),
-        ),
-    )
+    numbers = None if groups is None else torch.from_numpy(groups)
+    predictions = Predictions(torch.arange(len(labels)), logits, torch.from_numpy(labels), numbers)
     for metric in METRICS[schema.task]:
+        found = compute_metrics(schema, predictions, monitored=metric)
         try:
             check_computable(schema, metric, labels, groups, "x.csv")
         except DataError:
             # not there, or the same for every model
-            assert metric not in found or found[metric] in (0.0, float("-inf"), float("nan"))
+            assert metric not in found or found[metric] in (0.0, float("-inf")) or np.isnan(found[metric])
         else:
             assert metric == "loss" or np.isfinite(found[metric])
 

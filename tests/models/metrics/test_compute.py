@@ -15,9 +15,15 @@ from torch import Tensor
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.metrics.compute import compute_metrics
-from lightning_bge.models.metrics.config import METRICS, MonitorConfig, check_metric, metric_direction
+from lightning_bge.models.metrics.config import MonitorConfig, check_monitor
+from lightning_bge.models.metrics.names import DECISION_METRICS, METRICS, USUAL_DECISIONS, metric_direction
 from lightning_bge.models.metrics.predictions import Predictions, scores
-from lightning_bge.models.metrics.threshold import best_threshold
+from lightning_bge.models.metrics.threshold import (
+    best_threshold,
+    cross_fitted_decisions,
+    threshold_parts,
+    tuned_metrics,
+)
 from lightning_bge.types import TASKS, Schema, Task
 
 N = 60
@@ -114,6 +120,82 @@ def test_multilabel(per_class: bool) -> None:
     assert compute_metrics(LABELS, predictions(logits, labels), per_class) == pytest.approx(expected, rel=1e-5)
 
 
+# ------------------------------------------------------------------ metrics that are computed where they are monitored
+
+
+def further(task: Task, metric: str, y: np.ndarray, decided: np.ndarray) -> float:
+    average = {"f1_micro": "micro", "f1_weighted": "weighted"}.get(metric, "binary" if task == "binary" else "macro")
+    if metric == "mcc":
+        return sk.matthews_corrcoef(y, decided)
+    if metric == "kappa":
+        return sk.cohen_kappa_score(y, decided)
+    beta = {"f0.5": 0.5, "f2": 2.0}.get(metric, 1.0)
+    return sk.fbeta_score(y, decided, beta=beta, average=average, zero_division=0)
+
+
+FURTHER = [
+    (task, metric)
+    for task in ("binary", "multiclass", "multilabel")
+    for metric in METRICS[task]
+    if metric in DECISION_METRICS and metric not in USUAL_DECISIONS
+]
+
+
+@pytest.mark.parametrize(("task", "metric"), FURTHER)
+@pytest.mark.parametrize("constant", [False, True])
+def test_further_decisions_equal_scikit_learn(task: Task, metric: str, constant: bool) -> None:
+    schema = {"binary": BINARY, "multiclass": CLASSES, "multilabel": LABELS}[task]
+    labels = torch.randint(3, (N,)) if task == "multiclass" else (torch.rand(N, schema.num_outputs) < 0.3).float()
+    logits = torch.randn(N, schema.num_outputs) + (0 if task == "multiclass" else labels)
+    if constant:
+        logits = torch.full_like(logits, -5.0)
+        logits[:, 0] += 1
+    labels = labels.squeeze(-1) if task == "binary" else labels
+    score = scores(task, logits).numpy()
+    decided = score.argmax(1) if task == "multiclass" else (score >= schema.threshold).astype(int)
+    found = compute_metrics(schema, predictions(logits, labels), monitored=metric)[metric]
+    assert found == pytest.approx(further(task, metric, labels.numpy(), decided), abs=1e-9)
+
+
+@pytest.mark.parametrize(("task", "metric"), [(task, metric) for task, metric in FURTHER if task != "multiclass"])
+def test_further_decisions_at_a_tuned_threshold(task: Task, metric: str) -> None:
+    schema = {"binary": BINARY, "multilabel": LABELS}[task]
+    labels = (torch.rand(N, schema.num_outputs) < 0.3).float()
+    logits = torch.randn(N, schema.num_outputs) + labels
+    labels = labels.squeeze(-1) if task == "binary" else labels
+    found = predictions(logits, labels)
+    best = metric if metric in ("f0.5", "f2", "mcc", "kappa") else "f1"
+    decided = cross_fitted_decisions(scores(task, logits).numpy(), labels.numpy(), threshold_parts(N), best)
+    expected = further(task, metric, labels.numpy(), decided)
+    assert tuned_metrics(schema, found, monitored=metric)[metric] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("percent", [1, 50, 70, 90, 99])
+@pytest.mark.parametrize("ties", [False, True])
+def test_recall_at_a_precision_equals_scikit_learn(percent: int, ties: bool) -> None:
+    found = binary_predictions()
+    if ties:
+        found = replace(found, logits=found.logits.round())
+    metric = f"recall_at_precision_{percent}"
+    precision, recall, _ = sk.precision_recall_curve(found.labels, scores("binary", found.logits))
+    expected = recall[precision >= percent / 100].max()
+    assert compute_metrics(BINARY, found, monitored=metric)[metric] == pytest.approx(expected)
+    assert check_monitor(MonitorConfig(metric), "binary") == MonitorConfig(metric, threshold="fixed")
+
+
+@pytest.mark.parametrize("metric", ["recall_at_precision_0", "recall_at_precision_100", "recall_at_precision_9.5"])
+def test_a_precision_is_a_per_cent(metric: str) -> None:
+    with pytest.raises(ConfigError, match=r"monitor\.metric"):
+        check_monitor(MonitorConfig(metric), "binary")
+
+
+def test_further_metrics_of_a_diverged_model_are_nan() -> None:
+    found = binary_predictions()
+    found.logits[0] = float("nan")
+    assert np.isnan(compute_metrics(BINARY, found, monitored="mcc")["mcc"])
+    assert np.isnan(tuned_metrics(BINARY, found, monitored="mcc")["mcc"])
+
+
 def test_regression() -> None:
     labels = torch.randn(N).round(decimals=1)  # with ties
     logits = (labels + torch.randn(N))[:, None].round(decimals=1)
@@ -191,8 +273,10 @@ def test_map_and_mrr_of_groups_of_unequal_size() -> None:
 def quality(metric: str, decided: np.ndarray, truth: np.ndarray) -> float:
     if metric == "accuracy":
         return float((decided == truth).mean())
-    hits = (decided & truth).sum()
-    return 2 * hits / max(decided.sum() + truth.sum(), 1)
+    if metric in ("mcc", "kappa"):
+        return further("binary", metric, truth, decided) if len(set(truth)) > 1 else 0.0
+    hits, square = (decided & truth).sum(), {"f1": 1, "f0.5": 0.25, "f2": 4}[metric]
+    return (1 + square) * hits / max(decided.sum() + square * truth.sum(), 1e-9)
 
 
 NEAR = float(np.nextafter(np.float32(0.5), np.float32(1)))
@@ -200,13 +284,15 @@ SCORES = st.one_of(st.sampled_from([0.0, 0.25, 0.5, NEAR, 1.0]), st.floats(0, 1,
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("metric", ["f1", "accuracy"])
+@pytest.mark.parametrize("metric", ["f1", "accuracy", "f0.5", "f2", "mcc", "kappa"])
 @settings(deadline=None, max_examples=80, derandomize=True)
 @given(rows=st.lists(st.tuples(SCORES, st.booleans()), min_size=1, max_size=12))
 def test_best_threshold_is_the_best_of_all(metric: str, dtype: type, rows: list[tuple[float, bool]]) -> None:
     score, truth = np.array([s for s, _ in rows], dtype=dtype), np.array([t for _, t in rows])
     everywhere = [*score, np.inf]
     best = max(quality(metric, score >= threshold, truth) for threshold in everywhere)
+    if metric in ("mcc", "kappa") and len(set(truth)) < 2:
+        return
     threshold = best_threshold(score, truth.astype(np.float32), metric)
     assert quality(metric, score >= threshold, truth) == pytest.approx(best)
     # the same in torch, which is what the decisions are made with
@@ -227,7 +313,7 @@ def test_best_threshold_is_above_all_scores_where_a_no_for_every_row_is_best() -
     assert not (score >= best_threshold(score, np.array([0, 0, 1]), "accuracy")).any()
 
 
-@pytest.mark.parametrize("metric", ["f1", "accuracy"])
+@pytest.mark.parametrize("metric", ["f1", "accuracy", "f2"])
 def test_several_labels_have_one_threshold_by_the_mean_that_is_reported(metric: str) -> None:
     score, labels = np.random.default_rng(0).random((20, 3)), np.random.default_rng(1).random((20, 3)) < [0.1, 0.4, 0.8]
     rows = torch.arange(20)
@@ -235,7 +321,7 @@ def test_several_labels_have_one_threshold_by_the_mean_that_is_reported(metric: 
     def at(threshold: float) -> float:
         schema = Schema("multilabel", ("a", "b", "c"), ("text",), 8, threshold)
         found = Predictions(rows, torch.logit(torch.from_numpy(score)), torch.from_numpy(labels).float())
-        return compute_metrics(schema, found)[metric]
+        return compute_metrics(schema, found, monitored=metric)[metric]
 
     best = max(at(threshold) for threshold in [*np.unique(score), 2.0])
     assert at(best_threshold(score, labels, metric)) == pytest.approx(best)
@@ -274,17 +360,17 @@ def test_every_metric_is_known_and_computed(task: Task) -> None:
     }[task]
     logits = torch.randn(N, schema.num_outputs)
     found = compute_metrics(schema, predictions(logits, labels, torch.arange(N) // 6))
-    assert found.keys() | {"loss"} == set(METRICS[task])
-    assert all(check_metric(task, metric)[0] == metric for metric in METRICS[task])
+    usual = METRICS[task][: METRICS[task].index("loss")]
+    assert found.keys() == set(usual)
+    for metric in METRICS[task]:
+        assert check_monitor(MonitorConfig(metric), task).metric == metric
+        again = compute_metrics(schema, predictions(logits, labels, torch.arange(N) // 6), monitored=metric)
+        assert again.keys() - found.keys() == (set() if metric in (*usual, "loss") else {metric})
 
 
 def test_default_metrics_and_directions() -> None:
-    assert [check_metric(task, None)[0] for task in ("binary", "multiclass", "multilabel", "regression")] == [
-        "f1",
-        "f1",
-        "f1",
-        "spearman",
-    ]
+    found = {task: check_monitor(MonitorConfig(), task).metric for task in TASKS}  # type: ignore[arg-type]
+    assert found == {"binary": "f1", "multiclass": "f1", "multilabel": "f1", "regression": "spearman"}
     assert {name: metric_direction(name) for name in ("f1", "map", "spearman", "loss", "mse", "mae")} == {
         "f1": "maximize",
         "map": "maximize",
@@ -297,8 +383,8 @@ def test_default_metrics_and_directions() -> None:
 
 def test_metric_that_cannot_be_watched() -> None:
     with pytest.raises(ConfigError, match=r"monitor\.metric: a regression task has spearman, .*; got f1"):
-        check_metric("regression", "f1")
+        check_monitor(MonitorConfig("f1"), "regression")
     with pytest.raises(ConfigError, match=r"map ranks the rows of each group; name data\.group_column"):
-        check_metric("binary", "map", grouped=False)
+        check_monitor(MonitorConfig("map"), "binary", grouped=False)
     with pytest.raises(ConfigError, match=r"monitor\.patience: expected 1 or more, or null, got 0"):
         MonitorConfig(patience=0)

@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.models.metrics.config import MonitorConfig, check_metric
+from lightning_bge.models.metrics.config import MonitorConfig, check_monitor
 from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.models.metrics.threshold import (
     THRESHOLD_PARTS,
@@ -102,11 +102,11 @@ def test_a_diverged_model_has_no_tuned_value() -> None:
 
 
 def test_only_yes_no_decisions_are_monitored_at_a_tuned_threshold() -> None:
-    assert check_metric("binary", None) == ("f1", "tuned")
-    assert check_metric("multilabel", "recall") == ("recall", "tuned")
-    assert check_metric("binary", "f1", "fixed") == ("f1", "fixed")
+    assert check_monitor(MonitorConfig(), "binary") == MonitorConfig("f1", threshold="tuned")
+    assert check_monitor(MonitorConfig("f2"), "multilabel").threshold == "tuned"
+    assert check_monitor(MonitorConfig("f1", threshold="fixed"), "binary") == MonitorConfig("f1", threshold="fixed")
     for task, metric in (("binary", "auroc"), ("multiclass", "f1"), ("regression", None)):
-        assert check_metric(task, metric)[1] == "fixed"  # type: ignore[arg-type]
+        assert check_monitor(MonitorConfig(metric), task).threshold == "fixed"  # type: ignore[arg-type]
     assert MonitorConfig("f1").logged == "val_tuned_f1"
     assert MonitorConfig("f1", threshold="fixed").logged == "val_f1"
     assert MonitorConfig("auroc").logged == "val_auroc"
