@@ -66,7 +66,7 @@ def predict_files(
     columns = ResultColumns(schema, pieces.columns, len(pieces.files) > 1)
     encoder = form.encoder(columns.names, columns.types(found.types) if form.kind == "parquet" else {})
     key = _key(trainer, models, source, schema) | {"format": vars(form), "columns": columns.names}
-    key |= {"keep": pieces.columns, "max_tokens": loader.limit}
+    key |= {"keep": pieces.columns, "max_tokens": loader.limit, "files": pieces.files[1:] and pieces.files}
     sink: Sink = StreamSink(output) if stream else DraftSink(output, form, key)
     writer = PredictionWriter(sink, loader, columns, encoder, found.rows)
     trainer.callbacks.append(writer)  # type: ignore[attr-defined]
@@ -131,7 +131,8 @@ class PredictionWriter(Callback):
             self._bar.move_to(min(self._done + here * trainer.world_size, self._total))
         if trainer.received_sigterm:
             if trainer.is_global_zero:
-                print("lightning-bge: SIGTERM: stopped. The same command continues", file=sys.stderr)
+                kept = " Finished work is kept: the same command continues" * self._sink.is_kept
+                print(f"lightning-bge: SIGTERM: stopped.{kept}", file=sys.stderr)
             raise SystemExit(SIGTERM)
 
     def _write(self, trainer: Trainer, predictor: Predictor, loaded: LoadedPiece) -> None:
@@ -176,8 +177,7 @@ def _key(trainer: Trainer, models: Sequence[BGEClassifier], source: Source, sche
     hparams = models[0].hparams
     return {
         "versions": [FORMAT_VERSION, version("torch"), version("transformers"), version("tokenizers")],
-        "files": source.stamp,
-        "names": source.files,
+        "content": source.stamp,
         "table": vars(source.table),
         "texts": source.text_columns,
         "models": [_content(model.name_or_path, model.hparams["revision"]) for model in models],

@@ -26,11 +26,13 @@ class Sink(Protocol):
     """Takes the bytes of one piece after the other.
 
     Attributes:
+        is_kept: whether a later run can go on with what an interrupted one has written.
         pieces: number of pieces that it holds.
         rows: number of rows that it holds.
         reasons: how many of these have no score, by the reason.
     """
 
+    is_kept: bool
     pieces: int
     rows: int
     reasons: Counter[str]
@@ -54,6 +56,8 @@ class StreamSink:
     Args:
         path: its name.
     """
+
+    is_kept = False
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -89,6 +93,8 @@ class DraftSink:
         form: its format.
         key: all that the rows depend on, as plain data. A draft of another key is started anew.
     """
+
+    is_kept = True
 
     def __init__(self, path: str, form: OutputFormat, key: dict[str, Any]) -> None:
         self._form, self._target = form, output_target(path)

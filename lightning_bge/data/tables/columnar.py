@@ -46,7 +46,7 @@ class ParquetFile:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # the last: nanoseconds without pandas
             raise DataError(f"data file {self.path} can't be read as Parquet: {error}") from error
 
 
