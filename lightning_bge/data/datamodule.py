@@ -243,10 +243,13 @@ class TextDataModule(EncodedDataModule):
         """The file to predict, and how it is read; `schema` is set then, without reading or tokenizing the rows.
 
         Raises:
-            ConfigError: `predict_file` is not set, or the names of the model's outputs are not known.
+            ConfigError: `predict_file` is not set, the model was trained on another number of texts, or the names of
+                its outputs are not known.
         """
         if self.predict_file is None:
             raise ConfigError("predict_file is not set")
+        if self.schema is None:
+            check_text_columns(self)
         schema = self.schema = self.schema or known_schema(self)
         source = make_source(self, self.predict_file, schema.text_columns, schema.max_length)
         return replace(source, windows=schema.windows, label_column=None, group_column=None)
