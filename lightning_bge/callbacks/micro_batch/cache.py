@@ -13,8 +13,10 @@ import torch
 from filelock import FileLock
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_bge.errors import StudyError
 from lightning_bge.runtime.cache_dir import MICRO_BATCH_SIZES, mark_used
 from lightning_bge.runtime.compat.torch import compiled_call
+from lightning_bge.runtime.log_once import log_once
 from lightning_bge.runtime.run_folder import create_run_dir, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -22,20 +24,11 @@ log = logging.getLogger(__name__)
 IRRELEVANT = ("params", "lr", "initial_lr", "weight_decay")  # of an optimizer's options
 
 _known: dict[str, FoundSize] = {}
-_logged: set[str] = set()
-
-
-def log_once(text: str, level: int = logging.INFO) -> None:
-    """Log a line once a process, not once a trial."""
-    if text not in _logged:
-        _logged.add(text)
-        log.log(level, text)
 
 
 def forget() -> None:
     """Forget what this process knows, but not the files."""
     _known.clear()
-    _logged.clear()
 
 
 class FoundSize(NamedTuple):
@@ -69,7 +62,7 @@ class MicroBatchSizes:
                     write_json(self.folder / f"{key}.json", smallest._asdict())
             except OSError as error:
                 text = f"micro-batch sizes can't be kept in {self.folder} ({error}): each process finds its own"
-                log_once(text, logging.WARNING)
+                log_once(log, logging.WARNING, text)
 
     def _read(self, key: str) -> FoundSize | None:
         if self.folder is None:
@@ -79,8 +72,8 @@ class MicroBatchSizes:
             content = read_json(path)
             mark_used(path)
             return None if content is None else FoundSize(int(content["micro_batch_size"]), str(content["reason"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            log_once(f"{path} can't be read ({error}): the size is found anew", logging.WARNING)
+        except (OSError, StudyError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log_once(log, logging.WARNING, f"{path} can't be read ({error}): the size is found anew")
             return None
 
 

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_bge.callbacks.micro_batch.cache import FoundSize, MicroBatchSizes, describe_step, digest, log_once
+from lightning_bge.callbacks.micro_batch.cache import FoundSize, MicroBatchSizes, describe_step, digest
 from lightning_bge.callbacks.micro_batch.config import MemoryConfig
 from lightning_bge.callbacks.micro_batch.probe import Probe, make_meter
 from lightning_bge.callbacks.micro_batch.search import Search
 from lightning_bge.runtime.cache_dir import default_cache_dir
+from lightning_bge.runtime.log_once import log_once
 from lightning_bge.runtime.memory import Limit, cache_bytes, limits, unreserved_use
 from lightning_bge.runtime.micro_batch import SupportsMicroBatchSize, batch_source
 from lightning_bge.runtime.units import format_bytes
+
+log = logging.getLogger(__name__)
 
 NOT_EVEN = "not even this fits"
 CONTEXT_BYTES = 2**30  # CUDA's own, of this process, at most
@@ -76,7 +79,7 @@ class MicroBatchFinder(Callback):
             self._reset(
                 "no micro-batch size: neither data module nor module is a batch source (see SupportsMicroBatchSize)"
             )
-            log_once(self.reason, logging.WARNING)
+            log_once(log, logging.WARNING, self.reason)
             return
         if not getattr(source, "auto_micro_batch_size", True):
             self._reset("the micro-batch size is the user's")
@@ -94,7 +97,7 @@ class MicroBatchFinder(Callback):
         if is_new and self.tried:
             self._sizes.put(self._key, FoundSize(size, self.reason))
         level = logging.WARNING if self.reason.startswith(NOT_EVEN) else logging.INFO
-        log_once(f"micro-batch size {size:,}: {self.reason}", level)
+        log_once(log, level, f"micro-batch size {size:,}: {self.reason}")
 
     def _make_key(
         self, trainer: Trainer, module: LightningModule, source: SupportsMicroBatchSize, known: list[Limit]

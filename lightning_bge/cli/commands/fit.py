@@ -16,7 +16,7 @@ from lightning_bge.cli.evaluate import without_prefix
 from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.run_record import check_same_run, contents, start_more_epochs
 from lightning_bge.errors import StudyError
-from lightning_bge.hpo.trial.out_of_fold import majority_baseline, warn_of_constants
+from lightning_bge.models.metrics.constants import majority_baseline, warn_of_constants
 from lightning_bge.models.metrics.predictions import scores
 from lightning_bge.models.metrics.threshold import best_threshold
 from lightning_bge.models.output.prediction_file import write_predictions

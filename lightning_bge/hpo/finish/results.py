@@ -32,9 +32,7 @@ from lightning_bge.hpo.trial.out_of_fold import (
     OutOfFold,
     drop_predictions,
     judge_out_of_fold,
-    majority_baseline,
     predictions_file,
-    warn_of_constants,
 )
 from lightning_bge.hpo.trials import (
     COMPUTED_WITH,
@@ -51,6 +49,7 @@ from lightning_bge.hpo.trials import (
 )
 from lightning_bge.hpo.versions import count_versions, describe_versions
 from lightning_bge.models.metrics.config import MonitorConfig
+from lightning_bge.models.metrics.constants import majority_baseline, warn_of_constants
 from lightning_bge.models.metrics.names import HAS_THRESHOLD
 from lightning_bge.models.output.prediction_file import write_predictions
 from lightning_bge.runtime.run_folder import read_json, write_json, write_text

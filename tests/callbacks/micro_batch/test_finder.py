@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
-from lightning_bge.callbacks.micro_batch import cache as cache_module
 from lightning_bge.callbacks.micro_batch import finder as finder_module
 from lightning_bge.callbacks.micro_batch import probe as probe_module
 from lightning_bge.callbacks.micro_batch.config import MemoryConfig
@@ -196,7 +195,7 @@ def test_without_a_stated_limit_enough_is_taken(use: Use, caplog: pytest.LogCapt
         use(data, None)
         train(Foreign(), data, finder)
         assert (data.set, data.made) == ([8192], [])
-    [record] = [record for record in caplog.records if record.name == cache_module.__name__]
+    [record] = [record for record in caplog.records if record.name == finder_module.__name__]
     assert record.message.startswith("micro-batch size 8,192: no limit on memory is stated")
     assert finder.tried == []
 

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from lightning_bge.callbacks.micro_batch import cache as cache_module
+from lightning_bge.callbacks.micro_batch import finder as finder_module
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from tests.helpers.trial_steps import ALL, OPTIMIZERS, Foreign, Rows, Use, assert_same, train
 
@@ -61,7 +61,7 @@ def test_not_even_the_smallest_fits(use: Use, caplog: pytest.LogCaptureFixture) 
     trainer = train(module, data, finder)
     assert trainer.global_step == 12
     assert data.set == [8]
-    [record] = [record for record in caplog.records if record.name == cache_module.__name__]
+    [record] = [record for record in caplog.records if record.name == finder_module.__name__]
     assert record.levelno == logging.WARNING
     assert (
         "micro-batch size 8: not even this fits (out of memory in the search for a batch size: 3.0 GiB requested"

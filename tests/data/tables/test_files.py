@@ -92,12 +92,13 @@ def test_another_encoding_is_refused_with_proposals_and_read_if_it_is_set(write:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (gzip.compress(TEXT.encode()), r"compressed with gzip: add \.gz"),
+        (gzip.compress(TEXT.encode(), mtime=0), r"compressed with gzip: add \.gz"),
         (bz2.compress(TEXT.encode()), r"compressed with bzip2: add \.bz2"),
         (pa.compress(TEXT.encode(), "zstd", asbytes=True), r"compressed with Zstandard: add \.zst"),
         (b"PK\x03\x04 and more", "zip archive or an Excel file"),
         (b"PAR1 and more", "Parquet file: name it .parquet"),
     ],
+    ids=["gzip", "bzip2", "zstd", "zip", "parquet"],
 )
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.json"])
 def test_what_is_no_text_is_named(write: Write, content: bytes, words: str, name: str) -> None:

@@ -20,7 +20,6 @@ from lightning_bge.hpo.finish.results import describe_study, trials_table, wall_
 from lightning_bge.hpo.trial.out_of_fold import (
     judge_out_of_fold,
     load_predictions,
-    majority_baseline,
     predictions_file,
     save_predictions,
 )
@@ -58,27 +57,6 @@ def test_the_table_has_a_row_for_each_trial() -> None:
     first, second = csv.DictReader(io.StringIO(trials_table(study)))
     assert (first["state"], first["value"], first["lr"], first["fold_scores"]) == ("COMPLETE", "0.5", "0.1", "[0.4]")
     assert (second["state"], second["value"], second["pruned_at"], second["reports"]) == ("PRUNED", "0.2", "1", "1")
-
-
-@pytest.mark.parametrize(
-    ("task", "labels", "metric", "expected"),
-    [
-        ("binary", [1.0, 0.0, 0.0, 0.0], "accuracy", 0.75),
-        ("binary", [1.0, 0.0, 0.0, 0.0], "f1", 0.4),
-        ("binary", [1.0, 0.0, 0.0, 0.0], "average_precision", 0.25),
-        ("multiclass", [0, 1, 1, 2], "accuracy", 0.5),
-        ("regression", [1.0, 3.0], "mse", 1.0),
-        ("regression", [1.0, 3.0], "spearman", 0.0),
-    ],
-)
-def test_the_baseline_is_the_best_of_the_constant_answers(
-    task: Any, labels: list[float], metric: str, expected: float
-) -> None:
-    names = ("a", "b", "c") if task == "multiclass" else BINARY.labels
-    schema = Schema(task, names if task != "regression" else (), ("text",), 16)
-    rows = torch.arange(len(labels))
-    predictions = Predictions(rows, torch.randn(len(labels), schema.num_outputs), torch.tensor(labels))
-    assert majority_baseline(schema, predictions, MonitorConfig(metric)) == pytest.approx(expected)
 
 
 def out_of_fold(tmp_path: Path, folds: int) -> Path:
