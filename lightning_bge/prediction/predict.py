@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.encoded_file import Source, stamp, stamp_of_files
 from lightning_bge.data.pieces import LoadedPiece, PieceLoader, TextPieces
-from lightning_bge.errors import ConfigError, DataError
+from lightning_bge.errors import DataError
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.distributed import gather
 from lightning_bge.models.metrics.predictions import Predictions
@@ -150,18 +150,6 @@ class PredictionWriter(Callback):
             self._sink.close()
         if self._bar is not None:
             self._bar.stop()
-
-
-def refuse_parts(trainer: Any) -> None:
-    """Raise `ConfigError` where the trainer's options leave out rows.
-
-    Args:
-        trainer: the options.
-    """
-    for name in ("fast_dev_run", "limit_predict_batches"):
-        value = trainer[name]
-        if repr(value) not in ("None", "False", "1.0"):
-            raise ConfigError(f"trainer.{name}={value}: predict gives every row a score. Leave it out")
 
 
 def describe_reasons(rows: int, reasons: Counter[str]) -> str:

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.models.ensemble import ensemble_members, member_module
 from lightning_bge.prediction.formats import OutputFormat
-from lightning_bge.prediction.predict import describe_reasons, predict_files, refuse_parts
+from lightning_bge.prediction.predict import describe_reasons, predict_files
 from lightning_bge.preflight import preflight
 from lightning_bge.runtime.output_file import is_stream
 
@@ -28,7 +28,6 @@ def run(args: list[str]) -> None:
     cli = BGECLI("predict", args, description=" ".join(DESCRIPTION.split()), add_arguments=_add_arguments)
     output = cli.config_init.output
     with running(cli.trainer), redirect_stdout(sys.stderr) if is_stream(output) else nullcontext():
-        refuse_parts(cli.config.trainer)
         preflight("predict", cli.experiment, outputs={"output": output})
         OutputFormat.of(output, is_stream(output))
         members = ensemble_members(Path(cli.model.name_or_path).expanduser())
