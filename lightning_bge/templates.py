@@ -21,6 +21,7 @@ from optuna.distributions import BaseDistribution
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.micro_batch.finder import MemoryConfig, MicroBatchFinder
 from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.data.sources import has_groups
 from lightning_bge.errors import INTERRUPTED, ConfigError, UserError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
@@ -95,9 +96,8 @@ def study_of_templates(
     given = _checked(options)
     own = {name: given.pop(name, kind()) for name, kind in CONFIGS.items() if name not in ("pruner", "sampler")}
     _check_templates(model, data)
-    grouped = data.hparams["group_column"] is not None
     monitor = replace(own["monitor"], metric=metric or own["monitor"].metric)
-    own["monitor"] = check_monitor(monitor, model.hparams["task"], grouped)
+    own["monitor"] = check_monitor(monitor, model.hparams["task"], has_groups(data.hparams))
     hpo = StudyConfig(n_trials=n_trials, space=_parse(space), **given)
     template = _Template(model=model, data=data, hpo=hpo, **own)
     return template.experiment(template.config(run_dir, seed, trainer)), hpo

@@ -22,6 +22,7 @@ from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.cli.explain import describe_trainer_error, explain
 from lightning_bge.cli.option_parser import OptionParser
 from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.data.sources import has_groups
 from lightning_bge.errors import INTERRUPTED, ConfigError
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.trial.objective import TrialSetup
@@ -101,8 +102,8 @@ class BGECLI(LightningCLI):
             schema = Schema.load(Path(config.model.name_or_path).expanduser())
             if schema is not None:
                 config.model.task = config.data.task = schema.task
-        grouped = config.data.group_column is not None
-        monitor = check_monitor(MonitorConfig(**config.monitor.as_dict()), config.model.task, grouped)
+        groups = has_groups(config.data.as_dict())
+        monitor = check_monitor(MonitorConfig(**config.monitor.as_dict()), config.model.task, groups)
         config.monitor.update(Namespace(**vars(monitor)))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -14,12 +14,10 @@ from lightning_bge.data.batches.samplers import EffectiveBatchSampler
 from lightning_bge.data.encoded_data_module import EncodedDataModule, Split
 from lightning_bge.data.encoded_file import CheckedFile, Source, check_file, load_file, load_training_file
 from lightning_bge.data.sources import (
-    DEFAULT_TEXT_COLUMNS,
-    check_text_columns,
     exported_schema,
     known_schema,
     make_source,
-    windows_of,
+    training_source,
 )
 from lightning_bge.data.tables.config import TableConfig
 from lightning_bge.data.tables.files import Files
@@ -50,7 +48,8 @@ class TextDataModule(EncodedDataModule):
         val_file: rows to validate on; unset: a part of train_file.
         test_file: rows to test on. With `split.outer_fold` those of the outer fold are, and there is no test file.
         predict_file: rows to predict; needs no labels.
-        text_columns: one or two columns with text.
+        text_columns: one or two columns with text. Unset: those of an exported model that is evaluated; `query` and
+            `passage` of FlagEmbedding's lines; else `text_a` and `text_b`.
         label_column: column with the label; for a multi-label task also one column for each label, with 1 or 0.
         group_column: rows of a group stay on one side of a split. Unset: rows are independent.
         max_length: longest sequence in tokens, special tokens counted; longer ones are truncated, the longer text
@@ -96,7 +95,7 @@ class TextDataModule(EncodedDataModule):
         val_file: str | list[str] | None = None,
         test_file: str | list[str] | None = None,
         predict_file: str | list[str] | None = None,
-        text_columns: tuple[str, ...] = DEFAULT_TEXT_COLUMNS,
+        text_columns: tuple[str, ...] | None = None,
         label_column: str | tuple[str, ...] = "label",
         group_column: str | None = None,
         max_length: int = 512,
@@ -115,7 +114,8 @@ class TextDataModule(EncodedDataModule):
         self.task = task
         self.train_file, self.val_file = train_file, val_file
         self.test_file, self.predict_file = test_file, predict_file
-        self.text_columns = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
+        named = [text_columns] if isinstance(text_columns, str) else text_columns
+        self.text_columns = None if named is None else tuple(named)
         self.label_column = label_column if isinstance(label_column, str) else tuple(label_column)
         self.group_column = group_column
         self.max_length, self.batch_size = max_length, batch_size
@@ -175,8 +175,6 @@ class TextDataModule(EncodedDataModule):
         Raises:
             UserError: an argument, a file or its content is wrong.
         """
-        if stage in ("validate", "test", "predict") and self.schema is None:
-            check_text_columns(self)
         if stage in ("fit", "validate", None):
             if self.train_file is not None or stage != "validate":
                 self._setup_training(evaluates=stage == "validate")
@@ -195,13 +193,15 @@ class TextDataModule(EncodedDataModule):
             return
         if self.train_file is None:
             raise ConfigError("train_file is not set")
-        windows = windows_of(self, exported_schema(self)) if evaluates else self.windows
-        source = make_source(self, self.train_file, self.text_columns, self.max_length, self.table.max_rows)
-        source = replace(source, windows=windows)
+        exported = exported_schema(self) if evaluates else None
+        source = training_source(self, self.train_file, exported)
         training = load_training_file(source, self.task, self.split if self.val_file is None else None)
         file = training.file
-        columns = source.text_columns
-        self.schema = Schema(self.task, training.label_names, columns, file.max_length, windows=windows)
+        self.schema = Schema(
+            *(self.task, training.label_names, source.text_columns, file.max_length),
+            threshold=0.5 if exported is None else exported.threshold,
+            windows=source.windows,
+        )
         self._trained_texts = np.delete(file.text_hashes, training.outer)
         if training.folds:
             warn_of_overlap_of_folds(file.text_hashes, training.folds, str(file.names))
@@ -214,14 +214,15 @@ class TextDataModule(EncodedDataModule):
         self.train_labels, self.group_names = training.labels, file.group_names
         self.outer_rows = training.outer
         names = ["train", *(["val"] if self.val_file is None else []), *(["test"] if len(training.outer) else [])]
+        rows, pooling = (file.tokens, training.labels, file.groups), source.windows.pooling
         for name in names:
             limit = self.micro_batch_size if name == "train" else self.eval_micro_batch_size
-            self._datasets[name] = EncodedDataset(file.tokens, training.labels, file.groups, limit, windows.pooling)
+            self._datasets[name] = EncodedDataset(*rows, limit, pooling)
 
     def _setup_file(self, name: Split, files: Files | None) -> None:
         if files is None:
             raise ConfigError(f"{name}_file is not set")
-        schema = self.schema = self.schema or known_schema(self)
+        schema = self.schema = self.schema or known_schema(self, files)
         source = replace(make_source(self, files, schema.text_columns, schema.max_length), windows=schema.windows)
         file = load_file(self.predict_source() if name == "predict" else source)
         labels = None
@@ -248,9 +249,7 @@ class TextDataModule(EncodedDataModule):
         """
         if self.predict_file is None:
             raise ConfigError("predict_file is not set")
-        if self.schema is None:
-            check_text_columns(self)
-        schema = self.schema = self.schema or known_schema(self)
+        schema = self.schema = self.schema or known_schema(self, self.predict_file)
         source = make_source(self, self.predict_file, schema.text_columns, schema.max_length)
         return replace(source, windows=schema.windows, label_column=None, group_column=None)
 
@@ -322,7 +321,7 @@ class TextDataModule(EncodedDataModule):
         return rows.labels, rows.groups
 
     def _check_test_file(self, files: Files) -> CheckedFile:
-        schema = self.schema or known_schema(self)
+        schema = self.schema or known_schema(self, files)
         source = make_source(self, files, schema.text_columns, schema.max_length)
         found = check_file(source, schema.task, schema.labels)
         if schema.windows.stride is not None:

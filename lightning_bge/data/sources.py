@@ -1,9 +1,10 @@
 """What a data module's arguments say of a file: how it is read and encoded, and what the model's outputs mean."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from lightning_bge.data.checkpoint_labels import checkpoint_labels
 from lightning_bge.data.encoded_file import Source, TokenizerKey, stamp, stamp_of_files
@@ -19,7 +20,7 @@ from lightning_bge.windows import NO_WINDOWS, WindowConfig
 
 log = logging.getLogger(__name__)
 
-DEFAULT_TEXT_COLUMNS = ("text_a", "text_b")
+TEXT_COLUMNS = ("text_a", "text_b")  # where none are named
 
 
 class DataArguments(Protocol):
@@ -30,7 +31,7 @@ class DataArguments(Protocol):
     trust_remote_code: bool
     task: Task
     train_file: str | list[str] | None
-    text_columns: tuple[str, ...]
+    text_columns: tuple[str, ...] | None
     label_column: str | tuple[str, ...]
     group_column: str | None
     max_length: int
@@ -40,37 +41,56 @@ class DataArguments(Protocol):
     windows: WindowConfig
 
 
-def check_text_columns(data: DataArguments) -> None:
-    """Raise `ConfigError` for single texts for a model of pairs, and pairs for a model of single texts."""
+def has_groups(arguments: Mapping[str, Any]) -> bool:
+    """Whether the rows of a data module with these arguments have groups; a file may bring them."""
+    if arguments["group_column"] is not None:
+        return True
+    files = arguments["train_file"] or arguments["val_file"] or arguments["test_file"]
+    return files is not None and has_pairs(files, TableConfig(**arguments["table"]))
+
+
+def known_schema(data: DataArguments, files: Files) -> Schema:
+    """From the exported model's folder, else from the arguments, the training file, and the files that are read.
+
+    Raises:
+        ConfigError: the names of the model's outputs are not known, or see `exported_schema`.
+    """
     schema = exported_schema(data)
-    chosen = data.text_columns
-    if schema is not None and chosen != DEFAULT_TEXT_COLUMNS and len(chosen) != len(schema.text_columns):
+    if schema is not None:
+        chosen = data.text_columns or schema.text_columns
+        if schema.task != data.task:
+            log.info("task %s of the exported model is used, not %s", schema.task, data.task)
+        length, windows = min(data.max_length, schema.max_length), windows_of(data, schema)
+        return replace(schema, text_columns=chosen, max_length=length, windows=windows)
+    columns = make_source(data, files, data.text_columns, data.max_length).text_columns
+    return Schema(data.task, _known_labels(data), columns, data.max_length, windows=data.windows)
+
+
+def exported_schema(data: DataArguments) -> Schema | None:
+    """That of the folder whose tokenizer is used, where it holds an exported model.
+
+    Raises:
+        ConfigError: the model is for single texts and pairs are named, or the reverse.
+    """
+    schema, chosen = Schema.load(Path(data.tokenizer).expanduser()) if data.tokenizer else None, data.text_columns
+    if schema is not None and chosen is not None and len(chosen) != len(schema.text_columns):
         forms = ("", "single texts", "pairs of texts")
         raise ConfigError(
             f"data.text_columns: {data.tokenizer} was trained on {forms[len(schema.text_columns)]} "
             f"({', '.join(schema.text_columns)}), got {', '.join(chosen)}. Name as many columns, or another model"
         )
+    return schema
 
 
-def known_schema(data: DataArguments) -> Schema:
-    """From the exported model's folder, else from the arguments and the training file.
-
-    Raises:
-        ConfigError: the names of the model's outputs are not known.
-    """
-    schema = exported_schema(data)
-    if schema is not None:
-        chosen = data.text_columns if data.text_columns != DEFAULT_TEXT_COLUMNS else schema.text_columns
-        if schema.task != data.task:
-            log.info("task %s of the exported model is used, not %s", schema.task, data.task)
-        length, windows = min(data.max_length, schema.max_length), windows_of(data, schema)
-        return replace(schema, text_columns=chosen, max_length=length, windows=windows)
-    return Schema(data.task, _known_labels(data), data.text_columns, data.max_length, windows=data.windows)
-
-
-def exported_schema(data: DataArguments) -> Schema | None:
-    """That of the folder whose tokenizer is used, where it holds an exported model."""
-    return Schema.load(Path(data.tokenizer).expanduser()) if data.tokenizer else None
+def training_source(data: DataArguments, files: Files, exported: Schema | None) -> Source:
+    """How the training file is read: as the arguments say, and as the exported model that is evaluated was trained."""
+    if exported is None:
+        source = make_source(data, files, data.text_columns, data.max_length, data.table.max_rows)
+        return replace(source, windows=data.windows)
+    columns, length = data.text_columns or exported.text_columns, min(data.max_length, exported.max_length)
+    source = make_source(data, files, columns, length, data.table.max_rows)
+    table = replace(data.table, labels=exported.labels or None)
+    return replace(source, windows=windows_of(data, exported), table=table)
 
 
 def windows_of(data: DataArguments, exported: Schema | None) -> WindowConfig:
@@ -101,14 +121,18 @@ def _known_labels(data: DataArguments) -> tuple[str, ...]:
 
 
 def make_source(
-    data: DataArguments, files: Files, text_columns: tuple[str, ...], max_length: int, max_rows: int | None = None
+    data: DataArguments,
+    files: Files,
+    text_columns: tuple[str, ...] | None,
+    max_length: int,
+    max_rows: int | None = None,
 ) -> Source:
     """Files, and how they are read and encoded.
 
     Args:
         data: the arguments.
-        files: see `expand_files`. Of FlagEmbedding's lines the texts and the group go by the names of their columns.
-        text_columns: those to read.
+        files: see `expand_files`. The rows of a query in FlagEmbedding's lines are a group, where none is named.
+        text_columns: those to read; None: the texts of FlagEmbedding's lines, else text_a and text_b.
         max_length: the requested limit in tokens.
         max_rows: keep only the first rows; None: all.
     """
@@ -116,11 +140,11 @@ def make_source(
     folder = str(default_cache_dir() if data.cache_dir is None else Path(data.cache_dir).expanduser())
     group = data.group_column
     if has_pairs(files, data.table):
-        text_columns = PAIR_COLUMNS[:2] if text_columns == DEFAULT_TEXT_COLUMNS else text_columns
+        text_columns = text_columns or PAIR_COLUMNS[:2]
         group = PAIR_COLUMNS[0] if group is None else group
     named = files if isinstance(files, str | Path) else tuple(files)
+    columns = (text_columns or TEXT_COLUMNS, data.label_column, group)
     return Source(
-        *(named, stamp_of_files(files), text_columns, data.label_column, group, data.table, max_rows, tokenizer),
-        *(max_length, folder),
+        *(named, stamp_of_files(files), *columns, data.table, max_rows, tokenizer, max_length, folder),
         cache_gb=data.cache_gb,
     )

@@ -431,7 +431,7 @@ def test_options_of_the_command_line(tokenizer_dir: str) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TextDataModule, "data")
     default = parser.parse_args([])
-    assert default.data.text_columns == ("text_a", "text_b")
+    assert default.data.text_columns is None
     assert default.data.split.val_fraction == 0.2
     text = ["--data.text_columns", "[q,d]", "--data.table.labels", "[n,y]", "--data.batching.max_tokens", "100"]
     data = parser.instantiate(parser.parse_args(text)).data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.data.sources import has_groups
 from lightning_bge.data.tables.config import TableConfig
 from lightning_bge.errors import ConfigError, DataError
+from lightning_bge.types import Schema
 from tests.helpers.small_texts import random_texts
 
 Write = Callable[[str, "str | bytes"], Path]
@@ -137,3 +140,33 @@ def test_copies_on_both_sides_are_named_once(
     [record] = [record for record in caplog.records if record.levelname == "WARNING"]
     assert f"{twice}: " in record.message
     assert "of 8 validation rows" in record.message
+
+
+def test_an_exported_model_is_validated_as_it_was_trained(
+    make: Make, write: Write, texts: list[str], tokenizer_dir: str, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tokenizer_dir, model)
+    Schema("binary", ("yes", "no"), ("text",), 16, threshold=0.8).save(model)
+    path = str(write("t.csv", csv(texts, [("no", "yes")[row % 2] for row in range(40)])))
+    data = make(tokenizer=str(model), train_file=path)
+    data.setup("validate")
+    assert data.schema == Schema("binary", ("yes", "no"), ("text",), 16, threshold=0.8)
+    np.testing.assert_array_equal(data.train_labels, [1.0, 0.0] * 20)
+    data = make(tokenizer=str(model), train_file=path, text_columns="text")
+    data.setup("fit")  # a new training run goes by its own options
+    assert data.schema == Schema("binary", ("no", "yes"), ("text",), 512)
+    for stage in ("validate", "test", "predict"):
+        files = dict.fromkeys(("train_file", "test_file", "predict_file"), path)
+        with pytest.raises(ConfigError, match=r"was trained on single texts \(text\), got text_a, text_b"):
+            make(tokenizer=str(model), text_columns=("text_a", "text_b"), **files).setup(stage)
+
+
+def test_groups_that_a_file_brings_are_known_before_it_is_read(write: Write) -> None:
+    pairs = str(write("t.jsonl", json.dumps({"query": "q", "pos": ["p"], "neg": ["n"]})))
+    rows = str(write("u.jsonl", json.dumps({"query": "q", "passage": "p", "label": 1})))
+    assert has_groups(TextDataModule(train_file=pairs).hparams)
+    assert has_groups(TextDataModule(test_file=pairs).hparams)
+    assert not has_groups(TextDataModule(train_file=rows).hparams)
+    assert has_groups(TextDataModule(train_file=rows, group_column="query").hparams)
+    assert not has_groups(TextDataModule().hparams)

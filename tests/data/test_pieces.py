@@ -27,7 +27,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def source(tokenizer: str, files: Any, columns: tuple[str, ...] = ("text",), **options: Any) -> Any:
+def source(tokenizer: str, files: Any, columns: tuple[str, ...] | None = ("text",), **options: Any) -> Any:
     names = [str(file) for file in files] if isinstance(files, list) else str(files)
     data = TextDataModule(tokenizer, predict_file=names, text_columns=columns, max_length=12, **options)
     return data.predict_source()
@@ -85,7 +85,7 @@ def test_a_text_column_must_exist(tokenizer: str, tmp_path: Path) -> None:
 
 def test_pairs_of_flagembedding(tokenizer: str, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"query": "q", "pos": ["p"], "neg": ["n", ""]}])
-    (piece,) = TextPieces(source(tokenizer, path, ("text_a", "text_b")))
+    (piece,) = TextPieces(source(tokenizer, path, None))
     assert piece.texts == [("q", "p"), ("q", "n"), ("", "")]
     assert piece.kept == {"label": [1, 0, 0]}
 
