@@ -9,6 +9,8 @@ import gzip
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -403,19 +405,34 @@ def listing(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*"))}
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_has_a_short_message_and_leaves_nothing(name: str, run: Run, place: Path) -> None:
-    mistake = MISTAKES[name]
+def check(mistake: Mistake, place: Path, call: Callable[..., tuple[int, str, str]]) -> None:
     for file, content in mistake.files.items():
         (place / file).write_bytes(content.encode() if isinstance(content, str) else content)
     before = listing(place)
-    status, out, err = run(*mistake.args)
+    status, out, err = call(*mistake.args)
     text = err[err.index("lightning-bge: ") :] if "lightning-bge: " in err else ""
     assert (status, "Traceback" in out + err) == (2, False), err[-3000:]
     assert 1 <= len(text.strip().splitlines()) <= 3, err
     assert len(text) < 900
     assert re.search(mistake.message, text, re.DOTALL), text
     assert listing(place) == before
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_has_a_short_message_and_leaves_nothing(name: str, run: Run, place: Path) -> None:
+    check(MISTAKES[name], place, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(MISTAKES)[::9])
+def test_the_same_in_a_process_of_its_own(name: str, place: Path) -> None:
+    def call(*args: str) -> tuple[int, str, str]:
+        # beside this interpreter: the program that is installed
+        program = Path(sys.executable).with_name("lightning-bge")
+        found = subprocess.run([program, *args], capture_output=True, text=True, check=False, timeout=120)
+        return found.returncode, found.stdout, found.stderr
+
+    check(MISTAKES[name], place, call)
 
 
 def test_there_are_enough() -> None:
