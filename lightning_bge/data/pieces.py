@@ -93,9 +93,10 @@ class TextPieces:
         for name, file, columns in self._files:
             row = 0
             names = [column for column in dict.fromkeys([*self._texts, *self.columns]) if column in columns]
-            for rows in file.rows(names, None, self._rows):
-                yield self._piece(name, row, rows.columns, len(rows))
-                row += len(rows)
+            for found in file.rows(names, self._rows):
+                count = len(next(iter(found.values())))
+                yield self._piece(name, row, found, count)
+                row += count
             if not row:
                 raise DataError(f"data file {name} has a header but no rows")
 

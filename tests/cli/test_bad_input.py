@@ -67,9 +67,9 @@ FILES: dict[str, tuple[str, str | bytes, tuple[str, ...], str]] = {
     "binary": ("x.csv", bytes(range(256)) * 8, (), r"x\.csv"),
     "wrong encoding": ("x.csv", GOOD.encode() + b"\x81\x82,1\n", ("--data.table.encoding", "cp1252"), r"CP1252"),
     "utf-16 cut short": ("x.csv", GOOD.encode("utf-16")[:-1], (), r"not valid UTF-16|label is missing|fields"),
-    "empty text": ("x.csv", GOOD + ",1\n", (), r"column 'text' has empty text in 1 of 21 rows \(row 21"),
+    "empty text": ("x.csv", GOOD + ",1\n", (), r"column 'text' has empty text in 1 of 21 rows \(data row 21"),
     "blank text": ("x.csv", GOOD + "  ,1\n", (), r"column 'text' has empty text in 1 of 21 rows"),
-    "missing label": ("x.csv", GOOD + "a,\n", (), r"label is missing in 1 of 21 rows \(row 21.*fill in or drop"),
+    "missing label": ("x.csv", GOOD + "a,\n", (), r"label is missing in 1 of 21 rows \(data row 21.*fill in or drop"),
     "one class": ("x.csv", "text,label\na,1\nb,1\n", (), r"one class only, '1'"),
     "three classes": ("x.csv", with_label(3, "2"), (), r"binary needs two labels.*3.*multiclass"),
     "one row of a class": ("x.csv", "text,label\na,1\nb,0\nc,0\nd,0\ne,0\n", (), r"class '1' is in 1 rows, too few"),
@@ -111,7 +111,7 @@ FILES: dict[str, tuple[str, str | bytes, tuple[str, ...], str]] = {
     "three label names": ("x.csv", GOOD, ("--data.table.labels", "[0, 1, 2]"), r"data\.table\.labels.*two"),
     "a group is missing": (
         *("x.csv", "text,label,g\na,1,p\nb,0,\nc,1,q\n", ("--data.group_column", "g")),
-        r"column 'g' has empty text in 1 of 3",
+        r"column 'g' has an empty value in 1 of 3",
     ),
     "one group": (
         *("x.csv", "text,label,g\n" + "a,1,p\nb,0,p\n" * 5, ("--data.group_column", "g")),

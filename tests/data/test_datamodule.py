@@ -390,7 +390,7 @@ def test_names_without_a_schema(make: Make, pairs_file: Path, caplog: pytest.Log
 def test_unknown_label_in_the_test_file(make: Make, write: Write) -> None:
     data = make(test_file=str(write("t.csv", "text_a,text_b,label\nw1,w2,perhaps\n")))
     data.setup("fit")
-    with pytest.raises(DataError, match=r"t\.csv: label 'perhaps' \(row 1.* known labels 'no', 'yes'"):
+    with pytest.raises(DataError, match=r"t\.csv: label 'perhaps' \(data row 1.* known labels 'no', 'yes'"):
         data.setup("test")
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_bge.data.tables.files import HUB, HubDataset
-from lightning_bge.data.tables.rows import Rows, check_names
+from lightning_bge.data.tables.rows import Columns, check_names
 from lightning_bge.errors import ConfigError, DataError
 
 
@@ -35,12 +35,12 @@ class ParquetFile:
         self.columns: list[str] = self._file.schema_arrow.names
         self.types = dict(zip(self.columns, self._file.schema_arrow.types, strict=True))
 
-    def rows(self, names: Sequence[str], label: str | None, chunk: int) -> Iterator[Rows]:
-        """The rows in pieces of at most `chunk`: see `DelimitedFile.rows`."""
+    def rows(self, names: Sequence[str], chunk: int) -> Iterator[Columns]:
+        """The columns of at most `chunk` rows after the other."""
         check_names(names, self.columns, self.path)
         with self._errors():
             for batch in self._file.iter_batches(chunk, columns=list(dict.fromkeys(names))):
-                yield Rows({name: _values(batch.column(name)) for name in names})
+                yield {name: _values(batch.column(name)) for name in names}
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -73,12 +73,15 @@ class HFDataset:
         self.columns: list[str] = self._data.column_names
         self.form = "a data set of Hugging Face"
 
-    def rows(self, names: Sequence[str], label: str | None, chunk: int) -> Iterator[Rows]:
-        """The rows in pieces of at most `chunk`: see `DelimitedFile.rows`."""
+    def rows(self, names: Sequence[str], chunk: int) -> Iterator[Columns]:
+        """The columns of at most `chunk` rows after the other."""
         check_names(names, self.columns, self.path)
         data = self._data.select_columns(list(dict.fromkeys(names))).with_format("arrow")
-        for table in data.iter(chunk):
-            yield Rows({name: self._named(name, _values(table.column(name))) for name in names})
+        try:
+            for table in data.iter(chunk):
+                yield {name: self._named(name, _values(table.column(name))) for name in names}
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"data set {self.path} can't be read: {error}") from error
 
     def _named(self, name: str, values: list[Any]) -> list[Any]:
         feature = self._data.features[name]

@@ -1,7 +1,7 @@
 """Rows of CSV and TSV files."""
 
 import csv
-import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +11,8 @@ from pathlib import Path
 from lightning_bge.data.tables.config import DELIMITERS, TableConfig
 from lightning_bge.data.tables.dialect import Dialect, find_delimiter, is_quoted
 from lightning_bge.data.tables.files import encoding_of, open_text, undecodable
-from lightning_bge.data.tables.rows import Rows, check_names
+from lightning_bge.data.tables.rows import Columns, check_names
 from lightning_bge.errors import DataError
-
-log = logging.getLogger(__name__)
 
 _SHOWN = 60  # characters of a line in a message
 
@@ -61,12 +59,11 @@ class DelimitedFile:
         with self._errors(), open_text(self.path, self._encoding) as file:
             return is_quoted(file, Dialect(delimiter, quoting=True))
 
-    def rows(self, names: Sequence[str], label: str | None, chunk: int) -> Iterator[Rows]:
-        """The rows in pieces of at most `chunk`.
+    def rows(self, names: Sequence[str], chunk: int) -> Iterator[Columns]:
+        """The columns of at most `chunk` rows after the other.
 
         Args:
             names: the columns to read.
-            label: the one of them that holds labels, by which a swallowed row is known; None: there is none.
             chunk: the most rows of a piece.
 
         Raises:
@@ -74,12 +71,13 @@ class DelimitedFile:
         """
         check_names(names, self.columns, self.path, self.form)
         places = [self.columns.index(name) for name in names]
-        records = self._records(None if label is None else self.columns.index(label))
+        swallowed = _Swallowed(self.path, self._dialect, len(self.columns))
+        records = self._records(swallowed)
         while piece := list(islice(records, chunk)):
-            yield Rows({name: [record[place] for record in piece] for name, place in zip(names, places, strict=True)})
+            swallowed.check()
+            yield {name: [record[place] for record in piece] for name, place in zip(names, places, strict=True)}
 
-    def _records(self, label: int | None) -> Iterator[list[str]]:
-        swallowed = _Swallowed(self.path, self._dialect, len(self.columns), label)
+    def _records(self, swallowed: "_Swallowed") -> Iterator[list[str]]:
         with self._errors(), open_text(self.path, self._encoding) as file:
             lines = _Lines(file)
             reader = self._dialect.reader(lines)
@@ -102,9 +100,8 @@ class DelimitedFile:
                 if len(record) != len(self.columns):
                     raise self._width_error(number, start, record, lines)
                 if self._config.quoting is None:
-                    swallowed.check(start, lines, record)
+                    swallowed.see(start, lines.record, record)
                 yield record
-        swallowed.finish()
 
     def _width_error(self, number: int, start: int, record: list[str], lines: "_Lines") -> DataError:
         return DataError(
@@ -156,41 +153,73 @@ class _Lines:
 class _Swallowed:
     """Finds rows that stand within a field, since two quotes that have nothing to do with each other enclose them.
 
-    Each line of such a field is a row of its own: with as many fields, and with a label that other rows have.
+    The lines of such a field are rows of their own: they have as many fields, and one of their other columns has values
+    like those of other rows. A text of several lines has neither, but by chance.
     """
 
-    def __init__(self, path: Path, dialect: Dialect, columns: int, label: int | None) -> None:
-        self._path, self._columns, self._label = path, columns, label
+    def __init__(self, path: Path, dialect: Dialect, columns: int) -> None:
+        self._path = path
         self._literal = Dialect(dialect.delimiter, quoting=False)
-        self._labels: set[str] = set()
-        self._suspects: list[tuple[int, int, set[str]]] = []  # first and last line, and the labels between
+        self._seen = [_Values() for _ in range(columns)]
+        self._suspects: list[tuple[int, int, dict[int, list[str]]]] = []  # first and last line, values by column
 
-    def check(self, start: int, lines: _Lines, record: list[str]) -> None:
+    def see(self, start: int, lines: list[str], record: list[str]) -> None:
         """See a record, which begins at a line."""
-        if self._label is not None:
-            self._labels.add(record[self._label])
-        if len(lines.record) == 1:
+        for values, value in zip(self._seen, record, strict=True):
+            values.add(value)
+        if len(lines) == 1:
             return
-        rows = list(self._literal.reader(lines.record))
-        if self._columns < 2 or any(len(row) != self._columns for row in rows):
+        rows = [row for row in self._literal.reader(lines) if row]
+        whole = [(number, row) for number, row in enumerate(rows) if len(row) == len(record)]
+        if len(record) < 2 or len(whole) < max(2, 0.8 * len(rows)):
             return
-        if self._label is not None:
-            self._suspects.append((start, lines.count, {row[self._label] for row in rows[:-1]}))
-        elif len(rows) > 2:  # a text of two lines can have as many fields by chance
-            raise self._error(start, lines.count)
+        text = next(column for column, value in enumerate(record) if "\n" in value or "\r" in value)
+        # the columns before the text are the record's own in the first line, and those behind it in the last one
+        others = {
+            column: [row[column] for number, row in whole if number != (0 if column < text else len(rows) - 1)]
+            for column in range(len(record))
+            if column != text
+        }
+        self._suspects.append((start, start + len(lines) - 1, others))
 
-    def finish(self) -> None:
-        """Raise `DataError` if rows were swallowed."""
-        for first, last, labels in self._suspects:
-            if labels <= self._labels:
-                raise self._error(first, last)
+    def check(self) -> None:
+        """Raise `DataError` if rows were swallowed, as far as the records tell that have been seen."""
+        for first, last, others in self._suspects:
+            for column, values in others.items():
+                if values and self._seen[column].are_like(values):
+                    raise DataError(
+                        f"{self._path}: a text that a quote in line {first} opens and one in line {last} closes holds "
+                        f"what seem to be {len(values)} more rows. Close the quotes, or set data.table.quoting: false "
+                        "where quotes are part of the texts, true where this is one text"
+                    )
 
-    def _error(self, first: int, last: int) -> DataError:
-        return DataError(
-            f"{self._path}: a text that a quote in line {first} opens and one in line {last} closes holds "
-            f"{last - first} whole rows. Close the quotes, or set data.table.quoting: false where quotes are part of "
-            "the texts, true where this is one text"
-        )
+
+class _Values:
+    """What the values of a column are like: those of the first rows, and their shapes."""
+
+    _ROWS = 5000  # enough to know a column, and few enough to cost no time
+
+    def __init__(self) -> None:
+        self._rows, self._values, self._shapes = 0, set[str](), set[str]()
+
+    def add(self, value: str) -> None:
+        if self._rows < self._ROWS:
+            self._rows += 1
+            self._values.add(value)
+            self._shapes.add(_shape(value))
+
+    def are_like(self, values: list[str]) -> bool:
+        """Whether some values could be of this column: single words of a text may be by chance, numbers hardly."""
+        shapes = [_shape(value) for value in values]
+        if len(values) > 1 and self._shapes.issuperset(shapes):
+            return True
+        pairs = zip(values, shapes, strict=True)
+        return all(value in self._values or ("9" in shape and shape in self._shapes) for value, shape in pairs)
+
+
+def _shape(value: str) -> str:
+    """A value with runs of digits as 9 and runs of letters as a, such as `a-9` for `row-17`."""
+    return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "9", value[:100]))
 
 
 def _shown(line: str) -> str:

@@ -88,19 +88,32 @@ def expand_files(files: Files) -> list[str]:
         path = Path(name).expanduser()
         if name.startswith(HUB):
             found.append(name)
-        elif glob.has_magic(name) and not path.exists():
+        elif glob.has_magic(name) and not _exists(path):
             matches = sorted(glob.glob(str(path), recursive=True))
             if not matches:
                 raise DataError(f"{name}: no file has a name of this form")
             found += matches
-        elif not path.exists():
+        elif not _exists(path):
             raise DataError(f"{path} does not exist")
         else:
             found.append(str(path))
-    twice = [name for name in found if found.count(name) > 1]
-    if twice:
-        raise DataError(f"data file {twice[0]} is named twice: name it once")
+    places: dict[str, str] = {}
+    for name in found:
+        place = name if name.startswith(HUB) else str(Path(name).resolve())
+        if place in places:
+            raise DataError(f"data file {name} is named twice ({places[place]}): name it once")
+        places[place] = name
     return found
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is a file or folder; `DataError` where there can't be one, and for pipes and devices."""
+    try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise DataError(f"{path} is a pipe or a device, which can be read only once: write it to a file first")
+        return path.exists()
+    except (OSError, ValueError) as error:  # too long, or a character that no name can have
+        raise DataError(f"{str(path)[:100]}... can't be the name of a file: {error.__class__.__name__}") from error
 
 
 def format_of(path: Path, config: TableConfig) -> str:

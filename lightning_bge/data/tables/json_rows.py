@@ -6,14 +6,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lightning_bge.data.tables.config import TableConfig
 from lightning_bge.data.tables.files import encoding_of, open_text, undecodable
-from lightning_bge.data.tables.rows import Rows, check_names
+from lightning_bge.data.tables.rows import Columns, check_names
 from lightning_bge.errors import DataError
 
 PAIR_COLUMNS = ("query", "passage", "label")  # of the rows that are made of FlagEmbedding's lines
+
+_LISTS = {"pos": 1, "neg": 0}  # of texts in these lines, with the labels of their rows
 
 _Object = tuple[str, dict[str, Any]]  # where it stands, and its fields
 
@@ -22,7 +24,7 @@ class JSONFile:
     """A JSON file of objects, which are rows.
 
     A line `{"query": ..., "pos": [...], "neg": [...]}`, as FlagEmbedding reads it, is one row for each text of `pos`
-    and `neg`, with the columns `query`, `passage` and `label` (1 and 0).
+    and `neg`, with the columns `query`, `passage` and `label` (1 and 0), and the line's other fields.
 
     Args:
         path: the file.
@@ -43,6 +45,7 @@ class JSONFile:
         with self._errors(), open_text(path, self._encoding) as file:
             first = next((line.strip() for line in file if line.strip()), "")
         self._array = kind == "json" and first.startswith("[")
+        self._values: list[Any] | None = None  # of an array, which is parsed as a whole
         objects = self._objects()
         start = next(objects, None)
         if start is None:
@@ -56,11 +59,12 @@ class JSONFile:
     def columns(self) -> list[str]:
         """All names of fields, in the order of their first appearance."""
         if self.has_pairs:
-            return list(PAIR_COLUMNS)
+            names = dict.fromkeys(name for _, row in self._objects() for name in row)
+            return [*PAIR_COLUMNS, *(name for name in names if name not in (*PAIR_COLUMNS, *_LISTS))]
         return list(dict.fromkeys(name for _, row in self._objects() for name in row))
 
-    def rows(self, names: Sequence[str], label: str | None, chunk: int) -> Iterator[Rows]:
-        """The rows in pieces of at most `chunk`: see `DelimitedFile.rows`.
+    def rows(self, names: Sequence[str], chunk: int) -> Iterator[Columns]:
+        """The columns of at most `chunk` rows after the other.
 
         Raises:
             DataError: a line is no JSON object, or lacks a column.
@@ -75,11 +79,12 @@ class JSONFile:
                         f"{self.path}: {place} has no {absent!r}; it has {', '.join(map(repr, row))}. Give each row "
                         "all columns; null is a missing value"
                     )
-            yield Rows({name: [_value(row.get(name)) for _, row in piece] for name in names})
+            yield {name: [_value(row.get(name)) for _, row in piece] for name in names}
 
     def _pairs(self) -> Iterator[_Object]:
         for place, row in self._objects():
-            texts = [(row.get(name) or [], label) for name, label in (("pos", 1), ("neg", 0))]
+            texts = [(row.get(name) or [], label) for name, label in _LISTS.items()]
+            others = {name: value for name, value in row.items() if name not in _LISTS}
             if not _is_pair(row) or not all(isinstance(part, list) for part, _ in texts):
                 raise DataError(
                     f"{self.path}: {place} must hold a query and its texts, as the first row does: "
@@ -87,11 +92,11 @@ class JSONFile:
                 )
             for part, label in texts:
                 for text in part:
-                    yield place, {"query": row["query"], "passage": text, "label": label}
+                    yield place, others | {"passage": text, "label": label}
 
     def _objects(self) -> Iterator[_Object]:
         with self._errors(), open_text(self.path, self._encoding) as file:
-            found = self._of_array(file.read()) if self._array else self._of_lines(file)
+            found = self._of_array(file) if self._array else self._of_lines(file)
             for place, value in found:
                 if not isinstance(value, dict):
                     raise DataError(
@@ -100,9 +105,10 @@ class JSONFile:
                     )
                 yield place, value
 
-    def _of_array(self, text: str) -> Iterator[tuple[str, Any]]:
-        values = self._parse(text, "")
-        return ((f"row {number}", value) for number, value in enumerate(values, 1))
+    def _of_array(self, file: TextIO) -> Iterator[tuple[str, Any]]:
+        if self._values is None:
+            self._values = self._parse(file.read(), "")
+        return ((f"row {number}", value) for number, value in enumerate(self._values, 1))
 
     def _of_lines(self, lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(lines, 1):

@@ -43,8 +43,8 @@ def label_lists(raw: Sequence[Any], separator: str | None, where: RowNames) -> l
     missing = [row for row, value in enumerate(raw) if value is None]
     if missing:
         raise DataError(
-            f"{where}: the labels are missing in {len(missing)} of {len(raw)} rows ({where.rows(missing)}, the first "
-            "data row is 1): fill in or drop these rows; a row without labels has an empty cell or list"
+            f"{where}: the labels are missing in {len(missing)} of {len(raw)} rows ({where.rows(missing)}): "
+            "fill in or drop these rows; a row without labels has an empty cell or list"
         )
     found = [_labels(value, separator, where, row) for row, value in enumerate(raw)]
     if separator is None:
@@ -70,7 +70,7 @@ def _labels(value: Any, separator: str | None, where: RowNames, row: int) -> lis
         parsed = _parsed(text)
         if parsed is None:
             raise DataError(
-                f"{where}: {where.rows([row])} (the first data row is 1) has {text[:60]!r}, which seems to be a list "
+                f"{where}: {where.rows([row])} has {text[:60]!r}, which seems to be a list "
                 f"and is none of Python or JSON. Write ['a', 'b'] or a{SEPARATOR}b, or set data.table.label_separator"
             )
         return parsed
@@ -102,8 +102,8 @@ def _applies(value: Any, name: str, where: RowNames, row: int) -> bool:
     if key in _YES or key in _NO:
         return key in _YES
     raise DataError(
-        f"{where}: column {name!r} must hold 1 or 0 (yes or no, true or false) in each row, {where.rows([row])} (the "
-        f"first data row is 1) has {value!r}"
+        f"{where}: column {name!r} must hold 1 or 0 (yes or no, true or false) in each row, {where.rows([row])} "
+        f"has {value!r}"
     )
 
 

@@ -90,7 +90,7 @@ def encode_labels(
     unknown = [(row, key) for row, keys in enumerate(rows) for key in keys if key not in index]
     if unknown:
         raise DataError(
-            f"{where}: label {unknown[0][1]!r} ({where.rows([row for row, _ in unknown])}, the first data row is 1) "
+            f"{where}: label {unknown[0][1]!r} ({where.rows([row for row, _ in unknown])}) "
             f"is not among the known labels {_show(names)}: correct the rows, or add them to the training file"
         )
     if task == "multilabel":
@@ -125,8 +125,8 @@ def _row_labels(raw: Sequence[Any], task: Task, where: RowNames, separator: str 
     missing = [row for row, value in enumerate(raw) if value is None or value != value or not str(value).strip()]
     if missing:
         raise DataError(
-            f"{where}: the label is missing in {len(missing)} of {len(raw)} rows ({where.rows(missing)}, the first "
-            "data row is 1): fill in or drop these rows"
+            f"{where}: the label is missing in {len(missing)} of {len(raw)} rows ({where.rows(missing)}): "
+            "fill in or drop these rows"
         )
     return [[value] for value in raw]
 
@@ -154,8 +154,7 @@ def _numbers(raw: Sequence[Any], where: RowNames) -> np.ndarray:
     wrong = np.flatnonzero(~np.isfinite(numbers)).tolist()
     if wrong:
         raise DataError(
-            f"{where}: regression needs a finite number in every row, {where.rows(wrong)} (the first data row is 1) "
-            f"has {raw[wrong[0]]!r}"
+            f"{where}: regression needs a finite number in every row, {where.rows(wrong)} has {raw[wrong[0]]!r}"
         )
     return numbers
 

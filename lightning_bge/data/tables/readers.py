@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ class RowNames:
         return ", ".join(self.files[:3]) + (f", ... ({len(self.files)} files)" if len(self.files) > 3 else "")
 
     def rows(self, rows: Sequence[int]) -> str:
-        """The first of some rows, numbered from 0 over all files; in the text from 1 in each file."""
+        """The first of some rows, numbered from 0 over all files; in the text data rows are numbered from 1 in each."""
         shown = [self._name(row) for row in rows[:5]]
-        return f"row{'s' if len(rows) > 1 else ''} {', '.join(shown)}{', ...' if len(rows) > 5 else ''}"
+        return f"data row{'s' if len(rows) > 1 else ''} {', '.join(shown)}{', ...' if len(rows) > 5 else ''}"
 
     def _name(self, row: int) -> str:
         number = max(place for place, start in enumerate(self.starts) if start <= row)
@@ -125,12 +126,17 @@ def has_pairs(files: Files, config: TableConfig) -> bool:
     name = expand_files(files)[0]
     if name.startswith(HUB) or format_of(Path(name), config) not in ("json", "jsonl"):
         return False
+    return _has_pairs(name, Path(name).stat().st_mtime_ns, config)
+
+
+@lru_cache(maxsize=64)
+def _has_pairs(name: str, changed: int, config: TableConfig) -> bool:
     first = open_file(name, (), config)
     return isinstance(first, JSONFile) and first.has_pairs
 
 
 def read_chunks(
-    files: Files, columns: Sequence[str], config: TableConfig, *, label: str | None = None, size: int = CHUNK_ROWS
+    files: Files, columns: Sequence[str], config: TableConfig, *, size: int = CHUNK_ROWS
 ) -> Iterator[Chunk]:
     """The named columns of all rows, in pieces, so that a file of any size needs little memory.
 
@@ -138,7 +144,6 @@ def read_chunks(
         files: see `expand_files`.
         columns: their names.
         config: how files are read.
-        label: the column with the label, if there is one.
         size: the most rows of a piece.
 
     Raises:
@@ -148,9 +153,9 @@ def read_chunks(
         file = open_file(name, columns, config)
         say_what_was_found(name, file)
         row = 0
-        for rows in file.rows(columns, label, size):
-            yield Chunk(name, row, rows.columns)
-            row += len(rows)
+        for found in file.rows(columns, size):
+            yield Chunk(name, row, found)
+            row += len(found[columns[0]])
         if not row:
             raise DataError(f"data file {name} has a header but no rows")
 
@@ -184,7 +189,7 @@ def read_table(
     names = list(dict.fromkeys([*text_columns, *labels, *filter(None, (group_column,))]))
     columns: dict[str, list[Any]] = {name: [] for name in names}
     starts: dict[str, int] = {}
-    for chunk in read_chunks(files, names, config, label=labels[0] if len(labels) == 1 else None):
+    for chunk in read_chunks(files, names, config):
         starts.setdefault(chunk.file, len(columns[names[0]]))
         for name in names:
             columns[name] += chunk.columns[name]
@@ -193,7 +198,7 @@ def read_table(
             break
     rows = RowNames(tuple(starts), tuple(starts.values()))
     texts = [_texts(columns[name], name, rows) for name in text_columns]
-    groups = _texts(columns[group_column], group_column, rows) if group_column else None
+    groups = _texts(columns[group_column], group_column, rows, "an empty value") if group_column else None
     raw: list[Any] | None = None
     if isinstance(label_column, str):
         raw = columns[label_column]
@@ -215,13 +220,13 @@ def text_fault(value: Any) -> str | None:
     return None
 
 
-def _texts(values: list[Any], column: str, names: RowNames) -> list[str]:
+def _texts(values: list[Any], column: str, names: RowNames, what: str = "empty text") -> list[str]:
     faults = [(row, fault) for row, value in enumerate(values) if (fault := text_fault(value)) is not None]
     if faults:
-        first = faults[0][1]
-        alike = [row for row, fault in faults if fault == first]
+        first = faults[0][1].replace("empty text", what)
+        alike = [row for row, fault in faults if fault == faults[0][1]]
         raise DataError(
-            f"{names}: column {column!r} has {first} in {len(alike)} of {len(values)} rows ({names.rows(alike)}, "
-            "the first data row is 1): correct or drop these rows"
+            f"{names}: column {column!r} has {first} in {len(alike)} of {len(values)} rows ({names.rows(alike)}): "
+            "correct or drop these rows"
         )
     return [str(value) for value in values]

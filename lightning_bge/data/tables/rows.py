@@ -1,26 +1,13 @@
-"""A piece of a file's rows, and the names of columns."""
+"""The columns of some rows, and the names of columns."""
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_bge.errors import DataError
 
-
-@dataclass
-class Rows:
-    """Some rows of a file, one after the other.
-
-    Attributes:
-        columns: the values of each column; None is a missing one.
-    """
-
-    columns: dict[str, list[Any]]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), []))
+Columns = dict[str, list[Any]]  # the values of each column, of some rows of a file; None is a missing one
 
 
 def check_names(names: Sequence[str], known: Sequence[str], path: Path | str, form: str = "") -> None:

@@ -13,14 +13,12 @@ from lightning_bge.errors import DataError
 Write = Callable[[str, "str | bytes"], Path]
 
 
-def rows(
-    path: Path, names: tuple[str, ...] = ("text", "label"), label: str | None = "label", **options: Any
-) -> list[tuple[str, ...]]:
+def rows(path: Path, names: tuple[str, ...] = ("text", "label"), **options: Any) -> list[tuple[str, ...]]:
     kind = path.suffix[1:]
     file = DelimitedFile(path, kind, names, TableConfig(**options))
-    pieces = list(file.rows(names, label, 3))
-    assert all(len(piece) <= 3 for piece in pieces)
-    return [row for piece in pieces for row in zip(*(piece.columns[name] for name in names), strict=True)]
+    pieces = list(file.rows(names, 3))
+    assert all(len(piece[names[0]]) <= 3 for piece in pieces)
+    return [row for piece in pieces for row in zip(*(piece[name] for name in names), strict=True)]
 
 
 def swallowed(first: str, last: str, between: int = 8) -> str:
@@ -67,14 +65,51 @@ def test_texts_of_several_lines_are_read(write: Write, text: str) -> None:
     assert rows(label_first)[1] == found[1]
 
 
-def test_lines_that_are_rows_by_their_labels_are_one_text_if_quoting_is_set(write: Write) -> None:
+def test_lines_that_seem_to_be_rows_are_one_text_if_quoting_is_set(write: Write) -> None:
     path = write("t.csv", 'text,label\nx,1\n"y,1\nz",1\n')
-    with pytest.raises(DataError, match="holds 1 whole rows"):
+    with pytest.raises(DataError, match="line 3 opens and one in line 4 closes holds what seem to be 1 more rows"):
         rows(path)
     assert rows(path, quoting=True) == [("x", "1"), ("y,1\nz", "1")]
     without_labels = write("u.csv", 'id,text\n1,x\n2,"y\n3,z\n4,w"\n')
-    with pytest.raises(DataError, match="opens and one in line 5 closes holds 2 whole rows"):
-        rows(without_labels, ("text",), None)
+    with pytest.raises(DataError, match="opens and one in line 5 closes holds what seem to be 2 more rows"):
+        rows(without_labels, ("text",))
+
+
+@pytest.mark.parametrize("end", ["\n", "\n\n", "\r\n", "\r\r\n"])
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ("r{0},{1} thing {0},{2}", "id,text,label"),
+        ("{1} thing {0},{2}", "text,label"),
+        ("{0},{1} thing {0}", "id,text"),  # to predict
+        ("{2},{1} thing {0}", "label,text"),
+        ("{1} thing {0},{3}", "text,label"),  # a regression
+        ("{1} thing {0},{1}", "text,label"),  # words
+        ("{1} thing {0},other {1},{2}", "text,text_b,label"),
+    ],
+)
+@pytest.mark.parametrize(("first", "last"), [(3, 7), (2, 11), (5, 6)])
+def test_stray_quotes_in_two_of_twelve_rows(
+    write: Write, row: str, columns: str, end: str, first: int, last: int
+) -> None:
+    lines = [row.format(n, "good" if n % 2 else "bad", n % 2, n / 7) for n in range(12)]
+    place = row.index("{1} thing")  # where the text begins
+    for number in (first, last):
+        before = len(row[:place].format(number, "", number % 2, ""))
+        after = lines[number].index(f"thing {number}") + len(f"thing {number}")
+        line = lines[number]
+        lines[number] = f'{line[:before]}"{line[before:]}' if number == first else f'{line[:after]}"{line[after:]}'
+    path = write("t.csv", end.join([columns, *lines, ""]))
+    with pytest.raises(DataError, match=r"line \d+.*line \d+|row \d+"):
+        rows(path, tuple(columns.split(","))[:1])
+    assert len(rows(path, tuple(columns.split(",")), quoting=False)) == 12
+
+
+def test_rows_are_found_before_the_first_piece_ends(write: Write) -> None:
+    path = write("t.csv", 'text,label\nx,1\n"y,1\nz",1\nw,0\nv,0\nu,1\n')
+    file = DelimitedFile(path, "csv", ("text",), TableConfig())
+    with pytest.raises(DataError, match="more rows"):
+        next(file.rows(("text",), 3))
 
 
 def test_line_ends_empty_lines_and_long_fields(write: Write) -> None:

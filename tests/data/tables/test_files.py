@@ -29,6 +29,9 @@ def test_names_patterns_and_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for wrong, message in (
         ("no.csv", "does not exist"),
         ("n*.csv", "no file"),
+        ("n" * 300, "can't be the name of a file"),
+        (["a.csv", "./a.csv"], "named twice"),
+        (["a.csv", str(tmp_path / "a.csv")], "named twice"),
         (["a.csv", "?.csv"], "twice"),
         ([], "empty list"),
     ):
@@ -41,12 +44,12 @@ def test_several_files_are_one_table_and_errors_name_the_file(write: Write) -> N
     both = [str(first), str(second)]
     table = read_table(first, ("text",), label_column="label")
     assert (table.texts, table.labels) == ([("an é",), ("b",)], ["1", "0"])
-    with pytest.raises(DataError, match=rf"empty text in 1 of 4 rows \(row 2 of {second}"):
+    with pytest.raises(DataError, match=rf"empty text in 1 of 4 rows \(data row 2 of {second}"):
         read_table(both, ("text",), label_column="label")
     second.write_text('{"text": "c", "label": 1.0}\n')
     table = read_table(both, ("text",), label_column="label")
     assert (table.texts, table.labels) == ([("an é",), ("b",), ("c",)], ["1", "0", 1.0])
-    assert table.names.rows([1, 2]) == f"rows 2 of {first}, 1 of {second}"
+    assert table.names.rows([1, 2]) == f"data rows 2 of {first}, 1 of {second}"
 
 
 @pytest.mark.parametrize(

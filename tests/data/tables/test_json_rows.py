@@ -40,7 +40,7 @@ def test_an_array_may_have_lines_and_nan_is_missing(write: Write) -> None:
         ("t.json", '["a"]', "row 1 must hold one JSON object"),
         ("t.json", "[]", "has no rows"),
         ("t.jsonl", '{"text": "a", "text": "b"}', "line 1 has the field 'text' twice"),
-        ("t.jsonl", '{"text": "a"}\n{"text": "\\ud800"}', r"half a surrogate pair.*\(row 2"),
+        ("t.jsonl", '{"text": "a"}\n{"text": "\\ud800"}', r"half a surrogate pair.*\(data row 2"),
         ("t.jsonl", '{"text": NaN}', "has empty text"),
         ("t.jsonl", '{"Text": "a"}', r"no column 'text' \(did you mean 'Text'\?\)"),
         ("t.jsonl", '"a"\n', "line 1 must hold one JSON object"),

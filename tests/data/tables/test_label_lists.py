@@ -49,8 +49,8 @@ def test_labels_of_a_row(raw: list[Any], found: list[list[Any]]) -> None:
         (["a, b", "b, c", "a, c", "c, a, b"], "between ','"),
         ([[1, 0, 1], [0, 0, 1]], "say for each label whether it applies"),
         (["[1, 0, 0]", "[0, 0, 1]"], "say for each label whether it applies"),
-        ([None, "a"], r"missing in 1 of 2 rows \(row 1"),
-        ([{"x": "maybe"}], "column 'x' must hold 1 or 0 .* row 1 .* has 'maybe'"),
+        ([None, "a"], r"missing in 1 of 2 rows \(data row 1"),
+        ([{"x": "maybe"}], "column 'x' must hold 1 or 0 .* data row 1 has 'maybe'"),
         ([{"x": None}], "column 'x' must hold 1 or 0"),
     ],
 )

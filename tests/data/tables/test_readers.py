@@ -81,7 +81,7 @@ def test_format_rows_and_columns_can_be_chosen(write: Write, monkeypatch: pytest
         ("t.csv", "\n\n", "is empty: its first line must name the columns"),
         ("t.csv", "a,c,label\n1,2,0\n", r"no column 'b'; its columns are 'a', 'c', 'label'"),
         ("t.csv", "a,b,b,label\n1,2,2,0\n", "more than one column 'b'"),
-        ("t.csv", "a,b,label\nx,y,0\n ,y,0\n,y,0\n", r"'a' has empty text in 2 of 3 rows \(rows 2, 3"),
+        ("t.csv", "a,b,label\nx,y,0\n ,y,0\n,y,0\n", r"'a' has empty text in 2 of 3 rows \(data rows 2, 3"),
         (
             "t.csv",
             "a,b,label\nx,y,0\nx,y\n",
@@ -117,7 +117,7 @@ def test_missing_file_and_columns(tmp_path: Path, write: Write) -> None:
         read(tmp_path)
     with pytest.raises(ConfigError, match="one or two"):
         read_table(write("t.csv", "a\n1\n"), ("a", "b", "c"))
-    with pytest.raises(DataError, match="'g' has empty text"):
+    with pytest.raises(DataError, match="'g' has an empty value"):
         read(write("t.csv", "a,b,label,g\nx,y,0,\n"), group="g")
 
 
