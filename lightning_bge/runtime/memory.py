@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ if sys.platform != "win32":
     import resource
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+PRIMITIVES = 64  # kept, several times as many as the layers of one micro-batch need
 M_ARENA_MAX = -8  # of mallopt(3)
 
 
@@ -48,6 +50,17 @@ def limit_malloc_arenas() -> None:
         mallopt = _glibc("mallopt")
         if mallopt is not None:
             mallopt(M_ARENA_MAX, 1)
+
+
+def limit_primitive_caches() -> None:
+    """Keep few of oneDNN's primitives: to be called before the first computation on a CPU.
+
+    oneDNN, and torch in front of it, keep up to 1,024 primitives of a process, one for each shape, some 100 kB each.
+    Micro-batches without padding have all kinds of shapes, of which hardly one comes again, so that a long run would
+    only gather them. The layers of one micro-batch find theirs among the last few. Values of the user's are kept.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(PRIMITIVES))
 
 
 @cache

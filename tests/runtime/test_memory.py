@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-from lightning_bge.runtime.memory import Limit, _cgroup_limits, limits, live_bytes, release
+from lightning_bge.runtime.memory import (
+    PRIMITIVES,
+    Limit,
+    _cgroup_limits,
+    limit_primitive_caches,
+    limits,
+    live_bytes,
+    release,
+)
 from lightning_bge.runtime.units import format_bytes
 
 
@@ -62,3 +74,50 @@ def test_control_groups_of_version_1_in_a_container(tmp_path: Path) -> None:
     assert (limit.total, limit.used) == (5000, 50)
     write(root / "memory", memory__limit_in_bytes="9223372036854771712\n")
     assert list(_cgroup_limits(root, mine)) == []
+
+
+MANY_SHAPES = """
+import ctypes, sys, torch
+from lightning_bge.runtime.memory import limit_primitive_caches
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena a b c d e f used g h".split()]
+
+def used():
+    function = ctypes.CDLL("libc.so.6").mallinfo2
+    function.restype = Info
+    return function().used
+
+if sys.argv[1] == "few":
+    limit_primitive_caches()
+layer, counts = torch.nn.Linear(64, 64).bfloat16(), []
+with torch.inference_mode():
+    for rows in range(1, 801):
+        layer(torch.ones(rows, 64, dtype=torch.bfloat16))
+        counts.append(used())
+print(counts[-1] - counts[150])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+def test_products_of_many_shapes_leave_little_behind() -> None:
+    def gathered(how: str) -> int:
+        names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+        environment = {name: value for name, value in os.environ.items() if name not in names}
+        command = [sys.executable, "-c", MANY_SHAPES, how]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    many = gathered("all")
+    if many < 2**20:
+        pytest.skip("this CPU multiplies without primitives")
+    assert gathered("few") < many / 4
+
+
+def test_capacities_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    limit_primitive_caches()
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7"
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(PRIMITIVES)

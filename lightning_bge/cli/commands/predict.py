@@ -12,6 +12,7 @@ from lightning_bge.models.ensemble import ensemble_members, member_module
 from lightning_bge.prediction.formats import OutputFormat
 from lightning_bge.prediction.predict import describe_reasons, predict_files
 from lightning_bge.preflight import preflight
+from lightning_bge.runtime.memory import limit_primitive_caches
 from lightning_bge.runtime.output_file import is_stream
 
 DESCRIPTION = """Write a score and a label for each row of data.predict_file. The score of an exported ensemble is the
@@ -25,6 +26,7 @@ the output uses itself (row, file, score, label, reason, truth) gets the prefix 
 
 def run(args: list[str]) -> None:
     """Write the predictions of an exported model."""
+    limit_primitive_caches()
     cli = BGECLI("predict", args, description=" ".join(DESCRIPTION.split()), add_arguments=_add_arguments)
     output = cli.config_init.output
     with running(cli.trainer), redirect_stdout(sys.stderr) if is_stream(output) else nullcontext():
