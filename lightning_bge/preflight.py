@@ -11,7 +11,7 @@ import numpy as np
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.tables.files import expand_files
 from lightning_bge.data.tables.labels import count_classes
-from lightning_bge.errors import ConfigError
+from lightning_bge.errors import ConfigError, DataError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.space.search_space import parse_space
@@ -64,6 +64,8 @@ def preflight(
         _check_epochs(trainer)
     else:
         _check_limits(command, dry_run_options(trainer))
+    if command in ("validate", "test"):
+        _check_evaluated_rows(command, experiment)
     if command not in TRAINS:
         return
     sizes = _model_sizes(experiment, hpo)
@@ -264,6 +266,24 @@ def _check_rows(command: Command, experiment: Experiment) -> None:
         tested, groups = data.labels_and_groups("test")
         assert tested is not None
         check_computable(data.schema, metric, tested, groups, "data.test_file")
+
+
+def _check_evaluated_rows(command: Literal["validate", "test"], experiment: Experiment) -> None:
+    """Read the rows, and warn where the metric can't be computed on them: the others are shown."""
+    data, metric = experiment.datamodule, experiment.monitor.metric
+    data.setup(command)
+    labels, groups = data.labels_and_groups("val" if command == "validate" else "test")
+    rows = data.outer_rows if command == "test" and data.test_file is None else slice(None)
+    if command == "validate" and data.val_file is None and data.folds:
+        rows = data.val_rows
+    assert data.schema is not None
+    assert labels is not None
+    assert metric is not None
+    try:
+        where = f"the rows of {command}"
+        check_computable(data.schema, metric, labels[rows], None if groups is None else groups[rows], where)
+    except DataError as error:
+        log.warning("%s", error)
 
 
 def _warn_of_missing_classes(schema: Schema, labels: np.ndarray) -> None:

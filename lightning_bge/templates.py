@@ -36,7 +36,7 @@ from lightning_bge.models.metrics.config import MonitorConfig, check_monitor
 from lightning_bge.models.metrics.names import Metric
 from lightning_bge.runtime.dotted_config import LINKS, with_overrides
 from lightning_bge.runtime.nested_config import as_config, as_plain
-from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, say_left_out
+from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, warn_of_unused_callbacks
 
 CONFIGS: dict[str, Any] = {
     "pruner": PrunerConfig,
@@ -127,7 +127,7 @@ class _Template:
 
     def experiment(self, config: Namespace) -> Experiment:
         """The options of the study's trials, and how objects are made of them."""
-        say_left_out(config.trainer.callbacks, "a study")
+        warn_of_unused_callbacks(config.trainer.callbacks, "a study")
         trainer = quiet_trainer(config.as_dict()["trainer"])
         if trainer.world_size > 1:
             raise ConfigError(f"trainer: expected devices=1, as a study trains on one device, got {trainer.world_size}")

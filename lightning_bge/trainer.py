@@ -109,7 +109,7 @@ class BGETrainer(Trainer):
         )
 
 
-def say_left_out(callbacks: Given, command: str, *, evaluates: bool = False) -> None:
+def warn_of_unused_callbacks(callbacks: Given, command: str, *, evaluates: bool = False) -> None:
     """Log a line for each of the user's callbacks that a command can't use.
 
     Args:

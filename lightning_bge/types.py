@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.windows import NO_WINDOWS, Pooling, WindowConfig
+from lightning_bge.tokenization import NO_WINDOWS, Pooling, WindowConfig
 
 Task = Literal["binary", "multiclass", "multilabel", "regression"]
 TASKS: tuple[str, ...] = get_args(Task)
@@ -220,11 +220,12 @@ class Schema:
             return None
         try:
             content = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{path} is damaged ({error}). Restore it, or export the model again") from error
-        version = content.pop("schema_version", None)
-        if version != SCHEMA_VERSION:
-            raise ConfigError(
-                f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: update lightning-bge"
-            )
-        return cls.from_plain(content)
+            version = content.pop("schema_version", None)
+            if version == SCHEMA_VERSION:
+                return cls.from_plain(content)
+        except (ValueError, TypeError, KeyError, ConfigError) as error:
+            reason = f"{error.__class__.__name__}: {error}"
+            raise ConfigError(f"{path} is damaged ({reason}). Restore it, or export the model again") from error
+        raise ConfigError(
+            f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: update lightning-bge"
+        )

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.tokenization import WindowConfig
 from lightning_bge.types import TASKS, Batch, Schema, Task
-from lightning_bge.windows import WindowConfig
 from tests.helpers.small_models import cut_batch, micro_batch, random_sequences
 
 

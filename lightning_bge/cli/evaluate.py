@@ -10,7 +10,7 @@ from lightning_bge.preflight import preflight
 def evaluate(command: Literal["validate", "test"], args: list[str], description: str) -> None:
     """Run the trainer's method of that name, which prints the metrics."""
     cli = BGECLI(command, args, description=description)
-    with running(cli.trainer):
+    with running(cli.trainer, keeps=False):
         preflight(command, cli.experiment)
         getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule)
 

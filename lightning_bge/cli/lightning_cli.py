@@ -34,7 +34,7 @@ from lightning_bge.runtime.distributed import AnotherRankFailed, end_ranks
 from lightning_bge.runtime.dotted_config import LINKS, plain_config
 from lightning_bge.runtime.memory import limit_malloc_arenas
 from lightning_bge.runtime.option_errors import describe_option_error
-from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, say_left_out
+from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, warn_of_unused_callbacks
 from lightning_bge.types import Schema
 
 EVALUATES = ("validate", "test", "predict")  # commands that train nothing
@@ -109,7 +109,7 @@ class BGECLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes neither logs nor checkpoints; `fit` has its own."""
         config, evaluates = {**self.config_init.trainer, **kwargs}, self.command in EVALUATES
-        say_left_out(config["callbacks"], self.command, evaluates=evaluates)
+        warn_of_unused_callbacks(config["callbacks"], self.command, evaluates=evaluates)
         callbacks = without_kinds(config["callbacks"], NEEDS_TRAINING if evaluates else NEEDS_FIT)
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if self.command == "predict" and config["enable_progress_bar"] is not False and not own_bar:
@@ -174,8 +174,13 @@ def _fit_options(parser: LightningArgumentParser, config: Namespace) -> dict[str
 
 
 @contextmanager
-def running(trainer: Trainer) -> Iterator[None]:
-    """What every training command does when it fails: end all ranks, one message from one of them, the exit status."""
+def running(trainer: Trainer, keeps: bool = True) -> Iterator[None]:
+    """What every training command does when it fails: end all ranks, one message from one of them, the exit status.
+
+    Args:
+        trainer: of the command.
+        keeps: whether a later call goes on with what was done.
+    """
     try:
         try:
             yield
@@ -189,7 +194,8 @@ def running(trainer: Trainer) -> Iterator[None]:
         if isinstance(stop, SystemExit) and stop.code not in (1, INTERRUPTED):
             raise
         if not rank_zero_only.rank:  # type: ignore[attr-defined]
-            print("lightning-bge: interrupted. Finished work is kept: the same command continues", file=sys.stderr)
+            kept = ". Finished work is kept: the same command continues" * keeps
+            print(f"lightning-bge: interrupted{kept}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
 
 

@@ -7,12 +7,10 @@ from lightning_bge.cli.lightning_cli import BGECLI
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.study import differences
-from lightning_bge.runtime.dotted_config import comparable
+from lightning_bge.runtime.dotted_config import BY_CONTENT, comparable
 from lightning_bge.runtime.run_folder import absolute_folder, read_config, read_json
 from lightning_bge.trainer import newest_checkpoint
 
-# options of which the content of what is read counts, as `contents` has it
-BY_CONTENT = ("data.train_file", "data.val_file", "data.table.labels")
 EPOCHS = "trainer.max_epochs"
 
 

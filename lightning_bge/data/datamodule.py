@@ -23,13 +23,14 @@ from lightning_bge.data.tables.config import TableConfig
 from lightning_bge.data.tables.files import Files
 from lightning_bge.data.tables.labels import count_classes, encode_labels
 from lightning_bge.data.tables.overlap import warn_of_overlap, warn_of_overlap_of_folds
+from lightning_bge.data.tables.readers import check_text_columns
 from lightning_bge.data.tables.splits import SplitConfig, validation_hash
 from lightning_bge.data.tokens.tokenizer import load_tokenizer
 from lightning_bge.errors import ConfigError
 from lightning_bge.runtime.log_once import log_once
 from lightning_bge.runtime.nested_config import as_config, as_plain
+from lightning_bge.tokenization import NO_WINDOWS, WindowConfig
 from lightning_bge.types import TASKS, Schema, Task
-from lightning_bge.windows import NO_WINDOWS, WindowConfig
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +142,8 @@ class TextDataModule(EncodedDataModule):
     def _check_arguments(self) -> None:
         if self.task not in TASKS:
             raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
+        if self.text_columns is not None:
+            check_text_columns(self.text_columns)
         if not isinstance(self.label_column, str) and self.task != "multilabel":
             raise ConfigError(f"label_column: a {self.task} task has one, got {list(self.label_column)}")
         for name in ("batch_size", "max_length"):
@@ -327,7 +330,7 @@ class TextDataModule(EncodedDataModule):
         if schema.windows.stride is not None:
             load_file(replace(source, windows=schema.windows))
         if self._trained_texts is not None:
-            warn_of_overlap(found.text_hashes, self._trained_texts, str(files))
+            warn_of_overlap(found.text_hashes, self._trained_texts, str(found.names))
         return found
 
     def lengths(self, split: Split) -> np.ndarray:

@@ -17,8 +17,8 @@ from lightning_bge.data.tables.splits import SplitConfig, folds_hash, make_folds
 from lightning_bge.data.tokens.cache import TokenArrays, hash_texts, tokenize_cached
 from lightning_bge.data.tokens.tokenizer import effective_max_length, load_tokenizer, tokenizer_fingerprint
 from lightning_bge.data.tokens.truncation import warn_of_truncation
+from lightning_bge.tokenization import NO_WINDOWS, WindowConfig
 from lightning_bge.types import Task
-from lightning_bge.windows import NO_WINDOWS, WindowConfig
 
 Stamp = tuple[tuple[str, int, int], ...]
 
@@ -152,6 +152,7 @@ def _hash_table(table: Table) -> str:
 class CheckedFile:
     """What `check_file` has found: as in `EncodedFile`, and the encoded labels."""
 
+    names: RowNames
     data_hash: str
     text_hashes: np.ndarray
     labels: np.ndarray
@@ -167,7 +168,7 @@ def check_file(source: Source, task: Task, labels: tuple[str, ...]) -> CheckedFi
     """
     table = _read(source)
     encoded = encode_labels(table.labels or [], labels, task, table.names, source.table.label_separator)
-    return CheckedFile(_hash_table(table), _hash_texts(table), encoded, _group_numbers(table)[0])
+    return CheckedFile(table.names, _hash_table(table), _hash_texts(table), encoded, _group_numbers(table)[0])
 
 
 def _group_numbers(table: Table) -> tuple[np.ndarray | None, tuple[str, ...]]:

@@ -15,7 +15,7 @@ from lightning_bge.data.batches.samplers import eval_batches
 from lightning_bge.data.encoded_file import Source
 from lightning_bge.data.tables.columnar import ParquetFile
 from lightning_bge.data.tables.files import expand_files
-from lightning_bge.data.tables.readers import DataFile, open_file, say_what_was_found, text_fault
+from lightning_bge.data.tables.readers import DataFile, log_file_format, open_file, text_fault
 from lightning_bge.data.tables.rows import check_names
 from lightning_bge.data.tokens.cache import TokenArrays, tokenize_in_memory
 from lightning_bge.data.tokens.tokenizer import effective_max_length, load_tokenizer
@@ -73,7 +73,7 @@ class TextPieces:
         self._files: list[tuple[str, DataFile, list[str]]] = []
         for name in self.files:
             file = open_file(name, asked, source.table, fill=True)
-            say_what_was_found(name, file)
+            log_file_format(name, file)
             columns = list(file.columns)
             check_names(source.text_columns, columns, name, file.form)
             _check_kept(name, columns, source.text_columns, keep)

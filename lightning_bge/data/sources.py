@@ -15,8 +15,8 @@ from lightning_bge.data.tables.labels import fit_labels
 from lightning_bge.data.tables.readers import has_pairs, read_table
 from lightning_bge.errors import ConfigError
 from lightning_bge.runtime.cache_dir import default_cache_dir
+from lightning_bge.tokenization import NO_WINDOWS, WindowConfig
 from lightning_bge.types import Schema, Task
-from lightning_bge.windows import NO_WINDOWS, WindowConfig
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +94,11 @@ def training_source(data: DataArguments, files: Files, exported: Schema | None) 
 
 
 def windows_of(data: DataArguments, exported: Schema | None) -> WindowConfig:
-    """Those that were set, else those of the exported model that is evaluated."""
-    return data.windows if exported is None or data.windows != NO_WINDOWS else exported.windows
+    """Those of the exported model that is evaluated, with the options that are set in place of its own."""
+    if exported is None:
+        return data.windows
+    own = {name: value for name, value in vars(data.windows).items() if value != getattr(NO_WINDOWS, name)}
+    return replace(exported.windows, **own)
 
 
 def _known_labels(data: DataArguments) -> tuple[str, ...]:

@@ -10,9 +10,8 @@ from lightning_bge.hpo.space.parameter_sets import complete_parameter_set, ends
 from lightning_bge.hpo.space.search_space import Space
 from lightning_bge.hpo.study import CONTENT
 from lightning_bge.runtime.callback_kinds import NEEDS_FIT, acting_callbacks
-from lightning_bge.runtime.dotted_config import comparable
+from lightning_bge.runtime.dotted_config import BY_CONTENT, comparable
 
-FILES = ("data.train_file", "data.val_file")  # of which the content counts, and not the path
 TOKENIZER_OPTIONS = ("model.name_or_path", "model.revision", "model.trust_remote_code")
 HASH_DIGITS = 16  # hexadecimal ones, which a message can show
 
@@ -31,7 +30,7 @@ def study_identity(experiment: Experiment, hpo: StudyConfig, space: Space) -> di
         UserError: the test file is wrong.
     """
     always_drawn = tuple(name for name in space if name not in space.when)
-    options = comparable(experiment.plain(experiment.config), (*FILES, *always_drawn))
+    options = comparable(experiment.plain(experiment.config), (*BY_CONTENT, *always_drawn))
     options["trainer.callbacks"] = acting_callbacks(options["trainer.callbacks"], NEEDS_FIT)  # a study has none of them
     # else workers with and without bf16 would share a study
     precision = choose_precision(str(experiment.config.get("trainer.accelerator", "auto")))[0]

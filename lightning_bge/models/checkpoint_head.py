@@ -104,7 +104,7 @@ def _match_binary(names: Sequence[str], outputs: Outputs) -> HeadMatch:
     sign = 1.0 if _key(names[0]) == keys[1] else -1.0
     if _key(names[0]) in keys and keys[0] != keys[1]:
         return HeadMatch(torch.full((1, 1), sign))
-    if not _says_nothing(names):
+    if not _are_generic(names):
         return _other_names(names, outputs)
     return HeadMatch(torch.eye(1), note=f"its one output is taken as the score of {outputs.labels[1]!r}")
 
@@ -116,7 +116,7 @@ def _match_names(names: Sequence[str], labels: Sequence[str]) -> tuple[list[int]
     keys, wanted = [_key(name) for name in names], [_key(label) for label in labels]
     if set(keys) == set(wanted) and len(set(keys)) == len(names):
         return [keys.index(key) for key in wanted], f"its classes {_shown(names)} are taken as {_shown(labels)}"
-    if _says_nothing(names) and len(names) == len(labels):
+    if _are_generic(names) and len(names) == len(labels):
         return list(range(len(names))), f"its outputs {_shown(names)} are taken as {_shown(labels)}, in this order"
     return None, ""
 
@@ -127,7 +127,7 @@ def _key(name: str) -> str:
     return {"true": "1", "1.0": "1", "false": "0", "0.0": "0"}.get(key, key)
 
 
-def _says_nothing(names: Sequence[str]) -> bool:
+def _are_generic(names: Sequence[str]) -> bool:
     """Whether these are numbers alone: transformers' own names, or those of a data set without names."""
     return all(re.fullmatch(rf"(LABEL_)?{number}", name) for number, name in enumerate(names))
 
@@ -185,7 +185,7 @@ def rearrange_outputs(model: PreTrainedModel, matrix: Tensor) -> None:
 
 
 @torch.no_grad()
-def start_anew(model: PreTrainedModel) -> None:
+def reset_head(model: PreTrainedModel) -> None:
     """Draw new weights for the last layer, as transformers does; where it is not linear, its weights stay."""
     found = find_last_layer(model)
     if found is None:

@@ -22,7 +22,7 @@ from lightning_bge.models.checkpoint_head import (
     has_head,
     match_head,
     rearrange_outputs,
-    start_anew,
+    reset_head,
 )
 from lightning_bge.models.dropout import use_cheap_dropout
 from lightning_bge.models.heads import PACKED_HEADS
@@ -31,8 +31,8 @@ from lightning_bge.models.memory_saving.gradient_checkpointing import set_gradie
 from lightning_bge.models.memory_saving.lora import LoRAConfig, add_lora
 from lightning_bge.runtime.compat.transformers import attention_implementation
 from lightning_bge.runtime.log_once import log_once
+from lightning_bge.tokenization import Pooling
 from lightning_bge.types import ENSEMBLE_FILE, MicroBatch
-from lightning_bge.windows import Pooling
 
 log = logging.getLogger(__name__)
 
@@ -238,13 +238,13 @@ def _load_with_head(
                 log_once(log, logging.INFO, f"{name_or_path}: {match.note}")
             return model, ""
         if width == outputs:
-            return model, _say_new_weights(name_or_path, new)
+            return model, _log_new_weights(name_or_path, new)
     model, new = _load(name_or_path, outputs, dropout, seed, source)
     if match is None or match.matrix is not None:
-        return model, _say_new_weights(name_or_path, new) if new else ""
+        return model, _log_new_weights(name_or_path, new) if new else ""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        start_anew(model)
+        reset_head(model)
     log_once(log, logging.INFO, f"{name_or_path} {match.why_not}: its last layer starts at random")
     return model, f"{match.why_not}. {match.remedy}"
 
@@ -331,7 +331,7 @@ def _set_dropout(config: PretrainedConfig, dropout: float | None) -> None:
             setattr(config, field, dropout)
 
 
-def _say_new_weights(name_or_path: str, new: Sequence[str]) -> str:
+def _log_new_weights(name_or_path: str, new: Sequence[str]) -> str:
     """Log which weights start at random; returns what they mean for a model that is not trained further."""
     inner = [key for key in new if not any(part in key for part in ("classifier", "pooler", "score", "head"))]
     names = ", ".join(new)

@@ -14,16 +14,17 @@ from lightning.pytorch import Callback, Trainer
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.encoded_file import Source, stamp, stamp_of_files
 from lightning_bge.data.pieces import LoadedPiece, PieceLoader, TextPieces
+from lightning_bge.data.tables.files import HUB
 from lightning_bge.errors import DataError
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.distributed import gather
 from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.models.predictor import Predictor
 from lightning_bge.prediction.columns import ResultColumns
+from lightning_bge.prediction.first_pass import check_rows
 from lightning_bge.prediction.formats import Encoder, OutputFormat
 from lightning_bge.prediction.progress import RowProgressBar
 from lightning_bge.prediction.sink import DraftSink, Sink, StreamSink
-from lightning_bge.prediction.survey import survey
 from lightning_bge.runtime.output_file import is_stream
 from lightning_bge.runtime.run_folder import hub_commit
 from lightning_bge.types import Schema
@@ -60,13 +61,15 @@ def predict_files(
     source = data.predict_source()
     assert data.schema is not None
     pieces = TextPieces(source, keep)
-    found = survey(pieces, form)
+    found = check_rows(pieces, form)
     loader = PieceLoader(pieces, source, data.batching)
     schema = data.schema = replace(data.schema, max_length=loader.max_length)
     columns = ResultColumns(schema, pieces.columns, len(pieces.files) > 1)
     encoder = form.encoder(columns.names, columns.types(found.types) if form.kind == "parquet" else {})
     key = _key(trainer, models, source, schema) | {"format": vars(form), "columns": columns.names}
-    key |= {"keep": pieces.columns, "max_tokens": loader.limit, "files": pieces.files[1:] and pieces.files}
+    # a single file may be moved; a data set on the hub has no other mark than its name and its rows
+    named = [name for name in pieces.files if len(pieces.files) > 1 or name.startswith(HUB)]
+    key |= {"keep": pieces.columns, "max_tokens": loader.limit, "files": named, "rows": found.rows}
     sink: Sink = StreamSink(output) if stream else DraftSink(output, form, key)
     writer = PredictionWriter(sink, loader, columns, encoder, found.rows)
     trainer.callbacks.append(writer)  # type: ignore[attr-defined]

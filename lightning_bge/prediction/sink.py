@@ -99,7 +99,8 @@ class DraftSink:
     def __init__(self, path: str, form: OutputFormat, key: dict[str, Any]) -> None:
         self._form, self._target = form, output_target(path)
         self._key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        self._draft = self._target.with_name(f".{self._target.name[:100]}{DRAFT}")
+        name = os.fsencode(self._target.name)[:100].decode(errors="ignore")  # a name may have 255 bytes
+        self._draft = self._target.with_name(f".{name}{DRAFT}")
         self._state = self._draft.with_name(f"{self._draft.name}.json")
         self._lock = FileLock(f"{self._draft}.lock", mode=0o600)
         self.pieces, self.rows, self.reasons = 0, 0, Counter[str]()

@@ -17,5 +17,6 @@ def mark_used(path: Path) -> None:
     """Make now the time of change of a file in the cache, by which the least recently used ones are found."""
     # A file of another user, or on a read-only disk, can't be marked, and one that another process has deleted need
     # not be: what is read from it is right all the same.
-    with suppress(OSError):
-        os.utime(path)
+    if path.name:  # tokens in memory have an empty path
+        with suppress(OSError):
+            os.utime(path)

@@ -75,6 +75,10 @@ def plain_config(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     return json.loads(parser.dump(config, format="json", skip_unset=False, skip_validation=True))
 
 
+# options of which the content of what is read counts
+BY_CONTENT = ("data.train_file", "data.val_file", "data.table.labels")
+
+
 def comparable(config: dict[str, Any], searched: tuple[str, ...] = ()) -> dict[str, Any]:
     """Dotted name -> value, of the options that must not change within one run.
 

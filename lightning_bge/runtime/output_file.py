@@ -20,8 +20,11 @@ def is_stream(path: str | Path) -> bool:
     """
     if _descriptor(path) is not None:
         return True
-    found = Path(path).expanduser()
-    return found.exists() and not found.is_file() and not found.is_dir()
+    try:
+        mode = Path(path).expanduser().stat().st_mode
+    except (OSError, ValueError):  # there is none, or no file can have this name, which is checked elsewhere
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def open_stream(path: str | Path) -> BinaryIO:

@@ -47,7 +47,7 @@ def test_a_search_on_real_data(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         *("hpo", "-c", str(CONFIGS / "hpo.yaml"), "--run_dir", str(tmp_path / "study")),
         *("--model.name_or_path", str(Path(WEIGHTS.origin).parent / "model"), "--data.train_file", str(DATA / file)),
         *("--data.cache_dir", str(tmp_path / "cache"), "--data.max_length", "48", "--trainer.max_epochs", "1"),
-        *("--trainer.limit_train_batches", "3", "--hpo.n_trials", "2", "--hpo.pruner.name", "none", "--hpo.space", LR),
+        *("--hpo.n_trials", "2", "--hpo.pruner.name", "none", "--hpo.space", LR),
         *(*rows, *options),
     ]
     monkeypatch.setattr(sys, "argv", ["lightning-bge", *command])

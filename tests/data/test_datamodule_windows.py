@@ -15,8 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.tokens.cache import concatenate_tokens, tokenize_cached
 from lightning_bge.errors import ConfigError, DataError
+from lightning_bge.tokenization import WindowConfig
 from lightning_bge.types import Batch, MicroBatch, Schema
-from lightning_bge.windows import WindowConfig
 from tests.helpers.plain_windows import plain_types, plain_windows
 from tests.helpers.small_texts import build_tokenizer, random_texts
 
@@ -167,7 +167,7 @@ def test_an_exported_model_brings_its_windows(options: dict[str, Any], tmp_path:
     own = TextDataModule(**given, windows={"stride": 4})
     own.setup("predict")
     assert own.schema is not None
-    assert own.schema.windows == WindowConfig(4)
+    assert own.schema.windows == WindowConfig(4, "max", 3)  # the option that is set, in place of the model's
     trained = TextDataModule(**given)  # a new training goes by its own options, as for max_length
     trained.setup("fit")
     assert trained.schema is not None
@@ -189,7 +189,7 @@ def test_wrong_options_and_rows_without_room_end_the_setup(options: dict[str, An
     fits.write_text("".join(f'{{"a": "w{row}", "b": "w2", "label": {row % 2}}}\n' for row in range(20)))
     data = TextDataModule(**{**pairs, "train_file": str(fits), "test_file": str(path)})
     data.setup("fit")
-    with pytest.raises(DataError, match=r"pairs.jsonl: row 2: the first text has 9 tokens\."):
+    with pytest.raises(DataError, match=r"pairs.jsonl: data row 2: the first text has 9 tokens\."):
         data.test_hash()  # before training, and not after it
 
 

@@ -14,8 +14,8 @@ from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import load_classifier, pool_windows
 from lightning_bge.models.output.inference import encode_texts
+from lightning_bge.tokenization import Pooling, WindowConfig
 from lightning_bge.types import Batch, MicroBatch, Schema
-from lightning_bge.windows import Pooling, WindowConfig
 from tests.helpers.small_models import quiet_trainer, save_model, word_tokenizer
 from tests.helpers.small_texts import random_texts
 

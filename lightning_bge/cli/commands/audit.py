@@ -23,7 +23,7 @@ def run(args: list[str]) -> None:
     cli = BGECLI("audit", args, description=DESCRIPTION, add_arguments=add_hpo_and(AuditConfig))
     options, hpo = own_options(cli, AuditConfig), cli.config_init.hpo
     check_one_device(cli, "An audit observes one device")
-    with running(cli.trainer):
+    with running(cli.trainer, keeps=False):
         preflight("audit", cli.experiment, hpo, {"json": options.json})
         experiment = cli.experiment
         space = parse_space(hpo.space) if hpo.space else Space({}, {})  # a configuration for `fit` has none

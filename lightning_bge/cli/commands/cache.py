@@ -23,13 +23,17 @@ def run(args: list[str]) -> None:
         help="Folder of the cache. Unset: the environment variable LIGHTNING_BGE_CACHE, else ~/.cache/lightning-bge.",
     )
     parser.add_argument(
-        "--older-than", type=float, metavar="DAYS", help="With clear: delete only files not used for so many days."
+        "--older_than",
+        type=float,
+        metavar="DAYS",
+        help="With clear: delete only files not used for so many days. Unset: 1, as a run may still need younger ones; "
+        "0 deletes all.",
     )
     chosen = parser.parse_args(args)
     folder = default_cache_dir() if chosen.cache_dir is None else chosen.cache_dir.expanduser()
     days = chosen.older_than
     if days is not None and (chosen.action == "list" or not days >= 0):
-        raise ConfigError(f"--older-than: expected a number of days from 0 up, for clear, got {days:g}")
+        raise ConfigError(f"--older_than: expected a number of days from 0 up, for clear, got {days:g}")
     if not folder.is_dir():
         if folder.exists() or chosen.cache_dir is not None:
             raise ConfigError(f"--cache_dir: expected the folder of a cache, got {folder}")
@@ -38,9 +42,10 @@ def run(args: list[str]) -> None:
         print(describe_cache(folder))
     else:
         before = len(cached_files(folder))
-        freed = clear_cache(folder, days or 0.0)
+        freed = clear_cache(folder, 1.0 if days is None else days)
         left = cached_files(folder)
-        print(f"{folder}: {_count(before - len(left))} deleted, {format_bytes(freed)}; {_count(len(left))} left")
+        kept = "; --older_than 0 deletes those of the last day too" if left and days is None else ""
+        print(f"{folder}: {_count(before - len(left))} deleted, {format_bytes(freed)}; {_count(len(left))} left{kept}")
 
 
 def describe_cache(folder: Path) -> str:

@@ -20,7 +20,7 @@ def run(args: list[str]) -> None:
     cli = BGECLI("plan", args, description=DESCRIPTION, add_arguments=add_hpo_and(PlanConfig))
     options = own_options(cli, PlanConfig)
     check_one_device(cli, "A trial trains on one device; plan several workers with --workers")
-    with running(cli.trainer):
+    with running(cli.trainer, keeps=False):
         preflight("plan", cli.experiment, cli.config_init.hpo, {"json": options.json})
         plan = make_plan(cli.experiment, cli.config_init.hpo, options, process_s)
     print(plan)

@@ -29,9 +29,10 @@ def run(args: list[str]) -> None:
     limit_primitive_caches()
     cli = BGECLI("predict", args, description=" ".join(DESCRIPTION.split()), add_arguments=_add_arguments)
     output = cli.config_init.output
-    with running(cli.trainer), redirect_stdout(sys.stderr) if is_stream(output) else nullcontext():
+    stream = is_stream(output)
+    with running(cli.trainer, keeps=not stream), redirect_stdout(sys.stderr) if stream else nullcontext():
         preflight("predict", cli.experiment, outputs={"output": output})
-        OutputFormat.of(output, is_stream(output))
+        OutputFormat.of(output, stream)
         members = ensemble_members(Path(cli.model.name_or_path).expanduser())
         models: list[Any] = [member_module(cli.model, member) for member in members] or [cli.model]
         rows, reasons = predict_files(cli.trainer, models, cli.datamodule, output=output, keep=cli.config_init.keep)

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 from lightning_bge.data.batches.shards import balanced_shards
 from lightning_bge.data.tokens.cache import TokenArrays, concatenate_tokens
 from lightning_bge.runtime.cache_dir import mark_used
+from lightning_bge.tokenization import Pooling
 from lightning_bge.types import Batch, MicroBatch
-from lightning_bge.windows import Pooling
 
 
 def cut_micro_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:

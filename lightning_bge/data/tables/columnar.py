@@ -23,7 +23,7 @@ class ParquetFile:
         form: the format, for a message.
 
     Raises:
-        DataError: it is none.
+        DataError: it is not a Parquet file.
     """
 
     form = "Parquet"

@@ -38,7 +38,7 @@ class DelimitedFile:
         self.path, self._config = path, config
         self._encoding = encoding_of(path, config)
         with self._errors(), open_text(path, self._encoding) as file:
-            # an empty line before the header is none
+            # empty lines before the header are skipped
             first = next((line for line in file if line.strip()), "")
             if not first:
                 raise DataError(f"data file {path} is empty: its first line must name the columns")

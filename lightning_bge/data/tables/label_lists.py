@@ -70,15 +70,15 @@ def _labels(value: Any, separator: str | None, where: RowNames, row: int) -> lis
         parsed = _parsed(text)
         if parsed is None:
             raise DataError(
-                f"{where}: {where.rows([row])} has {text[:60]!r}, which seems to be a list "
-                f"and is none of Python or JSON. Write ['a', 'b'] or a{SEPARATOR}b, or set data.table.label_separator"
+                f"{where}: {where.rows([row])} has {text[:60]!r}, which seems to be a list, "
+                f"but not one of Python or JSON. Write ['a', 'b'] or a{SEPARATOR}b, or set data.table.label_separator"
             )
         return parsed
     return [label for label in text.split(SEPARATOR if separator is None else separator) if label.strip()]
 
 
 def _parsed(text: str) -> list[Any] | None:
-    """A list of Python or JSON; None: it is none."""
+    """A list of Python or JSON; None: the text is not a list."""
     if _BRACKETS.get(text[:1]) != text[-1:] or len(text) < 2:
         return None
     try:

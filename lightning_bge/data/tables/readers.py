@@ -111,7 +111,7 @@ def open_file(name: str, columns: Sequence[str], config: TableConfig, *, fill: b
     return ParquetFile(path)
 
 
-def say_what_was_found(name: str, file: DataFile) -> None:
+def log_file_format(name: str, file: DataFile) -> None:
     """Log the form of a file, once."""
     log_once(log, logging.INFO, f"{name}: {file.form}")
 
@@ -151,7 +151,7 @@ def read_chunks(
     """
     for name in expand_files(files):
         file = open_file(name, columns, config)
-        say_what_was_found(name, file)
+        log_file_format(name, file)
         row = 0
         for found in file.rows(columns, size):
             yield Chunk(name, row, found)
@@ -183,8 +183,7 @@ def read_table(
         DataError: a file or a column is missing, there are no rows, a row is malformed, a text or group is empty.
         ConfigError: not one or two text columns.
     """
-    if len(text_columns) not in (1, 2) or len(set(text_columns)) < len(text_columns):
-        raise ConfigError(f"data.text_columns: expected one or two different columns, got {list(text_columns)}")
+    check_text_columns(text_columns)
     labels = [label_column] if isinstance(label_column, str) else list(label_column or ())
     names = list(dict.fromkeys([*text_columns, *labels, *filter(None, (group_column,))]))
     columns: dict[str, list[Any]] = {name: [] for name in names}
@@ -207,6 +206,12 @@ def read_table(
             dict(zip(labels, values, strict=True)) for values in zip(*(columns[name] for name in labels), strict=True)
         ]
     return Table(list(zip(*texts, strict=True)), raw, groups, rows)
+
+
+def check_text_columns(names: Sequence[str]) -> None:
+    """Raise `ConfigError` unless these are one or two different columns."""
+    if len(names) not in (1, 2) or len(set(names)) < len(names):
+        raise ConfigError(f"data.text_columns: expected one or two different columns, got {list(names)}")
 
 
 def text_fault(value: Any) -> str | None:

@@ -22,7 +22,7 @@ from lightning_bge.data.tokens.cache_folder import limit_cache
 from lightning_bge.data.tokens.tokenizer import tokenizer_fingerprint
 from lightning_bge.errors import DataError
 from lightning_bge.runtime.cache_dir import CACHE_ENV, default_cache_dir, mark_used
-from lightning_bge.windows import NO_WINDOWS, NameRow, WindowConfig, full_lengths, name_row, tokenize_rows
+from lightning_bge.tokenization import NO_WINDOWS, NameRow, WindowConfig, full_lengths, name_row, tokenize_rows
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,10 @@ def concatenate_tokens(first: TokenArrays, second: TokenArrays) -> TokenArrays:
 
 
 def _map_batch(path: Path) -> pa.RecordBatch:
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} was deleted while this run used it. Run the command again: it is made anew") from error
     if reader.num_record_batches != 1:
         raise ValueError(f"{reader.num_record_batches} record batches, expected 1")
     return reader.get_batch(0)

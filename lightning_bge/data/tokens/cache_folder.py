@@ -51,10 +51,11 @@ def cached_files(folder: Path) -> list[CachedFile]:
 
 
 def clear_cache(folder: str | Path | None = None, older_than: float = 0.0) -> int:
-    """Delete the files of the cache; a process that has a file open keeps its content.
+    """Delete the files of the cache, which later runs make anew.
 
-    All of them can be made anew: texts are tokenized and micro-batch sizes searched again. An unfinished file is
-    deleted if it is older than a day, as another process may be writing a younger one.
+    A run that has a file open keeps its content, but ends with an error where it opens one again, as a refit and new
+    worker processes do. An unfinished file is deleted if it is older than a day, as another process may be writing a
+    younger one.
 
     Args:
         folder: of the cache; None: `default_cache_dir()`.

@@ -6,7 +6,7 @@ import numpy as np
 
 from lightning_bge.data.tokens.cache import TokenArrays
 from lightning_bge.runtime.log_once import log_once
-from lightning_bge.windows import WindowConfig
+from lightning_bge.tokenization import WindowConfig
 
 log = logging.getLogger(__name__)
 

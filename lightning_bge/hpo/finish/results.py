@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -235,7 +236,7 @@ def _summary(
         "sampler": study.user_attrs["methods"]["hpo.sampler"]["name"],
         "positive_label": schema.positive_label,
         "best_value": value,
-        "majority_baseline": baseline,
+        "majority_baseline": baseline if math.isfinite(baseline) else None,
         "warnings": warn_of_constants(schema, oof.predictions, monitor, value, baseline),
         "best_trial": best.number,
         "best_params": best.params,
@@ -287,7 +288,7 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
     lines += describe_versions(summary["computed_with"])
     lines += [
         *describe_scores(summary),
-        f"{baseline}: {metric} {summary['majority_baseline']:.4f}",
+        *([] if summary["majority_baseline"] is None else [f"{baseline}: {metric} {summary['majority_baseline']:.4f}"]),
         *(f"WARNING: {warning}" for warning in summary["warnings"]),
         *([f"positive label: {summary['positive_label']}"] if summary["positive_label"] is not None else []),
         "its hyperparameters:",

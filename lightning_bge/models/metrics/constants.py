@@ -1,5 +1,6 @@
 """Models that are no better than the same answer for every row."""
 
+import math
 from dataclasses import replace
 
 from lightning_bge.models.metrics.compute import compute_metrics
@@ -42,6 +43,7 @@ def majority_baseline(schema: Schema, predictions: Predictions, monitor: Monitor
     answers = constant_logits(schema.task, shape[1], float(predictions.labels.float().mean()))
     constant = (replace(predictions, logits=one.expand(shape)) for one in answers)
     metrics = [compute_metrics(schema, one, monitored=monitor.metric) for one in constant]
-    found = [one[monitor.name] for one in metrics if monitor.name in one]
+    values = (one.get(monitor.name, math.nan) for one in metrics)
+    found = [value for value in values if not math.isnan(value)]
     best = max if monitor.direction == "maximize" else min
     return best(found, default=float("nan"))

@@ -12,8 +12,8 @@ from lightning_bge.errors import ConfigError, DataError
 from lightning_bge.models.encoder import TextClassifier, expand_home
 from lightning_bge.models.metrics.predictions import scores
 from lightning_bge.models.output.prediction_file import decide
+from lightning_bge.tokenization import tokenize_rows
 from lightning_bge.types import MicroBatch, Schema
-from lightning_bge.windows import tokenize_rows
 
 Text = str | Sequence[str]
 

@@ -42,7 +42,7 @@ def test_labels_of_a_row(raw: list[Any], found: list[list[Any]]) -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (["['a' 'b']", "['a']"], r"row 1 .*seems to be a list and is none of Python or JSON"),
+        (["['a' 'b']", "['a']"], r"row 1 .*seems to be a list, but not one of Python or JSON"),
         (["[a, b]"], "seems to be a list"),
         (["a,b", "a", "b"], r"'a,b' seem to hold several labels between ','\. Set data\.table\.label_separator to ','"),
         (["a;b", "b;a", "a"], "between ';'"),

@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,7 @@ def _check(counts: Counter[str], folder: Path, data: st.DataObject, form: Form) 
         try:
             found = read(path, names, config)
         except DataError as error:
-            if str(path) not in str(error):
+            if str(path) not in str(error) or not re.search(r"(row|line) \d+|no column|not valid UTF", str(error)):
                 raise
             counts[f"{which}: refused"] += 1
             counts[f"{which}: refused, and pandas reads it"] += by_pandas

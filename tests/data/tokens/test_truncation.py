@@ -14,7 +14,7 @@ from lightning_bge.data.encoded_file import load_file, load_training_file
 from lightning_bge.data.tokens.cache import concatenate_tokens, tokenize_cached
 from lightning_bge.data.tokens.truncation import describe_truncation
 from lightning_bge.runtime.log_once import log_once
-from lightning_bge.windows import WindowConfig
+from lightning_bge.tokenization import WindowConfig
 from tests.helpers.small_texts import random_texts
 
 ROWS = [("w1 " * words,) for words in (3, 6, 7, 10, 20)]  # 5, 8, 9, 12 and 22 tokens

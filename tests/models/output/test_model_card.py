@@ -13,8 +13,8 @@ import yaml
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.ensemble import write_ensemble
 from lightning_bge.models.output import model_card
+from lightning_bge.tokenization import WindowConfig
 from lightning_bge.types import Schema, Task
-from lightning_bge.windows import WindowConfig
 from tests.helpers.small_models import save_model, word_tokenizer
 
 NAMES: dict[Task, tuple[str, ...]] = {

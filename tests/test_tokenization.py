@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_bge.errors import ConfigError, DataError
-from lightning_bge.windows import TokenizedRows, WindowConfig, check_stride, full_lengths, tokenize_rows
+from lightning_bge.tokenization import TokenizedRows, WindowConfig, check_stride, full_lengths, tokenize_rows
 from tests.helpers.plain_windows import plain_types, plain_windows
 from tests.helpers.small_texts import build_tokenizer, random_texts
 

@@ -13,7 +13,7 @@ from lightning_bge.prediction.formats import OutputFormat, common_type, type_of
 
 
 @dataclass
-class Survey:
+class CheckedRows:
     """What was found.
 
     Attributes:
@@ -27,7 +27,7 @@ class Survey:
     types: dict[str, pa.DataType] = field(default_factory=dict)
 
 
-def survey(pieces: TextPieces, form: OutputFormat) -> Survey:
+def check_rows(pieces: TextPieces, form: OutputFormat) -> CheckedRows:
     """Read all rows once.
 
     Args:
@@ -37,7 +37,7 @@ def survey(pieces: TextPieces, form: OutputFormat) -> Survey:
     Raises:
         DataError: a row is malformed, or can't be written in this format.
     """
-    found = Survey()
+    found = CheckedRows()
     known = len(pieces.types) == len(pieces.files)  # Parquet alone, whose types are kept
     for piece in pieces:
         found.rows += len(piece)
