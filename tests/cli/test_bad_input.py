@@ -79,7 +79,7 @@ FILES: dict[str, tuple[str, str | bytes, tuple[str, ...], str]] = {
     "missing label": ("x.csv", GOOD + "a,\n", (), r"label is missing in 1 of 21 rows \(data row 21.*fill in or drop"),
     "one class": ("x.csv", "text,label\na,1\nb,1\n", (), r"one class only, '1'"),
     "three classes": ("x.csv", with_label(3, "2"), (), r"binary needs two labels.*3.*multiclass"),
-    "one row of a class": ("x.csv", "text,label\na,1\nb,0\nc,0\nd,0\ne,0\n", (), r"class '1' is in 1 rows, too few"),
+    "one row of a class": ("x.csv", "text,label\na,1\nb,0\nc,0\nd,0\ne,0\n", (), r"class '1' is in 1 row, too few"),
     "few rows": ("x.csv", "text,label\na,1\nb,0\n", ("--data.split.folds", "5"), r"2 rows cannot be split into 5"),
     "regression of words": ("x.csv", GOOD + "a,high\n", ("--model.task", "regression"), r"row 21.*has 'high'"),
     "regression with nan": ("x.csv", GOOD + "a,nan\n", ("--model.task", "regression"), r"finite number in every row"),
@@ -122,7 +122,7 @@ FILES: dict[str, tuple[str, str | bytes, tuple[str, ...], str]] = {
     ),
     "one group": (
         *("x.csv", "text,label,g\n" + "a,1,p\nb,0,p\n" * 5, ("--data.group_column", "g")),
-        r"1 groups cannot be split",
+        r"1 group cannot be split",
     ),
     "not json": ("x.jsonl", "text: a\n", (), r"line 1 is not valid JSON"),
     "json of a number": ("x.jsonl", "1\n", (), r"line 1 must hold one JSON object"),

@@ -290,7 +290,7 @@ def test_a_metric_that_can_not_be_computed_on_a_fold_is_found_first(
     path.write_text(f"text,label\n{rows}")
     labels = ["--model.task", "multilabel", "--monitor.metric", "auroc", "--data.text_columns", "text"]
     args = [*search, "--data.train_file", str(path), "--data.group_column", "null", *labels]
-    refused(run, args, "the metric auroc can't be computed on these 20 rows, as none is with the label 'b'")
+    refused(run, args, "the metric auroc can't be computed on these 20 rows, as no row is with the label 'b'")
 
 
 # ---------------------------------------------------------------------- callbacks

@@ -200,15 +200,21 @@ def _check_counts(rows: _Rows, parts: int, option: str) -> None:
     unit = "rows" if rows.groups is None else "groups"
     available = rows.n if rows.groups is None else len(np.unique(rows.groups))
     if available < parts:
-        raise DataError(f"{available} {unit} cannot be split into {parts} parts: change {option}, or give more {unit}")
+        raise DataError(
+            f"{_count(available, unit)} cannot be split into {parts} parts: change {option}, or give more {unit}"
+        )
     for code in () if rows.classes is None else np.unique(rows.classes):
         of_class = rows.classes == code
         count = int(of_class.sum()) if rows.groups is None else len(np.unique(rows.groups[of_class]))
         if count < parts:
             raise DataError(
-                f"class {rows.name(code)} is in {count} {unit}, too few for {parts} parts that all need it: "
+                f"class {rows.name(code)} is in {_count(count, unit)}, too few for {parts} parts that all need it: "
                 f"change {option}, or merge or drop the class"
             )
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number} {unit if number != 1 else unit.removesuffix('s')}"
 
 
 def _check_folds(rows: _Rows, folds: Sequence[np.ndarray]) -> None:

@@ -69,7 +69,7 @@ def _lacking_groups(schema: Schema, labels: np.ndarray, groups: np.ndarray | Non
         return "they have no groups (data.group_column)"
     if not yes.any():
         return f"no group has a row of the class {schema.labels[1]!r}"
-    return f"none is of the class {schema.labels[0]!r}" if yes.all() else None
+    return f"no row is of the class {schema.labels[0]!r}" if yes.all() else None
 
 
 def _lacking_classes(schema: Schema, metric: str, labels: np.ndarray) -> str | None:
@@ -83,7 +83,7 @@ def _lacking_classes(schema: Schema, metric: str, labels: np.ndarray) -> str | N
         return _none_is(missing) if ranks else None
     yes = labels.reshape(len(labels), -1) > 0.5
     if metric in OF_YES and not yes.any():
-        return _none_is([f"of the class {schema.labels[1]!r}"]) if schema.task == "binary" else "none has a label"
+        return _none_is([f"of the class {schema.labels[1]!r}"]) if schema.task == "binary" else "no row has a label"
     if not (ranks or metric in AGREEMENT):
         return None
     if schema.task == "binary":
@@ -112,4 +112,4 @@ def _lacking_for_class(
 
 def _none_is(what: list[str]) -> str | None:
     more = f" and {len(what) - MAX_NAMES} more" if len(what) > MAX_NAMES else ""
-    return f"none is {', none '.join(what[:MAX_NAMES])}{more}" if what else None
+    return f"no row is {', none '.join(what[:MAX_NAMES])}{more}" if what else None

@@ -69,7 +69,7 @@ def test_too_few_rows_groups_or_classes_are_refused() -> None:
         make_folds(labels, "binary", SplitConfig(folds=3), groups=np.array([0, 0, 0, 1, 1, 1]))
     with pytest.raises(DataError, match=r"2 groups cannot be split into 5 parts: change data\.split\.val_fraction"):
         make_folds(labels, "binary", SplitConfig(), groups=np.array([0, 0, 0, 1, 1, 1]))
-    with pytest.raises(DataError, match="class 1 is in 1 groups"):
+    with pytest.raises(DataError, match="class 1 is in 1 group,"):
         make_folds(labels, "binary", SplitConfig(folds=2), groups=np.array([0, 1, 2, 3, 4, 4]))
     with pytest.raises(DataError, match="2 rows cannot be split into 3"):
         make_folds(labels[:2], "regression", SplitConfig(folds=3))
