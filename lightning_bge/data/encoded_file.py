@@ -11,6 +11,7 @@ import numpy as np
 
 from lightning_bge.data.tables.config import TableConfig
 from lightning_bge.data.tables.files import HUB, Files, expand_files
+from lightning_bge.data.tables.label_lists import label_key
 from lightning_bge.data.tables.labels import encode_labels, fit_labels
 from lightning_bge.data.tables.readers import RowNames, Table, read_table
 from lightning_bge.data.tables.splits import SplitConfig, folds_hash, make_folds, make_outer_folds
@@ -144,8 +145,18 @@ def _read(source: Source) -> Table:
 
 def _hash_table(table: Table) -> str:
     digest = hashlib.sha256(hash_texts(table.texts).encode())
-    digest.update(json.dumps([table.labels, table.groups], default=str).encode())
+    labels = None if table.labels is None else [_normal_form(label) for label in table.labels]
+    digest.update(json.dumps([labels, table.groups]).encode())
     return digest.hexdigest()
+
+
+def _normal_form(label: Any) -> Any:
+    """The same for a label however a file holds it, as plain data."""
+    if isinstance(label, dict):
+        return {name: _normal_form(value) for name, value in label.items()}
+    if isinstance(label, list | tuple | set):
+        return [_normal_form(value) for value in label]
+    return None if label is None else label_key(label)
 
 
 @dataclass(frozen=True)

@@ -170,3 +170,24 @@ def test_groups_that_a_file_brings_are_known_before_it_is_read(write: Write) -> 
     assert not has_groups(TextDataModule(train_file=rows).hparams)
     assert has_groups(TextDataModule(train_file=rows, group_column="query").hparams)
     assert not has_groups(TextDataModule().hparams)
+
+
+def test_the_same_rows_have_one_hash_in_every_format(make: Make, write: Write, texts: list[str]) -> None:
+    rows = [{"text": text, "label": row % 2} for row, text in enumerate(texts)]
+    files = [
+        write("a.csv", csv(texts, [row["label"] for row in rows])),
+        write("b.csv", csv(texts, [float(row["label"]) for row in rows])),
+        write("c.csv", csv(texts, [bool(row["label"]) for row in rows])),
+        write("d.jsonl", "\n".join(map(json.dumps, rows))),
+    ]
+    hashes = []
+    for file in files:
+        data = make(train_file=str(file), text_columns="text")
+        data.setup("fit")
+        hashes.append(data.data_hash)
+    assert len(set(hashes)) == 1
+    other = make(
+        train_file=str(write("e.csv", csv(texts, [1, *(row["label"] for row in rows[1:])]))), text_columns="text"
+    )
+    other.setup("fit")
+    assert other.data_hash != hashes[0]

@@ -37,7 +37,7 @@ class ParquetFile:
 
     def rows(self, names: Sequence[str], chunk: int) -> Iterator[Columns]:
         """The columns of at most `chunk` rows after the other."""
-        check_names(names, self.columns, self.path)
+        check_names(names, self.columns, self.path, self.form, "It names them itself")
         with self._errors():
             for batch in self._file.iter_batches(chunk, columns=list(dict.fromkeys(names))):
                 yield {name: _values(batch.column(name)) for name in names}
@@ -75,7 +75,7 @@ class HFDataset:
 
     def rows(self, names: Sequence[str], chunk: int) -> Iterator[Columns]:
         """The columns of at most `chunk` rows after the other."""
-        check_names(names, self.columns, self.path)
+        check_names(names, self.columns, self.path, self.form, "It names them itself")
         data = self._data.select_columns(list(dict.fromkeys(names))).with_format("arrow")
         try:
             for table in data.iter(chunk):

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from lightning_bge.data.tables.config import DELIMITERS, TableConfig
 from lightning_bge.data.tables.dialect import Dialect, find_delimiter, is_quoted
-from lightning_bge.data.tables.files import encoding_of, open_text, undecodable
+from lightning_bge.data.tables.files import encoding_of, open_text, undecodable, unreadable
 from lightning_bge.data.tables.rows import Columns, check_names
 from lightning_bge.errors import DataError
 
+NO_DELIMITER = r". In a file of one column the delimiter may be a character that no text has, such as \t"
 _SHOWN = 60  # characters of a line in a message
 
 
@@ -107,7 +108,7 @@ class DelimitedFile:
         return DataError(
             f"{self.path}: row {number} (line {start}) has {len(record)} fields, expected {len(self.columns)} with "
             f"{self.form}: {_shown(lines.record[0])}. Correct the row, or set data.table.delimiter or "
-            "data.table.quoting"
+            f"data.table.quoting{NO_DELIMITER if len(self.columns) == 1 else ''}"
         )
 
     def _quote_error(self, start: int, lines: "_Lines", error: csv.Error) -> DataError:
@@ -129,7 +130,7 @@ class DelimitedFile:
         except UnicodeError as error:
             raise undecodable(self.path, self._encoding, error) from error
         except OSError as error:
-            raise DataError(f"data file {self.path} can't be read: {error}") from error
+            raise unreadable(self.path, error) from error
         finally:
             csv.field_size_limit(before)
 

@@ -175,7 +175,7 @@ def encoding_of(path: Path, config: TableConfig) -> str:
         with open_bytes(path) as file:
             start = file.read(_SAMPLE_BYTES)
     except OSError as error:
-        raise DataError(f"data file {path} can't be read: {error}") from error
+        raise unreadable(path, error) from error
     for mark, words in _NO_TEXT.items():
         if start.startswith(mark):
             raise DataError(f"data file {path} {words}")
@@ -191,6 +191,17 @@ def encoding_of(path: Path, config: TableConfig) -> str:
         if len(zeros) > 1 and zeros.count(0) > 0.7 * len(zeros) and others.count(0) < 0.1 * len(others):
             return encoding
     return "utf-8"
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """The error for a file that the system can't read, or that is not compressed as its ending says."""
+    compression = COMPRESSED.get(path.suffix.lower())
+    if compression is None or error.errno is not None:
+        return DataError(f"data file {path} can't be read: {error}")
+    return DataError(
+        f"data file {path} can't be read as {compression} ({error}): it is cut short, or not compressed so. Compress "
+        "it again, or correct its ending"
+    )
 
 
 def undecodable(path: Path, encoding: str, error: UnicodeError) -> DataError:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lightning_bge.data.tables.config import TableConfig
-from lightning_bge.data.tables.files import encoding_of, open_text, undecodable
+from lightning_bge.data.tables.files import encoding_of, open_text, undecodable, unreadable
 from lightning_bge.data.tables.rows import Columns, check_names
 from lightning_bge.errors import DataError
 
@@ -28,7 +28,6 @@ class JSONFile:
 
     Args:
         path: the file.
-        kind: jsonl, or json: an array or lines, by the first character.
         config: the encoding, if it is set.
         fill: whether a field that a row lacks is a missing value, and no error.
 
@@ -40,20 +39,41 @@ class JSONFile:
         DataError: it holds no objects.
     """
 
-    def __init__(self, path: Path, kind: str, config: TableConfig, fill: bool = False) -> None:
+    def __init__(self, path: Path, config: TableConfig, fill: bool = False) -> None:
         self.path, self._encoding, self._fill = path, encoding_of(path, config), fill
         with self._errors(), open_text(path, self._encoding) as file:
             first = next((line.strip() for line in file if line.strip()), "")
-        self._array = kind == "json" and first.startswith("[")
+        self._array = first.startswith("[")
         self._values: list[Any] | None = None  # of an array, which is parsed as a whole
         objects = self._objects()
         start = next(objects, None)
         if start is None:
             raise DataError(f"data file {path} has no rows")
         self.has_pairs = _is_pair(start[1])
+        if not self._array and not self.has_pairs and next(objects, None) is None:
+            self._check_is_row(start[1])
         form = "one array" if self._array else "one object a line"
         self.form = f"{form}, {self._encoding.removesuffix('-sig')}"
         self.form += ", texts for queries" if self.has_pairs else ""
+
+    def _check_is_row(self, content: dict[str, Any]) -> None:
+        """Refuse a file of one object that holds columns, or rows by their names, and is no row itself."""
+        values = list(content.values())
+        columns = all(isinstance(value, list) for value in values) or all(isinstance(value, dict) for value in values)
+        rows = [
+            name
+            for name, value in content.items()
+            if isinstance(value, list) and any(isinstance(v, dict) for v in value)
+        ]
+        if not values or not (columns or rows):
+            return
+        what = (
+            f"the rows in its field {rows[0]!r}: write that list alone" if rows else "columns, as by pandas' to_json()"
+        )
+        raise DataError(
+            f"data file {self.path} holds one object with {what}. An array of objects or one object a line can be "
+            "read, such as that of to_json(orient='records')"
+        )
 
     @property
     def columns(self) -> list[str]:
@@ -73,7 +93,7 @@ class JSONFile:
         while piece := list(islice(objects, chunk)):
             for place, row in piece:
                 if not (self._fill or row.keys() >= set(names)):
-                    check_names(names, self.columns, self.path, self.form)
+                    check_names(names, self.columns, self.path, self.form, "Each object is a row")
                     absent = next(name for name in names if name not in row)
                     raise DataError(
                         f"{self.path}: {place} has no {absent!r}; it has {', '.join(map(repr, row))}. Give each row "
@@ -140,7 +160,7 @@ class JSONFile:
         except UnicodeError as error:
             raise undecodable(self.path, self._encoding, error) from error
         except OSError as error:
-            raise DataError(f"data file {self.path} can't be read: {error}") from error
+            raise unreadable(self.path, error) from error
 
 
 def _value(value: Any) -> Any:

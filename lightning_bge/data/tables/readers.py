@@ -12,6 +12,7 @@ from lightning_bge.data.tables.config import TableConfig
 from lightning_bge.data.tables.delimited import DelimitedFile
 from lightning_bge.data.tables.files import HUB, Files, expand_files, format_of
 from lightning_bge.data.tables.json_rows import JSONFile
+from lightning_bge.data.tables.rows import whole_number
 from lightning_bge.errors import ConfigError, DataError
 from lightning_bge.runtime.log_once import log_once
 
@@ -107,7 +108,7 @@ def open_file(name: str, columns: Sequence[str], config: TableConfig, *, fill: b
     if kind in ("csv", "tsv"):
         return DelimitedFile(path, kind, columns, config)
     if kind in ("json", "jsonl"):
-        return JSONFile(path, kind, config, fill)
+        return JSONFile(path, config, fill)
     return ParquetFile(path)
 
 
@@ -185,6 +186,8 @@ def read_table(
     """
     check_text_columns(text_columns)
     labels = [label_column] if isinstance(label_column, str) else list(label_column or ())
+    if both := set(labels) & set(text_columns):
+        raise ConfigError(f"data.label_column: {sorted(both)} are in data.text_columns too: name another column")
     names = list(dict.fromkeys([*text_columns, *labels, *filter(None, (group_column,))]))
     columns: dict[str, list[Any]] = {name: [] for name in names}
     starts: dict[str, int] = {}
@@ -197,7 +200,10 @@ def read_table(
             break
     rows = RowNames(tuple(starts), tuple(starts.values()))
     texts = [_texts(columns[name], name, rows) for name in text_columns]
-    groups = _texts(columns[group_column], group_column, rows, "an empty value") if group_column else None
+    groups = None
+    if group_column is not None:
+        named = _texts(columns[group_column], group_column, rows, "an empty value")
+        groups = [whole_number(name.strip()) for name in named]  # so that a file with 3 and one with 3.0 have one
     raw: list[Any] | None = None
     if isinstance(label_column, str):
         raw = columns[label_column]

@@ -1,6 +1,7 @@
 """The columns of some rows, and the names of columns."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,17 @@ from lightning_bge.errors import DataError
 Columns = dict[str, list[Any]]  # the values of each column, of some rows of a file; None is a missing one
 
 
-def check_names(names: Sequence[str], known: Sequence[str], path: Path | str, form: str = "") -> None:
+def whole_number(text: str) -> str:
+    """`3` for `3.0`, as one file may have 3 and another one 3.0; any other text as it is."""
+    return text.partition(".")[0] if re.fullmatch(r"[+-]?\d+\.0*", text) else text
+
+
+HEADER = "Its first line must name the columns"
+
+
+def check_names(
+    names: Sequence[str], known: Sequence[str], path: Path | str, form: str = "", header: str = HEADER
+) -> None:
     """Raise `DataError` where a file lacks a column, or has two of that name.
 
     Args:
@@ -18,6 +29,7 @@ def check_names(names: Sequence[str], known: Sequence[str], path: Path | str, fo
         known: those of the file.
         path: the file.
         form: how it was read, for the message.
+        header: where the names of the columns stand in such a file, for the message.
     """
     missing = [name for name in names if name not in known]
     if missing:
@@ -27,8 +39,8 @@ def check_names(names: Sequence[str], known: Sequence[str], path: Path | str, fo
         read = f", read with {form}" if form else ""
         raise DataError(
             f"data file {path} has no column {', '.join(map(repr, missing))}{hint}; its columns are "
-            f"{', '.join(map(repr, known[:20]))}{', ...' if len(known) > 20 else ''}{read}. Its first line must name "
-            "the columns: set data.text_columns, data.label_column or data.group_column"
+            f"{', '.join(map(repr, known[:20]))}{', ...' if len(known) > 20 else ''}{read}. {header}: "
+            "set data.text_columns, data.label_column or data.group_column"
         )
     twice = [name for name in names if list(known).count(name) > 1]
     if twice:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -102,6 +103,8 @@ def make_folds(
     parts = config.folds if config.folds > 1 or groups is None else max(2, round(1 / config.val_fraction))
     _check_counts(rows, max(2, parts), option if config.folds > 1 else "data.split.val_fraction")
     stratified = config.stratified and classes is not None
+    if parts == 1 and classes is not None:
+        _check_single_split(rows.n, len(np.unique(classes)), config.val_fraction)
     splitter = _splitter(parts, stratified, groups is not None, config)
     try:
         split = splitter.split(np.zeros(rows.n), classes if stratified else None, groups)
@@ -213,6 +216,15 @@ def _check_counts(rows: _Rows, parts: int, option: str) -> None:
             )
 
 
+def _check_single_split(count: int, classes: int, fraction: float) -> None:
+    validated = math.ceil(count * fraction)  # as scikit-learn has it
+    if min(validated, count - validated) < classes:
+        raise DataError(
+            f"of {_count(count, 'rows')} data.split.val_fraction={fraction} validates {validated}, and both sides need "
+            f"{classes} or more, one for each class: change it, or give more rows"
+        )
+
+
 def _count(number: int, unit: str) -> str:
     return f"{number} {unit if number != 1 else unit.removesuffix('s')}"
 
@@ -221,7 +233,8 @@ def _check_folds(rows: _Rows, folds: Sequence[np.ndarray]) -> None:
     every = np.arange(rows.n)
     if len(folds) > 1 and not np.array_equal(np.sort(np.concatenate(folds)), every):
         raise AssertionError("a row is missing from the folds, or is in two of them")
-    remedy = "Use fewer folds, another data.split.seed, or more data"
+    fewer = "Use fewer folds" if len(folds) > 1 else "Raise data.split.val_fraction"
+    remedy = f"{fewer}, another data.split.seed, or more data"
     for number, fold in enumerate(folds):
         training = np.setdiff1d(every, fold)
         if not len(fold) or not len(training):

@@ -34,7 +34,10 @@ def test_an_array_may_have_lines_and_nan_is_missing(write: Write) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.json", '{"text": {"0": "a"}}', "no text but dict"),
+        ("t.json", '{"text": {"0": "a"}}', r"one object with columns, as by pandas.*orient='records'"),
+        ("t.json", '{"text": ["a", "b"]}', "one object with columns"),
+        ("t.jsonl", '{"data": [{"text": "a"}]}', "the rows in its field 'data': write that list alone"),
+        ("t.json", '{"0": {"text": "a"}, "1": {"text": "b"}}', "one object with columns"),
         ("t.json", '{"data":\n [{"text": "a"}]}', "line 1 is not valid JSON.*An array of objects"),
         ("t.json", '[{"text": "a"}', "is not valid JSON"),
         ("t.json", '["a"]', "row 1 must hold one JSON object"),

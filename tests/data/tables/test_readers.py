@@ -92,7 +92,7 @@ def test_format_rows_and_columns_can_be_chosen(write: Write, monkeypatch: pytest
         ("t.csv", b"a,\xff,label\nx,y,0\n", "line 1 is not valid UTF-8"),
         ("t.jsonl", b'{"a":"\xff"}\n', "line 1 is not valid UTF-8"),
         ("t.jsonl", '{"a":"x","b":"y","label":0}\n{"a":', "line 2 is not valid JSON"),
-        ("t.jsonl", "[1]\n", "line 1 must hold one JSON object"),
+        ("t.jsonl", "[1]\n", "row 1 must hold one JSON object"),
         ("t.jsonl", '{"a":"x","b":"y","label":0}\n{"a":"x","label":0}\n', "line 2 has no 'b'"),
         ("t.jsonl", '{"a":null,"b":"y","label":0}\n', "'a' has empty text in 1 of 1 rows"),
         ("t.jsonl", '{"a":["x"],"b":"y","label":0}\n', "'a' has no text but list in 1 of 1 rows"),
@@ -125,3 +125,18 @@ def test_missing_file_and_columns(tmp_path: Path, write: Write) -> None:
 def test_wrong_options_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=f"data.table.{next(iter(bad))}"):
         TableConfig(**bad)  # type: ignore[arg-type]
+
+
+def test_groups_have_one_name_however_they_are_written(write: Write) -> None:
+    path = write("t.csv", "a,b,label,g\nx1,y1,0,3\nx2,y2,1,3.0\nx1,y1,0, 3 \nx2,y2,1,03\nx2,y2,1,3.5\n")
+    assert read(path, group="g").groups == ["3", "3", "3", "03", "3.5"]
+    assert read(write("t.jsonl", '{"a":"x","b":"y","label":0,"g":3.0}\n'), group="g").groups == ["3"]
+
+
+def test_a_label_is_no_text(write: Write) -> None:
+    with pytest.raises(ConfigError, match=r"data\.label_column: \['a'\] are in data\.text_columns too"):
+        read_table(write("t.csv", "a\nx\n"), ("a",), label_column="a")
+
+
+def test_an_array_may_have_the_ending_of_lines(write: Write) -> None:
+    assert read(write("t.jsonl", '[{"a":"x1","b":"y1","label":0},{"a":"x2","b":"y2","label":1}]')).texts == GOOD

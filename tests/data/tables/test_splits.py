@@ -73,7 +73,7 @@ def test_too_few_rows_groups_or_classes_are_refused() -> None:
         make_folds(labels, "binary", SplitConfig(folds=2), groups=np.array([0, 1, 2, 3, 4, 4]))
     with pytest.raises(DataError, match="2 rows cannot be split into 3"):
         make_folds(labels[:2], "regression", SplitConfig(folds=3))
-    with pytest.raises(DataError, match="cannot be split"):
+    with pytest.raises(DataError, match="validates 1, and both sides need 2 or more, one for each class"):
         make_folds(labels, "binary", SplitConfig(val_fraction=0.1))
 
 
