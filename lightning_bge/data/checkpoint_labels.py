@@ -5,7 +5,8 @@ import re
 
 from transformers import AutoConfig
 
-from lightning_bge.data.tables.labels import POSITIVE
+from lightning_bge.data.tables.labels import positive_last
+from lightning_bge.errors import ConfigError
 from lightning_bge.runtime.log_once import log_once
 from lightning_bge.types import Task
 
@@ -24,6 +25,9 @@ def checkpoint_labels(name_or_path: str, task: Task, revision: str | None, trust
     Returns:
         The names; binary: (negative, positive). Empty where there is no checkpoint, or its names say nothing, such as
         `LABEL_0`.
+
+    Raises:
+        ConfigError: two outputs have the same name.
     """
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
@@ -32,20 +36,17 @@ def checkpoint_labels(name_or_path: str, task: Task, revision: str | None, trust
     names = tuple(str(name) for _, name in sorted((config.id2label or {}).items()))
     if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
         return ()
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"model.name_or_path: {name_or_path} has outputs of the same name, {', '.join(map(repr, names[:10]))}. "
+            "Correct id2label in its config.json"
+        )
     if task == "binary":
         if len(names) == 1:  # one logit, which the positive class names
             names = (f"not {names[0]}", *names)
         if len(names) != 2:
             return ()
-        names = _positive_last(names)
+        names = positive_last(names)
     shown = ", ".join(map(repr, names[:10])) + ", ..." * (len(names) > 10)
     log_once(log, logging.INFO, f"the classes are those of {name_or_path}: {shown}; data.table.labels sets others")
     return names
-
-
-def _positive_last(names: tuple[str, ...]) -> tuple[str, ...]:
-    try:
-        return tuple(sorted(names, key=float))
-    except ValueError:
-        first, second = (name.lower() in POSITIVE for name in names)
-        return names[::-1] if first and not second else names

@@ -13,17 +13,12 @@ from lightning_bge.data.batches.micro_batches import EncodedDataset, concatenate
 from lightning_bge.data.batches.samplers import EffectiveBatchSampler
 from lightning_bge.data.encoded_data_module import EncodedDataModule, Split
 from lightning_bge.data.encoded_file import CheckedFile, Source, check_file, load_file, load_training_file
-from lightning_bge.data.sources import (
-    exported_schema,
-    known_schema,
-    make_source,
-    training_source,
-)
+from lightning_bge.data.sources import exported_schema, known_schema, labels_origin, make_source, training_source
 from lightning_bge.data.tables.config import TableConfig
 from lightning_bge.data.tables.files import Files
 from lightning_bge.data.tables.labels import count_classes, encode_labels
 from lightning_bge.data.tables.overlap import warn_of_overlap, warn_of_overlap_of_folds
-from lightning_bge.data.tables.readers import check_text_columns
+from lightning_bge.data.tables.readers import check_label_columns, check_text_columns
 from lightning_bge.data.tables.splits import SplitConfig, validation_hash
 from lightning_bge.data.tokens.tokenizer import load_tokenizer
 from lightning_bge.errors import ConfigError
@@ -146,6 +141,7 @@ class TextDataModule(EncodedDataModule):
             check_text_columns(self.text_columns)
         if not isinstance(self.label_column, str) and self.task != "multilabel":
             raise ConfigError(f"label_column: a {self.task} task has one, got {list(self.label_column)}")
+        check_label_columns(self.label_column)
         for name in ("batch_size", "max_length"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -231,7 +227,8 @@ class TextDataModule(EncodedDataModule):
         labels = None
         if file.raw_labels is not None:
             separator = self.table.label_separator
-            labels = encode_labels(file.raw_labels, schema.labels, schema.task, file.names, separator)
+            names, origin = schema.labels, labels_origin(self, "train" in self._datasets)
+            labels = encode_labels(file.raw_labels, names, schema.task, file.names, separator, origin)
         if self._trained_texts is not None and name != "predict":
             warn_of_overlap(file.text_hashes, self._trained_texts, str(file.names))
         if name == "val":
@@ -326,7 +323,7 @@ class TextDataModule(EncodedDataModule):
     def _check_test_file(self, files: Files) -> CheckedFile:
         schema = self.schema or known_schema(self, files)
         source = make_source(self, files, schema.text_columns, schema.max_length)
-        found = check_file(source, schema.task, schema.labels)
+        found = check_file(source, schema.task, schema.labels, labels_origin(self, "train" in self._datasets))
         if schema.windows.stride is not None:
             load_file(replace(source, windows=schema.windows))
         if self._trained_texts is not None:

@@ -12,7 +12,7 @@ import numpy as np
 from lightning_bge.data.tables.config import TableConfig
 from lightning_bge.data.tables.files import HUB, Files, expand_files
 from lightning_bge.data.tables.label_lists import label_key
-from lightning_bge.data.tables.labels import encode_labels, fit_labels
+from lightning_bge.data.tables.labels import Origin, encode_labels, fit_labels
 from lightning_bge.data.tables.readers import RowNames, Table, read_table
 from lightning_bge.data.tables.splits import SplitConfig, folds_hash, make_folds, make_outer_folds
 from lightning_bge.data.tokens.cache import TokenArrays, hash_texts, tokenize_cached
@@ -171,14 +171,14 @@ class CheckedFile:
 
 
 @lru_cache(maxsize=16)
-def check_file(source: Source, task: Task, labels: tuple[str, ...]) -> CheckedFile:
-    """Read a file and check its labels, without tokenizing it.
+def check_file(source: Source, task: Task, labels: tuple[str, ...], origin: Origin) -> CheckedFile:
+    """Read a file and check its labels, which `origin` has named, without tokenizing it.
 
     Raises:
         UserError: the file, or a label in it, is wrong.
     """
     table = _read(source)
-    encoded = encode_labels(table.labels or [], labels, task, table.names, source.table.label_separator)
+    encoded = encode_labels(table.labels or [], labels, task, table.names, source.table.label_separator, origin)
     return CheckedFile(table.names, _hash_table(table), _hash_texts(table), encoded, _group_numbers(table)[0])
 
 

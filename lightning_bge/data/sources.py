@@ -11,10 +11,11 @@ from lightning_bge.data.encoded_file import Source, TokenizerKey, stamp, stamp_o
 from lightning_bge.data.tables.config import TableConfig
 from lightning_bge.data.tables.files import Files
 from lightning_bge.data.tables.json_rows import PAIR_COLUMNS
-from lightning_bge.data.tables.labels import fit_labels
+from lightning_bge.data.tables.labels import Origin, fit_labels
 from lightning_bge.data.tables.readers import has_pairs, read_table
 from lightning_bge.errors import ConfigError
 from lightning_bge.runtime.cache_dir import default_cache_dir
+from lightning_bge.runtime.log_once import log_once
 from lightning_bge.tokenization import NO_WINDOWS, WindowConfig
 from lightning_bge.types import Schema, Task
 
@@ -63,7 +64,25 @@ def known_schema(data: DataArguments, files: Files) -> Schema:
         length, windows = min(data.max_length, schema.max_length), windows_of(data, schema)
         return replace(schema, text_columns=chosen, max_length=length, windows=windows)
     columns = make_source(data, files, data.text_columns, data.max_length).text_columns
-    return Schema(data.task, _known_labels(data), columns, data.max_length, windows=data.windows)
+    labels = _known_labels(data)
+    if data.task == "binary" and len(labels) == 2:
+        text = f"{labels[1]!r} is the positive label, {labels[0]!r} the negative one"
+        log_once(log, logging.INFO, f"{text}; --data.table.labels '[{labels[1]}, {labels[0]}]' exchanges them")
+    return Schema(data.task, labels, columns, data.max_length, windows=data.windows)
+
+
+def labels_origin(data: DataArguments, trained: bool) -> Origin:
+    """Where the names of the labels in a schema come from.
+
+    Args:
+        data: the arguments.
+        trained: whether the training file has been read for it; else it is that of `known_schema`.
+    """
+    if not trained and exported_schema(data) is not None:
+        return "the model"
+    if data.table.labels is not None:
+        return "data.table.labels"
+    return "the model" if data.train_file is None else "the training file"
 
 
 def exported_schema(data: DataArguments) -> Schema | None:

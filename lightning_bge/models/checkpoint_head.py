@@ -1,6 +1,7 @@
 """The head of a checkpoint of transformers, and how its outputs become those of a task."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,6 +80,9 @@ def match_head(config: PretrainedConfig, outputs: Outputs) -> HeadMatch:
     if task not in trained_for:
         why = f"has a head for {config.problem_type}, and the task is {task}"
         return HeadMatch(None, why, f"Set model.task to {' or '.join(trained_for)}")
+    if len(set(names)) < width:
+        why = f"has outputs of the same name, {_shown(names)}"
+        return HeadMatch(None, why, "Correct id2label in its config.json")
     if task == "regression":
         return HeadMatch(torch.eye(1)) if width == 1 else _other_width(names, outputs)
     if task == "binary":
@@ -122,8 +126,8 @@ def _match_names(names: Sequence[str], labels: Sequence[str]) -> tuple[list[int]
 
 
 def _key(name: str) -> str:
-    """Without case and blanks, and in the form that labels of files have: 1 for True."""
-    key = "".join(name.casefold().split())
+    """Without case and blanks, and in the form that labels of files have: 1 for True, composed characters."""
+    key = "".join(unicodedata.normalize("NFC", name).casefold().split())
     return {"true": "1", "1.0": "1", "false": "0", "0.0": "0"}.get(key, key)
 
 

@@ -27,8 +27,9 @@ class TableConfig:
         max_rows: read only the first rows of the training file, for a quick trial. Unset: all rows.
         labels: label names in the order of the model's outputs (binary: the negative one first), as they stand in the
             file. Unset: found in the training file and sorted.
-        label_separator: separates several labels in one cell (multi-label tasks). Unset: `|`, and cells that another
-            character seems to separate are refused.
+        label_separator: separates several labels in one cell (multi-label tasks), such as `;` or `\t` for a tab.
+            Unset: `|`, and cells that another character seems to separate are refused; `|` itself says that each of
+            them is one label.
     """
 
     format: Format = "auto"
@@ -47,6 +48,8 @@ class TableConfig:
             raise ConfigError(f"data.table.max_rows: expected 1 or more, or null, got {self.max_rows}")
         if self.label_separator == "":
             raise ConfigError("data.table.label_separator: expected one or more characters, or null for |, got none")
+        if self.label_separator in (r"\t", r"\n"):  # as they are typed on a command line
+            object.__setattr__(self, "label_separator", {r"\t": "\t", r"\n": "\n"}[self.label_separator])
         self._check_delimiter()
         if self.encoding is not None:
             _check_encoding(self.encoding)

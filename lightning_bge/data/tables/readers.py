@@ -12,7 +12,7 @@ from lightning_bge.data.tables.config import TableConfig
 from lightning_bge.data.tables.delimited import DelimitedFile
 from lightning_bge.data.tables.files import HUB, Files, expand_files, format_of
 from lightning_bge.data.tables.json_rows import JSONFile
-from lightning_bge.data.tables.rows import whole_number
+from lightning_bge.data.tables.rows import LabelColumns, whole_number
 from lightning_bge.errors import ConfigError, DataError
 from lightning_bge.runtime.log_once import log_once
 
@@ -209,7 +209,8 @@ def read_table(
         raw = columns[label_column]
     elif labels:
         raw = [
-            dict(zip(labels, values, strict=True)) for values in zip(*(columns[name] for name in labels), strict=True)
+            LabelColumns(zip(labels, values, strict=True))
+            for values in zip(*(columns[name] for name in labels), strict=True)
         ]
     return Table(list(zip(*texts, strict=True)), raw, groups, rows)
 
@@ -218,6 +219,20 @@ def check_text_columns(names: Sequence[str]) -> None:
     """Raise `ConfigError` unless these are one or two different columns."""
     if len(names) not in (1, 2) or len(set(names)) < len(names):
         raise ConfigError(f"data.text_columns: expected one or two different columns, got {list(names)}")
+
+
+def check_label_columns(names: str | Sequence[str]) -> None:
+    """Raise `ConfigError` unless this is one column, or two or more different ones, one for each label."""
+    if isinstance(names, str):
+        return
+    twice = [name for name in names if list(names).count(name) > 1]
+    if twice:
+        raise ConfigError(f"data.label_column: {twice[0]!r} is named twice in {list(names)}. Name each column once")
+    if len(names) < 2:
+        raise ConfigError(
+            f"data.label_column: expected two or more columns, one for each label, got {list(names)}. For one label "
+            "set model.task to binary and data.label_column to its name; for a column of lists leave out the brackets"
+        )
 
 
 def text_fault(value: Any) -> str | None:

@@ -11,6 +11,10 @@ from lightning_bge.errors import DataError
 Columns = dict[str, list[Any]]  # the values of each column, of some rows of a file; None is a missing one
 
 
+class LabelColumns(dict[str, Any]):
+    """The labels of a row that have a column each: whether each label applies."""
+
+
 def whole_number(text: str) -> str:
     """`3` for `3.0`, as one file may have 3 and another one 3.0; any other text as it is."""
     return text.partition(".")[0] if re.fullmatch(r"[+-]?\d+\.0*", text) else text

@@ -6,6 +6,7 @@ import pytest
 
 from lightning_bge.data.tables.label_lists import is_list, label_key, label_lists
 from lightning_bge.data.tables.readers import RowNames
+from lightning_bge.data.tables.rows import LabelColumns
 from lightning_bge.errors import DataError
 
 F = RowNames(("f",))
@@ -13,7 +14,8 @@ F = RowNames(("f",))
 
 def test_one_key_for_each_way_to_write_a_label() -> None:
     assert {label_key(value) for value in (1, 1.0, "1", "1.0", "1.", " 1 ", True, "True", "true", "TRUE")} == {"1"}
-    assert {label_key(value) for value in (0, 0.0, "0", "0.00", False, "false")} == {"0"}
+    assert {label_key(value) for value in (0, 0.0, "0", "0.00", False, "false", -0.0, "-0.0", "-0", "+0")} == {"0"}
+    assert {label_key(value) for value in ("caf\u00e9", "cafe\u0301 ")} == {"caf\u00e9"}
     assert [label_key(value) for value in ("01", "1.5", "Yes", "yes", "1e0", -1.0, "-1.0", "")] == [
         *("01", "1.5", "Yes", "yes", "1e0", "-1", "-1", "")
     ]
@@ -31,7 +33,8 @@ def test_one_key_for_each_way_to_write_a_label() -> None:
         (["[1, 2]", "[2]"], [[1, 2], [2]]),
         (["[null]", "['a', None]"], [[], ["a"]]),
         ([{"x": 1, "y": "0"}, {"x": "False", "y": True}], [["x"], ["y"]]),
-        (["health, safety", "arts, culture", "sport"], [["health, safety"], ["arts, culture"], ["sport"]]),
+        ([{"x": 1, "y": None}, {"z": True}], [["x"], ["z"]]),
+        ([["a", None, float("nan")]], [["a"]]),
         (["it's [a]", "b"], [["it's [a]"], ["b"]]),
     ],
 )
@@ -44,14 +47,15 @@ def test_labels_of_a_row(raw: list[Any], found: list[list[Any]]) -> None:
     [
         (["['a' 'b']", "['a']"], r"row 1 .*seems to be a list, but not one of Python or JSON"),
         (["[a, b]"], "seems to be a list"),
-        (["a,b", "a", "b"], r"'a,b' seem to hold several labels between ','\. Set data\.table\.label_separator to ','"),
-        (["a;b", "b;a", "a"], "between ';'"),
-        (["a, b", "b, c", "a, c", "c, a, b"], "between ','"),
-        ([[1, 0, 1], [0, 0, 1]], "say for each label whether it applies"),
-        (["[1, 0, 0]", "[0, 0, 1]"], "say for each label whether it applies"),
+        (["array(['a', 'b'], dtype=object)"], "seems to be a list"),
+        (["set()"], "seems to be a list"),
+        (["a", ["b", {"value": "a"}]], r"row 2 has a list of labels with .*'value': 'a'.*, a dict\. Write the names"),
+        ([[[0, 5, "a"]]], r"row 1 has a list of labels with .*\[0, 5, 'a'\].*, a list"),
+        ([[["a"], ["b"]]], "Write the names of the labels alone"),
         ([None, "a"], r"missing in 1 of 2 rows \(data row 1"),
-        ([{"x": "maybe"}], "column 'x' must hold 1 or 0 .* data row 1 has 'maybe'"),
-        ([{"x": None}], "column 'x' must hold 1 or 0"),
+        ([LabelColumns(x="maybe")], "f: column 'x' must hold 1 or 0 .* data row 1 has 'maybe'"),
+        ([LabelColumns(x=None)], "column 'x' must hold 1 or 0"),
+        ([{"x": 0.7}], "the field 'x' must hold 1 or 0"),
     ],
 )
 def test_what_would_be_learnt_wrongly_is_refused(raw: list[Any], message: str) -> None:
