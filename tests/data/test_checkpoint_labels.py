@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_bge.data.checkpoint_labels import checkpoint_labels
+from lightning_bge.errors import ConfigError
 from tests.helpers.small_models import small_config
 
 
@@ -17,6 +18,7 @@ from tests.helpers.small_models import small_config
         ("binary", ("yes", "no"), ("no", "yes")),
         ("binary", ("SUPPORTS", "REFUTES"), ("SUPPORTS", "REFUTES")),
         ("binary", ("1", "0"), ("0", "1")),
+        ("binary", ("fraud", "not_fraud"), ("not_fraud", "fraud")),
         ("binary", ("entailment",), ("not entailment", "entailment")),
         ("binary", ("a", "b", "c"), ()),
         ("binary", ("LABEL_0", "LABEL_1"), ()),
@@ -33,3 +35,11 @@ def test_names(tmp_path: Path, task: str, names: tuple[str, ...], expected: tupl
 
 def test_a_folder_without_a_model_names_none(tmp_path: Path) -> None:
     assert checkpoint_labels(str(tmp_path), "binary", None, False) == ()
+
+
+def test_outputs_of_one_name_are_refused(tmp_path: Path) -> None:
+    config = small_config("bert", 3)
+    config.id2label = {0: "a", 1: "a", 2: "b"}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"outputs of the same name, 'a', 'a', 'b'\. Correct id2label"):
+        checkpoint_labels(str(tmp_path), "multiclass", None, False)

@@ -72,6 +72,11 @@ def test_nested_configs_may_be_dicts(tokenizer_dir: str) -> None:
         ({"table": None}, "table must be a TableConfig or a dict of its fields, got None"),
         ({"batching": {"tokens": 3}}, "batching has no key tokens; its keys are max_tokens"),
         ({"batch_size": "8"}, "batch_size must be a whole number from 1 up, got '8'"),
+        (
+            {"task": "multilabel", "label_column": ["toxic"]},
+            "two or more columns.*set model.task to binary and",
+        ),
+        ({"task": "multilabel", "label_column": ["a", "b", "a"]}, r"'a' is named twice in \['a', 'b', 'a'\]"),
         ({"max_length": True}, "max_length must be a whole number from 1 up, got True"),
     ],
     ids=str,

@@ -96,6 +96,7 @@ def test_the_same_order_leaves_the_weights_as_they_are(tmp_path: Path) -> None:
         (("LABEL_0", "LABEL_1", "LABEL_2"), ABC, "taken as 'a', 'b', 'c', in this order"),
         (("0", "1", "2"), ABC, "in this order"),
         (("A", "B ", "c"), ABC, "its classes 'A', 'B ', 'c' are taken as 'a', 'b', 'c'"),
+        (("cafe\u0301", "a"), Outputs("multiclass", ("caf\u00e9", "a")), "are taken as"),
         (("False", "True"), Outputs("binary", ("0", "1")), "its classes 'False', 'True' are taken as '0', '1'"),
         (("LABEL_0",), YES_NO, "its one output is taken as the score of 'yes'"),
         (("LABEL_0", "LABEL_1"), YES_NO, "taken as 'no', 'yes', in this order"),
@@ -132,6 +133,9 @@ REFUSED = [
     (("good",), None, YES_NO, r"the classes 'good', and those of the data are 'no', 'yes'"),
     (("LABEL_0",), "regression", YES_NO, r"a head for regression, and the task is binary\. Set model\.task to regr"),
     (("a", "b", "c"), "multi_label_classification", ABC, r"the task is multiclass\. Set model\.task to multilabel"),
+    (("a", "a", "b"), None, ABC, r"has outputs of the same name, 'a', 'a', 'b'\. Correct id2label in its config"),
+    (("yes", "yes"), None, YES_NO, r"has outputs of the same name, 'yes', 'yes'"),
+    (("a", "a", "b"), None, Outputs("multiclass", ("a", "b")), r"has outputs of the same name"),
     (("a", "b", "c"), None, Outputs("regression"), r"a head of 3 outputs.*a regression task of these data has 1"),
 ]
 

@@ -33,12 +33,9 @@ def check_label_lists(raw: Sequence[Any], found: Sequence[list[Any]], separator:
     check_zeros_and_ones([labels for _, labels in rows], where)
     if separator is None:
         _check_separator(rows, where)
-    elif (
-        separator != SEPARATOR and rows and not any(isinstance(value, str) and separator in value for value, _ in rows)
-    ):
-        log_once(
-            log, logging.WARNING, f"{where}: no cell has the separator {separator!r} of data.table.label_separator"
-        )
+    elif separator != SEPARATOR and not any(isinstance(value, str) and separator in value for value, _ in rows):
+        text = f"{where}: no cell has the separator {separator!r} of data.table.label_separator"
+        log_once(log, logging.WARNING, text)
     piped = next((label for _, labels in rows for label in labels if SEPARATOR in str(label)), None)
     if piped is not None:
         text = f"{where}: the label {piped!r} contains {SEPARATOR!r}, by which predicted labels are joined"

@@ -70,8 +70,9 @@ def fit_labels(
         _warn_of_several(found, where)
     if names is None:
         return tuple(fields) or _in_order(found, task)
-    if len({label_key(name) for name in names}) != len(names) or (task == "binary" and len(names) != 2):
-        raise ConfigError(f"data.table.labels must hold distinct names (binary: two), got {_show(names)}")
+    distinct = len({label_key(name) for name in names}) == len(names) >= 2
+    if not distinct or (task == "binary" and len(names) != 2):
+        raise ConfigError(f"data.table.labels must hold two or more distinct names (binary: two), got {_show(names)}")
     _warn_of_unused(names, found, where)
     return tuple(names)
 
@@ -176,7 +177,7 @@ def _check_number(found: Sequence[str], task: Task, names: Sequence[str] | None)
     if not found:
         raise DataError(f"the training rows have no label at all; {task} needs at least 2")
     if task == "multilabel":
-        if len(names or found) < 2:
+        if names is None and len(found) < 2:
             raise DataError(
                 f"the training rows have one label only, {found[0]!r}; multilabel needs at least 2: set the task to "
                 "binary, with another label such as 'no' in the rows that lack it"

@@ -81,9 +81,11 @@ def test_labels_that_cannot_be_learnt_are_refused(raw: list[Any], task: Any, mes
 
 def test_given_names_keep_their_order() -> None:
     assert fit_labels(["a", "b"], "binary", F, ["b", "a"]) == ("b", "a")
-    for names in (["a", "a"], ["a", "b", "c"]):
+    for names in (["a", "a"], ["a", "b", "c"], ["a"]):
         with pytest.raises(ConfigError, match="distinct names"):
             fit_labels(["a", "b"], "binary", F, names)
+    with pytest.raises(ConfigError, match="distinct names"):
+        fit_labels(["a", "b"], "multilabel", F, ["a"])
 
 
 def test_labels_become_numbers() -> None:
