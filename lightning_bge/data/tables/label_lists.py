@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lightning_bge.data.tables.readers import RowNames
-from lightning_bge.data.tables.rows import LabelColumns
+from lightning_bge.data.tables.rows import LabelColumns, whole_number
 from lightning_bge.errors import DataError
 
 SEPARATOR = "|"
@@ -27,9 +27,7 @@ def label_key(value: Any) -> str:
         return str(int(value))
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    text = unicodedata.normalize("NFC", str(value).strip())
-    if re.fullmatch(r"[+-]?\d+\.0*", text):
-        text = text.partition(".")[0]
+    text = whole_number(unicodedata.normalize("NFC", str(value).strip()))
     return {"true": "1", "false": "0", "-0": "0", "+0": "0"}.get(text.lower(), text)
 
 
