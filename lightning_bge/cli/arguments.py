@@ -48,7 +48,9 @@ def describe_unknown(unknown: list[str], known: Collection[str], prog: str) -> s
 
 def did_you_mean(name: str, known: Collection[str], prog: str) -> str:
     """The remedy for an unknown name."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    # an abbreviation, or a name without the section that it is in
+    whole = [one for one in known if one.startswith(name) or one.endswith(f".{name.lstrip('-')}")]
+    near = sorted(whole, key=len) or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     return f"Did you mean {near[0]}?" if near else f"`{prog} --help` lists the options"
 
 

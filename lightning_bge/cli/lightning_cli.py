@@ -20,7 +20,7 @@ from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.micro_batch.config import MemoryConfig
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.cli.explain import describe_trainer_error, explain
-from lightning_bge.cli.option_parser import OptionParser
+from lightning_bge.cli.option_parser import A_SEED, OptionParser
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.sources import has_groups
 from lightning_bge.errors import INTERRUPTED, ConfigError
@@ -76,9 +76,6 @@ class BGECLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without Lightning's warning that `sys.argv` holds arguments as well: they are the same."""
         self.config = parser.parse_args(args)
-        seed = self.config.seed_everything
-        if not 0 <= seed < 2**32:
-            raise ConfigError(f"seed_everything: expected true, false, or 0 ... 2**32 - 1, got {seed}")
         if not str(self.config.run_dir).strip():
             raise ConfigError("run_dir: expected a folder, got nothing. Name one, such as runs/my-run")
 
@@ -93,7 +90,7 @@ class BGECLI(LightningCLI):
         if self.add_arguments is not None:
             self.add_arguments(parser)
         for source, target in LINKS:
-            parser.link_arguments(source, target)
+            parser.link_arguments(source, target, _seed if source == "seed_everything" else None)
 
     def before_instantiate_classes(self) -> None:
         """Take the task from an exported model's schema, and refuse a metric that the task lacks."""
@@ -165,6 +162,13 @@ class BGECLI(LightningCLI):
         memory = MicroBatchFinder(init.memory, config.data.cache_dir)
         trainer = partial(quiet_trainer, dict(init.trainer), memory)
         return TrialSetup(init.model, init.data, trainer, partial(_fit_options, self.parser, config))
+
+
+def _seed(value: bool | int) -> int:
+    """The seed; Lightning's true and false, which let it draw one or set none, leave a run that can't be repeated."""
+    if isinstance(value, bool) or not 0 <= value < 2**32:
+        raise ConfigError(f"seed_everything: {A_SEED}, got {str(value).lower()}")
+    return value
 
 
 def _fit_options(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def check_files(args: list[str]) -> None:
             parser that reads them afterwards.
 
     Raises:
-        ConfigError: a YAML file does not exist, or is no YAML.
+        ConfigError: a YAML file does not exist, is no YAML, or has a key twice.
         DataError: a data file does not exist.
     """
     files: dict[str, str | list[str] | None] = {}
@@ -67,7 +67,11 @@ def _data_files(path: Path) -> dict[str, str | list[str] | None]:
     try:
         text = path.read_text(encoding="utf-8")
         content, texts = yaml.safe_load(text), load_texts(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ConfigError as error:
+        raise ConfigError(f"--config: {path}, {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config: {path} is not UTF-8 (byte {error.start + 1}). Save it as UTF-8") from None
+    except yaml.YAMLError as error:
         raise ConfigError(f"--config: {path} is no YAML file: {' '.join(str(error).split())}") from error
     data = content.get("data") if isinstance(content, dict) else None
     if not isinstance(data, dict):

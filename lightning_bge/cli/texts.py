@@ -75,8 +75,40 @@ def load_texts(content: str) -> Any:
 
     Raises:
         yaml.YAMLError: it is no YAML.
+        ConfigError: a mapping has a key twice, of which YAML's loaders keep the last without a word.
     """
-    return yaml.load(content, Loader=_TextLoader)
+    loader = _TextLoader(content)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_keys(node)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _check_keys(root: yaml.Node) -> None:
+    found, checked = [root], set[int]()
+    while found:
+        node = found.pop()
+        if id(node) in checked or not isinstance(node, yaml.CollectionNode):  # an alias is the node that it stands for
+            continue
+        checked.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            found += node.value
+            continue
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            found.append(value)
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ConfigError(
+                    f"line {line}: the key {key.value} is there already, in line {lines[key.value]}. Keep one of them"
+                )
+            lines[key.value] = line
 
 
 def text_loader(forms: Mapping[str, TextForm], load: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -138,6 +170,8 @@ def _argument(name: str, value: str, forms: Mapping[str, TextForm], load: Callab
         plain, text = load(value), load_texts(value)
     except yaml.YAMLError:
         plain = text = value
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
     if form is None:
         if not isinstance(plain, dict) or not isinstance(text, dict):
             return value

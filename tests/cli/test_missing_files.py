@@ -41,8 +41,8 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
     path.write_text("data: [1, 2\n")
     with pytest.raises(ConfigError, match=r"broken.yaml is no YAML file"):
         check_files(["-c", str(path)])
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"broken.yaml is no YAML file"):
+    path.write_text("data: {}", encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"broken.yaml is not UTF-8 .*Save it as UTF-8"):
         check_files(["-c", str(path)])
 
 
