@@ -20,7 +20,14 @@ from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precisi
 from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.trial.objective import early_stopping
 from lightning_bge.models.metrics.config import MonitorConfig
-from lightning_bge.runtime.callback_kinds import NEEDS_FIT, NEEDS_TRAINING, Given, callback_list, without_kinds
+from lightning_bge.runtime.callback_kinds import (
+    NEEDS_TRAINING,
+    NOT_IN_TRIALS,
+    UNUSABLE,
+    Given,
+    callback_list,
+    without_kinds,
+)
 from lightning_bge.runtime.distributed import choose_strategy
 
 log = logging.getLogger("lightning_bge")
@@ -117,11 +124,15 @@ def warn_of_unused_callbacks(callbacks: Given, command: str, *, evaluates: bool 
         command: its name, for the message.
         evaluates: whether it trains nothing.
     """
-    usable = without_kinds(callbacks, NEEDS_TRAINING if evaluates else NEEDS_FIT)
+    kinds = NEEDS_TRAINING if evaluates else NOT_IN_TRIALS
     reason = "trains nothing" if evaluates else "has no logger, and stops and saves trials itself (monitor.patience)"
+    reasons: dict[str, str] = {}  # one for several of a name
     for callback in callback_list(callbacks):
-        if callback not in usable:
-            log.info("trainer.callbacks: %s is left out, as %s %s", type(callback).__name__, command, reason)
+        if isinstance(callback, kinds):
+            unusable = [fix for kind, fix in UNUSABLE.items() if isinstance(callback, kind) and not evaluates]
+            reasons[type(callback).__name__] = unusable[0] if unusable else f"{command} {reason}"
+    for name, why in reasons.items():
+        log.info("trainer.callbacks: %s is left out, as %s", name, why)
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -202,7 +213,7 @@ def quiet_trainer(config: dict[str, Any], memory: MicroBatchFinder | None = None
     """A trainer for one fold: no logger, checkpoints or progress bar, which cost more than a small model's epoch."""
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     callbacks = [
-        *without_kinds(config.get("callbacks"), NEEDS_FIT),
+        *without_kinds(config.get("callbacks"), NOT_IN_TRIALS),
         *changes.pop("callbacks", []),
         *([] if memory is None else [memory]),
     ]

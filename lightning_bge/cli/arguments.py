@@ -46,12 +46,23 @@ def describe_unknown(unknown: list[str], known: Collection[str], prog: str) -> s
     return f"there is no option {options[0]}. {did_you_mean(options[0], known, prog)}"
 
 
+def nearest(name: str, known: Collection[str], cutoff: float = 0.75) -> str | None:
+    """The known name that is meant: one of which it is the beginning or the last part, else the most similar one.
+
+    Args:
+        name: an unknown name.
+        known: all that there are.
+        cutoff: how similar they must be, 0 ... 1.
+    """
+    whole = [one for one in known if one.startswith(name) or one.endswith(f".{name.lstrip('-')}")]
+    near = sorted(whole, key=lambda one: (len(one), one)) or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return near[0] if near else None
+
+
 def did_you_mean(name: str, known: Collection[str], prog: str) -> str:
     """The remedy for an unknown name."""
-    # an abbreviation, or a name without the section that it is in
-    whole = [one for one in known if one.startswith(name) or one.endswith(f".{name.lstrip('-')}")]
-    near = sorted(whole, key=len) or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    return f"Did you mean {near[0]}?" if near else f"`{prog} --help` lists the options"
+    near = nearest(name, known)
+    return f"`{prog} --help` lists the options" if near is None else f"Did you mean {near}?"
 
 
 def describe_argument_error(message: str, prog: str) -> str:

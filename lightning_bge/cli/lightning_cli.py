@@ -29,7 +29,7 @@ from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.config import MonitorConfig, check_monitor
 from lightning_bge.prediction.progress import RowProgressBar
-from lightning_bge.runtime.callback_kinds import NEEDS_FIT, NEEDS_TRAINING, without_kinds
+from lightning_bge.runtime.callback_kinds import NEEDS_TRAINING, NOT_IN_TRIALS, without_kinds
 from lightning_bge.runtime.distributed import AnotherRankFailed, end_ranks
 from lightning_bge.runtime.dotted_config import LINKS, plain_config
 from lightning_bge.runtime.memory import limit_malloc_arenas
@@ -107,7 +107,7 @@ class BGECLI(LightningCLI):
         """A trainer that writes neither logs nor checkpoints; `fit` has its own."""
         config, evaluates = {**self.config_init.trainer, **kwargs}, self.command in EVALUATES
         warn_of_unused_callbacks(config["callbacks"], self.command, evaluates=evaluates)
-        callbacks = without_kinds(config["callbacks"], NEEDS_TRAINING if evaluates else NEEDS_FIT)
+        callbacks = without_kinds(config["callbacks"], NEEDS_TRAINING if evaluates else NOT_IN_TRIALS)
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if self.command == "predict" and config["enable_progress_bar"] is not False and not own_bar:
             callbacks.append(RowProgressBar())

@@ -9,7 +9,7 @@ from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.space.parameter_sets import complete_parameter_set, ends
 from lightning_bge.hpo.space.search_space import Space
 from lightning_bge.hpo.study import CONTENT
-from lightning_bge.runtime.callback_kinds import NEEDS_FIT, acting_callbacks
+from lightning_bge.runtime.callback_kinds import NOT_IN_TRIALS, acting_callbacks
 from lightning_bge.runtime.dotted_config import BY_CONTENT, comparable
 
 TOKENIZER_OPTIONS = ("model.name_or_path", "model.revision", "model.trust_remote_code")
@@ -31,7 +31,9 @@ def study_identity(experiment: Experiment, hpo: StudyConfig, space: Space) -> di
     """
     always_drawn = tuple(name for name in space if name not in space.when)
     options = comparable(experiment.plain(experiment.config), (*BY_CONTENT, *always_drawn))
-    options["trainer.callbacks"] = acting_callbacks(options["trainer.callbacks"], NEEDS_FIT)  # a study has none of them
+    options["trainer.callbacks"] = acting_callbacks(
+        options["trainer.callbacks"], NOT_IN_TRIALS
+    )  # a study has none of them
     # else workers with and without bf16 would share a study
     precision = choose_precision(str(experiment.config.get("trainer.accelerator", "auto")))[0]
     if options.get("trainer.precision") == "auto":

@@ -29,11 +29,23 @@ Given = Callback | Sequence[Callback] | None
 OBSERVERS = (Checkpoint, LearningRateMonitor, DeviceStatsMonitor, ModelSummary, ProgressBar)
 # those that need what `fit` alone has: checkpoints, a logger, all metrics after each epoch
 NEEDS_FIT = (Checkpoint, LearningRateMonitor, DeviceStatsMonitor, EarlyStopping)
+# those that can't work with a module that steps by itself and is built after their hook `setup`, and the remedy
+UNUSABLE: dict[type, str] = {
+    LearningRateFinder: "a schedule sets the learning rate. Leave it out, and search model.optimizer.lr with hpo",
+    BatchSizeFinder: "it would change the batch of an optimizer step. Leave it out: data.batching.max_tokens=auto "
+    "finds the largest micro-batch",
+    GradientAccumulationScheduler: "gradients are accumulated over micro-batches. Leave it out, and set "
+    "data.batch_size to the rows of an optimizer step",
+    BaseFinetuning: "the encoder is loaded after its setup. Leave it out, and set model.frozen_layers",
+    ModelPruning: "the encoder is loaded after its setup. Leave it out",
+    SpikeDetection: "no loss is returned by a step. Leave it out: model.optimizer.max_grad_norm limits gradients",
+}
+# those that a study's trials do not have
+NOT_IN_TRIALS = (*NEEDS_FIT, *UNUSABLE)
 # those for which a command that only evaluates has no use
 NEEDS_TRAINING = (
-    *NEEDS_FIT,
-    *(Timer, SpikeDetection, GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging),
-    *(BaseFinetuning, ModelPruning, BatchSizeFinder, LearningRateFinder),
+    *NOT_IN_TRIALS,
+    *(Timer, StochasticWeightAveraging, WeightAveraging),
 )
 
 

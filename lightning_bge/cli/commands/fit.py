@@ -15,8 +15,11 @@ from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.cli.evaluate import without_prefix
 from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.run_record import check_same_run, contents, start_more_epochs
+from lightning_bge.cli.user_callbacks import check_callbacks
+from lightning_bge.data.sources import has_groups
 from lightning_bge.errors import StudyError
 from lightning_bge.models.metrics.constants import majority_baseline, warn_of_constants
+from lightning_bge.models.metrics.logged import logged_names
 from lightning_bge.models.metrics.predictions import scores
 from lightning_bge.models.metrics.threshold import best_threshold
 from lightning_bge.models.output.prediction_file import write_predictions
@@ -42,6 +45,8 @@ class FitCLI(BGECLI):
         if config["logger"] is None:
             # a new version for each start: a CSVLogger deletes what is in its folder
             config["logger"] = CSVLogger(self.run_dir, name="logs")
+        groups = has_groups(self.config.data.as_dict())
+        check_callbacks(config["callbacks"], logged_names(init.model.task, init.monitor, groups))
         finder = MicroBatchFinder(init.memory, init.data.cache_dir)
         callbacks = [
             *callback_list(config["callbacks"]),
