@@ -22,8 +22,8 @@ def describe_option_error(message: str) -> str:
     Args:
         message: of several lines, with the names of Python's types. One of another form is only joined into one line.
     """
-    if found := re.search(r"compute_fn of link .* failed: (.*)", message, re.DOTALL):
-        return found[1]  # the link's own message
+    if of_link := re.search(r"compute_fn of link .* failed: (.*)", message, re.DOTALL):
+        return of_link[1]
     keys = re.findall(r'^\s*(?:- )?Parser key "([^"]+)"', message, re.MULTILINE)
     if in_class := _of_class(message):
         return ": ".join([*keys[:1], in_class])
