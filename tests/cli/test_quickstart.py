@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from sentence_transformers import CrossEncoder
+from sklearn.metrics import f1_score
 
 from tests.helpers.paths import ROOT
 
@@ -29,7 +31,8 @@ def test_the_quickstart_prunes_fails_nothing_and_beats_the_majority_by_far(tmp_p
     assert summary["n_failed"] == 0
     for value in (summary["best_value"], summary["out_of_fold"]["f1"], summary["test"]["f1"]):
         assert value > summary["majority_baseline"] + 0.2
-    scores = CrossEncoder(str(tmp_path / summary["model_dir"]), device="cpu").predict(
-        [("The delivery came nine days late.", "late delivery"), ("The delivery was quick.", "late delivery")]
-    )
-    assert scores[0] > scores[1]
+    rows = pd.read_csv(tmp_path / "runs" / "sample" / "test.csv")
+    pairs = list(zip(rows["text"], rows["criterion"], strict=True))
+    scores = CrossEncoder(str(tmp_path / summary["model_dir"]), device="cpu").predict(pairs)
+    found = f1_score(rows["label"], scores >= summary["threshold"])
+    assert found == pytest.approx(summary["test"]["f1"], abs=0.01)  # the peer computes in fp32
