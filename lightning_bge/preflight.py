@@ -19,7 +19,7 @@ from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.memory_saving.lora import LoRAConfig
 from lightning_bge.models.metrics.class_path import try_class
 from lightning_bge.models.metrics.computable import check_computable
-from lightning_bge.models.model_size import ModelSize, measure_model
+from lightning_bge.models.model_size import ModelSize, check_model, measure_model
 from lightning_bge.models.output.export import check_replaceable
 from lightning_bge.runtime.cache_dir import default_cache_dir
 from lightning_bge.runtime.paths import check_folder, check_output, nearest_folder
@@ -60,6 +60,8 @@ def preflight(
     data, trainer = experiment.datamodule, experiment.config["trainer"]
     _check_files_given(command, data)
     _check_paths(command, experiment, outputs or {})
+    model = experiment.config["model"]
+    check_model(model["name_or_path"], revision=model["revision"], trust_remote_code=model["trust_remote_code"])
     if command == "fit":
         _check_epochs(trainer)
     else:

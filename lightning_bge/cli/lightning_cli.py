@@ -34,6 +34,7 @@ from lightning_bge.runtime.distributed import AnotherRankFailed, end_ranks
 from lightning_bge.runtime.dotted_config import LINKS, plain_config
 from lightning_bge.runtime.memory import limit_malloc_arenas
 from lightning_bge.runtime.option_errors import describe_option_error
+from lightning_bge.runtime.paths import check_path
 from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, warn_of_unused_callbacks
 from lightning_bge.types import Schema
 
@@ -78,6 +79,9 @@ class BGECLI(LightningCLI):
         self.config = parser.parse_args(args)
         if not str(self.config.run_dir).strip():
             raise ConfigError("run_dir: expected a folder, got nothing. Name one, such as runs/my-run")
+        for name in ("run_dir", "data.cache_dir", "model.name_or_path", "output", "json"):
+            if self.config.get(name) is not None:
+                check_path(name, self.config[name])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run folder, the monitored metric, compilation, memory, and the links between model and data."""

@@ -7,6 +7,7 @@ import yaml
 
 from lightning_bge.cli.texts import load_texts
 from lightning_bge.errors import ConfigError, DataError
+from lightning_bge.runtime.paths import check_path
 
 DATA_FILES = ("train_file", "val_file", "test_file", "predict_file")
 
@@ -25,6 +26,7 @@ def check_files(args: list[str]) -> None:
     files: dict[str, str | list[str] | None] = {}
     for name, value in _options(args):
         if name in ("-c", "--config") and value:  # without a value: left to the parser
+            check_path("--config", value)
             files |= _data_files(Path(value).expanduser())
         elif name.removeprefix("--data.") in DATA_FILES:
             files[name.removeprefix("--data.")] = _files(value)
@@ -32,6 +34,8 @@ def check_files(args: list[str]) -> None:
         return
     for name, file in files.items():
         if file is not None and file != "null":
+            for path in [file] if isinstance(file, str) else file:
+                check_path(f"data.{name}", path)
             # imported here, as a command that reads no data starts without it
             from lightning_bge.data.tables.files import expand_files
 

@@ -38,6 +38,28 @@ class ModelSize:
         return 4 * self.parameters + 8 * self.trainable
 
 
+def check_model(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """Check that there is a model of this name, or a folder; what is in a folder is not looked at.
+
+    Raises:
+        ConfigError: there is neither, or the name is that of a file.
+    """
+    if not name_or_path.strip():
+        raise ConfigError("model.name_or_path: expected a folder or the name of a model on the hub, got nothing")
+    name = expand_home(name_or_path)
+    if Path(name).is_file():
+        raise ConfigError(f"model.name_or_path: {name} is a file. Name the folder that holds the model")
+    if Path(name).is_dir():
+        return
+    if name.startswith((".", "/")):  # the hub is not asked for it
+        raise ConfigError(why_not_loaded(name, FileNotFoundError()))
+    try:
+        with quiet_transformers():
+            AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(why_not_loaded(name, error)) from error
+
+
 def measure_model(
     name_or_path: str,
     *,

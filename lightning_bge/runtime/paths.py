@@ -7,6 +7,31 @@ from pathlib import Path
 from lightning_bge.errors import ConfigError
 
 
+def check_path(option: str, path: str | Path) -> None:
+    """Check that a text can be the name of a file or folder, whether it exists or not.
+
+    Args:
+        option: its name, for error messages.
+        path: the text.
+
+    Raises:
+        ConfigError: it begins with `~` and the name of no user, is too long, or has a character that no name has.
+    """
+    try:
+        Path(path).expanduser().stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return
+    except RuntimeError:  # of `expanduser`
+        user = Path(path).parts[0]
+        raise ConfigError(
+            f"{option}: there is no user {user[1:]!r} whose home folder {user} could be, in {str(path)[:200]!r}. Write "
+            "the whole path; a name that begins with ~ needs ./ before it"
+        ) from None
+    except (OSError, ValueError) as error:  # too long, a loop of links, a NUL character
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{option}: {str(path)[:200]!r} can't be a path ({reason}). Name another one") from None
+
+
 def check_output(option: str, path: str | Path, inputs: Mapping[str, Iterable[str]] | None = None) -> None:
     """Check that a file can be written. Its folders may be missing: they are made where it is written.
 
@@ -78,13 +103,7 @@ def _check_parents(option: str, folder: Path) -> None:
 
 def _is_dir(option: str, path: Path) -> bool:
     """Whether it is a folder; a name that no file can have is an error."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return False
-    except (OSError, ValueError) as error:  # too long, a loop of links, a NUL character
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{option}: {str(path)[:200]!r} can't be a path ({reason}). Name another one") from None
+    check_path(option, path)
     return path.is_dir()
 
 

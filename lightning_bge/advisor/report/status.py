@@ -105,7 +105,9 @@ def _describe_nested(run: RunData) -> list[str]:
 
 
 def _describe_study(run: RunData, history: History) -> list[str]:
-    planned = "" if history.n_trials is None else f" of {history.n_trials:,}"
+    # fewer may be asked for than there are already
+    known = history.n_trials is not None and history.n_trials >= history.n_finished
+    planned = f" of {history.n_trials:,}" if known else ""
     counts = [f"{number:,} {outcome}" for outcome, number in history.counts.items() if outcome != "resumed"]
     resumed = f"; {history.counts['resumed']:,} paused trials were resumed" if history.counts["resumed"] else ""
     lines = [

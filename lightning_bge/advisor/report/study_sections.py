@@ -93,7 +93,8 @@ def _scores(summary: dict[str, Any], history: History) -> list[tuple[str, str]]:
 def _progress(run: RunData, history: History) -> list[tuple[str, str]]:
     """Figures of the trials and hours so far, and of the time left."""
     savings = hours_saved(history)
-    planned = "" if history.n_trials is None else f" of {history.n_trials:,}"
+    known = history.n_trials is not None and history.n_trials >= history.n_finished
+    planned = f" of {history.n_trials:,}" if known else ""
     figures = [
         (f"{history.n_finished:,}{planned}", f"trials finished; {history.counts['complete']:,} are complete"),
         (format_duration(StudyClock(history).hours()), "in which at least one trial was running"),

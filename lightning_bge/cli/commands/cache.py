@@ -7,6 +7,7 @@ from lightning_bge.cli.arguments import PlainParser
 from lightning_bge.data.tokens.cache_folder import DAY, TOKENS, UNFINISHED, cached_files, clear_cache
 from lightning_bge.errors import ConfigError
 from lightning_bge.runtime.cache_dir import default_cache_dir
+from lightning_bge.runtime.paths import check_path
 from lightning_bge.runtime.units import format_bytes
 
 DESCRIPTION = """List the files of the cache with size and age, or delete them: tokenized texts, which are tokenized
@@ -30,6 +31,8 @@ def run(args: list[str]) -> None:
         "0 deletes all.",
     )
     chosen = parser.parse_args(args)
+    if chosen.cache_dir is not None:
+        check_path("--cache_dir", chosen.cache_dir)
     folder = default_cache_dir() if chosen.cache_dir is None else chosen.cache_dir.expanduser()
     days = chosen.older_than
     if days is not None and (chosen.action == "list" or not days >= 0):

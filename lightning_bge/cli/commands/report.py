@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lightning_bge.advisor.report.report import write_report
 from lightning_bge.cli.arguments import PlainParser
+from lightning_bge.runtime.paths import check_path
 
 
 def run(args: list[str]) -> None:
@@ -14,4 +15,6 @@ def run(args: list[str]) -> None:
         "finished or not, in one file that needs no network. It contains no texts of the data, and no passwords.",
     )
     parser.add_argument("run", type=Path, help="The run's folder.")
-    print(write_report(parser.parse_args(args).run.expanduser()))
+    chosen = parser.parse_args(args)
+    check_path("RUN", chosen.run)
+    print(write_report(chosen.run.expanduser()))

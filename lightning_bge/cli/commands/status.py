@@ -5,6 +5,7 @@ from pathlib import Path
 from lightning_bge.advisor.report.status import describe_failures, describe_status, watch_status
 from lightning_bge.cli.arguments import PlainParser
 from lightning_bge.errors import ConfigError
+from lightning_bge.runtime.paths import check_path
 
 
 def run(args: list[str]) -> None:
@@ -17,6 +18,7 @@ def run(args: list[str]) -> None:
     parser.add_argument("--watch", type=float, metavar="N", help="Print it every N seconds until the run has ended.")
     parser.add_argument("--failures", action="store_true", help="Show why each failed trial has failed.")
     chosen = parser.parse_args(args)
+    check_path("RUN", chosen.run)
     folder = chosen.run.expanduser()
     if chosen.failures:
         print(describe_failures(folder))

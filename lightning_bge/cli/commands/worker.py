@@ -13,6 +13,7 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.outer_folds import run_studies
 from lightning_bge.hpo.run import run_hpo
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
+from lightning_bge.runtime.paths import check_path
 from lightning_bge.runtime.run_folder import read_json
 
 DESCRIPTION = """Join the study of a run folder with one more process, with the options that `lightning-bge hpo` has
@@ -29,6 +30,7 @@ def run(args: list[str]) -> None:
     )
     parser.add_argument("--parent", type=int, metavar="PID", help="Stop when this process, which started it, is gone.")
     chosen = parser.parse_args(args)
+    check_path("RUN", chosen.run)
     folder = chosen.run.expanduser().resolve()
     config = folder / "config.yaml"
     if not config.is_file() or not (folder / "journal.log").is_file():

@@ -24,6 +24,7 @@ ENDINGS = {
 }
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 HUB = "hf://"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # byte order marks; the longer ones first, as that of UTF-32 begins with that of UTF-16
 _MARKS = (
     (b"\xff\xfe\0\0", "utf-32"),
@@ -85,6 +86,10 @@ def expand_files(files: Files) -> list[str]:
         raise DataError("expected the name of a data file, got an empty list")
     found: list[str] = []
     for name in names:
+        if not name:
+            raise DataError("expected the name of a data file, got nothing. Leave it out where there is none")
+        if _URL.match(name) and not name.startswith(HUB):
+            raise DataError(f"{name} is a URL, which can't be read. Download the file first, and name it here")
         path = Path(name).expanduser()
         if name.startswith(HUB):
             found.append(name)
