@@ -109,3 +109,30 @@ def test_early_stopping_gets_the_smallest_improvement() -> None:
     assert (stop.patience, stop.min_delta, stop.mode) == (2, 0.01, "max")  # type: ignore[attr-defined]
     [stop] = early_stopping(MonitorConfig("loss", patience=2, min_delta=0.01))
     assert (stop.min_delta, stop.mode) == (-0.01, "min")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "metric"),
+    [("binary", ["1"] * 4, "auroc"), ("regression", ["2.5"] * 4, "spearman")],
+    ids=["one class", "constant"],
+)
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_rows_on_which_the_metric_can_not_be_computed_are_warned_of(
+    run: Run, options: list[str], tmp_path: Path, command: str, task: str, labels: list[str], metric: str
+) -> None:
+    def write(name: str, values: list[str]) -> str:
+        path = tmp_path / name
+        path.write_text("text,label\n" + "".join(f"text number {n},{value}\n" for n, value in enumerate(values)))
+        return str(path)
+
+    common = [*options, "--data.text_columns", "text", "--data.group_column", "null", "--model.task", task]
+    train = write("train.csv", ["0", "1"] * 10)
+    status, _, err = run("fit", *common, "--data.train_file", train, "--trainer.max_epochs", "1")
+    assert status == 0, err
+    kind = "val" if command == "validate" else "test"
+    files = [f"--data.{kind}_file", write("rows.csv", labels), "--data.train_file", train]
+    model = ["--model.name_or_path", str(tmp_path / "study" / "model"), "--monitor.metric", metric]
+    status, out, err = run(command, *common, *model, *files)
+    assert status == 0, err
+    assert f"the metric {metric} can't be computed on these 4 rows" in err
+    assert f"{kind}_loss" in out

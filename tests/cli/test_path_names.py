@@ -83,17 +83,8 @@ def test_a_data_file_that_is_none(run: Run, options: list[str], option: str, nam
     check(run("fit", *options, f"--{option}", name), f"lightning-bge: {option}: {message}")
 
 
-def test_predict_with_standard_output_closed(options: list[str], sample: Path, tmp_path: Path) -> None:
-    predict = ["predict", *options[:2], *options[4:], "--data.predict_file", str(sample / "test.csv")]
-    command = [sys.executable, "-m", "lightning_bge.cli", *predict, "--output", str(tmp_path / "c.csv")]
-    found = subprocess.run(
-        ["sh", "-c", 'exec "$@" >&-', "sh", *command],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    # the model has no trained head: what is to be said of it is said, and nothing of the closed output
-    assert found.returncode == 2, found.stderr
-    assert "has no trained head" in found.stderr
-    assert "Traceback" not in found.stderr
+def test_standard_output_may_be_closed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lightning_bge.cli", "cache", "list", "--cache_dir", str(tmp_path)]
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    found = subprocess.run(closed, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")

@@ -30,6 +30,15 @@ def test_the_status_of_a_running_study(tmp_path: Path, capsys: pytest.CaptureFix
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_fewer_trials_than_there_are_already_may_be_asked_for(tmp_path: Path) -> None:
+    run = make_study(tmp_path / "run", 5)
+    options = yaml.safe_load((run / "config.yaml").read_text())
+    options["hpo"]["n_trials"] = 1
+    (run / "config.yaml").write_text(yaml.safe_dump(options))
+    assert "of 1 finished" not in status.describe_status(run)
+    assert re.search(r"trials     \d+ finished: ", status.describe_status(run))
+
+
 def test_the_status_of_a_nested_cross_validation_counts_its_inner_studies(tmp_path: Path) -> None:
     run = make_study(tmp_path / "run", 5)
     assert "nested" not in status.describe_status(run)
