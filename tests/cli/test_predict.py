@@ -244,6 +244,7 @@ def test_standard_output_and_pipes_have_the_rows_alone(run: Run, model: str, row
     assert pipe.is_fifo()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_continued(run: Run, model: str, tmp_path: Path) -> None:
     """Killed by three signals, one after the other, and equal to the last byte to a run that was not."""
     path, output = tmp_path / "rows.csv", tmp_path / "out" / "found.csv"

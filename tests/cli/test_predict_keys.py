@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
+from lightning_bge.data.pieces import TextPieces
 from lightning_bge.prediction.predict import PredictionWriter
 from lightning_bge.types import Schema
 from tests.helpers.small_models import WORDS, save_model
 
 Run = Callable[..., tuple[int, str, str]]
-ROWS = 5000  # two pieces
+ROWS = 150  # two pieces
 SCHEMA = Schema("binary", ("no", "yes"), ("text",), 16)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_bge.prediction.predict.TextPieces", partial(TextPieces, rows=100))
 
 
 @pytest.fixture
@@ -83,7 +90,7 @@ def test_options_that_change_rows_start_anew(
     args = [*begin(str(rows_file(tmp_path))), *change]
     status, _, err = run(*args)
     assert status == 0, err
-    assert ("going on after 4,096 rows" in err) == (not change)
+    assert ("going on after 100 rows" in err) == (not change)
     assert ("starting anew" in err) == bool(change)
     assert len((tmp_path / "out.csv").read_text().splitlines()) == ROWS + 1
 
@@ -113,4 +120,4 @@ def test_another_split_of_a_data_set_on_the_hub_starts_anew(
     status, _, err = run(*["hf://owner/name:test" if arg == "hf://owner/name:train" else arg for arg in args])
     assert (tmp_path / "out.csv").read_bytes() == mixed
     args = begin("hf://owner/name:train")
-    assert "going on after 4,096 rows" in run(*args)[2]
+    assert "going on after 100 rows" in run(*args)[2]

@@ -343,6 +343,7 @@ def check_search(run: dict, record: dict) -> None:
     assert run["outside_seconds"] == pytest.approx(run["wall_seconds"] - inside)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("logging_kept")
 def test_hpo_race(model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import hpo_race

@@ -49,7 +49,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is m
 @linux
 def test_the_meter_sees_what_was_freed_again() -> None:
     meter = HostMeter(address_space=False)
-    for size in (64, 16):
+    for size in (64, 48):  # glibc keeps up to 32 MiB that were freed, and hands them out again
         meter.start()
         torch.ones(size * 2**18)  # 4 bytes each
         assert meter.peak() == pytest.approx(size * 2**20, abs=8 * 2**20)

@@ -84,7 +84,7 @@ def run(
     return study.trials[-1], weights
 
 
-@pytest.mark.parametrize("objective", ["best", "last"])
+@pytest.mark.parametrize("objective", ["best", pytest.param("last", marks=pytest.mark.slow)])
 def test_a_resumed_trial_equals_an_uninterrupted_one_bit_for_bit(folder: Path, objective: Any) -> None:
     monitor = MonitorConfig("loss", objective)
     whole, weights = run(folder, None, monitor=monitor)

@@ -39,7 +39,15 @@ def run_processes(run_dir: Path, count: int, **options: Any) -> optuna.Study:
     return found
 
 
-@pytest.mark.parametrize(("sampler", "space"), [("random", SPACE), ("tpe", SPACE), ("random", GRID), ("tpe", GRID)])
+@pytest.mark.parametrize(
+    ("sampler", "space"),
+    [
+        pytest.param("random", SPACE, marks=pytest.mark.slow),
+        pytest.param("tpe", SPACE, marks=pytest.mark.slow),
+        pytest.param("random", GRID, marks=pytest.mark.slow),
+        ("tpe", GRID),
+    ],
+)
 def test_four_processes_try_each_parameter_set_once(tmp_path: Path, sampler: str, space: dict[str, Any]) -> None:
     study = run_processes(tmp_path / "run", 4, sampler={"name": sampler}, space=space, n_trials=20)
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 20
@@ -54,6 +62,7 @@ def test_four_processes_try_each_parameter_set_once(tmp_path: Path, sampler: str
             assert alone.params == trial.params
 
 
+@pytest.mark.slow
 def test_four_processes_end_together_in_a_space_that_is_smaller_than_the_study(tmp_path: Path) -> None:
     study = run_processes(tmp_path / "run", 4, space=GRID, n_trials=100)
     assert len({key_of(trial.params) for trial in study.trials}) == len(study.trials) == 24
