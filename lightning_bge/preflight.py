@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lightning_bge.data.datamodule import TextDataModule
-from lightning_bge.data.tables.files import expand_files
+from lightning_bge.data.tables.files import FILE_OPTIONS, expand_files
 from lightning_bge.data.tables.labels import count_classes
 from lightning_bge.errors import ConfigError, DataError
 from lightning_bge.hpo.config import StudyConfig
@@ -29,7 +29,6 @@ from lightning_bge.types import Schema
 Command = Literal["fit", "hpo", "plan", "audit", "predict", "validate", "test"]
 
 TRAINS = ("fit", "hpo", "plan", "audit")
-DATA_FILES = ("train_file", "val_file", "test_file", "predict_file")
 # of a run folder
 FOLDERS = ("checkpoints", "logs", "oof", "predictions", "outer_folds")
 FILES = ("config.yaml", "run.json", "summary.json", "report.html", "audit.json", "audit.html", "journal.log")
@@ -108,7 +107,7 @@ def _check_files_given(command: Command, data: TextDataModule) -> None:
 
 def _check_paths(command: Command, experiment: Experiment, outputs: Mapping[str, str | None]) -> None:
     data, model = experiment.datamodule, str(experiment.config["model.name_or_path"])
-    files = {name: getattr(data, name) for name in DATA_FILES}
+    files = {name: getattr(data, name) for name in FILE_OPTIONS}
     inputs = {f"data.{name}": expand_files(value) for name, value in files.items() if value is not None}
     inputs["model.name_or_path"] = [model]
     for option, path in outputs.items():

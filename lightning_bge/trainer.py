@@ -92,8 +92,7 @@ class BGETrainer(Trainer):
         if precision == "auto":
             # `TorchBackends` says which, and why
             precision, _ = choose_precision(str(kwargs.get("accelerator", "auto")))  # type: ignore[assignment]
-        callbacks = kwargs.pop("callbacks", None) or []
-        callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+        callbacks = callback_list(kwargs.pop("callbacks", None))
         if not any(isinstance(callback, TorchBackends) for callback in callbacks):
             callbacks.insert(0, TorchBackends())  # TF32 for what remains in fp32, for the length of a run
         silent = kwargs.get("enable_progress_bar") is False

@@ -6,10 +6,9 @@ from pathlib import Path
 import yaml
 
 from lightning_bge.cli.texts import load_texts
+from lightning_bge.data.tables.files import FILE_OPTIONS, expand_files
 from lightning_bge.errors import ConfigError, DataError
 from lightning_bge.runtime.paths import check_path
-
-DATA_FILES = ("train_file", "val_file", "test_file", "predict_file")
 
 
 def check_files(args: list[str]) -> None:
@@ -28,7 +27,7 @@ def check_files(args: list[str]) -> None:
         if name in ("-c", "--config") and value:  # without a value: left to the parser
             check_path("--config", value)
             files |= _data_files(Path(value).expanduser())
-        elif name.removeprefix("--data.") in DATA_FILES:
+        elif name.removeprefix("--data.") in FILE_OPTIONS:
             files[name.removeprefix("--data.")] = _files(value)
     if any(arg in ("-h", "--help") or arg.startswith("--print_config") for arg in args):
         return
@@ -36,9 +35,6 @@ def check_files(args: list[str]) -> None:
         if file is not None and file != "null":
             for path in [file] if isinstance(file, str) else file:
                 check_path(f"data.{name}", path)
-            # imported here, as a command that reads no data starts without it
-            from lightning_bge.data.tables.files import expand_files
-
             try:
                 expand_files(file)
             except DataError as error:
@@ -81,6 +77,6 @@ def _data_files(path: Path) -> dict[str, str | list[str] | None]:
     if not isinstance(data, dict):
         return {}
     names = [
-        name for name in DATA_FILES if isinstance(data.get(name), str | int | float | list | None) and name in data
+        name for name in FILE_OPTIONS if isinstance(data.get(name), str | int | float | list | None) and name in data
     ]
     return {name: None if data[name] is None else texts["data"][name] for name in names}

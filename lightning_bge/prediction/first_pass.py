@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from lightning_bge.data.pieces import Piece, TextPieces
+from lightning_bge.data.tables.readers import has_lone_surrogate
 from lightning_bge.errors import DataError
 from lightning_bge.prediction.formats import OutputFormat, common_type, type_of
 
@@ -56,7 +57,7 @@ def check_rows(pieces: TextPieces, form: OutputFormat) -> CheckedRows:
 
 def _check_texts(piece: Piece, name: str, values: Sequence[Any]) -> None:
     for number, value in enumerate(values):
-        if isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        if isinstance(value, str) and has_lone_surrogate(value):
             raise DataError(
                 f"keep: row {piece.first_row + number + 1} of {piece.file} has half a surrogate pair in column "
                 f"{name!r}, which only .jsonl can hold. Leave the column out of keep, or write .jsonl"

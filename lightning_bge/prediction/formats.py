@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lightning_bge.data.tables.files import COMPRESSED
 from lightning_bge.errors import ConfigError, DataError
 from lightning_bge.runtime.output_file import put_in_place
 
 KINDS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 ROW_GROUP = 65_536  # rows of a row group of Parquet
 
 Columns = Mapping[str, Sequence[Any]]

@@ -9,7 +9,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.models.ensemble import ensemble_members, member_module
-from lightning_bge.prediction.formats import OutputFormat
 from lightning_bge.prediction.predict import describe_reasons, predict_files
 from lightning_bge.preflight import preflight
 from lightning_bge.runtime.memory import limit_primitive_caches
@@ -32,7 +31,6 @@ def run(args: list[str]) -> None:
     stream = is_stream(output)
     with running(cli.trainer, keeps=not stream), redirect_stdout(sys.stderr) if stream else nullcontext():
         preflight("predict", cli.experiment, outputs={"output": output})
-        OutputFormat.of(output, stream)
         members = ensemble_members(Path(cli.model.name_or_path).expanduser())
         models: list[Any] = [member_module(cli.model, member) for member in members] or [cli.model]
         rows, reasons = predict_files(cli.trainer, models, cli.datamodule, output=output, keep=cli.config_init.keep)

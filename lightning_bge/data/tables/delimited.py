@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning_bge.data.tables.config import DELIMITERS, TableConfig
 from lightning_bge.data.tables.dialect import Dialect, find_delimiter, is_quoted
-from lightning_bge.data.tables.files import encoding_of, open_text, undecodable, unreadable
+from lightning_bge.data.tables.files import encoding_of, open_text, reading
 from lightning_bge.data.tables.rows import Columns, check_names
 from lightning_bge.errors import DataError
 
@@ -126,11 +126,8 @@ class DelimitedFile:
     def _errors(self) -> Iterator[None]:
         before = csv.field_size_limit(sys.maxsize)  # a text may be longer than 128 KiB
         try:
-            yield
-        except UnicodeError as error:
-            raise undecodable(self.path, self._encoding, error) from error
-        except OSError as error:
-            raise unreadable(self.path, error) from error
+            with reading(self.path, self._encoding):
+                yield
         finally:
             csv.field_size_limit(before)
 

@@ -3,7 +3,8 @@
 import glob
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +25,7 @@ ENDINGS = {
 }
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 HUB = "hf://"
+FILE_OPTIONS = ("train_file", "val_file", "test_file", "predict_file")  # of a data module
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # byte order marks; the longer ones first, as that of UTF-32 begins with that of UTF-16
 _MARKS = (
@@ -196,6 +198,17 @@ def encoding_of(path: Path, config: TableConfig) -> str:
         if len(zeros) > 1 and zeros.count(0) > 0.7 * len(zeros) and others.count(0) < 0.1 * len(others):
             return encoding
     return "utf-8"
+
+
+@contextmanager
+def reading(path: Path, encoding: str) -> Iterator[None]:
+    """A context that turns the errors of a file's bytes and of its encoding into `DataError`."""
+    try:
+        yield
+    except UnicodeError as error:
+        raise undecodable(path, encoding, error) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def unreadable(path: Path, error: OSError) -> DataError:

@@ -3,13 +3,12 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from lightning_bge.data.tables.config import TableConfig
-from lightning_bge.data.tables.files import encoding_of, open_text, undecodable, unreadable
+from lightning_bge.data.tables.files import encoding_of, open_text, reading
 from lightning_bge.data.tables.rows import Columns, check_names
 from lightning_bge.errors import DataError
 
@@ -41,7 +40,7 @@ class JSONFile:
 
     def __init__(self, path: Path, config: TableConfig, fill: bool = False) -> None:
         self.path, self._encoding, self._fill = path, encoding_of(path, config), fill
-        with self._errors(), open_text(path, self._encoding) as file:
+        with reading(self.path, self._encoding), open_text(path, self._encoding) as file:
             first = next((line.strip() for line in file if line.strip()), "")
         self._array = first.startswith("[")
         self._values: list[Any] | None = None  # of an array, which is parsed as a whole
@@ -115,7 +114,7 @@ class JSONFile:
                     yield place, others | {"passage": text, "label": label}
 
     def _objects(self) -> Iterator[_Object]:
-        with self._errors(), open_text(self.path, self._encoding) as file:
+        with reading(self.path, self._encoding), open_text(self.path, self._encoding) as file:
             found = self._of_array(file) if self._array else self._of_lines(file)
             for place, value in found:
                 if not isinstance(value, dict):
@@ -152,15 +151,6 @@ class JSONFile:
             ) from error
         except RecursionError as error:
             raise DataError(f"{self.path}: {place}is nested too deeply to be a row") from error
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except UnicodeError as error:
-            raise undecodable(self.path, self._encoding, error) from error
-        except OSError as error:
-            raise unreadable(self.path, error) from error
 
 
 def _value(value: Any) -> Any:

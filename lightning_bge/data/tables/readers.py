@@ -117,11 +117,6 @@ def log_file_format(name: str, file: DataFile) -> None:
     log_once(log, logging.INFO, f"{name}: {file.form}")
 
 
-def columns_of(files: Files, config: TableConfig, names: Sequence[str] = ()) -> list[str]:
-    """The names of the columns of the first file; `names` are those by which a delimiter is found."""
-    return list(open_file(expand_files(files)[0], names, config).columns)
-
-
 def has_pairs(files: Files, config: TableConfig) -> bool:
     """Whether the first file has FlagEmbedding's form, with the columns `PAIR_COLUMNS`."""
     name = expand_files(files)[0]
@@ -235,13 +230,18 @@ def check_label_columns(names: str | Sequence[str]) -> None:
         )
 
 
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a text has half of a pair of UTF-16 code units, which no encoding can hold."""
+    return not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def text_fault(value: Any) -> str | None:
     """Why a value can't be a text, in a few words; None where it can."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return "empty text"
     if not isinstance(value, str | int | float):
         return f"no text but {type(value).__name__}"
-    if isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+    if isinstance(value, str) and has_lone_surrogate(value):
         return "half a surrogate pair, which is no character"
     return None
 
