@@ -128,7 +128,7 @@ def given_reports(run_dir: Path, planned: dict[str, Any]) -> float:
     assert summary is not None
     known, pruner = load_calibration(planned["calibration"]), PrunerConfig(**asked["pruner"])
     refit = summary["refit"] or {"epochs": 0}
-    return seconds_of(known, parse_space(asked["space"]), pruner, history_of(*loaded, asked, run_dir), refit["epochs"])
+    return seconds_of(known, parse_space(asked["space"]), pruner, history_of(*loaded, asked), refit["epochs"])
 
 
 def seconds_of(

@@ -168,6 +168,7 @@ def grow(folder: str, run_dir: str, count: int) -> None:
     from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna, run_trials
     from lightning_bge.hpo.space.search_space import suggest
     from lightning_bge.hpo.storage.workers import Worker
+    from lightning_bge.hpo.study import study_storage
     from lightning_bge.runtime.stop import StopRequest
     from lightning_bge.templates import study_of_templates
 
@@ -194,7 +195,7 @@ def grow(folder: str, run_dir: str, count: int) -> None:
         return value
 
     with Worker(Path(run_dir)) as worker:
-        queue = StudyQueue(known.study, worker, hpo, Path(run_dir), space)
+        queue = StudyQueue(known.study, study_storage(Path(run_dir), hpo), worker, hpo, space)
         run_trials(queue, objective, until=math.inf, request=StopRequest(), report=lambda *_: None)
 
 

@@ -36,8 +36,7 @@ from transformers import (
 from transformers import Trainer as TransformersTrainer
 
 import lightning_bge.cli.main
-from lightning_bge.hpo.config import JOURNAL
-from lightning_bge.hpo.storage.journal import open_storage
+from lightning_bge.hpo.storage.journal import JOURNAL, open_storage
 from lightning_bge.hpo.trials import parameter_set_of
 
 NAME = "race"

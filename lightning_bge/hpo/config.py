@@ -8,8 +8,10 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import CostName
 from lightning_bge.hpo.space.draw import SamplerConfig
+from lightning_bge.hpo.storage.study_storage import PATIENCE
+from lightning_bge.hpo.storage.url import parse_storage
+from lightning_bge.hpo.storage.workers import WORKER_TIMEOUT
 
-JOURNAL = "journal.log"
 PREDICTIONS = "predictions"  # folder in the run folder: the logits of all validations
 BASELINE = "-baseline"  # suffix of the name of the study of the configured options
 SEED_REPLICATES = "-seed-replicates"  # suffix of the name of the study of a study's seed replicates
@@ -77,6 +79,14 @@ class StudyConfig:
             host's memory, or of what the control group, RLIMIT_* or memory.limit_gb allow, as the other three are for a
             trial's gradients, optimizer and activations; and at most half of what is free, as other processes may
             search too.
+        storage: where the study is kept, so that processes of several machines share it:
+            postgresql+psycopg://user@host/database, mysql+pymysql://user@host/database, or grpc://host:port of
+            `lightning-bge proxy`. Its password comes from the environment variable LIGHTNING_BGE_STORAGE_PASSWORD, or
+            from the file that LIGHTNING_BGE_STORAGE_PASSWORD_FILE names. null: journal.log in the run folder.
+        study_name: the name of the study in its storage. null: that of the run folder.
+        storage_timeout: seconds for which a storage that does not answer is waited for before the process gives up.
+        worker_timeout: seconds without a sign of life, after which a process on another machine counts as gone and its
+            trial is continued by others. Processes of one machine know at once.
 
     Raises:
         ConfigError: a value is out of range, or a cost is set together with a pruner.
@@ -104,6 +114,10 @@ class StudyConfig:
     predictions_gb: float = 1.0
     outer_folds: int | None = None
     encoder_cache_gb: float | None = None
+    storage: str | None = None
+    study_name: str | None = None
+    storage_timeout: float = PATIENCE
+    worker_timeout: float = WORKER_TIMEOUT
 
     def __post_init__(self) -> None:
         if self.n_trials < 1:
@@ -135,6 +149,13 @@ class StudyConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"hpo.{name}: expected {least} or more, got {value}")
+        if self.storage is not None:
+            parse_storage(self.storage)
+        if self.study_name is not None and not self.study_name.strip():
+            raise ConfigError("hpo.study_name: expected a name or null, got an empty one")
+        for name, least_seconds in (("storage_timeout", 0.0), ("worker_timeout", 6.0)):
+            if not least_seconds <= getattr(self, name) < math.inf:
+                raise ConfigError(f"hpo.{name}: expected {least_seconds:g} or more, got {getattr(self, name)}")
         if self.cost is not None and self.terminator:
             raise ConfigError("hpo.terminator: not with hpo.cost, as it looks at one objective; set one of them alone")
         if self.cost is not None and self.pruner.name != "none":

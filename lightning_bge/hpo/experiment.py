@@ -30,6 +30,19 @@ from lightning_bge.runtime.option_errors import describe_option_error
 FOR_INNER_STUDIES: dict[str, Any] = {"outer_folds": None, "refit": True, "baseline": False}
 
 
+def inner_options(storage: str | None, study_name: str | None, run_dir: Path, fold: int) -> dict[str, Any]:
+    """Options of `hpo` of the inner study of an outer fold, which needs a name of its own in a shared storage.
+
+    Args:
+        storage: `hpo.storage`.
+        study_name: `hpo.study_name`.
+        run_dir: the folder of the whole run.
+        fold: number of the outer fold.
+    """
+    name = None if storage is None else f"{study_name or run_dir.resolve().name}-outer-fold-{fold}"
+    return {**FOR_INNER_STUDIES, "study_name": name}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """The options of a study's trials, and how objects are made of them: the command line's, or those of `tune`.
@@ -130,8 +143,9 @@ class Experiment:
 
         def plain(config: Namespace) -> dict[str, Any]:
             found = self.plain(config)
+            hpo = found["hpo"]
             # what a worker that joins it reads
-            return {**found, "hpo": {**found["hpo"], **FOR_INNER_STUDIES}}
+            return {**found, "hpo": {**hpo, **inner_options(hpo["storage"], hpo["study_name"], self.run_dir, fold)}}
 
         datamodule = self.create(config).datamodule
         return replace(self, config=config, plain=plain, datamodule=datamodule, run_dir=run_dir)

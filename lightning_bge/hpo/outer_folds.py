@@ -9,8 +9,9 @@ import optuna
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.analysis.winner import describe_price
 from lightning_bge.hpo.config import OUTER_FOLDS, StudyConfig
-from lightning_bge.hpo.experiment import FOR_INNER_STUDIES, Experiment
+from lightning_bge.hpo.experiment import Experiment, inner_options
 from lightning_bge.hpo.run import check_study, prepare_study, run_hpo
+from lightning_bge.hpo.study import study_storage
 from lightning_bge.runtime.run_folder import create_run_dir
 
 Found = tuple[optuna.Study, dict[str, Any] | None]
@@ -47,14 +48,15 @@ def run_studies(experiment: Experiment, hpo: StudyConfig, *, run: RunStudy = run
     inner = _inner_experiments(experiment, hpo.outer_folds)
     space, steps = check_study(experiment, hpo)
     create_run_dir(experiment.run_dir)
-    study = prepare_study(experiment, hpo, space, steps, joins=joins)
+    study = prepare_study(experiment, hpo, space, steps, study_storage(experiment.run_dir, hpo), joins=joins)
     if not joins:
         print(describe_price(hpo.outer_folds), flush=True)
     start, n_studies = time.monotonic(), hpo.outer_folds + 1
     for number, one in enumerate(inner):
         print(f"\nouter fold {number + 1} of {hpo.outer_folds}: {one.run_dir}", flush=True)
         timeout = _timeout(hpo.timeout, n_studies, number, time.monotonic() - start)
-        _, summary = run(one, replace(hpo, **FOR_INNER_STUDIES, timeout=timeout), joins=joins)
+        options = inner_options(hpo.storage, hpo.study_name, experiment.run_dir, number)
+        _, summary = run(one, replace(hpo, **options, timeout=timeout), joins=joins)
         if summary is None:
             return study, None
     print(f"\nthe final study, on all rows: {experiment.run_dir}", flush=True)

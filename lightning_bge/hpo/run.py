@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import optuna
-from filelock import FileLock
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import BEST, PREDICTIONS, StudyConfig
@@ -22,19 +21,18 @@ from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.pruning.config import build_pruner
 from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.scheduling.trial_loop import run_trials
-from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS, LOCK, N_TRIALS
+from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS, N_TRIALS
 from lightning_bge.hpo.space.draw import check_grid, n_parameter_sets, space_size
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, parse_space
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.storage.workers import Worker, living_workers
-from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.storage.study_storage import StudyStorage
+from lightning_bge.hpo.storage.workers import Worker
+from lightning_bge.hpo.study import open_study, study_storage
 from lightning_bge.hpo.trial.objective import Objective, TrialFiles
 from lightning_bge.hpo.versions import other_versions, used_versions
 from lightning_bge.runtime.run_folder import create_run_dir, record_run
 from lightning_bge.runtime.stop import Stopped, StopRequest
-
-END_LOCK = "end.lock"  # file in the run folder: one process at a time ends the study
 
 
 def check_study(experiment: Experiment, hpo: StudyConfig) -> tuple[Space, Steps]:
@@ -66,6 +64,7 @@ def prepare_study(
     hpo: StudyConfig,
     space: Space,
     steps: Steps,
+    place: StudyStorage,
     *,
     worker: Worker | None = None,
     joins: bool = False,
@@ -77,6 +76,7 @@ def prepare_study(
         hpo: its options.
         space: the search space.
         steps: what a trial that runs to its end reports.
+        place: where the study is kept.
         worker: this process, where it is to run trials.
         joins: the study is there: nothing is said, and its options are not written again.
 
@@ -87,10 +87,10 @@ def prepare_study(
     if not joins:
         _print_head(experiment, hpo, space, steps)
     run_dir = experiment.run_dir
-    with FileLock(run_dir / LOCK, mode=0o600):
+    with place.lock(worker):
         versions = used_versions(str(experiment.config.get("trainer.accelerator", "auto")))
         study = open_study(
-            run_dir,
+            place,
             hpo,
             experiment.monitor.direction,
             steps,
@@ -133,9 +133,11 @@ def run_hpo(
     until = math.inf if hpo.timeout is None else time.monotonic() + hpo.timeout
     space, steps = check_study(experiment, hpo)
     run_dir = create_run_dir(experiment.run_dir)
-    with StopRequest(parent) as request, Worker(run_dir) as worker:
-        study = prepare_study(experiment, hpo, space, steps, worker=worker, joins=joins)
-        queue = StudyQueue(study, worker, hpo, run_dir, space, parse_enqueued(hpo.enqueue, space))
+    place = study_storage(run_dir, hpo, waits=joins)
+    with StopRequest(parent) as request, place.worker() as worker:
+        place.stop_when(lambda: request.signal)
+        study = prepare_study(experiment, hpo, space, steps, place, worker=worker, joins=joins)
+        queue = StudyQueue(study, place, worker, hpo, space, parse_enqueued(hpo.enqueue, space))
         objective = Objective(
             build=experiment.build,
             space=space,
@@ -194,7 +196,7 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
     configured = {name: config[name] for name in objective.space}
     configured["trainer.max_epochs"] = config["trainer.max_epochs"] or objective.steps.epochs
     baseline = run_baseline(queue, objective, configured=configured, metric=metric, until=until, request=request)
-    others = living_workers(queue.run_dir) - {queue.worker.id}
+    others = queue.place.workers.living() - {queue.worker.id}
     if not request.signal and time.monotonic() >= until and others:
         print("hpo.timeout is over; other processes go on with this study, and the last of them ends it")
         return None
@@ -205,7 +207,7 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
     epochs = config["trainer.max_epochs"] if "trainer.max_epochs" in objective.space.when else objective.steps.epochs
     baseline_steps = replace(objective.steps, epochs=configured["trainer.max_epochs"])
     outer_folds, schema = queue.config.outer_folds, experiment.datamodule.schema
-    with FileLock(queue.run_dir / END_LOCK, mode=0o600):
+    with queue.place.end_lock(queue.worker):
         assert schema is not None
         nested = None if outer_folds is None else finish_nested(queue.run_dir, outer_folds, schema, metric)
         summary = finish_study(

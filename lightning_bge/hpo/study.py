@@ -14,23 +14,35 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_bge.errors import ConfigError, StudyError
-from lightning_bge.hpo.analysis.journal import TAKEN_OVER, present_study, study_names
-from lightning_bge.hpo.config import JOURNAL, StudyConfig
+from lightning_bge.hpo.analysis.journal import SPACE, TAKEN_OVER, present_study, study_names
+from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import build_pruner
 from lightning_bge.hpo.space.draw import n_parameter_sets
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, is_drawn, parse_space, space_to_json
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.storage.journal import open_storage
-from lightning_bge.hpo.storage.workers import end_lost_trials, living_workers
+from lightning_bge.hpo.storage.study_storage import StudyStorage, open_study_storage
+from lightning_bge.hpo.storage.workers import end_lost_trials
 from lightning_bge.hpo.trials import COMPUTED_WITH, NOT_TRAINED
 from lightning_bge.runtime.compat.optuna import storage_of
 
 CONTENT = " (content)"  # ends the name of an option that stands for what is read, where the study may not have read it
 
 
+def study_storage(run_dir: Path, config: StudyConfig, *, waits: bool = False) -> StudyStorage:
+    """Open where the study of a run folder is kept, as its options say (`open_study_storage`)."""
+    return open_study_storage(
+        run_dir,
+        config.storage,
+        config.study_name,
+        patience=config.storage_timeout,
+        worker_timeout=config.worker_timeout,
+        waits=waits,
+    )
+
+
 def open_study(
-    run_dir: Path,
+    place: StudyStorage,
     config: StudyConfig,
     direction: Literal["maximize", "minimize"],
     steps: Steps,
@@ -39,13 +51,14 @@ def open_study(
     worker: str = "",
     versions: Mapping[str, str] | None = None,
 ) -> optuna.Study:
-    """Create or continue the study of a run folder. Call it under the lock of the folder.
+    """Create or continue a study. Call it under its lock.
 
-    The study has the name that its folder had at first, and the name never changes: Hyperband's brackets depend on it.
-    With a changed search space a new study begins in the same journal, which takes over the trials that fit into it.
+    The study has the name that its folder had at first, or `hpo.study_name`, and the name never changes: Hyperband's
+    brackets depend on it. With a changed search space a new study begins in the same storage, which takes over the
+    trials that fit into it.
 
     Args:
-        run_dir: the run's folder, with the journal in it.
+        place: where the study is kept.
         config: the options of the study.
         direction: of the score: `maximize` or `minimize`. A cost is the second objective.
         steps: what a trial that runs to its end reports.
@@ -58,13 +71,13 @@ def open_study(
 
     Raises:
         ConfigError: the space is wrong; nothing is written.
-        StudyError: the folder holds a study with other options, or processes are at work on it with another space,
+        StudyError: the place holds a study with other options, or processes are at work on it with another space,
             pruner or sampler; the message lists the differences.
     """
     space = parse_space(config.space)
     pruner = build_pruner(config.pruner, n_parameter_sets(config.n_trials, space), steps)
-    storage = open_storage(run_dir / JOURNAL)
-    present = present_study(storage)
+    storage, run_dir = place.storage, place.run_dir
+    present = present_study(storage, place.name)
     content, methods = _attributes(config, space, options, steps)
     first = {} if versions is None else {COMPUTED_WITH: dict(versions)}
 
@@ -73,15 +86,17 @@ def open_study(
         return _create(storage, name, directions, config, pruner, content | {"methods": methods} | first)
 
     if present is None:
-        return create(run_dir.resolve().name)
+        return create(place.name or config.study_name or run_dir.resolve().name)
     old = optuna.load_study(study_name=present, storage=storage)
+    if place.name is not None and "settings" not in old.user_attrs and old.get_trials(deepcopy=False):
+        raise StudyError(f"{place.shown} was not created by `lightning-bge hpo`. Set another hpo.study_name")
     first = {COMPUTED_WITH: old.user_attrs[COMPUTED_WITH]} if COMPUTED_WITH in old.user_attrs else first
     content["settings"] = _with_known_content(old.user_attrs.get("settings", {}), content["settings"])
-    _check_joinable(run_dir, old.user_attrs, content, methods, at_work=bool(living_workers(run_dir) - {worker}))
+    _check_joinable(place, old.user_attrs, content, methods, at_work=bool(place.workers.living() - {worker}))
     if old.user_attrs.get("space", content["space"]) == content["space"]:
         return create(present)
-    end_lost_trials(old, run_dir, config.max_worker_deaths)  # else what they had trained would be left out
-    study = create(_take_over(old, space, configured or {}, content["steps"]))
+    end_lost_trials(old, place.workers, config.max_worker_deaths)  # else what they had trained would be left out
+    study = create(_take_over(old, place.name, space, configured or {}, content["steps"]))
     study.set_user_attr(TAKEN_OVER, True)
     return study
 
@@ -125,7 +140,7 @@ def _create(
 
 
 def _check_joinable(
-    run_dir: Path, found: Mapping[str, Any], content: Mapping[str, Any], methods: Mapping[str, Any], at_work: bool
+    place: StudyStorage, found: Mapping[str, Any], content: Mapping[str, Any], methods: Mapping[str, Any], at_work: bool
 ) -> None:
     """Raise StudyError where a study with these attributes must not be continued with the requested ones."""
     old, new = found.get("space", content["space"]), content["space"]
@@ -135,15 +150,15 @@ def _check_joinable(
     _check_same(
         without(settings, changed),
         without(content["settings"], changed | first_read),
-        f"{run_dir} holds a study whose trials can't be compared with the requested ones",
-        "Name another run_dir, or delete that folder",
+        f"{place.shown} holds trials that can't be compared with the requested ones",
+        "Name another run_dir, or delete that folder" if place.name is None else "Set another hpo.study_name",
     )
     if at_work:
         _check_same(
             {"hpo.space": old, **found.get("methods", methods)},
             {"hpo.space": new, **methods},
-            f"other processes are at work on the study in {run_dir}, with other options",
-            "Stop them first, name another run_dir, or join them with `lightning-bge worker`",
+            f"other processes are at work on {place.shown}, with other options",
+            "Stop them first, name another run_dir or study, or join them with the options of the first",
         )
 
 
@@ -173,16 +188,18 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 # ---------------------------------------------------------------------- a changed search space
 
 
-def _take_over(old: optuna.Study, space: Space, configured: Mapping[str, Any], steps: Mapping[str, int]) -> str:
+def _take_over(
+    old: optuna.Study, base: str | None, space: Space, configured: Mapping[str, Any], steps: Mapping[str, int]
+) -> str:
     """Begin a study with all trials of another one, in their order: their files are found by their numbers.
 
     One that does not fit counts as failed. Returns the name of the study.
     """
-    storage, names = storage_of(old), study_names(storage_of(old))
+    storage, names = storage_of(old), study_names(storage_of(old), base)
     begun = names.index(old.study_name) + 1
     for left in names[begun:]:  # a process that was killed in the middle has left it
         optuna.delete_study(study_name=left, storage=storage)
-    name, known = f"{names[0]}-space-{begun + 1}", old.user_attrs
+    name, known = f"{names[0]}{SPACE}{begun + 1}", old.user_attrs
     optuna.create_study(storage=storage, study_name=name, directions=old.directions)
     study_id, same_steps = storage.get_study_id_from_name(name), known.get("steps") == steps
     for trial in old.get_trials(deepcopy=False):

@@ -15,6 +15,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError
+from lightning_bge.hpo.analysis.journal import has_study
 from lightning_bge.hpo.config import SEED_REPLICATES, StudyConfig
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.ranking import score_of
@@ -156,7 +157,7 @@ class WorkerPool:
 
     def _studies(self) -> list[optuna.Study]:
         storage, name = storage_of(self.study), f"{self.study.study_name}{SEED_REPLICATES}"
-        there = name in [study.study_name for study in storage.get_all_studies()]
+        there = has_study(storage, name)
         return [self.study, *([optuna.load_study(study_name=name, storage=storage)] if there else [])]
 
     def _stop(self, pool: list[_Process]) -> None:

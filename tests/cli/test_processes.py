@@ -15,7 +15,7 @@ import yaml
 from optuna.trial import TrialState
 from safetensors.torch import load_file
 
-from lightning_bge.hpo.storage.workers import living_workers
+from lightning_bge.hpo.storage.workers import FolderWorkers
 from tests.helpers.cli_processes import running, start, stop, trials, wait_for
 
 Run = Callable[..., tuple[int, str, str]]
@@ -131,7 +131,7 @@ def test_the_workers_of_a_command_save_their_trials_and_end_when_it_ends(
         out = process.communicate(timeout=120)[0]
         assert process.returncode == status, out
         until = time.monotonic() + 120
-        while living_workers(study):
+        while FolderWorkers(study).living():
             assert time.monotonic() < until, "workers are left"
             time.sleep(0.1)
     finally:
@@ -168,7 +168,7 @@ def test_two_processes_at_once_on_one_run_folder_end_with_one_summary(held: list
     assert (summary["n_trials"], summary["n_complete"], summary["n_failed"]) == (4, 4, 0)
     assert all(f"selected   {summary['best_value']:.4f}" in out for out in outs)
     assert len(json.loads((study / "run.json").read_text())["calls"]) == 2
-    assert living_workers(study) == set()
+    assert FolderWorkers(study).living() == set()
 
 
 def test_a_worker_joins_a_study_from_another_folder_although_the_paths_in_it_are_relative(

@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock
 from optuna.trial import FrozenTrial
 
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.scheduling.trial_loop import Evaluate
-from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS, LOCK
+from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space, suggest
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.study import open_study, study_storage
 from lightning_bge.hpo.trial.checkpoint import save_trial
 from lightning_bge.hpo.trials import PAUSED_AT, parameter_set_of
 from lightning_bge.runtime.stop import StopRequest
@@ -47,8 +46,9 @@ def fake_config(**options: Any) -> StudyConfig:
 def open_fake(run_dir: Path, config: StudyConfig, direction: Any = "maximize") -> optuna.Study:
     """Create or open the study."""
     run_dir.mkdir(exist_ok=True)
-    with FileLock(run_dir / LOCK):
-        return open_study(run_dir, config, direction, STEPS, {"monitor.metric": "f1"}, {})
+    place = study_storage(run_dir, config)
+    with place.lock():
+        return open_study(place, config, direction, STEPS, {"monitor.metric": "f1"}, {})
 
 
 def run_fake(

@@ -18,7 +18,7 @@ def history_at(run_dir: Path) -> History:
     """The study of a run folder."""
     loaded = load_study(run_dir)
     assert loaded is not None
-    return history_of(*loaded, options_of(run_dir), run_dir)
+    return history_of(*loaded, options_of(run_dir))
 
 
 def options_of(run_dir: Path) -> dict[str, Any]:

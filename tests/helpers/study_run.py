@@ -14,7 +14,7 @@ from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.scheduling.trial_loop import Evaluate, run_trials
 from lightning_bge.hpo.space.search_space import parse_space
-from lightning_bge.hpo.storage.workers import Worker
+from lightning_bge.hpo.study import study_storage
 from lightning_bge.runtime.stop import StopRequest
 
 Report = Callable[[optuna.Study, FrozenTrial], None]
@@ -33,7 +33,8 @@ def run_study(
 ) -> StudyQueue:
     """Run it to its end; returns the queue, which is asked no more."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with Worker(run_dir) as worker:
-        queue = StudyQueue(study, worker, config, run_dir, parse_space(config.space), enqueued)
+    place = study_storage(run_dir, config)
+    with place.worker() as worker:
+        queue = StudyQueue(study, place, worker, config, parse_space(config.space), enqueued)
         run_trials(queue, objective, until=until, request=request or StopRequest(), report=report)
     return queue

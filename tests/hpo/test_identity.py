@@ -30,7 +30,7 @@ COMMAND = (
 )
 LR = '{"model.optimizer.lr": {"low": 1.0e-4, "high": 1.0e-2, "log": true}}'
 VAL, TEST, SPACE = ("--data.val_file", "val.csv"), ("--data.test_file", "test.csv"), ("--hpo.space", LR)
-REFUSED = "holds a study whose trials can't be compared with the requested ones. Differences:"
+REFUSED = "holds trials that can't be compared with the requested ones. Differences:"
 
 
 def change(file: str, row: int, old: str, new: str) -> None:

@@ -19,7 +19,7 @@ from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.journal import open_storage
 from lightning_bge.hpo.storage.workers import Worker
-from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.study import open_study, study_storage
 from lightning_bge.hpo.trials import NOT_TRAINED, attempts, is_to_be_continued, key_of
 from tests.helpers.fake_study import STEPS, fake_config, open_fake, run_fake, value_of
 
@@ -31,7 +31,9 @@ def opened(folder: Path, configured: dict[str, Any] | None = None, **options: An
     """The study of a space over lr alone, unless the options have another one."""
     config = fake_config(**{"space": {"lr": LR}, **options})
     folder.mkdir(exist_ok=True)
-    return open_study(folder, config, "maximize", STEPS, settings_of(config, configured), configured)
+    return open_study(
+        study_storage(folder, config), config, "maximize", STEPS, settings_of(config, configured), configured
+    )
 
 
 def settings_of(config: StudyConfig, configured: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -53,10 +55,10 @@ def tried(study: optuna.Study, *values: dict[str, Any]) -> None:
 
 def test_other_options_are_named(tmp_path: Path) -> None:
     opened(tmp_path)
+    config = fake_config(space={"lr": LR})
+    place = study_storage(tmp_path, config)
     with pytest.raises(StudyError, match=r"model.name_or_path: m in the folder, other requested"):
-        open_study(
-            tmp_path, fake_config(space={"lr": LR}), "maximize", STEPS, {**SETTINGS, "model.name_or_path": "other"}
-        )
+        open_study(place, config, "maximize", STEPS, {**SETTINGS, "model.name_or_path": "other"})
     assert len(open_storage(tmp_path / "journal.log").get_all_studies()) == 1
 
 
@@ -65,7 +67,7 @@ def test_content_that_a_call_does_not_read_is_remembered_and_compared(tmp_path: 
 
     def resumed(**content: str) -> optuna.Study:
         options = SETTINGS | {f"{name} (content)": value for name, value in content.items()}
-        return open_study(tmp_path, config, "maximize", STEPS, options)
+        return open_study(study_storage(tmp_path, config), config, "maximize", STEPS, options)
 
     resumed(train="a")
     resumed(train="a", test="b")
@@ -139,7 +141,7 @@ def test_a_hyperparameter_that_is_added_or_removed_has_its_configured_value(tmp_
 def test_trials_that_report_at_other_steps_are_left_out(tmp_path: Path) -> None:
     tried(opened(tmp_path), {"lr": 0.25})
     config = fake_config(space={"lr": {"low": 0.0, "high": 2.0}})
-    new = open_study(tmp_path, config, "maximize", Steps(2, 5), SETTINGS)
+    new = open_study(study_storage(tmp_path, config), config, "maximize", Steps(2, 5), SETTINGS)
     assert new.trials[0].user_attrs[NOT_TRAINED] == "it reports at other steps"
 
 

@@ -29,7 +29,7 @@ from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.study import open_study, study_storage
 from lightning_bge.hpo.trial.objective import Build, Objective, TrialFiles, TrialSetup
 from lightning_bge.hpo.trials import PARAMETER_SET, RESUMES
 from lightning_bge.models.encoder_cache import EncoderCache
@@ -282,7 +282,7 @@ class ShortStudy:
         config = StudyConfig(MANY, hpo.space, pruner=pruner, sampler=SamplerConfig("random"), seed_replicates=0)
         options = {"monitor.metric": "loss", "monitor.objective": objective}  # read by the report
         steps = Steps(1, self._epochs)
-        self._study = open_study(self._folder, config, "minimize", steps, options)
+        self._study = open_study(study_storage(self._folder, config), config, "minimize", steps, options)
         # other metrics may be NaN where few rows miss a class
         self._monitor = MonitorConfig("loss", objective=objective)
         self._objective = Objective(

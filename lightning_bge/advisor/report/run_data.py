@@ -107,9 +107,9 @@ def read_run(run_dir: Path) -> RunData:
     loaded = load_study(run_dir)
     return RunData(
         path=run_dir,
-        history=loaded and history_of(*loaded, options.get("hpo") or {}, run_dir),
-        time_left=loaded and time_left(*loaded, options.get("hpo") or {}, run_dir),
-        is_study=study.is_file(),
+        history=loaded and history_of(*loaded, options.get("hpo") or {}),
+        time_left=loaded and time_left(*loaded, options.get("hpo") or {}),
+        is_study=study.is_file() or bool((options.get("hpo") or {}).get("storage")),
         config=options,
         summary=hide_secrets(read_json(run_dir / "summary.json")),
         calls=[{**hide_secrets(call), "command": hide_secrets_in_command(call["command"])} for call in calls],

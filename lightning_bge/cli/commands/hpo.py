@@ -14,6 +14,7 @@ from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.run import check_study, prepare_study, run_hpo
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.space.draw import n_parameter_sets
+from lightning_bge.hpo.study import study_storage
 from lightning_bge.hpo.worker_pool import Slot, WorkerPool, slots
 from lightning_bge.preflight import preflight
 from lightning_bge.runtime.run_folder import create_run_dir, read_json
@@ -41,7 +42,7 @@ def _run_pool(workers: list[Slot], experiment: Experiment, hpo: StudyConfig, *, 
     """As `run_hpo`, in processes of their own."""
     space, steps = check_study(experiment, hpo)
     run_dir = create_run_dir(experiment.run_dir)
-    study = prepare_study(experiment, hpo, space, steps, joins=joins)
+    study = prepare_study(experiment, hpo, space, steps, study_storage(run_dir, hpo), joins=joins)
     progress = Progress(
         replace(hpo, n_trials=n_parameter_sets(hpo.n_trials, space)), experiment.monitor.name, steps.total
     )

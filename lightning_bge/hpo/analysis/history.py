@@ -1,10 +1,9 @@
 """A study as plain data for reports: its trials, their outcomes, values, learning curves and times."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
@@ -189,15 +188,15 @@ class History:
 
 
 def history_of(
-    study: optuna.Study, seed_replicates: Sequence[FrozenTrial], options: Mapping[str, Any], run_dir: Path
+    study: optuna.Study, seed_replicates: Sequence[FrozenTrial], living: Collection[str], options: Mapping[str, Any]
 ) -> History:
     """Describe a study as plain data.
 
     Args:
         study: of `lightning-bge hpo`.
         seed_replicates: the trials of its seed replicates.
+        living: the ids of the workers that live.
         options: the section `hpo` of the run's config.yaml; empty where there is none.
-        run_dir: the run's folder, which shows which processes are at work.
     """
     return History(
         goal=_goal(study),
@@ -205,8 +204,8 @@ def history_of(
         n_trials=options.get("n_trials"),
         pruner=(options.get("pruner") or {}).get("name"),
         space=study.user_attrs["space"],
-        trials=_past_trials(study.get_trials(deepcopy=False), run_dir),
-        seed_replicates=_past_trials(seed_replicates, run_dir),
+        trials=_past_trials(study.get_trials(deepcopy=False), living),
+        seed_replicates=_past_trials(seed_replicates, living),
         read_at=datetime.now(),
     )
 
@@ -221,14 +220,14 @@ def _goal(study: optuna.Study) -> StudyGoal:
     )
 
 
-def _past_trials(trials: Sequence[FrozenTrial], run_dir: Path) -> tuple[PastTrial, ...]:
+def _past_trials(trials: Sequence[FrozenTrial], living: Collection[str]) -> tuple[PastTrial, ...]:
     resumed = resumed_numbers(trials)
-    return tuple(_past_trial(trial, trial.number in resumed, run_dir) for trial in trials)
+    return tuple(_past_trial(trial, trial.number in resumed, living) for trial in trials)
 
 
-def _past_trial(trial: FrozenTrial, resumed: bool, run_dir: Path) -> PastTrial:
+def _past_trial(trial: FrozenTrial, resumed: bool, living: Collection[str]) -> PastTrial:
     known = trial.user_attrs
-    outcome, note = _outcome(trial, resumed, run_dir)
+    outcome, note = _outcome(trial, resumed, living)
     score, result = score_of(trial), None
     curve = tuple(tuple(Report(*report) for report in fold) for fold in known.get("curve", ()))
     if trial.state == TrialState.COMPLETE and score is not None:  # of a pruned trial Optuna has its last value here
@@ -249,7 +248,7 @@ def _past_trial(trial: FrozenTrial, resumed: bool, run_dir: Path) -> PastTrial:
     )
 
 
-def _outcome(trial: FrozenTrial, resumed: bool, run_dir: Path) -> tuple[str, str]:
+def _outcome(trial: FrozenTrial, resumed: bool, living: Collection[str]) -> tuple[str, str]:
     """The outcome of a trial, and the note on it."""
     known = trial.user_attrs
     if trial.state == TrialState.COMPLETE:
@@ -257,7 +256,7 @@ def _outcome(trial: FrozenTrial, resumed: bool, run_dir: Path) -> tuple[str, str
     if trial.state == TrialState.WAITING:
         return "waiting", ""
     if trial.state == TrialState.RUNNING:
-        loss = loss_of(trial, run_dir)
+        loss = loss_of(trial, living)
         return ("running", "") if loss is None else ("interrupted", loss)
     if trial.state == TrialState.FAIL:
         return _failure(known)

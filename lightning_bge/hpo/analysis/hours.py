@@ -1,11 +1,10 @@
 """The hours of a study: how long it ran, when it found its best values, what pruning saved, and the time left."""
 
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -91,21 +90,21 @@ def hours_saved(history: History) -> Savings:
 
 
 def time_left(
-    study: optuna.Study, seed_replicates: Sequence[FrozenTrial], options: Mapping[str, Any], run_dir: Path
+    study: optuna.Study, seed_replicates: Sequence[FrozenTrial], living: Collection[str], options: Mapping[str, Any]
 ) -> Eta | None:
     """Estimate how long a running study still takes, seed replicates and refit included.
 
     Args:
         study: of `lightning-bge hpo`.
         seed_replicates: the trials of its seed replicates.
+        living: the ids of the workers that live.
         options: the section `hpo` of the run's config.yaml; empty where there is none.
-        run_dir: the run's folder, which shows which processes are at work.
 
     Returns:
         None where nothing is running, no trial has ended, or the options do not have the number of trials.
     """
     trials, replicates = (
-        [one for one in found if one.state != TrialState.RUNNING or loss_of(one, run_dir) is None]
+        [one for one in found if one.state != TrialState.RUNNING or loss_of(one, living) is None]
         for found in (study.get_trials(deepcopy=False), seed_replicates)
     )
     running = [trial for trial in [*trials, *replicates] if trial.state == TrialState.RUNNING]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -17,6 +16,7 @@ from lightning_bge.hpo.pruning.halving import Halving
 from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS, N_TRIALS, TrialQueue, Tries
 from lightning_bge.hpo.space.draw import draw_parameter_set, space_size
 from lightning_bge.hpo.space.search_space import Space
+from lightning_bge.hpo.storage.study_storage import StudyStorage
 from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.hpo.terminator import StudyEnd
 from lightning_bge.hpo.trials import (
@@ -39,9 +39,9 @@ class StudyQueue(TrialQueue):
 
     Args:
         study: the study.
+        place: where it is kept.
         worker: this process.
         config: the options of the study.
-        run_dir: the run's folder.
         space: the search space.
         enqueued: parameter sets that are tried first.
     """
@@ -49,13 +49,13 @@ class StudyQueue(TrialQueue):
     def __init__(
         self,
         study: optuna.Study,
+        place: StudyStorage,
         worker: Worker,
         config: StudyConfig,
-        run_dir: Path,
         space: Space,
         enqueued: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        super().__init__(study, worker, config, run_dir, run_dir / CHECKPOINTS)
+        super().__init__(study, place, worker, config, place.run_dir / CHECKPOINTS)
         self.end = StudyEnd(study) if config.terminator else None
         self._keys: dict[int, Any] = {}  # of each parameter set
         self._known: tuple[Tries, Halving] | None = None  # computed once for each look at the trials

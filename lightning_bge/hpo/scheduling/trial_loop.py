@@ -4,14 +4,16 @@ import gc
 import logging
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError, UserError
 from lightning_bge.hpo.scheduling.trial_queue import TrialQueue
-from lightning_bge.hpo.trials import ERROR, FAILURES, INTERRUPTED
+from lightning_bge.hpo.trials import ERROR, FAILURES, INTERRUPTED, WORKER_LOST
 from lightning_bge.runtime.run_folder import create_run_dir, write_text
 from lightning_bge.runtime.stop import Stopped, StopRequest
 from lightning_bge.runtime.units import format_bytes
@@ -74,11 +76,24 @@ def run_trials(
 
 
 def _run_trial(queue: TrialQueue, objective: Evaluate, trial: optuna.Trial) -> FrozenTrial:
+    with suppress(UpdateFinishedTrialError):  # another process has ended it
+        _evaluate(queue, objective, trial)
+    ended = queue.study.get_trials(deepcopy=False)[trial.number]
+    if WORKER_LOST in ended.user_attrs:
+        text = "trial %d was ended by another process, as this one gave no sign of life for too long"
+        log.warning(text, trial.number)
+    return ended
+
+
+def _evaluate(queue: TrialQueue, objective: Evaluate, trial: optuna.Trial) -> None:
+    """Train a trial, and end it as it ends; `UpdateFinishedTrialError` where another process has ended it."""
     study = queue.study
     try:
         values = objective(trial)
     except optuna.TrialPruned:
-        study.tell(trial, state=TrialState.PRUNED)
+        study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+    except UpdateFinishedTrialError:
+        raise
     except (Stopped, UserError, OSError, KeyboardInterrupt, SystemExit) as error:
         # an error of the user's, or of the disk: the trial is continued when it is corrected
         by_key = isinstance(error, SystemExit) and error.code == 1  # what Lightning's `fit` makes of Ctrl-C
@@ -90,13 +105,12 @@ def _run_trial(queue: TrialQueue, objective: Evaluate, trial: optuna.Trial) -> F
         _write_failure(queue.run_dir, study, trial, error)
         _end(study, trial, ERROR, f"{type(error).__name__}: {error}")
     else:
-        study.tell(trial, values)
-    return study.get_trials(deepcopy=False)[trial.number]
+        study.tell(trial, values, skip_if_finished=True)
 
 
 def _end(study: optuna.Study, trial: optuna.Trial, why: str, text: str) -> None:
     trial.set_user_attr(why, text.strip().splitlines()[0] if text.strip() else "unknown")
-    study.tell(trial, state=TrialState.FAIL)
+    study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def _write_failure(run_dir: Path, study: optuna.Study, trial: optuna.Trial, error: Exception) -> None:

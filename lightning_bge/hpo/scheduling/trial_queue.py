@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS
-from lightning_bge.hpo.storage.workers import Worker, end_lost_trials, living_workers
+from lightning_bge.hpo.storage.study_storage import StudyStorage
+from lightning_bge.hpo.storage.workers import Worker, end_lost_trials, loss_of
 from lightning_bge.hpo.trial.checkpoint import SavedTrial
 from lightning_bge.hpo.trials import (
     COMPUTED_WITH,
@@ -50,10 +50,8 @@ from lightning_bge.runtime.stop import StopRequest
 
 log = logging.getLogger("lightning_bge")
 
-LOCK = "study.lock"  # file in the run folder
 CHECKPOINTS = "checkpoints"  # folder in the run folder
 N_TRIALS = "n_trials"  # attribute of a study: what the last call has asked for, which all processes follow
-LOCK_POLL_SECONDS = 0.01  # between two tries to get the lock; a decision takes a few times as long
 POLL_SECONDS = 0.5  # between two looks of a process that waits for others
 # user attributes that say what became of a trial, which the one that continues it does not take over
 FATE = (
@@ -115,18 +113,17 @@ class TrialQueue(ABC):
 
     Args:
         study: the study.
+        place: where it is kept.
         worker: this process.
         config: the options of the study.
-        run_dir: the run's folder.
         checkpoints: what is needed to continue a trial, a folder for each parameter set.
     """
 
     def __init__(
-        self, study: optuna.Study, worker: Worker, config: StudyConfig, run_dir: Path, checkpoints: Path
+        self, study: optuna.Study, place: StudyStorage, worker: Worker, config: StudyConfig, checkpoints: Path
     ) -> None:
-        self.study, self.worker, self.config = study, worker, config
-        self.run_dir, self.checkpoints = run_dir, checkpoints
-        self.lock = FileLock(run_dir / LOCK, mode=0o600)
+        self.study, self.place, self.worker, self.config = study, place, worker, config
+        self.run_dir, self.checkpoints = place.run_dir, checkpoints
 
     def next(self, until: float, request: StopRequest) -> optuna.Trial | None:
         """Begin the next trial; wait while there is none to begin, but other processes may leave one.
@@ -142,8 +139,9 @@ class TrialQueue(ABC):
             StudyError: too many trials have failed.
         """
         while not request.signal:
-            with self.lock.acquire(poll_interval=LOCK_POLL_SECONDS):
-                end_lost_trials(self.study, self.run_dir, self.config.max_worker_deaths)
+            self.worker.renew()
+            with self.place.lock(self.worker):
+                end_lost_trials(self.study, self.place.workers, self.config.max_worker_deaths)
                 tries = self.tries()
                 self.check_failures(tries)
                 over = time.monotonic() >= until
@@ -151,10 +149,22 @@ class TrialQueue(ABC):
                 trial = self.last_resort(tries) if over else self.begin(tries)
                 if trial is not None:
                     return trial
-            if not tries.running or (over and len(living_workers(self.run_dir)) > 1):
+            if not tries.running or (over and len(self.place.workers.living()) > 1):
                 return None
-            time.sleep(POLL_SECONDS)
+            self._wait(tries, until, request)
         return None
+
+    def _wait(self, tries: Tries, until: float, request: StopRequest) -> None:
+        """Wait, without the lock, until other processes have begun or ended a trial, or one of them is gone."""
+        known = [trial.state for trial in tries.trials]
+        in_time = time.monotonic() < until
+        while not request.signal and (time.monotonic() < until) == in_time:
+            time.sleep(POLL_SECONDS)
+            trials = self.study.get_trials(deepcopy=False)
+            living = self.place.workers.living()
+            running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+            if [trial.state for trial in trials] != known or any(loss_of(trial, living) for trial in running):
+                return
 
     def tries(self) -> Tries:
         """All trials, as they are now."""

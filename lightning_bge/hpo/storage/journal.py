@@ -16,6 +16,7 @@ from lightning_bge.errors import StudyError
 
 log = logging.getLogger("lightning_bge")
 
+JOURNAL = "journal.log"  # file in the run folder
 POLL_SECONDS = 0.002  # between two tries to get the kernel's lock; a record of the journal takes about as long
 
 

@@ -1,7 +1,7 @@
-"""The processes that work on a study, and the trials of those that are gone.
+"""The processes that work on a study, how others see that they live, and the trials of those that are gone.
 
-Optuna's heartbeat exists for databases only, and a trial that stays RUNNING for good is one whose neighborhood TPE
-goes on penalizing.
+A trial that stays RUNNING for good is one whose neighborhood TPE goes on penalizing. Optuna's heartbeat exists for
+databases only.
 """
 
 from __future__ import annotations
@@ -10,6 +10,11 @@ import logging
 import os
 import secrets
 import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -17,11 +22,14 @@ from typing import Any
 
 import optuna
 from filelock import FileLock, Timeout
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from lightning_bge.hpo.storage.journal import boot_id
 from lightning_bge.hpo.trials import (
     COMPUTED_WITH,
     ERROR,
+    NOT_TRAINED,
     PAUSED_AT,
     WORKER,
     WORKER_LOST,
@@ -37,39 +45,85 @@ log = logging.getLogger("lightning_bge")
 WORKERS = "workers"  # folder in the run folder
 # A trial without a mark was begun by another program, which may mark or end it yet: ours are created with their mark.
 UNMARKED_SECONDS = 60.0
+WORKER_TIMEOUT = 60.0  # seconds without a sign of life, after which a worker on another machine counts as gone
+BEATS = 6  # signs of life in that time
+
+
+def kernel_id() -> str:
+    """What the workers have in common whose locks this process can see: the start of the kernel, else the host."""
+    return (boot_id() or socket.gethostname())[:8].replace("-", "_")
 
 
 class Worker:
-    """A process that works on a study: as long as it lives it holds the lock on a file of its own.
+    """A process that works on a study, and shows that it lives.
 
-    The kernel frees the lock when the process ends, however it ends, so that others know at once. They look in their
-    own run folder: a moved folder keeps its workers, and a copied one has none. Machines that share a folder need a
-    file system whose locks hold between machines, such as NFS 4.
+    As long as it lives it holds the lock on a file of its own in the run folder. The kernel frees the lock when the
+    process ends, however it ends, so that processes under the same kernel know at once. For all others a thread gives
+    a sign of life every ten seconds or so; without one for a minute the worker counts as gone.
 
     Args:
         run_dir: the run's folder.
+        workers: where the signs of life are given; None: in the run folder.
 
     Attributes:
         id: unique, and the name of the file.
         other_versions: what it computes with, where that differs from the study's first process.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, workers: Workers | None = None) -> None:
         self.other_versions: dict[str, str] = {}
-        self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self._path = _lock_file(run_dir, self.id)
+        self.workers = FolderWorkers(run_dir) if workers is None else workers
+        self.id = ""
+        self._folder, self._stop = run_dir / WORKERS, threading.Event()
+        self._thread: threading.Thread | None = None
+        self._counts_as_gone = False
+        self._name()
+
+    def _name(self) -> None:
+        self.id = f"{socket.gethostname()}-{kernel_id()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._path = self._folder / f"{self.id}.lock"
         self._lock = FileLock(self._path, mode=0o600)
 
     def __enter__(self) -> Worker:
-        create_run_dir(self._path.parent)
+        create_run_dir(self._folder)
         self._lock.acquire()
+        self.workers.add(self)
+        self._thread = threading.Thread(target=self._give_signs, name="signs of life", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=1.0)  # it may wait for a database that is away
+        try:
+            self.workers.remove(self)
+        finally:
+            self._path.unlink(missing_ok=True)
+            self._lock.release()
+
+    def _give_signs(self) -> None:
+        while not self._stop.wait(self.workers.timeout / BEATS):
+            if not self.workers.give_sign(self) and not self._stop.is_set():
+                self._counts_as_gone = True
+                return
+
+    def renew(self) -> None:
+        """Become a new worker where others took this one for gone, as after a suspension of the machine."""
+        if not self._counts_as_gone:
+            return
+        log.warning(
+            "this process gave no sign of life for more than %.0f s, so that others have taken over its trial; it goes "
+            "on with another one",
+            self.workers.timeout,
+        )
         self._path.unlink(missing_ok=True)
         self._lock.release()
+        self._counts_as_gone = False
+        self._name()
+        self.__enter__()
 
     @property
     def record(self) -> dict[str, Any]:
@@ -82,68 +136,158 @@ class Worker:
         return {WORKER: self.record} | ({COMPUTED_WITH: self.other_versions} if self.other_versions else {})
 
 
-def _lock_file(run_dir: Path, worker_id: str) -> Path:
-    return run_dir / WORKERS / f"{worker_id}.lock"
+class Workers(ABC):
+    """The workers of a study, as this process sees them.
 
+    Args:
+        run_dir: the run's folder.
+        timeout: seconds without a sign of life, after which a worker under another kernel counts as gone.
+    """
 
-def is_alive(run_dir: Path, worker_id: str) -> bool:
-    """Whether a worker of the study in this folder still lives."""
-    path = _lock_file(run_dir, worker_id)
-    if not path.exists():
+    def __init__(self, run_dir: Path, timeout: float = WORKER_TIMEOUT) -> None:
+        self.run_dir, self.timeout = run_dir, timeout
+        self._seen: dict[str, tuple[Any, float]] = {}
+
+    @abstractmethod
+    def add(self, worker: Worker) -> None:
+        """A worker begins."""
+
+    @abstractmethod
+    def give_sign(self, worker: Worker) -> bool:
+        """A worker lives; False: it counts as gone already."""
+
+    @abstractmethod
+    def remove(self, worker: Worker) -> None:
+        """A worker ends."""
+
+    @abstractmethod
+    def living(self) -> set[str]:
+        """The ids of those that live, as far as is known."""
+
+    def seen_alive(self) -> set[str]:
+        """As `living`, for a reader: nothing is changed, and one look has to do."""
+        return self.living()
+
+    def forget(self, worker_id: str) -> None:
+        """Remove what a worker that is gone has left in the run folder."""
+        (self.run_dir / WORKERS / f"{worker_id}.lock").unlink(missing_ok=True)
+
+    def _is_silent(self, worker_id: str, sign: Any) -> bool:
+        """Whether a worker's sign has not changed for too long, by the clock of this process alone."""
+        now = time.monotonic()
+        before, since = self._seen.get(worker_id, (None, now))
+        self._seen[worker_id] = (sign, since if sign == before else now)
+        return sign == before and now - since > self.timeout
+
+    def _holds_lock(self, worker_id: str) -> bool | None:
+        """Whether a worker holds its lock; None: it is under another kernel, or its file is elsewhere."""
+        path = self.run_dir / WORKERS / f"{worker_id}.lock"
+        if not is_under_this_kernel(worker_id) or not path.exists():
+            return None
+        lock = FileLock(path, mode=0o600)
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, OSError):  # held, or on a disk that can't be written, where nothing is known
+            return True
+        lock.release()
         return False
-    lock = FileLock(path, mode=0o600)
-    try:
-        lock.acquire(timeout=0)
-    except (Timeout, OSError):  # held, or on a disk that can't be written, where nothing is known
+
+
+class FolderWorkers(Workers):
+    """Those of a run folder: a moved folder keeps its workers, and a copied one has none."""
+
+    def add(self, worker: Worker) -> None:
+        """Its lock says all."""
+
+    def give_sign(self, worker: Worker) -> bool:
+        """Change the time of its file; False: another process has removed it."""
+        try:
+            os.utime(self.run_dir / WORKERS / f"{worker.id}.lock")
+        except FileNotFoundError:
+            return False
+        except OSError as error:  # a disk that does not answer now: the next sign tells
+            log.warning("no sign of life can be given: %s", error)
         return True
-    lock.release()
-    return False
+
+    def remove(self, worker: Worker) -> None:
+        """Its file goes with it."""
+
+    def living(self) -> set[str]:
+        """Those whose file is locked, or under another kernel changes."""
+        return {path.stem for path in (self.run_dir / WORKERS).glob("*.lock") if self._lives(path)}
+
+    def _lives(self, path: Path) -> bool:
+        held = self._holds_lock(path.stem)
+        if held is not None:
+            return held
+        try:
+            return not self._is_silent(path.stem, path.stat().st_mtime_ns)
+        except FileNotFoundError:
+            return False
 
 
-def living_workers(run_dir: Path) -> set[str]:
-    """The ids of all workers of the study in this folder that still live."""
-    names = {path.stem for path in (run_dir / WORKERS).glob("*.lock")}
-    return {name for name in names if is_alive(run_dir, name)}
+def is_under_this_kernel(worker_id: str) -> bool:
+    """Whether the locks of a worker are seen by this process."""
+    return worker_id.split("-")[-3:][0] == kernel_id()
 
 
-def loss_of(trial: FrozenTrial, run_dir: Path) -> str | None:
-    """Why the worker of a RUNNING trial is certainly gone; None: it may be at work."""
+def loss_of(trial: FrozenTrial, living: Collection[str]) -> str | None:
+    """Why the worker of a RUNNING trial is certainly gone; None: it may be at work.
+
+    Args:
+        trial: a RUNNING one.
+        living: the ids of the workers that live.
+    """
     worker = trial.user_attrs.get(WORKER)
     if worker is not None:
-        return None if is_alive(run_dir, worker["id"]) else f"process {worker['pid']} on {worker['host']} is gone"
+        return None if worker["id"] in living else f"process {worker['pid']} on {worker['host']} is gone"
     assert trial.datetime_start is not None
     age = abs((datetime.now() - trial.datetime_start).total_seconds())  # a clock may have been set back
     return f"no process has marked it {age:.0f} s after its start" if age > UNMARKED_SECONDS else None
 
 
-def end_lost_trials(study: optuna.Study, run_dir: Path, max_worker_deaths: int) -> None:
+def end_lost_trials(study: optuna.Study, workers: Workers, max_worker_deaths: int) -> None:
     """End the RUNNING trials whose worker is gone. Call it under the lock of the study.
 
     A trial that was about to pause ends as PRUNED. Any other is FAIL with the reason in the user attribute
     `worker_lost`, and another trial is to continue it; but where its parameter set has cost too many workers, it has
-    the user attribute `error` as well.
+    the user attribute `error` as well. A trial that was created twice, as a database's answer was lost, is left out.
 
     Args:
         study: the study.
-        run_dir: the run's folder.
+        workers: those that work on it.
         max_worker_deaths: workers that may die in a row at one parameter set, with no report in between.
     """
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        reason = loss_of(trial, run_dir)
-        if reason is None:
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    living = workers.living() if running else set()
+    # a worker runs one trial at a time: of two the first was created by a call whose answer it did not get
+    latest = {trial.user_attrs[WORKER]["id"]: trial.number for trial in running if WORKER in trial.user_attrs}
+    for trial in running:
+        worker = trial.user_attrs.get(WORKER)
+        if worker is not None and trial.number < latest[worker["id"]]:
+            with suppress(UpdateFinishedTrialError):
+                storage_of(study).set_trial_user_attr(trial_id_of(trial), NOT_TRAINED, "it was created twice")
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             continue
-        if WORKER in trial.user_attrs:
-            _lock_file(run_dir, trial.user_attrs[WORKER]["id"]).unlink(missing_ok=True)
-        if PAUSED_AT in trial.user_attrs:
-            study.tell(trial.number, state=TrialState.PRUNED)
-            continue
-        storage, trial_id = storage_of(study), trial_id_of(trial)
-        storage.set_trial_user_attr(trial_id, WORKER_LOST, reason)
-        tries = attempts(study.get_trials(deepcopy=False))[parameter_set_of(trial)]
-        if (deaths := deaths_in_a_row(tries)) >= max_worker_deaths:
-            text = f"{deaths} workers died in a row at this parameter set, with no report in between"
-            storage.set_trial_user_attr(trial_id, ERROR, text)
-            log.error("trial %d: %s; it is not tried once more: %s", trial.number, text, trial.params)
-        else:
-            log.warning("trial %d: %s; it is to be continued", trial.number, reason)
-        study.tell(trial.number, state=TrialState.FAIL)
+        reason = loss_of(trial, living)
+        if reason is not None:
+            with suppress(UpdateFinishedTrialError):  # its process lives after all, and has ended it just now
+                _end_lost(study, trial, reason, max_worker_deaths)
+            if worker is not None:
+                workers.forget(worker["id"])
+
+
+def _end_lost(study: optuna.Study, trial: FrozenTrial, reason: str, max_worker_deaths: int) -> None:
+    if PAUSED_AT in trial.user_attrs:
+        study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
+        return
+    storage, trial_id = storage_of(study), trial_id_of(trial)
+    storage.set_trial_user_attr(trial_id, WORKER_LOST, reason)
+    tries = attempts(study.get_trials(deepcopy=False))[parameter_set_of(trial)]
+    if (deaths := deaths_in_a_row(tries)) >= max_worker_deaths:
+        text = f"{deaths} workers died in a row at this parameter set, with no report in between"
+        storage.set_trial_user_attr(trial_id, ERROR, text)
+        log.error("trial %d: %s; it is not tried once more: %s", trial.number, text, trial.params)
+    else:
+        log.warning("trial %d: %s; it is to be continued", trial.number, reason)
+    study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)

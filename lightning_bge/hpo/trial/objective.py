@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from lightning_bge.callbacks.compile.callback import CompileLayers
@@ -199,6 +200,7 @@ class Objective:
                 folds.append(self._fold(trial, params, folds, curve, opened, later, kept))
                 saved = None
                 if (folder := self._folder(trial)) is not None:
+                    _check_running(trial)
                     save_trial(folder, step=len(folds) * self.steps.per_fold, folds=folds, curve=curve)
         finally:
             release(host=False)  # trainer and module hold each other until the garbage collector has run
@@ -258,6 +260,7 @@ class Objective:
                 kept.add(reports.curve[before:], scored.logits)
 
         def save(trainer: Trainer | None) -> None:
+            _check_running(trial)
             keep()  # first: what is continued from the checkpoint has all predictions until then
             if (folder := self._folder(trial)) is not None:
                 save_trial(folder, step=reports.last_step, folds=done, curve=curve, fold=(reports, scored, trainer))
@@ -337,3 +340,9 @@ def early_stopping(monitor: MonitorConfig) -> list[Callback]:
     # a NaN prunes the trial, with its reason: see `FoldPruningCallback`
     options: dict[str, Any] = {"patience": monitor.patience, "min_delta": monitor.min_delta, "check_finite": False}
     return [MonitorEarlyStopping(monitor.logged, mode=mode, **options)]
+
+
+def _check_running(trial: optuna.Trial) -> None:
+    """Raise `UpdateFinishedTrialError` where another process has ended the trial, and may have written its files."""
+    if trial.study.get_trials(deepcopy=False)[trial.number].state.is_finished():
+        raise UpdateFinishedTrialError(f"trial {trial.number} was ended by another process")

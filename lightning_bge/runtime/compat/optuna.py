@@ -1,7 +1,8 @@
 """What this package needs of Optuna and Optuna does not offer in public."""
 
 from optuna import Study, Trial
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.storages._heartbeat import BaseHeartbeat, is_heartbeat_enabled
 from optuna.trial import FrozenTrial
 
 
@@ -25,3 +26,25 @@ def running_trial(study: Study, template: FrozenTrial) -> Trial:
     """
     trial_id = study._storage.create_new_trial(study._study_id, template)
     return Trial(study, trial_id)
+
+
+def cached_storage(database: RDBStorage) -> BaseStorage:
+    """A database behind the cache of trials that `optuna.create_study` puts before it."""
+    return get_storage(database)
+
+
+def stale_trial_ids(storage: BaseStorage, study_id: int) -> set[int] | None:
+    """The running trials of a study whose heartbeat is older than the grace period; None: it has no heartbeat."""
+    if not is_heartbeat_enabled(storage):
+        return None
+    assert isinstance(storage, BaseHeartbeat)
+    return set(storage._get_stale_trial_ids(study_id))
+
+
+def record_heartbeat(storage: BaseStorage, trial_id: int) -> bool:
+    """Record a sign of life of a trial; False: the storage has no heartbeat."""
+    if not is_heartbeat_enabled(storage):
+        return False
+    assert isinstance(storage, BaseHeartbeat)
+    storage.record_heartbeat(trial_id)
+    return True

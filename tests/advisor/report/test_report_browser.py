@@ -21,7 +21,7 @@ from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.workers import Worker
-from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.study import open_study, study_storage
 from lightning_bge.runtime.run_folder import write_json
 from lightning_bge.runtime.stop import StopRequest
 from tests.helpers.audit_sample import AUDIT
@@ -95,10 +95,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = folder / "small search"
     config = StudyConfig(6, SPACE, pruner=PrunerConfig("asha", 2, 1), sampler=SamplerConfig("random"))
     settings = {"monitor.metric": "loss", "data.split.folds": 2, "trainer.max_epochs": 2}
-    study = open_study(run, config, "minimize", Steps(2, 2), settings)
+    study = open_study(study_storage(run, config), config, "minimize", Steps(2, 2), settings)
     progress = Progress(config, "loss", 4)
     with StopRequest() as request, Worker(run) as worker:
-        queue = StudyQueue(study, worker, config, run, parse_space(SPACE))
+        queue = StudyQueue(study, study_storage(run, config), worker, config, parse_space(SPACE))
         objective = make(folder, paused_dir=queue.checkpoints, n_trials=6)
         run_trials(queue, objective, until=math.inf, request=request, report=progress)
     write_json(run / "audit.json", AUDIT)

@@ -15,7 +15,7 @@ from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.workers import Worker
-from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.study import open_study, study_storage
 from lightning_bge.hpo.trials import ERROR, INTERRUPTED, NOT_TRAINED, WORKER, WORKER_LOST
 from tests.helpers.made_study import START, journal_of, new_study
 from tests.helpers.past_study import complete, history_at, study_of
@@ -32,7 +32,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_files(tmp_path_factory.mktemp("search"))
     config = StudyConfig(6, SPACE, pruner=PrunerConfig("asha", 2, 1), sampler=SamplerConfig("random"))
     settings = {"monitor.metric": "loss", "monitor.objective": "best", "data.split.folds": 2, "trainer.max_epochs": 2}
-    study = open_study(folder / "run", config, "minimize", Steps(2, 2), settings)
+    study = open_study(study_storage(folder / "run", config), config, "minimize", Steps(2, 2), settings)
     (folder / "run" / "config.yaml").write_text("hpo: {n_trials: 6, pruner: {name: asha}}")
     objective = make(folder, paused_dir=folder / "run" / CHECKPOINTS, n_trials=6)
     run_study(study, objective, config, folder / "run")

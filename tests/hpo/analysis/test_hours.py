@@ -62,7 +62,7 @@ def test_hours_saved_are_the_missing_steps_at_the_seconds_per_step_of_each_trial
 def left(run_dir: Path) -> Eta | None:
     loaded = load_study(run_dir)
     assert loaded is not None
-    return time_left(*loaded, options_of(run_dir), run_dir)
+    return time_left(*loaded, options_of(run_dir))
 
 
 def test_the_time_left_is_known_when_something_runs_and_something_has_ended(tmp_path: Path) -> None:

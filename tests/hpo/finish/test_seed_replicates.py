@@ -31,6 +31,7 @@ from lightning_bge.hpo.space.search_space import parse_space, suggest
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.journal import open_storage
 from lightning_bge.hpo.storage.workers import Worker
+from lightning_bge.hpo.study import study_storage
 from lightning_bge.hpo.trial.objective import TrialFiles
 from lightning_bge.runtime.stop import StopRequest
 from tests.helpers.fake_study import run_fake
@@ -71,7 +72,7 @@ def search(folder: Path, settings: StudyConfig, direction: Any = "maximize") -> 
 def queue_of(folder: Path, settings: StudyConfig, worker: Worker) -> StudyQueue:
     storage = open_storage(folder / "journal.log")
     study = optuna.load_study(study_name=storage.get_all_studies()[0].study_name, storage=storage)
-    return StudyQueue(study, worker, settings, folder, parse_space(SPACE))
+    return StudyQueue(study, study_storage(folder, settings), worker, settings, parse_space(SPACE))
 
 
 def replicate(

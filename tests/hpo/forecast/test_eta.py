@@ -22,7 +22,7 @@ from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner
 from lightning_bge.hpo.pruning.halving import Halving, rung_steps
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.study import open_study, study_storage
 from lightning_bge.hpo.trials import PARAMETER_SET, PAUSED_AT, REPORTS_BEFORE, RESUMES, parameter_set_of
 from tests.helpers.paths import CURVES
 
@@ -247,7 +247,7 @@ def test_progress_prints_the_time_left_and_estimates_it_seldom(
 ) -> None:
     space = {"model.optimizer.lr": {"low": 0.0, "high": 1.0}}
     config = StudyConfig(n_trials=9, space=space, pruner=PrunerConfig("none"), refit=False, baseline=False)
-    study = open_study(tmp_path, config, "maximize", Steps(2, 2), {})
+    study = open_study(study_storage(tmp_path, config), config, "maximize", Steps(2, 2), {})
     assert study.user_attrs["steps"] == {"folds": 2, "epochs": 2, "per_epoch": 1}
     asked = []
 

@@ -17,7 +17,7 @@ from lightning_bge.hpo.forecast.preview import describe_pruner, forecast, sample
 from lightning_bge.hpo.pruning.config import PrunerConfig, build_pruner, startup_trials
 from lightning_bge.hpo.pruning.pruners import FoldWilcoxonPruner
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.study import open_study, study_storage
 from lightning_bge.hpo.trials import PAUSED_AT
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -69,7 +69,8 @@ def bracket_of(name: str, number: int, brackets: int, eta: int) -> int:
 def test_a_real_study_does_what_was_announced(name: str, tmp_path: Path) -> None:
     config, steps = CONFIGS[name]
     found = forecast(config, TRIALS, steps)
-    study = open_study(tmp_path / "study", StudyConfig(TRIALS, SPACE, pruner=config), "maximize", steps, {})
+    options = StudyConfig(TRIALS, SPACE, pruner=config)
+    study = open_study(study_storage(tmp_path / "study", options), options, "maximize", steps, {})
     run(study, steps)
     pruned = {one.number: one.last_step for one in study.trials if one.state is TrialState.PRUNED}
     assert pruned

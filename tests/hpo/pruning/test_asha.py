@@ -20,7 +20,7 @@ from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.study import open_study, study_storage
 from lightning_bge.hpo.trial.out_of_fold import predictions_file
 from lightning_bge.hpo.trials import PAUSED_AT, REPORTS_BEFORE, RESUMES, ended_parameter_sets
 from lightning_bge.models.metrics.config import MonitorConfig
@@ -149,7 +149,7 @@ def test_a_study_runs_as_the_paper_says(tmp_path: Path, seed: int) -> None:
 def test_a_search_trains_nothing_twice_and_its_trials_equal_those_that_never_pause(folder: Path) -> None:
     run_dir = folder / "run"
     config = StudyConfig(8, SPACE, pruner=PrunerConfig("asha", 2, 1), sampler=SamplerConfig("random"))
-    study = open_study(run_dir, config, "minimize", Steps(2, 2), {})
+    study = open_study(study_storage(run_dir, config), config, "minimize", Steps(2, 2), {})
     run_study(study, make(folder, paused_dir=run_dir / CHECKPOINTS, n_trials=8), config, run_dir)
     trials = study.trials
     assert ended_parameter_sets(trials) == 8

@@ -25,6 +25,7 @@ from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.storage.workers import Worker
+from lightning_bge.hpo.study import study_storage
 from lightning_bge.hpo.trial.checkpoint import STATE, save_trial
 from lightning_bge.hpo.trials import (
     ERROR,
@@ -68,7 +69,7 @@ def queue_of(
     study: optuna.Study, worker: Worker, run_dir: Path, n_trials: int, paused_gb: float | None = None
 ) -> StudyQueue:
     config = config_of(n_trials, pruner=PrunerConfig("asha", paused_gb=paused_gb))
-    return StudyQueue(study, worker, config, run_dir, parse_space(SPACE))
+    return StudyQueue(study, study_storage(run_dir, config), worker, config, parse_space(SPACE))
 
 
 def pause(study: optuna.Study, value: float, at: int = 1) -> None:

@@ -16,7 +16,7 @@ from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.parameter_sets import complete_parameter_set, parameter_sets_to_check, parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, parse_space, suggest
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.study import open_study, study_storage
 from lightning_bge.hpo.trials import ENQUEUED
 from tests.helpers.study_run import run_study
 
@@ -128,7 +128,7 @@ def run(folder: Path, trials: int, enqueued: list[dict[str, Any]], sampler: str 
     config = StudyConfig(
         n_trials=trials, space=RAW, enqueue=enqueued, pruner=PrunerConfig(name="none"), sampler=SamplerConfig(sampler)
     )
-    study = open_study(folder, config, "maximize", Steps(1, 1), {})
+    study = open_study(study_storage(folder, config), config, "maximize", Steps(1, 1), {})
 
     def objective(trial: optuna.Trial) -> float:
         return float(suggest(trial, parse_space(RAW))["length"])
@@ -170,7 +170,7 @@ def test_an_enqueued_parameter_set_that_was_drawn_before_is_not_tried_once_more(
 def test_a_wrong_space_leaves_nothing(tmp_path: Path) -> None:
     config = StudyConfig(n_trials=1, space={"length": {"low": 64, "high": 32}})
     with pytest.raises(ConfigError, match="length"):
-        open_study(tmp_path / "run", config, "maximize", Steps(1, 1), {})
+        open_study(study_storage(tmp_path / "run", config), config, "maximize", Steps(1, 1), {})
     assert not list(tmp_path.iterdir())
 
 

@@ -20,10 +20,9 @@ from lightning_bge.hpo.storage.journal import open_storage
 from lightning_bge.hpo.storage.workers import (
     UNMARKED_SECONDS,
     WORKERS,
+    FolderWorkers,
     Worker,
     end_lost_trials,
-    is_alive,
-    living_workers,
     loss_of,
 )
 from lightning_bge.hpo.trials import (
@@ -99,14 +98,14 @@ def states(study: optuna.Study) -> list[TrialState]:
 def test_a_worker_lives_while_it_is_entered_and_leaves_no_file(run_dir: Path) -> None:
     one, other = Worker(run_dir), Worker(run_dir)
     assert one.id != other.id
-    assert not is_alive(run_dir, one.id)
-    assert living_workers(run_dir) == set()  # there is not even a folder
+    assert one.id not in FolderWorkers(run_dir).living()
+    assert FolderWorkers(run_dir).living() == set()  # there is not even a folder
     with one:
-        assert is_alive(run_dir, one.id)
+        assert one.id in FolderWorkers(run_dir).living()
         with other:
-            assert living_workers(run_dir) == {one.id, other.id}
-        assert living_workers(run_dir) == {one.id}
-    assert not is_alive(run_dir, one.id)
+            assert FolderWorkers(run_dir).living() == {one.id, other.id}
+        assert FolderWorkers(run_dir).living() == {one.id}
+    assert one.id not in FolderWorkers(run_dir).living()
     assert list((run_dir / WORKERS).iterdir()) == []
     assert one.record == {"id": one.id, "host": os.uname().nodename, "pid": os.getpid()}
 
@@ -122,7 +121,7 @@ def test_a_worker_is_gone_whose_block_raises(run_dir: Path) -> None:
     worker = Worker(run_dir)
     with pytest.raises(ZeroDivisionError), worker:
         raise ZeroDivisionError
-    assert not is_alive(run_dir, worker.id)
+    assert worker.id not in FolderWorkers(run_dir).living()
 
 
 def test_a_killed_process_is_known_to_be_gone_before_it_is_reaped(
@@ -131,34 +130,34 @@ def test_a_killed_process_is_known_to_be_gone_before_it_is_reaped(
     [trial] = study.trials
     worker = trial.user_attrs[WORKER]
     assert (worker["pid"], worker["host"]) == (process.pid, os.uname().nodename)
-    assert is_alive(run_dir, worker["id"])
-    assert loss_of(trial, run_dir) is None
+    assert worker["id"] in FolderWorkers(run_dir).living()
+    assert loss_of(trial, FolderWorkers(run_dir).living()) is None
     kill(process)
-    assert not is_alive(run_dir, worker["id"])
-    assert living_workers(run_dir) == set()  # though its file is still there
+    assert worker["id"] not in FolderWorkers(run_dir).living()
+    assert FolderWorkers(run_dir).living() == set()  # though its file is still there
     assert [path.stem for path in (run_dir / WORKERS).iterdir()] == [worker["id"]]
-    assert loss_of(trial, run_dir) == f"process {process.pid} on {worker['host']} is gone"
+    assert loss_of(trial, FolderWorkers(run_dir).living()) == f"process {process.pid} on {worker['host']} is gone"
 
 
 def test_a_moved_folder_keeps_its_workers(study: optuna.Study, run_dir: Path, process: Popen[str]) -> None:
     [trial], moved = study.trials, run_dir.with_name("moved")
     run_dir.rename(moved)
-    assert loss_of(trial, moved) is None
+    assert loss_of(trial, FolderWorkers(moved).living()) is None
     kill(process)
-    assert loss_of(trial, moved) is not None
+    assert loss_of(trial, FolderWorkers(moved).living()) is not None
 
 
 def test_a_copied_folder_has_no_workers(study: optuna.Study, run_dir: Path, process: Popen[str]) -> None:
     [trial], copied = study.trials, run_dir.with_name("copied")
     shutil.copytree(run_dir, copied)
-    assert living_workers(copied) == set()
-    assert loss_of(trial, copied) is not None
+    assert FolderWorkers(copied).living() == set()
+    assert loss_of(trial, FolderWorkers(copied).living()) is not None
     there = optuna.load_study(study_name="s", storage=open_storage(copied / "journal.log"))
-    end_lost_trials(there, copied, max_worker_deaths=3)
+    end_lost_trials(there, FolderWorkers(copied), max_worker_deaths=3)
     assert states(there) == [TrialState.FAIL]
     # the first study goes on
-    assert loss_of(trial, run_dir) is None
-    end_lost_trials(study, run_dir, max_worker_deaths=3)
+    assert loss_of(trial, FolderWorkers(run_dir).living()) is None
+    end_lost_trials(study, FolderWorkers(run_dir), max_worker_deaths=3)
     assert states(study) == [TrialState.RUNNING]
 
 
@@ -183,7 +182,7 @@ def unmarked(seconds: float) -> FrozenTrial:
     ],
 )
 def test_a_trial_without_a_mark_is_given_a_minute(tmp_path: Path, seconds: float, lost: bool) -> None:
-    reason = loss_of(unmarked(seconds), tmp_path)
+    reason = loss_of(unmarked(seconds), FolderWorkers(tmp_path).living())
     assert (reason is not None) is lost
     if reason is not None:
         assert reason.startswith("no process has marked it ")
@@ -193,7 +192,7 @@ def test_a_trial_of_another_program_is_ended_after_its_minute(
     study: optuna.Study, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study.ask()
-    end_lost_trials(study, run_dir, max_worker_deaths=3)
+    end_lost_trials(study, FolderWorkers(run_dir), max_worker_deaths=3)
     assert states(study) == [TrialState.RUNNING]
 
     class Later(datetime):
@@ -202,7 +201,7 @@ def test_a_trial_of_another_program_is_ended_after_its_minute(
             return datetime.now(tz) + timedelta(seconds=UNMARKED_SECONDS + 1)
 
     monkeypatch.setattr(workers, "datetime", Later)
-    end_lost_trials(study, run_dir, max_worker_deaths=3)
+    end_lost_trials(study, FolderWorkers(run_dir), max_worker_deaths=3)
     assert states(study) == [TrialState.FAIL]
     assert study.trials[0].user_attrs[WORKER_LOST].startswith("no process has marked it 6")
 
@@ -220,11 +219,11 @@ def begin(study: optuna.Study, **attributes: Any) -> optuna.Trial:
 def test_the_trial_of_a_killed_process_is_ended_once_with_what_it_had_reported(
     study: optuna.Study, run_dir: Path, process: Popen[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    end_lost_trials(study, run_dir, max_worker_deaths=3)
+    end_lost_trials(study, FolderWorkers(run_dir), max_worker_deaths=3)
     assert states(study) == [TrialState.RUNNING]
     kill(process)
-    end_lost_trials(study, run_dir, max_worker_deaths=3)
-    end_lost_trials(study, run_dir, max_worker_deaths=3)
+    end_lost_trials(study, FolderWorkers(run_dir), max_worker_deaths=3)
+    end_lost_trials(study, FolderWorkers(run_dir), max_worker_deaths=3)
     [trial] = study.trials
     assert trial.state == TrialState.FAIL
     assert (trial.params, trial.intermediate_values) == ({"x": 0.25}, {1: 0.5})
@@ -238,7 +237,7 @@ def test_the_trials_of_living_workers_and_ended_ones_are_left_alone(study: optun
         begin(study, worker=worker.record)
         study.tell(begin(study), 0.5)
         study.enqueue_trial({"x": 0.5})
-        end_lost_trials(study, run_dir, max_worker_deaths=3)
+        end_lost_trials(study, FolderWorkers(run_dir), max_worker_deaths=3)
     assert states(study) == [TrialState.RUNNING, TrialState.COMPLETE, TrialState.WAITING]
     assert not any(WORKER_LOST in trial.user_attrs for trial in study.trials)
 
@@ -247,7 +246,7 @@ def test_a_trial_that_was_about_to_pause_ends_as_paused(study: optuna.Study, run
     trial = begin(study)
     trial.report(0.5, 4)
     trial.set_user_attr(PAUSED_AT, 4)
-    end_lost_trials(study, run_dir, max_worker_deaths=1)
+    end_lost_trials(study, FolderWorkers(run_dir), max_worker_deaths=1)
     [ended] = study.trials
     assert ended.state == TrialState.PRUNED
     assert ended.user_attrs == {WORKER: GONE, PAUSED_AT: 4}
@@ -266,7 +265,7 @@ def attempt(study: optuna.Study, run_dir: Path, *, reports: int = 0, deaths: int
     trial = running_trial(study, template)
     for step in range(taken + 1, taken + reports + 1):
         trial.report(0.5, step)
-    end_lost_trials(study, run_dir, max_worker_deaths=deaths)
+    end_lost_trials(study, FolderWorkers(run_dir), max_worker_deaths=deaths)
     return study.trials[-1]
 
 
@@ -315,7 +314,7 @@ def test_a_report_of_an_interrupted_trial_begins_the_count_anew(study: optuna.St
 def test_deaths_at_other_parameter_sets_do_not_count(study: optuna.Study, run_dir: Path) -> None:
     for _ in range(5):
         begin(study)
-        end_lost_trials(study, run_dir, max_worker_deaths=2)
+        end_lost_trials(study, FolderWorkers(run_dir), max_worker_deaths=2)
     assert states(study) == [TrialState.FAIL] * 5
     assert not any(ERROR in trial.user_attrs for trial in study.trials)
 

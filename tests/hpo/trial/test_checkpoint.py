@@ -19,7 +19,7 @@ from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.steps import Report, Steps
-from lightning_bge.hpo.study import open_study
+from lightning_bge.hpo.study import open_study, study_storage
 from lightning_bge.hpo.trial.checkpoint import STATE, FoldResult, SavedTrial, save_trial
 from lightning_bge.hpo.trial.kept_predictions import kept_file
 from lightning_bge.hpo.trial.out_of_fold import predictions_file
@@ -174,7 +174,7 @@ def test_a_search_that_was_stopped_often_equals_an_uninterrupted_one(files: Path
         """What became of each parameter set; and how many trials were stopped."""
         stop = StopAt(stops)
         config = StudyConfig(6, SPACE, pruner=PrunerConfig("asha", 2, 1), sampler=SamplerConfig("random"))
-        study = open_study(run_dir, config, "minimize", Steps(2, 2), {})
+        study = open_study(study_storage(run_dir, config), config, "minimize", Steps(2, 2), {})
         objective = make(files, (stop,), request=stop.request, paused_dir=run_dir / CHECKPOINTS, n_trials=6)
         while not run_study(study, objective, config, run_dir, request=stop.request).is_finished():
             stop.request.signal = 0  # type: ignore[misc]

@@ -1,0 +1,156 @@
+"""Opens the storage of a study in a database, or behind Optuna's gRPC proxy."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import BaseStorage, RDBStorage
+
+from lightning_bge.errors import ConfigError, StudyError
+from lightning_bge.hpo.storage.retrying import Retries, RetryingStorage, first_line, is_refusal
+from lightning_bge.hpo.storage.url import DRIVERS, PASSWORD, PASSWORD_FILE, StorageURL, read_password
+from lightning_bge.runtime.compat.optuna import cached_storage
+
+BEATS = 6  # signs of life within the time after which a worker without one counts as gone
+POOL, MORE = 2, 3  # connections that a process keeps, and may open besides: trials and signs of life
+CREATION_TRIES = 10  # processes that create the tables at the same moment disturb each other
+CONNECT_SECONDS = 10
+
+
+def open_shared_storage(url: StorageURL, *, patience: float, worker_timeout: float, waits: bool) -> RetryingStorage:
+    """Open a storage that processes on several machines share.
+
+    Args:
+        url: its address.
+        patience: seconds that a call waits for a storage that does not answer.
+        worker_timeout: seconds without a sign of life after which a worker counts as gone.
+        waits: wait for a storage that does not answer yet, as for one that is away later.
+
+    Raises:
+        ConfigError: a package is missing, or the password can't be read.
+        StudyError: the storage does not answer, refuses the login, or its tables are those of another version.
+    """
+    if url.kind == "grpc":
+        return _open_proxy(url, patience, waits)
+    _check_driver(url)
+    interval = max(1, round(worker_timeout / BEATS))
+    options = {"heartbeat_interval": interval, "grace_period": max(2, round(worker_timeout))}
+    retries = Retries(f"the database {url.shown}", patience if waits else 0.0)
+    opened = _when_it_answers(url, lambda: _open_database(url, options), retries)
+    retries.seconds = patience
+    return RetryingStorage(opened, retries)
+
+
+def check_answers(url: StorageURL) -> None:
+    """Raise `UserError` where a storage can't be used now; nothing is written."""
+    if url.kind == "grpc":
+        _open_proxy(url, 0.0, waits=False)
+        return
+    _check_driver(url)
+    from sqlalchemy import create_engine
+
+    engine = create_engine(url.text, connect_args=_connect_options(url))
+    try:
+        _when_it_answers(url, lambda: engine.connect().close(), Retries(url.shown, 0.0))
+    finally:
+        engine.dispose()
+
+
+def engine_options(url: StorageURL, pool: int = POOL) -> dict[str, Any]:
+    """Options of SQLAlchemy's engine: connections that are kept, tested before use, and cut when they hang."""
+    return {
+        "pool_size": pool,
+        "max_overflow": MORE,
+        "pool_pre_ping": True,
+        "connect_args": _connect_options(url),
+    }
+
+
+def _connect_options(url: StorageURL) -> dict[str, Any]:
+    password = read_password()
+    found: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS} | ({} if password is None else {"password": password})
+    if url.text.startswith("postgresql"):
+        # one time zone for the signs of life of all clients; no client that was stopped in the middle holds up others
+        found["options"] = "-c timezone=UTC -c idle_in_transaction_session_timeout=60000"
+        found |= {"application_name": "lightning-bge", "keepalives_idle": 30, "keepalives_interval": 10}
+    return found
+
+
+def _check_driver(url: StorageURL) -> None:
+    scheme = url.text.partition("://")[0]
+    driver = scheme.partition("+")[2]
+    if importlib.util.find_spec(driver) is None:
+        raise ConfigError(
+            f"hpo.storage: {url.shown} needs the package {driver}, which is not installed. "
+            f"Run: pip install 'lightning-bge[{DRIVERS[scheme]}]'"
+        )
+
+
+def _open_database(url: StorageURL, options: dict[str, Any]) -> BaseStorage:
+    from sqlalchemy.exc import IntegrityError, ProgrammingError
+
+    for number in range(CREATION_TRIES):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)  # of the heartbeat
+                return cached_storage(RDBStorage(url.text, engine_options(url), **options))
+        except (IntegrityError, ProgrammingError):
+            if number == CREATION_TRIES - 1:
+                raise
+            time.sleep(0.1 * (number + 1))
+    raise AssertionError
+
+
+def _open_proxy(url: StorageURL, patience: float, waits: bool) -> RetryingStorage:
+    if importlib.util.find_spec("grpc") is None:
+        raise ConfigError(
+            f"hpo.storage: {url.text} needs the package grpcio, which is not installed. "
+            "Run: pip install 'lightning-bge[grpc]'"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        proxy = optuna.storages.GrpcStorageProxy(host=url.host, port=url.port)
+    try:
+        proxy.wait_server_ready(timeout=max(CONNECT_SECONDS, patience if waits else 0.0))
+    except ConnectionError:
+        raise StudyError(
+            f"hpo.storage: no gRPC proxy answers at {url.host}:{url.port}. Start it with `lightning-bge proxy "
+            f"DATABASE --port {url.port}`, or correct the address"
+        ) from None
+    return RetryingStorage(proxy, Retries(f"the storage {url.text}", patience))
+
+
+def _when_it_answers(url: StorageURL, call: Callable[[], Any], retries: Retries) -> Any:
+    """Make a call that opens a database; its errors as messages for the user."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        return retries.call(call)
+    except RuntimeError as error:  # Optuna's check of the tables
+        newer = "pip install -U optuna" in str(error)
+        fix = "install that version of Optuna" if newer else f"run `optuna storage upgrade --storage {url.shown}`"
+        raise StudyError(
+            f"hpo.storage: the tables in {url.shown} are those of another version of Optuna. Either {fix}, or name an "
+            "empty database"
+        ) from error
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise StudyError(_describe(url, error)) from None
+
+
+def _describe(url: StorageURL, error: BaseException) -> str:
+    cause = error.__cause__ or error
+    reason, text = first_line(getattr(cause, "orig", cause)), str(cause)
+    if not is_refusal(text):
+        return f"hpo.storage: {url.shown} does not answer: {reason}. Start the database, or correct host and port"
+    if "does not exist" in text or "Unknown database" in text:
+        return f"hpo.storage: {url.shown}: {reason}. Create the database (for PostgreSQL: createdb), or correct the URL"
+    return (
+        f"hpo.storage: {url.shown} refuses the login: {reason}. Set the password in the environment variable "
+        f"{PASSWORD}, or {PASSWORD_FILE} to a file that holds it, and check the user's name"
+    )

@@ -1,0 +1,157 @@
+"""A storage whose calls wait while its database, or the proxy in front of it, does not answer."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+
+from lightning_bge.errors import StudyError
+
+log = logging.getLogger("lightning_bge")
+
+FIRST_SECONDS, MOST_SECONDS = 0.1, 5.0  # between two tries; doubled each time
+STOPPING_SECONDS = 10.0  # what a process that is to stop still waits
+UNAVAILABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")  # status of a proxy that does not answer
+Found = TypeVar("Found")
+
+
+def reason_of_outage(error: BaseException) -> str | None:
+    """Why a storage does not answer, in one line; None: the error is another one, which would come again.
+
+    A refused login is such a one.
+    """
+    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
+
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    if isinstance(cause, OperationalError | InterfaceError) or (
+        isinstance(cause, DBAPIError) and cause.connection_invalidated
+    ):
+        return None if is_refusal(str(cause)) else first_line(cause.orig)
+    if isinstance(cause, TimeoutError):  # all connections of the pool are in use
+        return first_line(cause)
+    if (
+        cause is not None and hasattr(cause, "code") and hasattr(cause, "details")
+    ):  # of grpc.RpcError, which may not be installed
+        status, details = cause.code().name, str(cause.details())
+        if status in UNAVAILABLE:
+            return first_line(details)
+        if status == "UNKNOWN" and ("OperationalError" in details or "StorageInternalError" in details):
+            return "the proxy's database does not answer"
+    return None
+
+
+def is_refusal(text: str) -> bool:
+    """Whether a database answers, and refuses the login, as it will again."""
+    marks = ("authentication failed", "no password supplied", "no pg_hba.conf entry", "Access denied", "does not exist")
+    return any(mark in text for mark in (*marks, "Unknown database"))
+
+
+def first_line(error: object) -> str:
+    """The first line of an error's text, which has no password in it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class Retries:
+    """Makes a call again and again while what it needs does not answer.
+
+    Args:
+        name: of the storage, for messages.
+        seconds: for which a call is tried again.
+
+    Attributes:
+        last_outage: `time.monotonic()` when a call last failed.
+        is_stopping: whether the process is to stop: calls then wait for a few seconds only.
+    """
+
+    def __init__(self, name: str, seconds: float) -> None:
+        self.name, self.seconds = name, seconds
+        self.last_outage = -float("inf")
+        self.is_stopping: Callable[[], object] = lambda: False
+        self._warned = threading.Event()
+
+    def call(self, function: Callable[..., Found], *args: Any, **options: Any) -> Found:
+        """Call a function until the storage answers.
+
+        Raises:
+            StudyError: it did not answer for `seconds`, or for a few where the process is to stop.
+        """
+        since, wait = time.monotonic(), FIRST_SECONDS
+        while True:
+            try:
+                found = function(*args, **options)
+            except Exception as error:
+                reason = reason_of_outage(error)
+                if reason is None or self.seconds == 0:
+                    raise
+                self.last_outage = time.monotonic()
+                wait = self._wait(reason, self.last_outage - since, wait)
+            else:
+                if self._warned.is_set():
+                    self._warned.clear()
+                    log.warning("%s answers again", self.name)
+                return found
+
+    def _wait(self, reason: str, elapsed: float, wait: float) -> float:
+        """Sleep until the next try; returns the seconds to sleep after it."""
+        left = (min(self.seconds, STOPPING_SECONDS) if self.is_stopping() else self.seconds) - elapsed
+        if left <= 0:
+            self.is_stopping = lambda: True  # what is still to be written need not wait as long once more
+            raise StudyError(
+                f"{self.name} has not answered for {elapsed:.0f} s: {reason}. What was saved is continued when the "
+                "same command is run again"
+            ) from None
+        if not self._warned.is_set():
+            self._warned.set()
+            log.warning("%s does not answer: %s. Trying again for up to %.0f s", self.name, reason, self.seconds)
+        time.sleep(min(wait * random.uniform(0.5, 1.0), left))
+        return min(2 * wait, MOST_SECONDS)
+
+
+def _passed_on(name: str) -> Callable[..., Any]:
+    def method(self: RetryingStorage, *args: Any, **options: Any) -> Any:
+        return self.retries.call(getattr(self.inner, name), *args, **options)
+
+    method.__name__, method.__doc__ = name, getattr(BaseStorage, name).__doc__
+    return method
+
+
+_NAMES = [name for name, value in vars(BaseStorage).items() if callable(value) and not name.startswith("_")]
+_PassesOn: Any = type("_PassesOn", (BaseStorage,), {name: _passed_on(name) for name in _NAMES})
+
+
+class RetryingStorage(_PassesOn):
+    """Passes all calls on to another storage, again and again while that one does not answer.
+
+    A write whose answer was lost may have been made. One that sets a state is not an error then; a trial that was
+    created twice is found by `end_lost_trials`.
+
+    Args:
+        inner: the other storage.
+        retries: how long, and what is said meanwhile.
+    """
+
+    def __init__(self, inner: BaseStorage, retries: Retries) -> None:
+        self.inner, self.retries = inner, retries
+
+    def set_trial_state_values(self, trial_id: int, state: Any, values: Any = None) -> bool:
+        """As Optuna's; where the answer to an earlier try was lost, its effect is no error."""
+        tries = 0
+
+        def call() -> bool:
+            nonlocal tries
+            tries += 1
+            try:
+                return self.inner.set_trial_state_values(trial_id, state, values)
+            except UpdateFinishedTrialError:
+                if tries > 1 and self.inner.get_trial(trial_id).state == state:
+                    return True
+                raise
+
+        return self.retries.call(call)

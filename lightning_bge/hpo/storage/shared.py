@@ -1,0 +1,196 @@
+"""The workers of a study in a database, and its lock: kept in studies beside it, as trials that stand for them.
+
+Optuna's storages have no lock, and the gRPC proxy has no heartbeat. Both are made of what every storage has: trials
+that are created in one write, have ascending numbers and are RUNNING until they are ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from lightning_bge.errors import StudyError
+from lightning_bge.hpo.storage.retrying import RetryingStorage
+from lightning_bge.hpo.storage.workers import Worker, Workers
+from lightning_bge.hpo.trials import WORKER
+from lightning_bge.runtime.compat.optuna import record_heartbeat, stale_trial_ids, trial_id_of
+
+log = logging.getLogger("lightning_bge")
+
+WORKERS_SUFFIX, LOCKS_SUFFIX = "-workers", "-locks"  # of the names of the studies beside a study
+SIGN = "sign_of_life"  # user attribute of a worker's trial: a number that grows, where there is no heartbeat
+HAS_HEARTBEAT = "has_heartbeat"  # user attribute of a worker's trial
+LOCK = "lock"  # user attribute of a ticket: which lock it is for
+POLL_SECONDS, MOST_SECONDS = 0.02, 2.0  # between two looks at a lock; more for those far behind in the line
+CHECK_SECONDS = 1.0  # between two looks of those who wait at who lives
+
+
+def _study_id(storage: RetryingStorage, name: str) -> int:
+    """The id of a study beside another one; it is created where it is not there."""
+    optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+    return storage.get_study_id_from_name(name)
+
+
+def _end(storage: RetryingStorage, trial_id: int, state: TrialState) -> None:
+    values = [0.0] if state == TrialState.COMPLETE else None
+    with suppress(UpdateFinishedTrialError):  # another process has ended it
+        storage.set_trial_state_values(trial_id, state, values)
+
+
+class StorageWorkers(Workers):
+    """Those of a study in a shared storage: each is a trial of a study beside it, RUNNING as long as the worker lives.
+
+    In a database Optuna's heartbeat is its sign of life, which the database's own clock judges. Through a proxy it is
+    a number that grows, and that each process watches by its own clock. After an outage of the storage nobody is
+    taken for gone until all have had the time to give a sign. The trial of one that is gone is FAIL.
+
+    Args:
+        run_dir: the run's folder on this machine.
+        storage: of the study.
+        study_name: its name.
+        timeout: seconds without a sign of life, after which a worker counts as gone.
+    """
+
+    def __init__(self, run_dir: Path, storage: RetryingStorage, study_name: str, timeout: float) -> None:
+        super().__init__(run_dir, timeout)
+        self._storage, self._name = storage, f"{study_name}{WORKERS_SUFFIX}"
+        self._own: dict[str, int] = {}
+        self._signs, self._since = 0, time.monotonic()
+
+    @cached_property
+    def _id(self) -> int:
+        return _study_id(self._storage, self._name)
+
+    def add(self, worker: Worker) -> None:
+        """Create the worker's trial."""
+        template = create_trial(state=TrialState.RUNNING, user_attrs={WORKER: worker.record})
+        self._own[worker.id] = self._storage.create_new_trial(self._id, template)
+        self.give_sign(worker)
+
+    def give_sign(self, worker: Worker) -> bool:
+        """Record a heartbeat, or let the number grow; False: others have taken the worker for gone."""
+        trial_id, self._signs = self._own[worker.id], self._signs + 1
+        try:
+            if self._storage.retries.call(record_heartbeat, self._storage.inner, trial_id):
+                trial = self._storage.get_trial(trial_id)
+                if HAS_HEARTBEAT not in trial.user_attrs:
+                    self._storage.set_trial_user_attr(trial_id, HAS_HEARTBEAT, True)
+                return not trial.state.is_finished()
+            self._storage.set_trial_user_attr(trial_id, SIGN, self._signs)
+        except UpdateFinishedTrialError:
+            return False
+        except StudyError as error:  # the thread that trains will have it as well
+            log.warning("no sign of life can be given: %s", error)
+        return True
+
+    def remove(self, worker: Worker) -> None:
+        """End the worker's trial."""
+        retries = self._storage.retries
+        retries.is_stopping = lambda: True
+        try:
+            _end(self._storage, self._own.pop(worker.id), TrialState.COMPLETE)
+        except StudyError as error:
+            log.warning("this process counts as gone only in %.0f s: %s", self.timeout, error)
+
+    def living(self) -> set[str]:
+        """Those that hold their lock under this kernel, or give signs of life; ends the trials of the others."""
+        latest, stale = self._running(self._id)
+        gone = {name for name, trial in latest.items() if self._is_gone(name, trial, stale)}
+        for name in gone:
+            _end(self._storage, trial_id_of(latest[name]), TrialState.FAIL)
+        return latest.keys() - gone
+
+    def seen_alive(self) -> set[str]:
+        """As `living`; of workers elsewhere, behind a proxy, it is not known in one look whether they are gone."""
+        try:
+            study_id = self._storage.get_study_id_from_name(self._name)
+        except KeyError:
+            return set()
+        latest, stale = self._running(study_id)
+        return {name for name, trial in latest.items() if self._holds_lock(name) or trial_id_of(trial) not in stale}
+
+    def _running(self, study_id: int) -> tuple[dict[str, FrozenTrial], set[int]]:
+        """The latest trial of each worker, and the ids of those whose heartbeat is too old."""
+        running = self._storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
+        stale = self._storage.retries.call(stale_trial_ids, self._storage.inner, study_id)
+        return {trial.user_attrs[WORKER]["id"]: trial for trial in running}, stale or set()
+
+    def _is_gone(self, name: str, trial: FrozenTrial, stale: set[int]) -> bool:
+        held = self._holds_lock(name)
+        if held is not None:
+            return not held
+        if trial.user_attrs.get(HAS_HEARTBEAT):
+            silent = trial_id_of(trial) in stale
+        else:
+            silent = self._is_silent(name, trial.user_attrs.get(SIGN))
+        return silent and time.monotonic() - max(self._since, self._storage.retries.last_outage) > self.timeout
+
+
+class TicketLock:
+    """A lock of a study in a shared storage, which outlasts an outage of the storage.
+
+    Whoever wants it creates a ticket, a RUNNING trial in a study beside the study; the lowest number holds the lock,
+    and ending the ticket frees it. The tickets of workers that are gone are ended by those who wait.
+
+    Args:
+        storage: of the study.
+        study_name: its name.
+        kind: which of the study's locks it is.
+        workers: those that work on it.
+    """
+
+    def __init__(self, storage: RetryingStorage, study_name: str, kind: str, workers: Workers) -> None:
+        self._storage, self._workers, self._kind = storage, workers, kind
+        self._name = f"{study_name}{LOCKS_SUFFIX}"
+
+    @cached_property
+    def _id(self) -> int:
+        return _study_id(self._storage, self._name)
+
+    @contextmanager
+    def hold(self, worker: Worker) -> Iterator[None]:
+        """Hold the lock for a `with` block."""
+        ticket = self._take(worker)
+        try:
+            while not self._is_first(ticket, worker):
+                worker.renew()
+                ticket = self._take(worker)
+            yield
+        finally:
+            _end(self._storage, ticket, TrialState.COMPLETE)
+
+    def _take(self, worker: Worker) -> int:
+        attributes: dict[str, Any] = {WORKER: worker.record, LOCK: self._kind}
+        template = create_trial(state=TrialState.RUNNING, user_attrs=attributes)
+        return self._storage.create_new_trial(self._id, template)
+
+    def _is_first(self, ticket: int, worker: Worker) -> bool:
+        """Wait until the ticket is the first one; False: others have ended it, as they took this process for gone."""
+        checked = time.monotonic()
+        while True:
+            running = self._storage.get_all_trials(self._id, deepcopy=False, states=(TrialState.RUNNING,))
+            same = [trial for trial in running if trial.user_attrs[LOCK] == self._kind]
+            own = next((trial for trial in same if trial_id_of(trial) == ticket), None)
+            if own is None:
+                return False
+            before = [trial for trial in same if trial.number < own.number]
+            if not before:
+                return True
+            # an earlier one of this process was created by a call whose answer it did not get
+            gone = {worker.id}
+            if time.monotonic() - checked > CHECK_SECONDS:
+                checked = time.monotonic()
+                gone |= {trial.user_attrs[WORKER]["id"] for trial in before} - self._workers.living()
+            for trial in before:
+                if trial.user_attrs[WORKER]["id"] in gone:
+                    _end(self._storage, trial_id_of(trial), TrialState.FAIL)
+            time.sleep(min(POLL_SECONDS * len(before), MOST_SECONDS))

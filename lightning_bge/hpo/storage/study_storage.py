@@ -1,0 +1,115 @@
+"""Where a study is kept: the journal in its run folder, or a storage that machines share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+from optuna.storages import BaseStorage
+
+from lightning_bge.hpo.storage.database import open_shared_storage
+from lightning_bge.hpo.storage.journal import JOURNAL, open_storage
+from lightning_bge.hpo.storage.retrying import RetryingStorage
+from lightning_bge.hpo.storage.shared import StorageWorkers, TicketLock
+from lightning_bge.hpo.storage.url import parse_storage
+from lightning_bge.hpo.storage.workers import WORKER_TIMEOUT, FolderWorkers, Worker, Workers
+
+LOCK, END_LOCK = "study.lock", "end.lock"  # files in the run folder, and the kinds of locks in a shared storage
+LOCK_POLL_SECONDS = 0.01  # between two tries to get the lock; a decision takes a few times as long
+PATIENCE = 600.0  # seconds for which a database that is away is waited for
+
+
+@dataclass(frozen=True)
+class StudyStorage:
+    """Where a study is kept.
+
+    Attributes:
+        run_dir: the run's folder on this machine.
+        storage: with the study in it.
+        workers: those that work on the study.
+        name: of the study in a storage that holds others too; None: the storage is the run's own.
+    """
+
+    run_dir: Path
+    storage: BaseStorage
+    workers: Workers
+    name: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The study in a message: its folder, or its name and its storage."""
+        if self.name is None:
+            return str(self.run_dir)
+        assert isinstance(self.storage, RetryingStorage)
+        return f"the study {self.name} in {self.storage.retries.name}"
+
+    def worker(self) -> Worker:
+        """A worker that this process may become."""
+        return Worker(self.run_dir, self.workers)
+
+    @contextmanager
+    def lock(self, worker: Worker | None = None) -> Iterator[None]:
+        """Hold the lock under which a process decides what it runs.
+
+        Args:
+            worker: this process; None: it becomes a worker for this time.
+        """
+        with self._lock(LOCK, worker):
+            yield
+
+    @contextmanager
+    def end_lock(self, worker: Worker) -> Iterator[None]:
+        """Hold the lock under which one process ends the study."""
+        with self._lock(END_LOCK, worker):
+            yield
+
+    @contextmanager
+    def _lock(self, kind: str, worker: Worker | None) -> Iterator[None]:
+        if self.name is None:
+            with FileLock(self.run_dir / kind, mode=0o600).acquire(poll_interval=LOCK_POLL_SECONDS):
+                yield
+        elif worker is None:
+            with self.worker() as temporary, self._lock(kind, temporary):
+                yield
+        else:
+            assert isinstance(self.storage, RetryingStorage)
+            with TicketLock(self.storage, self.name, kind, self.workers).hold(worker):
+                yield
+
+    def stop_when(self, is_stopping: Callable[[], object]) -> None:
+        """Wait only for a few seconds for a storage that is away, once the process is to stop."""
+        if isinstance(self.storage, RetryingStorage):
+            self.storage.retries.is_stopping = is_stopping
+
+
+def open_study_storage(
+    run_dir: Path,
+    url: str | None = None,
+    name: str | None = None,
+    *,
+    patience: float = PATIENCE,
+    worker_timeout: float = WORKER_TIMEOUT,
+    waits: bool = False,
+) -> StudyStorage:
+    """Open where a study is kept, or create it.
+
+    Args:
+        run_dir: the run's folder.
+        url: of a storage that machines share; None: the journal in the run folder.
+        name: of the study in it; None: that of the run folder.
+        patience: seconds for which a storage that does not answer is waited for.
+        worker_timeout: seconds without a sign of life, after which a worker elsewhere counts as gone.
+        waits: wait also where the storage does not answer from the start.
+
+    Raises:
+        ConfigError: the URL is wrong, or a package is missing.
+        StudyError: the journal is corrupt; or the storage does not answer, refuses the login, or is of another version.
+    """
+    if url is None:
+        return StudyStorage(run_dir, open_storage(run_dir / JOURNAL), FolderWorkers(run_dir, worker_timeout))
+    name = name or run_dir.resolve().name
+    storage = open_shared_storage(parse_storage(url), patience=patience, worker_timeout=worker_timeout, waits=waits)
+    return StudyStorage(run_dir, storage, StorageWorkers(run_dir, storage, name, worker_timeout), name)
