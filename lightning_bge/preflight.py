@@ -15,6 +15,8 @@ from lightning_bge.errors import ConfigError, DataError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.space.search_space import parse_space
+from lightning_bge.hpo.storage.database import check_answers
+from lightning_bge.hpo.storage.url import parse_storage
 from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.memory_saving.lora import LoRAConfig
 from lightning_bge.models.metrics.class_path import try_class
@@ -58,6 +60,8 @@ def preflight(
     """
     data, trainer = experiment.datamodule, experiment.config["trainer"]
     _check_files_given(command, data)
+    if command == "hpo" and hpo is not None and hpo.storage is not None:
+        check_answers(parse_storage(hpo.storage))
     _check_paths(command, experiment, outputs or {})
     model = experiment.config["model"]
     check_model(model["name_or_path"], revision=model["revision"], trust_remote_code=model["trust_remote_code"])

@@ -27,6 +27,7 @@ COMMANDS = {
     "status": "show the progress of a run, its best value and the time left",
     "report": "write RUN/report.html: results, plots and how to repeat the run",
     "cache": "list or clear what is kept for later runs: tokenized texts, micro-batch sizes",
+    "proxy": "serve a database to hundreds of workers through Optuna's gRPC proxy",
     "sample": "write generated text pairs and a small model to try everything without a network",
 }
 

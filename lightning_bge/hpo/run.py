@@ -8,6 +8,7 @@ from typing import Any
 import optuna
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.analysis.journal import SUMMARY
 from lightning_bge.hpo.config import BEST, PREDICTIONS, StudyConfig
 from lightning_bge.hpo.evaluation.nested import finish_nested
 from lightning_bge.hpo.experiment import Experiment
@@ -21,7 +22,7 @@ from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.pruning.config import build_pruner
 from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.scheduling.trial_loop import run_trials
-from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS, N_TRIALS
+from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.space.draw import check_grid, n_parameter_sets, space_size
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, parse_space
@@ -30,6 +31,7 @@ from lightning_bge.hpo.storage.study_storage import StudyStorage
 from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.hpo.study import open_study, study_storage
 from lightning_bge.hpo.trial.objective import Objective, TrialFiles
+from lightning_bge.hpo.trials import N_TRIALS
 from lightning_bge.hpo.versions import other_versions, used_versions
 from lightning_bge.runtime.run_folder import create_run_dir, record_run
 from lightning_bge.runtime.stop import Stopped, StopRequest
@@ -222,5 +224,7 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
             nested=nested,
             request=request,
         )
+        if queue.place.name is not None and queue.study.user_attrs.get(SUMMARY) != summary:
+            queue.study.set_user_attr(SUMMARY, summary)  # for readers on other machines
     print(describe_study(queue.run_dir, summary))
     return summary

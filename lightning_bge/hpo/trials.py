@@ -9,6 +9,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+N_TRIALS = "n_trials"  # attribute of a study: what the last call has asked for, which all processes follow
 # user attributes of trials
 PARAMETER_SET = "parameter_set"  # of a trial that continues others: the number of its parameter set's first trial
 RESUMES = "resumes"  # of a trial that continues a paused one, and of its retries: the number of the paused trial

@@ -32,9 +32,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.hpo.analysis.journal import present_study
 from lightning_bge.hpo.config import SEED_REPLICATES
-from lightning_bge.hpo.scheduling.trial_queue import N_TRIALS
 from lightning_bge.hpo.storage.journal import open_storage
 from lightning_bge.hpo.trials import (
+    N_TRIALS,
     REPORTS_BEFORE,
     attempts,
     ended_parameter_sets,

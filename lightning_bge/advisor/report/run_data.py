@@ -11,8 +11,9 @@ from lightning_bge.advisor.report.secrets import hide_secrets, hide_secrets_in_c
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.analysis.history import History, history_of
 from lightning_bge.hpo.analysis.hours import time_left
-from lightning_bge.hpo.analysis.journal import load_study
+from lightning_bge.hpo.analysis.journal import SUMMARY, load_shared_study, load_study
 from lightning_bge.hpo.forecast.eta import Eta
+from lightning_bge.hpo.trials import N_TRIALS
 from lightning_bge.models.metrics.names import metric_name
 from lightning_bge.runtime.run_folder import read_config, read_json
 
@@ -116,6 +117,39 @@ def read_run(run_dir: Path) -> RunData:
         epochs=read_epochs(run_dir / "logs"),
         audit=read_json(run_dir / "audit.json", AUDIT_SCHEMA),
         best=hide_secrets_in_yaml(best.read_text(encoding="utf-8")) if best.is_file() else None,
+    )
+
+
+def read_shared_run(url: str, name: str) -> RunData:
+    """Read a study from a storage that machines share; nothing of its run folder is needed.
+
+    Args:
+        url: of the storage.
+        name: of the study.
+
+    Raises:
+        ConfigError: the URL is wrong, or the storage has no such study.
+        StudyError: the storage does not answer.
+    """
+    loaded = load_shared_study(url, name, Path(name))
+    if loaded is None:
+        raise ConfigError(
+            f"RUN: {url} has no study {name} of `lightning-bge hpo`. With --storage, RUN is its hpo.study_name"
+        )
+    known = loaded.study.user_attrs
+    methods = known["methods"]
+    hpo = {"n_trials": known.get(N_TRIALS), "pruner": methods["hpo.pruner"], "sampler": methods["hpo.sampler"]}
+    return RunData(
+        path=Path(name),
+        history=history_of(*loaded, hpo),
+        time_left=time_left(*loaded, hpo),
+        is_study=True,
+        config={"hpo": hpo},
+        summary=known.get(SUMMARY),
+        calls=[],
+        epochs=[],
+        audit=None,
+        best=None,
     )
 
 

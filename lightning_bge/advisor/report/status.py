@@ -1,9 +1,9 @@
 """The status of a run as text: its progress, its best value, and the time left."""
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timedelta
-from pathlib import Path
 
 from lightning_bge.advisor.report.format import (
     describe_state,
@@ -13,7 +13,7 @@ from lightning_bge.advisor.report.format import (
     format_time_left,
     name_trial,
 )
-from lightning_bge.advisor.report.run_data import RunData, read_run
+from lightning_bge.advisor.report.run_data import RunData
 from lightning_bge.hpo.analysis.history import History, PastTrial
 from lightning_bge.hpo.analysis.hours import StudyClock, hours_saved
 from lightning_bge.hpo.config import OUTER_FOLDS
@@ -25,64 +25,39 @@ MAX_ENDED = 5  # ended trials that are listed
 MAX_METRICS = 6  # values of an epoch that are listed
 
 
-def describe_status(run_dir: Path) -> str:
-    """The status of a study or a training run. Its folder is only read, also while the run is going on.
-
-    Args:
-        run_dir: the run's folder.
-
-    Raises:
-        ConfigError: it is not a run folder.
-        StudyError: its journal is corrupt.
-    """
-    return _describe(read_run(run_dir))
-
-
-def describe_failures(run_dir: Path) -> str:
-    """Why each trial of a study has failed: its error, its hyperparameters, and where its traceback is.
-
-    Args:
-        run_dir: the run's folder.
-
-    Raises:
-        ConfigError: it is not a run folder.
-        StudyError: its journal is corrupt.
-    """
-    run = read_run(run_dir)
+def describe_failures(run: RunData) -> str:
+    """Why each trial of a study has failed: its error, its hyperparameters, and where its traceback is."""
     trials = () if run.history is None else (*run.history.trials, *run.history.seed_replicates)
     lines: list[str] = []
     for trial in trials:
         if trial.outcome in ("failed", "interrupted", "left out"):
             lines.append(f"trial {trial.number} {trial.outcome}: {trial.note or 'no reason is recorded'}")
             lines += [f"  {name}: {value}" for name, value in trial.params.items()]
-            lines += [f"  {path}" for path in sorted((run_dir / FAILURES).glob(f"*-trial-{trial.number}.txt"))]
+            lines += [f"  {path}" for path in sorted((run.path / FAILURES).glob(f"*-trial-{trial.number}.txt"))]
     return "\n".join(lines or ["no trial has failed"])
 
 
-def watch_status(run_dir: Path, seconds: float) -> None:
+def watch_status(read: Callable[[], RunData], seconds: float) -> None:
     """Show the status in the terminal until the run has ended, or until Ctrl-C.
 
     Args:
-        run_dir: the run's folder.
+        read: reads the run; its errors are raised.
         seconds: time between two updates.
-
-    Raises:
-        ConfigError: it is not a run folder.
-        StudyError: its journal is corrupt.
     """
     from rich.live import Live
     from rich.text import Text
 
-    run = read_run(run_dir)
-    live = Live(Text(_describe(run)), auto_refresh=False, vertical_overflow="visible")
+    run = read()
+    live = Live(Text(describe_status(run)), auto_refresh=False, vertical_overflow="visible")
     with suppress(KeyboardInterrupt), live:
         while not run.ended:
             time.sleep(seconds)
-            run = read_run(run_dir)
-            live.update(Text(_describe(run)), refresh=True)
+            run = read()
+            live.update(Text(describe_status(run)), refresh=True)
 
 
-def _describe(run: RunData) -> str:
+def describe_status(run: RunData) -> str:
+    """The status of a study or a training run."""
     kind = "study" if run.is_study else "training run"
     head = f"{kind} {run.path.resolve().name}: {describe_state(run)}"
     if not run.is_study:

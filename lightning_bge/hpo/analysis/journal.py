@@ -19,6 +19,7 @@ from lightning_bge.hpo.storage.workers import FolderWorkers, Workers
 from lightning_bge.runtime.run_folder import read_config
 
 SPACE = "-space-"  # in the names of a study that has had several search spaces
+SUMMARY = "summary"  # attribute of an ended study in a storage that machines share
 READ_PATIENCE = 10.0  # seconds for which a reader waits for a storage
 MOST_SPACES = 1000  # that are looked for
 TAKEN_OVER = "taken_over"  # attribute of a study with a changed search space: all earlier trials are in it

@@ -13,7 +13,7 @@ from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS, is_paused
 from lightning_bge.hpo.pruning.halving import Halving
-from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS, N_TRIALS, TrialQueue, Tries
+from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS, TrialQueue, Tries
 from lightning_bge.hpo.space.draw import draw_parameter_set, space_size
 from lightning_bge.hpo.space.search_space import Space
 from lightning_bge.hpo.storage.study_storage import StudyStorage
@@ -21,6 +21,7 @@ from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.hpo.terminator import StudyEnd
 from lightning_bge.hpo.trials import (
     ENQUEUED,
+    N_TRIALS,
     NOT_TRAINED,
     PAUSED_AT,
     RESUMES,

@@ -51,7 +51,6 @@ from lightning_bge.runtime.stop import StopRequest
 log = logging.getLogger("lightning_bge")
 
 CHECKPOINTS = "checkpoints"  # folder in the run folder
-N_TRIALS = "n_trials"  # attribute of a study: what the last call has asked for, which all processes follow
 POLL_SECONDS = 0.5  # between two looks of a process that waits for others
 # user attributes that say what became of a trial, which the one that continues it does not take over
 FATE = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import time
 import warnings
@@ -15,15 +16,22 @@ from optuna.storages import BaseStorage, RDBStorage
 from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.storage.retrying import Retries, RetryingStorage, first_line, is_refusal
 from lightning_bge.hpo.storage.url import DRIVERS, PASSWORD, PASSWORD_FILE, StorageURL, read_password
+from lightning_bge.hpo.storage.workers import BEATS, WORKER_TIMEOUT
 from lightning_bge.runtime.compat.optuna import cached_storage
 
-BEATS = 6  # signs of life within the time after which a worker without one counts as gone
 POOL, MORE = 2, 3  # connections that a process keeps, and may open besides: trials and signs of life
 CREATION_TRIES = 10  # processes that create the tables at the same moment disturb each other
 CONNECT_SECONDS = 10
 
 
-def open_shared_storage(url: StorageURL, *, patience: float, worker_timeout: float, waits: bool) -> RetryingStorage:
+def open_shared_storage(
+    url: StorageURL,
+    *,
+    patience: float,
+    worker_timeout: float = WORKER_TIMEOUT,
+    waits: bool = False,
+    pool: int = POOL,
+) -> RetryingStorage:
     """Open a storage that processes on several machines share.
 
     Args:
@@ -31,6 +39,7 @@ def open_shared_storage(url: StorageURL, *, patience: float, worker_timeout: flo
         patience: seconds that a call waits for a storage that does not answer.
         worker_timeout: seconds without a sign of life after which a worker counts as gone.
         waits: wait for a storage that does not answer yet, as for one that is away later.
+        pool: connections to a database that are kept open.
 
     Raises:
         ConfigError: a package is missing, or the password can't be read.
@@ -42,7 +51,7 @@ def open_shared_storage(url: StorageURL, *, patience: float, worker_timeout: flo
     interval = max(1, round(worker_timeout / BEATS))
     options = {"heartbeat_interval": interval, "grace_period": max(2, round(worker_timeout))}
     retries = Retries(f"the database {url.shown}", patience if waits else 0.0)
-    opened = _when_it_answers(url, lambda: _open_database(url, options), retries)
+    opened = _when_it_answers(url, lambda: _open_database(url, engine_options(url, pool), options), retries)
     retries.seconds = patience
     return RetryingStorage(opened, retries)
 
@@ -92,14 +101,14 @@ def _check_driver(url: StorageURL) -> None:
         )
 
 
-def _open_database(url: StorageURL, options: dict[str, Any]) -> BaseStorage:
+def _open_database(url: StorageURL, engine: dict[str, Any], options: dict[str, Any]) -> BaseStorage:
     from sqlalchemy.exc import IntegrityError, ProgrammingError
 
     for number in range(CREATION_TRIES):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)  # of the heartbeat
-                return cached_storage(RDBStorage(url.text, engine_options(url), **options))
+                return cached_storage(RDBStorage(url.text, engine, **options))
         except (IntegrityError, ProgrammingError):
             if number == CREATION_TRIES - 1:
                 raise
@@ -107,17 +116,24 @@ def _open_database(url: StorageURL, options: dict[str, Any]) -> BaseStorage:
     raise AssertionError
 
 
-def _open_proxy(url: StorageURL, patience: float, waits: bool) -> RetryingStorage:
-    if importlib.util.find_spec("grpc") is None:
+def check_grpc(address: str) -> None:
+    """Raise `ConfigError` where a package is missing that a proxy needs."""
+    try:
+        for name in ("grpc", "google.protobuf"):
+            importlib.import_module(name)
+    except ImportError as error:
         raise ConfigError(
-            f"hpo.storage: {url.text} needs the package grpcio, which is not installed. "
-            "Run: pip install 'lightning-bge[grpc]'"
-        )
+            f"{address} needs the packages grpcio and protobuf ({error}). Run: pip install 'lightning-bge[grpc]'"
+        ) from None
+
+
+def _open_proxy(url: StorageURL, patience: float, waits: bool) -> RetryingStorage:
+    check_grpc(f"hpo.storage: {url.text}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         proxy = optuna.storages.GrpcStorageProxy(host=url.host, port=url.port)
     try:
-        proxy.wait_server_ready(timeout=max(CONNECT_SECONDS, patience if waits else 0.0))
+        proxy.wait_server_ready(timeout=patience if waits else CONNECT_SECONDS)
     except ConnectionError:
         raise StudyError(
             f"hpo.storage: no gRPC proxy answers at {url.host}:{url.port}. Start it with `lightning-bge proxy "

@@ -12,8 +12,8 @@ from optuna.trial import TrialState, create_trial
 
 from lightning_bge.advisor.report.format import format_duration
 from lightning_bge.advisor.report.report import write_report
-from lightning_bge.advisor.report.run_data import read_epochs
-from lightning_bge.advisor.report.status import describe_status, watch_status
+from lightning_bge.advisor.report.run_data import read_epochs, read_run
+from lightning_bge.advisor.report.status import describe_status
 from lightning_bge.cli.main import main
 from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.storage.workers import Worker
@@ -95,7 +95,7 @@ def test_a_study_with_few_results_has_fewer_figures(
         assert page.figures == [name for name in STUDY if name not in missing]
         assert ("best" in missing) == ("No trial is complete yet" in page.shown or not maker.trials)
         assert ("saved (estimate)" in page.shown) == (TrialState.PRUNED in ended)
-        text = describe_status(run)
+        text = describe_status(read_run(run))
         assert ("running (1 trial)" in text) == running
         assert ("no trial is complete yet" in text) == ("best" in missing and bool(maker.trials))
 
@@ -109,7 +109,7 @@ def test_a_trial_whose_process_is_gone_is_not_shown_as_running(tmp_path: Path) -
     more = {"datetime_start": START, "datetime_complete": None}
     maker.add(TrialState.RUNNING, drawn, 2, 60.0, {"worker": worker}, **more)
     study.add_trials(maker.trials)
-    for shown in (page_of(run).shown, describe_status(run)):
+    for shown in (page_of(run).shown, describe_status(read_run(run))):
         assert "not finished, and no trial is running" in shown
 
 
@@ -129,7 +129,7 @@ def test_a_single_split_and_a_study_of_two_objectives(tmp_path: Path) -> None:
     front = page.traces("front")["Pareto front (2)"]
     assert list(zip(front["x"], front["y"], strict=True)) == [(20.0, 0.8), (9.0, 0.7)]
     assert "trial 1 0.8000 0.8000" in page.shown
-    assert "train_seconds 20" in describe_status(run)
+    assert "train_seconds 20" in describe_status(read_run(run))
 
 
 def test_names_given_by_the_user_are_escaped(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_finished_study_with_seed_replicates(tmp_path: Path) -> None:
 
 def test_a_study_that_was_just_created_and_one_of_another_program(tmp_path: Path) -> None:
     (tmp_path / "journal.log").write_text("")
-    assert describe_status(tmp_path).endswith(": starting\nno trial has started yet")
+    assert describe_status(read_run(tmp_path)).endswith(": starting\nno trial has started yet")
     assert "No trial has started yet" in page_of(tmp_path).shown
     study = optuna.create_study(study_name="mine", storage=journal_of(tmp_path))
     for name, value in {"space": {}, "settings": {}, "steps": {"folds": 1, "epochs": 1}}.items():
@@ -262,7 +262,7 @@ def trained(tmp_path: Path) -> Path:
 
 def test_a_training_run_is_shown(trained: Path) -> None:
     assert [epoch["epoch"] for epoch in read_epochs(trained / "logs")] == [0, 1]
-    assert describe_status(trained).splitlines()[:2] == [
+    assert describe_status(read_run(trained)).splitlines()[:2] == [
         "training run fit: not finished. If it is not running, run the same command to resume it",
         "epochs     2 of 2 finished",
     ]
@@ -282,8 +282,8 @@ def test_a_training_run_is_shown(trained: Path) -> None:
         "train_padding is not recorded",
     ):
         assert words in page.shown
-    assert "validation f1 0.5000" in describe_status(trained)
-    assert "finished" in describe_status(trained)
+    assert "validation f1 0.5000" in describe_status(read_run(trained))
+    assert "finished" in describe_status(read_run(trained))
 
 
 def test_the_epochs_of_a_resumed_run_are_merged(trained: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_training_run_without_a_finished_epoch(trained: Path) -> None:
     assert page.figures == []
     assert "No epoch has finished yet" in page.shown
     assert len(page.text) < 100_000  # no plotly where there is no figure
-    assert "epochs     0 of 2 finished" in describe_status(trained)
+    assert "epochs     0 of 2 finished" in describe_status(read_run(trained))
 
 
 # ---------------------------------------------------------------------- both
@@ -318,7 +318,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, kind: str, capsys: py
     elif kind == "file":
         path.write_text("")
     words = {"nothing": "does not exist", "file": "is not a folder", "folder": "has neither of them"}[kind]
-    for call in (write_report, describe_status, lambda run: watch_status(run, 1.0)):
+    for call in (write_report, read_run):
         with pytest.raises(ConfigError, match=words):
             call(path)
     for command in ("report", "status"):

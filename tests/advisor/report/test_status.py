@@ -10,6 +10,7 @@ import yaml
 
 from lightning_bge.advisor.report import status
 from lightning_bge.advisor.report.format import format_duration
+from lightning_bge.advisor.report.run_data import read_run
 from lightning_bge.cli.main import main
 from lightning_bge.runtime.run_folder import write_json
 from tests.helpers.made_study import journal_of, make_study
@@ -35,20 +36,20 @@ def test_fewer_trials_than_there_are_already_may_be_asked_for(tmp_path: Path) ->
     options = yaml.safe_load((run / "config.yaml").read_text())
     options["hpo"]["n_trials"] = 1
     (run / "config.yaml").write_text(yaml.safe_dump(options))
-    assert "of 1 finished" not in status.describe_status(run)
-    assert re.search(r"trials     \d+ finished: ", status.describe_status(run))
+    assert "of 1 finished" not in status.describe_status(read_run(run))
+    assert re.search(r"trials     \d+ finished: ", status.describe_status(read_run(run)))
 
 
 def test_the_status_of_a_nested_cross_validation_counts_its_inner_studies(tmp_path: Path) -> None:
     run = make_study(tmp_path / "run", 5)
-    assert "nested" not in status.describe_status(run)
+    assert "nested" not in status.describe_status(read_run(run))
     options = yaml.safe_load((run / "config.yaml").read_text())
     options.setdefault("hpo", {})["outer_folds"] = 3
     (run / "config.yaml").write_text(yaml.safe_dump(options))
     for number in (0, 1):
         (run / "outer_folds" / str(number)).mkdir(parents=True)
     write_json(run / "outer_folds" / "0" / "summary.json", {})
-    assert "nested     1 of 3 inner studies have results" in status.describe_status(run)
+    assert "nested     1 of 3 inner studies have results" in status.describe_status(read_run(run))
 
 
 def test_a_study_is_watched_until_it_has_ended(
