@@ -32,7 +32,7 @@ from lightning_bge.prediction.progress import RowProgressBar
 from lightning_bge.runtime.callback_kinds import NEEDS_TRAINING, NOT_IN_TRIALS, without_kinds
 from lightning_bge.runtime.distributed import AnotherRankFailed, end_ranks
 from lightning_bge.runtime.dotted_config import LINKS, plain_config
-from lightning_bge.runtime.memory import limit_malloc_arenas
+from lightning_bge.runtime.memory import limit_malloc
 from lightning_bge.runtime.option_errors import describe_option_error
 from lightning_bge.runtime.paths import check_path
 from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, warn_of_unused_callbacks
@@ -56,7 +56,7 @@ class BGECLI(LightningCLI):
         self, command: str, args: list[str], *, description: str, add_arguments: AddArguments | None = None
     ) -> None:
         _quiet_libraries()
-        limit_malloc_arenas()
+        limit_malloc()
         self.command = command
         self.add_arguments = add_arguments
         super().__init__(

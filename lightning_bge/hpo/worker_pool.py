@@ -19,6 +19,7 @@ from lightning_bge.hpo.analysis.journal import has_study
 from lightning_bge.hpo.config import SEED_REPLICATES, StudyConfig
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.ranking import score_of
+from lightning_bge.hpo.storage.study_storage import StudyStorage
 from lightning_bge.hpo.storage.workers import WORKERS
 from lightning_bge.runtime.compat.optuna import storage_of
 from lightning_bge.runtime.run_folder import create_run_dir
@@ -72,14 +73,14 @@ class WorkerPool:
 
     Args:
         study: the study, which is only read here.
-        run_dir: the run's folder.
+        place: where it is kept.
         config: the options of the study.
         progress: prints a line for each trial, whichever process ran it.
         slots: what each process has.
     """
 
     study: optuna.Study
-    run_dir: Path
+    place: StudyStorage
     config: StudyConfig
     progress: Progress
     slots: list[Slot]
@@ -96,11 +97,12 @@ class WorkerPool:
             SystemExit: the same after SIGTERM or SIGHUP.
         """
         until = None if self.config.timeout is None else time.monotonic() + self.config.timeout
-        folder = create_run_dir(self.run_dir / WORKERS)
+        folder = create_run_dir(self.place.run_dir / WORKERS)
         pool = [_Process(slot, folder / f"worker-{number}.log") for number, slot in enumerate(self.slots)]
         self.seen = {study.study_name: {one.number for one in ended(study)} for study in self._studies()}
         print(f"{len(pool)} workers; what each prints is in {folder}", flush=True)
         with StopRequest() as request:
+            self.place.stop_when(lambda: request.signal)
             try:
                 for one in pool:
                     self._start(one, until)
@@ -115,7 +117,7 @@ class WorkerPool:
         request.leave()
 
     def _start(self, one: _Process, until: float | None) -> None:
-        command = [sys.executable, "-m", "lightning_bge.cli", "worker", str(self.run_dir.resolve())]
+        command = [sys.executable, "-m", "lightning_bge.cli", "worker", str(self.place.run_dir.resolve())]
         command += ["--share", str(one.slot.share), "--parent", str(os.getpid())]
         if until is not None:
             command += ["--timeout", f"{max(0.001, until - time.monotonic()):.3f}"]

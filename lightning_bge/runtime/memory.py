@@ -20,7 +20,7 @@ if sys.platform != "win32":
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 PRIMITIVES = 64  # kept, several times as many as the layers of one micro-batch need
-M_ARENA_MAX = -8  # of mallopt(3)
+M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3  # of mallopt(3)
 
 
 # ---------------------------------------------------------------------- what is held, and freeing it
@@ -40,16 +40,20 @@ def release(host: bool = True) -> None:
         trim(0)
 
 
-def limit_malloc_arenas() -> None:
-    """Where RLIMIT_AS is set, have all threads allocate from one arena from now on.
+def limit_malloc() -> None:
+    """Where RLIMIT_AS is set, have the C library take no more address space than what is in use.
 
-    glibc gives threads arenas of their own and reserves 64 MiB of address space for each, used or not: threads that
-    read weights or draw a progress bar then take more of such a limit than a small model does.
+    glibc gives threads arenas of their own and reserves 64 MiB for each, used or not: threads that read weights or
+    draw a progress bar then take more of such a limit than a small model does. And once tensors of up to 32 MiB were
+    freed, it serves such ones from its heap, which gets holes that larger ones do not fit into: a step that fitted
+    fails later. From now on only tensors of at most 1/64 of what is free come from the heap; the others have pages of
+    their own, which takes longer where they are small.
     """
-    if sys.platform == "linux" and resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
-        mallopt = _glibc("mallopt")
-        if mallopt is not None:
-            mallopt(M_ARENA_MAX, 1)
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0] if sys.platform == "linux" else -1  # -1: none
+    if limit == -1 or (mallopt := _glibc("mallopt")) is None:
+        return
+    mallopt(M_ARENA_MAX, 1)
+    mallopt(M_MMAP_THRESHOLD, min(max((limit - process_bytes()["VmSize"]) // 64, 2**17), 2**25))
 
 
 def limit_primitive_caches() -> None:

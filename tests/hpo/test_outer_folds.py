@@ -163,7 +163,7 @@ def test_nested_cross_validation_can_follow_a_finished_study_and_scores_models_e
 
 
 def test_another_number_of_outer_folds_is_refused(files: Path, uninterrupted: Path) -> None:
-    says = r"outer_folds/0 holds a study(?s:.*)data.split.outer_folds: 2 in the folder, 4 requested"
+    says = r"outer_folds/0 holds trials(?s:.*)data.split.outer_folds: 2 in the folder, 4 requested"
     with pytest.raises(StudyError, match=says):
         nested(files, uninterrupted, outer_folds=4)
 

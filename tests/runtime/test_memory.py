@@ -114,6 +114,41 @@ def test_products_of_many_shapes_leave_little_behind() -> None:
     assert gathered("few") < many / 4
 
 
+MAPPED = """
+import ctypes, resource, sys, torch
+from lightning_bge.runtime.memory import limit_malloc, process_bytes
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena a b c mapped e f used g h".split()]
+
+def mapped():
+    function = ctypes.CDLL("libc.so.6").mallinfo2
+    function.restype = Info
+    return function().mapped
+
+limit = process_bytes()["VmSize"] + 256 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+if sys.argv[1] == "limited":
+    limit_malloc()
+before = mapped()
+for _ in range(3):  # glibc serves a second one from its heap
+    tensor = torch.ones(8 * 2**20, dtype=torch.uint8)
+    found = mapped() - before
+    del tensor
+print(found)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+def test_large_tensors_leave_no_holes_in_the_heap_under_a_limit() -> None:
+    def mapped(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", MAPPED, how], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert mapped("not limited") < 8 * 2**20
+    assert mapped("limited") >= 8 * 2**20
+
+
 def test_capacities_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")

@@ -2,6 +2,7 @@
 
     python tests/tools/chaos.py --runs 10 --json F      # 4 workers, 60 trials, 20 kills a search: most of an hour
     python tests/tools/chaos.py --runs 1 --trials 12 --kills 5 --aimed 1
+    python tests/tools/chaos.py --postgres --away 60     # as the first, in a PostgreSQL that is restarted and goes away
 
 Each search is `lightning-bge hpo --hpo.workers 4`. Its workers get SIGKILL, at a mean interval of three durations of a
 trial; some of the kills are aimed at a worker that is starting, and some at the end, when seed replicates, refit and
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -30,9 +32,10 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.hpo.analysis.journal import present_study
+from lightning_bge.hpo.analysis.journal import has_study, present_study
 from lightning_bge.hpo.config import SEED_REPLICATES
-from lightning_bge.hpo.storage.journal import open_storage
+from lightning_bge.hpo.storage.study_storage import open_study_storage
+from lightning_bge.hpo.storage.url import PASSWORD
 from lightning_bge.hpo.trials import (
     N_TRIALS,
     REPORTS_BEFORE,
@@ -42,6 +45,7 @@ from lightning_bge.hpo.trials import (
     is_to_be_continued,
     key_of,
 )
+from tests.helpers.postgres import SECRET, Postgres
 
 PAIRS = [("asha", "tpe"), ("median", "random"), ("asha", "random"), ("median", "tpe")]
 POLL_SECONDS = 0.05
@@ -58,6 +62,8 @@ class Search:
         kills: how many in all.
         aimed: how many of them at a start, and at the end.
         seed: of the moments.
+        database: in which the study is kept; None: in its journal.
+        away: seconds for which the database is gone once, besides one restart.
     """
 
     run_dir: Path
@@ -65,6 +71,8 @@ class Search:
     kills: int
     aimed: int
     seed: int
+    database: Postgres | None = None
+    away: float = 0.0
     random: random.Random = field(init=False)
     done: dict[str, int] = field(default_factory=lambda: {"start": 0, "random": 0, "end": 0})
     summaries: set[int] = field(default_factory=set)
@@ -73,6 +81,9 @@ class Search:
         """Run and disturb it, and check what is left; returns figures, and `faults`."""
         self.random, since = random.Random(self.seed), time.monotonic()
         command = [sys.executable, "-m", "lightning_bge.cli", "hpo", *self.arguments, "--run_dir", str(self.run_dir)]
+        if self.database is not None:
+            command += ["--hpo.storage", self.database.url]
+            self.done |= {"restart": 0, "away": 0}
         with self.run_dir.with_suffix(".log").open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
             try:
@@ -102,6 +113,7 @@ class Search:
             study = self._study()
             if study is None:
                 continue
+            self._disturb_database(study, workers)
             at_end = self._is_over(study)
             n_before = self.done["start"] + self.done["random"]
             if n_before < self.kills - n_end and self._left(study) < 2 * len(workers):
@@ -116,6 +128,23 @@ class Search:
                 else:
                     self._kill(workers, "random")
                 next_kill = now + self.random.expovariate(1 / (3 * self._trial_seconds(study)))
+
+    def _disturb_database(self, study: optuna.Study, workers: list[int]) -> None:
+        """Restart the database after a third of the kills; after two thirds it is away, while one more is killed."""
+        done = self.done["start"] + self.done["random"]
+        if self.database is None or self.done["away"]:
+            return
+        if not self.done["restart"] and done >= self.kills // 3:
+            self.database.stop()
+            self.database.start()
+            self.done["restart"] = 1
+        elif done >= 2 * self.kills // 3:
+            self.database.stop("immediate")
+            time.sleep(self.away / 2)
+            self._kill(workers, "random")
+            time.sleep(self.away / 2)
+            self.database.start()
+            self.done["away"] = 1
 
     def _kill(self, pids: list[int], kind: str) -> bool:
         if not pids:
@@ -133,12 +162,12 @@ class Search:
         return [pid for pid in workers if str(pid) in names and now - known[pid] > 1.0]
 
     def _study(self) -> optuna.Study | None:
-        journal = self.run_dir / "journal.log"
-        if not journal.is_file():
+        if not (self.run_dir / "config.yaml").is_file():
             return None
         if not hasattr(self, "_opened"):
-            storage = open_storage(journal)
-            name = present_study(storage)
+            url = None if self.database is None else self.database.url
+            place = open_study_storage(self.run_dir, url)
+            storage, name = place.storage, present_study(place.storage, place.name)
             if name is None:
                 return None
             self._opened = optuna.load_study(study_name=name, storage=storage)
@@ -168,8 +197,9 @@ class Search:
 
     def _replicates(self) -> list[FrozenTrial]:
         name = f"{self._opened.study_name}{SEED_REPLICATES}"
-        names = [study.study_name for study in self._storage.get_all_studies()]
-        return optuna.load_study(study_name=name, storage=self._storage).trials if name in names else []
+        return (
+            optuna.load_study(study_name=name, storage=self._storage).trials if has_study(self._storage, name) else []
+        )
 
     def _counts(self) -> dict[str, Any]:
         study = self._study()
@@ -237,11 +267,16 @@ def main() -> None:
     parser.add_argument("--aimed", type=int, default=3, help="of them at a start, and as many at the end")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--postgres", action="store_true", help="keep the studies in a PostgreSQL that is disturbed")
+    parser.add_argument("--away", type=float, default=60.0, help="seconds for which it is away once in each search")
     chosen = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     found = []
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        place, database = Path(name), None
+        if chosen.postgres:
+            database = stack.enter_context(Postgres(Path(tempfile.gettempdir()) / f"postgres-{os.getpid()}"))
+            os.environ[PASSWORD] = SECRET
         program = [sys.executable, "-m", "lightning_bge.cli"]
         subprocess.run([*program, "sample", str(place / "S")], check=True, stdout=subprocess.DEVNULL)
         for number in range(chosen.runs):
@@ -256,7 +291,7 @@ def main() -> None:
             ]
             run_dir = place / f"run-{number}"
             one = {"pruner": pruner, "sampler": sampler}
-            one |= Search(run_dir, arguments, chosen.kills, chosen.aimed, number).run()
+            one |= Search(run_dir, arguments, chosen.kills, chosen.aimed, number, database, chosen.away).run()
             print(json.dumps(one), flush=True)
             if one["faults"]:
                 print(run_dir.with_suffix(".log").read_text(encoding="utf-8")[-3000:], flush=True)

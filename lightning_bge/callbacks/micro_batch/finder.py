@@ -14,7 +14,7 @@ from lightning_bge.callbacks.micro_batch.probe import Probe, make_meter
 from lightning_bge.callbacks.micro_batch.search import Search
 from lightning_bge.runtime.cache_dir import default_cache_dir
 from lightning_bge.runtime.log_once import log_once
-from lightning_bge.runtime.memory import Limit, cache_bytes, limits, unreserved_use
+from lightning_bge.runtime.memory import Limit, cache_bytes, limit_malloc, limits, unreserved_use
 from lightning_bge.runtime.micro_batch import SupportsMicroBatchSize, batch_source
 from lightning_bge.runtime.units import format_bytes
 
@@ -85,6 +85,7 @@ class MicroBatchFinder(Callback):
             self._reset("the micro-batch size is the user's")
             return
         self._reset()
+        limit_malloc()
         known = limits(pl_module.device, self.config.limit_bytes)
         self._key = self._make_key(trainer, pl_module, source, known)
         found = self._sizes.get(self._key)

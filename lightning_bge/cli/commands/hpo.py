@@ -42,11 +42,12 @@ def _run_pool(workers: list[Slot], experiment: Experiment, hpo: StudyConfig, *, 
     """As `run_hpo`, in processes of their own."""
     space, steps = check_study(experiment, hpo)
     run_dir = create_run_dir(experiment.run_dir)
-    study = prepare_study(experiment, hpo, space, steps, study_storage(run_dir, hpo), joins=joins)
+    place = study_storage(run_dir, hpo)
+    study = prepare_study(experiment, hpo, space, steps, place, joins=joins)
     progress = Progress(
         replace(hpo, n_trials=n_parameter_sets(hpo.n_trials, space)), experiment.monitor.name, steps.total
     )
-    WorkerPool(study, run_dir, hpo, progress, workers).run()
+    WorkerPool(study, place, hpo, progress, workers).run()
     summary = read_json(run_dir / "summary.json")
     if summary is not None:
         print(describe_study(run_dir, summary))

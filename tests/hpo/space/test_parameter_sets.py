@@ -167,11 +167,12 @@ def test_an_enqueued_parameter_set_that_was_drawn_before_is_not_tried_once_more(
     assert [trial.user_attrs.get(ENQUEUED) for trial in study.trials] == [None, None, None, {"length": 48}]
 
 
-def test_a_wrong_space_leaves_nothing(tmp_path: Path) -> None:
+def test_a_wrong_space_creates_no_study(tmp_path: Path) -> None:
     config = StudyConfig(n_trials=1, space={"length": {"low": 64, "high": 32}})
+    place = study_storage(tmp_path / "run", config)
     with pytest.raises(ConfigError, match="length"):
-        open_study(study_storage(tmp_path / "run", config), config, "maximize", Steps(1, 1), {})
-    assert not list(tmp_path.iterdir())
+        open_study(place, config, "maximize", Steps(1, 1), {})
+    assert place.storage.get_all_studies() == []
 
 
 def test_the_limit_of_waiting_models() -> None:

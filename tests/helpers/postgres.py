@@ -1,0 +1,85 @@
+"""A PostgreSQL server of its own, of Debian's package, for tests and for `tests/tools/chaos.py`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # of Debian's packages, the newest last
+SECRET = "planted-5f2c-secret"  # the password, which must be found in no file
+USER = "bge"
+
+
+class Postgres:
+    """A server on this machine that asks for a password, with an empty database `studies`.
+
+    Args:
+        folder: for its files; it is created, outside of folders that only root can enter.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.url = f"postgresql+psycopg://{USER}@127.0.0.1:{self.port}/studies"
+
+    def __enter__(self) -> Postgres:
+        self.folder.mkdir(parents=True)
+        password = self.folder / "password"
+        password.write_text(SECRET)
+        if os.getuid() == 0:
+            for path in (self.folder, password):
+                shutil.chown(path, "postgres")
+        self._run("initdb", "-D", self._data, "-A", "scram-sha-256", "-U", USER, f"--pwfile={password}")
+        self.start()
+        self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", USER, "studies")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop("immediate")
+        shutil.rmtree(self.folder)
+
+    @property
+    def _data(self) -> str:
+        return str(self.folder / "data")
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c max_connections=400"
+        self._run("pg_ctl", "-D", self._data, "-l", str(self.folder / "log"), "-o", options, "-w", "start")
+
+    def stop(self, mode: str = "fast") -> None:
+        """Stop it: `fast` ends all connections, `immediate` is a crash."""
+        self._run("pg_ctl", "-D", self._data, "-m", mode, "-w", "stop")
+
+    def query(self, text: str) -> str:
+        """What `psql` prints, without alignment."""
+        return self._run("psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", USER, "-d", "studies", "-Atc", text)
+
+    def _run(self, program: str, *arguments: str) -> str:
+        # the server does not run as root
+        command = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+        with tempfile.TemporaryFile("w+") as output:  # a pipe would stay open in the server
+            done = subprocess.run(
+                [*command, "env", f"PGPASSWORD={SECRET}", str(BINARIES[-1] / program), *arguments],
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            output.seek(0)
+            text = output.read().strip()
+        assert done.returncode == 0, text
+        return text
+
+
+def free_port() -> int:
+    """A port that nothing listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
