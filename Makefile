@@ -11,7 +11,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 SAMPLE := runs/sample
 TESTS := $(BIN)/python -m pytest
 
-.PHONY: help install hpo test test-slow chromium lint format bench clean
+.PHONY: help install hpo test test-slow chromium postgresql lint format bench clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -61,15 +61,26 @@ test: export OMP_NUM_THREADS = 1
 test: lint  ## linters, types, import doors, and the test suite
 	$(TESTS) --numprocesses 2
 
-test-slow: $(VENV)/.test chromium  ## what needs servers, browsers or minutes
+# what only the slow tests need: other storages of studies, and what shows them
+$(VENV)/.slow: $(VENV)/.test
+	@$(PIP) --editable '.[test,postgres,grpc,dashboard]' $(PIN)
+	@touch $@
+
+test-slow: $(VENV)/.slow chromium postgresql  ## what needs servers, browsers or minutes
 	$(TESTS) -m slow
 
-# Debian's browser, in which the reports are looked at
+# Debian's packages: the browser in which the reports are looked at, and a database
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 chromium:
-	@command -v chromium >/dev/null || { \
-	    echo "installing chromium"; \
-	    if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; \
-	    else sudo apt-get update -qq && sudo apt-get install -y -qq --no-install-recommends chromium; fi >/dev/null; }
+	@command -v chromium >/dev/null || $(call DEBIAN,chromium)
+
+postgresql:
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || $(call DEBIAN,postgresql)
+
+define DEBIAN
+	{ echo "installing $(1)"; \
+	  $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }
+endef
 
 lint: $(VENV)/.test  ## ruff, mypy, import-linter, private names of other libraries
 	$(BIN)/ruff check

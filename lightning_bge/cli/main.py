@@ -26,6 +26,7 @@ COMMANDS = {
     "test": "compute the metrics of a model on the test file",
     "status": "show the progress of a run, its best value and the time left",
     "report": "write RUN/report.html: results, plots and how to repeat the run",
+    "dashboard": "show the study of a run in a browser, with Optuna Dashboard",
     "cache": "list or clear what is kept for later runs: tokenized texts, micro-batch sizes",
     "proxy": "serve a database to hundreds of workers through Optuna's gRPC proxy",
     "sample": "write generated text pairs and a small model to try everything without a network",

@@ -16,14 +16,12 @@ USER = "bge"
 
 
 class Postgres:
-    """A server on this machine that asks for a password, with an empty database `studies`.
+    """A server on this machine that asks for a password, with an empty database `studies`."""
 
-    Args:
-        folder: for its files; it is created, outside of folders that only root can enter.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+    def __init__(self) -> None:
+        self.port = free_port()
+        # not in a folder that only root can enter: the server does not run as root
+        self.folder = Path(tempfile.gettempdir()) / f"postgres-{os.getpid()}-{self.port}"
         self.url = f"postgresql+psycopg://{USER}@127.0.0.1:{self.port}/studies"
 
     def __enter__(self) -> Postgres:
@@ -35,7 +33,7 @@ class Postgres:
                 shutil.chown(path, "postgres")
         self._run("initdb", "-D", self._data, "-A", "scram-sha-256", "-U", USER, f"--pwfile={password}")
         self.start()
-        self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", USER, "studies")
+        self._run("createdb", *self._login, "studies")
         return self
 
     def __exit__(
@@ -43,6 +41,10 @@ class Postgres:
     ) -> None:
         self.stop("immediate")
         shutil.rmtree(self.folder)
+
+    @property
+    def _login(self) -> list[str]:
+        return ["-h", "127.0.0.1", "-p", str(self.port), "-U", USER]
 
     @property
     def _data(self) -> str:
@@ -57,17 +59,22 @@ class Postgres:
         """Stop it: `fast` ends all connections, `immediate` is a crash."""
         self._run("pg_ctl", "-D", self._data, "-m", mode, "-w", "stop")
 
-    def query(self, text: str) -> str:
+    def create(self, database: str) -> str:
+        """Create another database; returns its URL."""
+        self._run("createdb", *self._login, database)
+        return self.url.replace("/studies", f"/{database}")
+
+    def query(self, text: str, database: str = "studies") -> str:
         """What `psql` prints, without alignment."""
-        return self._run("psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", USER, "-d", "studies", "-Atc", text)
+        return self._run("psql", *self._login, "-d", database, "-Atc", text)
 
     def _run(self, program: str, *arguments: str) -> str:
-        # the server does not run as root
         command = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
         with tempfile.TemporaryFile("w+") as output:  # a pipe would stay open in the server
             done = subprocess.run(
-                [*command, "env", f"PGPASSWORD={SECRET}", str(BINARIES[-1] / program), *arguments],
+                [*command, str(BINARIES[-1] / program), *arguments],
                 cwd="/",
+                env={**os.environ, "PGPASSWORD": SECRET},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -275,7 +275,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         place, database = Path(name), None
         if chosen.postgres:
-            database = stack.enter_context(Postgres(Path(tempfile.gettempdir()) / f"postgres-{os.getpid()}"))
+            database = stack.enter_context(Postgres())
             os.environ[PASSWORD] = SECRET
         program = [sys.executable, "-m", "lightning_bge.cli"]
         subprocess.run([*program, "sample", str(place / "S")], check=True, stdout=subprocess.DEVNULL)
@@ -296,8 +296,8 @@ def main() -> None:
             if one["faults"]:
                 print(run_dir.with_suffix(".log").read_text(encoding="utf-8")[-3000:], flush=True)
             found.append(one)
-    if chosen.json is not None:
-        chosen.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            if chosen.json is not None:
+                chosen.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     sys.exit(any(one["faults"] for one in found))
 
 

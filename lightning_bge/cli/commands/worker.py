@@ -10,12 +10,13 @@ from lightning_bge.cli.arguments import PlainParser
 from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.search_options import add_hpo, starting_again
 from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.analysis.journal import shared_storage_of
 from lightning_bge.hpo.outer_folds import run_studies
 from lightning_bge.hpo.run import run_hpo
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.storage.journal import JOURNAL
 from lightning_bge.runtime.paths import check_path
-from lightning_bge.runtime.run_folder import read_config, read_json
+from lightning_bge.runtime.run_folder import read_json
 
 DESCRIPTION = """Join the study of a run folder with one more process, with the options that `lightning-bge hpo` has
 written there. It runs trials until nothing is left to do; whichever process is the last ends the study."""
@@ -34,7 +35,7 @@ def run(args: list[str]) -> None:
     check_path("RUN", chosen.run)
     folder = chosen.run.expanduser().resolve()
     config = folder / "config.yaml"
-    if not config.is_file() or not ((folder / JOURNAL).is_file() or _has_storage(folder)):
+    if not config.is_file() or not ((folder / JOURNAL).is_file() or shared_storage_of(folder)):
         raise ConfigError(f"{chosen.run}: expected the run folder of a study that `lightning-bge hpo` has started")
     _enter(folder)
     quiet_optuna()
@@ -46,11 +47,6 @@ def run(args: list[str]) -> None:
             run_studies(cli.experiment, cli.config_init.hpo, joins=True)
         else:  # that process starts workers for one study after the other
             run_hpo(cli.experiment, cli.config_init.hpo, joins=True, parent=chosen.parent)
-
-
-def _has_storage(folder: Path) -> bool:
-    """Whether the study is kept elsewhere than in the run folder."""
-    return bool((read_config(folder).get("hpo") or {}).get("storage"))
 
 
 def _enter(folder: Path) -> None:

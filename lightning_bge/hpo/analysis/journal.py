@@ -57,10 +57,16 @@ def load_study(run_dir: Path) -> LoadedStudy | None:
     journal = run_dir / JOURNAL
     if journal.is_file():
         return _load(str(journal), JournalStorage(_ReadOnlyJournal(journal)), None, FolderWorkers(run_dir))
-    hpo = (read_config(run_dir).get("hpo") or {}) if (run_dir / "config.yaml").is_file() else {}
-    if not hpo.get("storage"):
+    shared = shared_storage_of(run_dir)
+    return None if shared is None else load_shared_study(*shared, run_dir)
+
+
+def shared_storage_of(run_dir: Path) -> tuple[str, str] | None:
+    """The URL of a run's storage and the study's name in it, from its `config.yaml`; None: it names no storage."""
+    if not (run_dir / "config.yaml").is_file():
         return None
-    return load_shared_study(hpo["storage"], hpo.get("study_name") or run_dir.resolve().name, run_dir)
+    hpo = read_config(run_dir).get("hpo") or {}
+    return (hpo["storage"], hpo.get("study_name") or run_dir.resolve().name) if hpo.get("storage") else None
 
 
 def load_shared_study(url: str, name: str, run_dir: Path) -> LoadedStudy | None:

@@ -6,12 +6,13 @@ import importlib
 import importlib.util
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import RDBStorage
 
 from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.storage.retrying import Retries, RetryingStorage, first_line, is_refusal
@@ -53,7 +54,9 @@ def open_shared_storage(
     retries = Retries(f"the database {url.shown}", patience if waits else 0.0)
     opened = _when_it_answers(url, lambda: _open_database(url, engine_options(url, pool), options), retries)
     retries.seconds = patience
-    return RetryingStorage(opened, retries)
+    found = RetryingStorage(cached_storage(opened), retries)
+    weakref.finalize(found, opened.engine.dispose)  # closes the connections
+    return found
 
 
 def check_answers(url: StorageURL) -> None:
@@ -101,14 +104,18 @@ def _check_driver(url: StorageURL) -> None:
         )
 
 
-def _open_database(url: StorageURL, engine: dict[str, Any], options: dict[str, Any]) -> BaseStorage:
+def _open_database(url: StorageURL, engine: dict[str, Any], options: dict[str, Any]) -> RDBStorage:
+    from sqlalchemy import NullPool
     from sqlalchemy.exc import IntegrityError, ProgrammingError
 
+    # one that keeps no connections creates and checks the tables: where they are wrong, nothing is left open
+    unpooled = {"poolclass": NullPool, "connect_args": engine["connect_args"]}
     for number in range(CREATION_TRIES):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)  # of the heartbeat
-                return cached_storage(RDBStorage(url.text, engine, **options))
+                RDBStorage(url.text, unpooled)
+                return RDBStorage(url.text, engine, True, skip_table_creation=True, **options)
         except (IntegrityError, ProgrammingError):
             if number == CREATION_TRIES - 1:
                 raise
@@ -139,7 +146,9 @@ def _open_proxy(url: StorageURL, patience: float, waits: bool) -> RetryingStorag
             f"hpo.storage: no gRPC proxy answers at {url.host}:{url.port}. Start it with `lightning-bge proxy "
             f"DATABASE --port {url.port}`, or correct the address"
         ) from None
-    return RetryingStorage(proxy, Retries(f"the storage {url.text}", patience))
+    found = RetryingStorage(proxy, Retries(f"the storage {url.text}", patience))
+    weakref.finalize(found, proxy.close)
+    return found
 
 
 def _when_it_answers(url: StorageURL, call: Callable[[], Any], retries: Retries) -> Any:

@@ -98,6 +98,9 @@ class StorageWorkers(Workers):
         retries.is_stopping = lambda: True
         try:
             _end(self._storage, self._own.pop(worker.id), TrialState.COMPLETE)
+            for trial in self._storage.get_all_trials(self._id, deepcopy=False, states=(TrialState.RUNNING,)):
+                if trial.user_attrs[WORKER]["id"] == worker.id:  # created by a call whose answer was lost
+                    _end(self._storage, trial_id_of(trial), TrialState.COMPLETE)
         except StudyError as error:
             log.warning("this process counts as gone only in %.0f s: %s", self.timeout, error)
 

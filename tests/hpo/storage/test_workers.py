@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -28,12 +29,14 @@ from lightning_bge.hpo.storage.workers import (
 from lightning_bge.hpo.trials import (
     ERROR,
     INTERRUPTED,
+    NOT_TRAINED,
     PARAMETER_SET,
     PAUSED_AT,
     REPORTS_BEFORE,
     RETRY_OF,
     WORKER,
     WORKER_LOST,
+    attempts,
 )
 from lightning_bge.runtime.compat.optuna import running_trial
 from tests.helpers.journal_processes import create, finish, start
@@ -321,3 +324,57 @@ def test_deaths_at_other_parameter_sets_do_not_count(study: optuna.Study, run_di
 
 def test_the_number_of_deaths_is_an_option(study: optuna.Study, run_dir: Path) -> None:
     assert ERROR in attempt(study, run_dir, deaths=1).user_attrs
+
+
+# ---------------------------------------------------------------------- workers under another kernel
+
+
+@pytest.fixture
+def elsewhere(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    """A worker of another machine that shares the folder, but not the locks."""
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "kernel_id", lambda: "other")
+        worker = Worker(run_dir)
+    worker.workers.timeout = 0.6
+    with worker:
+        worker._lock.release()  # a file system whose locks do not reach other machines
+        yield worker
+        worker._lock.acquire()
+
+
+def test_a_worker_under_another_kernel_lives_by_its_signs(run_dir: Path, elsewhere: Worker) -> None:
+    found = FolderWorkers(run_dir, timeout=0.6)
+    until = time.monotonic() + 1.5
+    while time.monotonic() < until:
+        assert found.living() == {elsewhere.id}
+        time.sleep(0.05)
+    elsewhere._stop.set()
+    while found.living():
+        assert time.monotonic() < until + 20
+        time.sleep(0.05)
+
+
+def test_a_worker_whose_file_others_have_removed_goes_on_as_a_new_one(
+    run_dir: Path, elsewhere: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    former = elsewhere.id
+    elsewhere.renew()
+    assert elsewhere.id == former  # nothing has happened
+    FolderWorkers(run_dir).forget(former)
+    until = time.monotonic() + 20
+    while elsewhere.id == former:
+        assert time.monotonic() < until
+        elsewhere.renew()
+        time.sleep(0.02)
+    assert "gave no sign of life for more than 1 s" in caplog.text
+    assert elsewhere.id in FolderWorkers(run_dir).living()
+
+
+def test_a_trial_that_was_created_twice_is_left_out(study: optuna.Study, run_dir: Path) -> None:
+    with Worker(run_dir) as worker:
+        first, second = (begin(study, worker=worker.record) for _ in range(2))
+        end_lost_trials(study, FolderWorkers(run_dir), max_worker_deaths=3)
+    ended = study.get_trials(deepcopy=False)
+    assert ended[first.number].user_attrs[NOT_TRAINED] == "it was created twice"
+    assert ended[second.number].state == TrialState.RUNNING
+    assert list(attempts(ended)) == [second.number]
