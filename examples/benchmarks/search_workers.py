@@ -167,7 +167,6 @@ def grow(folder: str, run_dir: str, count: int) -> None:
     from lightning_bge.hpo.scheduling.study_queue import StudyQueue
     from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna, run_trials
     from lightning_bge.hpo.space.search_space import suggest
-    from lightning_bge.hpo.storage.workers import Worker
     from lightning_bge.hpo.study import study_storage
     from lightning_bge.runtime.stop import StopRequest
     from lightning_bge.templates import study_of_templates
@@ -178,7 +177,8 @@ def grow(folder: str, run_dir: str, count: int) -> None:
     experiment, hpo = study_of_templates(**templates(folder), trainer=trainer, options={}, **rest)
     Path(run_dir).mkdir()
     space, steps = check_study(experiment, hpo)
-    known, random = prepare_study(experiment, hpo, space, steps), np.random.default_rng(0)
+    place = study_storage(Path(run_dir), hpo)
+    study, random = prepare_study(experiment, hpo, space, steps, place), np.random.default_rng(0)
 
     def objective(trial: optuna.Trial) -> float:
         params = suggest(trial, space)
@@ -194,8 +194,8 @@ def grow(folder: str, run_dir: str, count: int) -> None:
         trial.set_user_attr("fold_epochs", [1] * FOLDS)
         return value
 
-    with Worker(Path(run_dir)) as worker:
-        queue = StudyQueue(known.study, study_storage(Path(run_dir), hpo), worker, hpo, space)
+    with place.worker() as worker:
+        queue = StudyQueue(study, place, worker, hpo, space)
         run_trials(queue, objective, until=math.inf, request=StopRequest(), report=lambda *_: None)
 
 

@@ -16,10 +16,14 @@ USER = "bge"
 
 
 class Postgres:
-    """A server on this machine that asks for a password, with an empty database `studies`."""
+    """A server on this machine that asks for a password, with an empty database `studies`.
 
-    def __init__(self) -> None:
-        self.port = free_port()
+    Args:
+        connections: how many it allows.
+    """
+
+    def __init__(self, connections: int = 100) -> None:
+        self.port, self.connections = free_port(), connections
         # not in a folder that only root can enter: the server does not run as root
         self.folder = Path(tempfile.gettempdir()) / f"postgres-{os.getpid()}-{self.port}"
         self.url = f"postgresql+psycopg://{USER}@127.0.0.1:{self.port}/studies"
@@ -52,7 +56,7 @@ class Postgres:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c max_connections=400"
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c max_connections={self.connections}"
         self._run("pg_ctl", "-D", self._data, "-l", str(self.folder / "log"), "-o", options, "-w", "start")
 
     def stop(self, mode: str = "fast") -> None:

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from lightning_bge.cli.arguments import PlainParser
 from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.storage.proxy import serve_proxy
 from lightning_bge.hpo.storage.url import parse_storage
 
@@ -29,6 +30,7 @@ def run(args: list[str]) -> None:
     for name, most in (("threads", 10_000), ("port", 65535)):
         if not 1 <= getattr(chosen, name) <= most:
             raise ConfigError(f"--{name}: expected 1 to {most}, got {getattr(chosen, name)}")
+    quiet_optuna()
     print(f"serving {url.shown} at {chosen.host}:{chosen.port}; Ctrl-C stops it", flush=True)
     with ThreadPoolExecutor(chosen.threads) as pool:
         serve_proxy(url, chosen.host, chosen.port, pool, chosen.threads, chosen.storage_timeout)
