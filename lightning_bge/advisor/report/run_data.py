@@ -131,7 +131,7 @@ def read_shared_run(url: str, name: str) -> RunData:
         ConfigError: the URL is wrong, or the storage has no such study.
         StudyError: the storage does not answer.
     """
-    loaded = load_shared_study(url, name, Path(name))
+    loaded = load_shared_study(url, name, Path(name), "--storage")
     if loaded is None:
         raise ConfigError(
             f"RUN: {url} has no study {name} of `lightning-bge hpo`. With --storage, RUN is its hpo.study_name"

@@ -35,7 +35,7 @@ def run(args: list[str]) -> None:
             f"dashboard needs the package optuna-dashboard ({error}). Run: pip install 'lightning-bge[dashboard]'"
         ) from None
     folder = Path(".") if chosen.run is None else chosen.run.expanduser()
-    storage = open_study_storage(folder, _storage_of(chosen.run, chosen.storage), "").storage
+    storage = open_study_storage(folder, _storage_of(chosen.run, chosen.storage), "", option="--storage").storage
     print(f"Optuna Dashboard at http://{chosen.host}:{chosen.port}; Ctrl-C stops it", flush=True)
     try:
         dashboard.run_server(storage, host=chosen.host, port=chosen.port)

@@ -31,6 +31,5 @@ def run(args: list[str]) -> None:
         if not 1 <= getattr(chosen, name) <= most:
             raise ConfigError(f"--{name}: expected 1 to {most}, got {getattr(chosen, name)}")
     quiet_optuna()
-    print(f"serving {url.shown} at {chosen.host}:{chosen.port}; Ctrl-C stops it", flush=True)
     with ThreadPoolExecutor(chosen.threads) as pool:
         serve_proxy(url, chosen.host, chosen.port, pool, chosen.threads, chosen.storage_timeout)

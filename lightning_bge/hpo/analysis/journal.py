@@ -69,13 +69,14 @@ def shared_storage_of(run_dir: Path) -> tuple[str, str] | None:
     return (hpo["storage"], hpo.get("study_name") or run_dir.resolve().name) if hpo.get("storage") else None
 
 
-def load_shared_study(url: str, name: str, run_dir: Path) -> LoadedStudy | None:
+def load_shared_study(url: str, name: str, run_dir: Path, option: str = "hpo.storage") -> LoadedStudy | None:
     """Load a study from a storage that machines share.
 
     Args:
         url: of the storage.
         name: of the study.
         run_dir: the run's folder, which need not exist.
+        option: that named the URL, for messages.
 
     Returns:
         As `load_study`.
@@ -84,7 +85,7 @@ def load_shared_study(url: str, name: str, run_dir: Path) -> LoadedStudy | None:
         ConfigError: the URL is wrong.
         StudyError: as `load_study`.
     """
-    place = open_study_storage(run_dir, url, name, patience=READ_PATIENCE)
+    place = open_study_storage(run_dir, url, name, patience=READ_PATIENCE, option=option)
     return _load(place.name or name, place.storage, name, place.workers)
 
 

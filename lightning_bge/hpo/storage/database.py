@@ -99,7 +99,7 @@ def _check_driver(url: StorageURL) -> None:
     driver = scheme.partition("+")[2]
     if importlib.util.find_spec(driver) is None:
         raise ConfigError(
-            f"hpo.storage: {url.shown} needs the package {driver}, which is not installed. "
+            f"{url.option}: {url.shown} needs the package {driver}, which is not installed. "
             f"Run: pip install 'lightning-bge[{DRIVERS[scheme]}]'"
         )
 
@@ -135,7 +135,7 @@ def check_grpc(address: str) -> None:
 
 
 def _open_proxy(url: StorageURL, patience: float, waits: bool) -> RetryingStorage:
-    check_grpc(f"hpo.storage: {url.text}")
+    check_grpc(f"{url.option}: {url.text}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         proxy = optuna.storages.GrpcStorageProxy(host=url.host, port=url.port)
@@ -143,7 +143,7 @@ def _open_proxy(url: StorageURL, patience: float, waits: bool) -> RetryingStorag
         proxy.wait_server_ready(timeout=patience if waits else CONNECT_SECONDS)
     except ConnectionError:
         raise StudyError(
-            f"hpo.storage: no gRPC proxy answers at {url.host}:{url.port}. Start it with `lightning-bge proxy "
+            f"{url.option}: no gRPC proxy answers at {url.host}:{url.port}. Start it with `lightning-bge proxy "
             f"DATABASE --port {url.port}`, or correct the address"
         ) from None
     found = RetryingStorage(proxy, Retries(f"the storage {url.text}", patience))
@@ -161,7 +161,7 @@ def _when_it_answers(url: StorageURL, call: Callable[[], Any], retries: Retries)
         newer = "pip install -U optuna" in str(error)
         fix = "install that version of Optuna" if newer else f"run `optuna storage upgrade --storage {url.shown}`"
         raise StudyError(
-            f"hpo.storage: the tables in {url.shown} are those of another version of Optuna. Either {fix}, or name an "
+            f"{url.option}: the tables in {url.shown} are those of another version of Optuna. Either {fix}, or name an "
             "empty database"
         ) from error
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
@@ -172,10 +172,12 @@ def _describe(url: StorageURL, error: BaseException) -> str:
     cause = error.__cause__ or error
     reason, text = first_line(getattr(cause, "orig", cause)), str(cause)
     if not is_refusal(text):
-        return f"hpo.storage: {url.shown} does not answer: {reason}. Start the database, or correct host and port"
+        return f"{url.option}: {url.shown} does not answer: {reason}. Start the database, or correct host and port"
     if "does not exist" in text or "Unknown database" in text:
-        return f"hpo.storage: {url.shown}: {reason}. Create the database (for PostgreSQL: createdb), or correct the URL"
+        return (
+            f"{url.option}: {url.shown}: {reason}. Create the database (for PostgreSQL: createdb), or correct the URL"
+        )
     return (
-        f"hpo.storage: {url.shown} refuses the login: {reason}. Set the password in the environment variable "
+        f"{url.option}: {url.shown} refuses the login: {reason}. Set the password in the environment variable "
         f"{PASSWORD}, or {PASSWORD_FILE} to a file that holds it, and check the user's name"
     )

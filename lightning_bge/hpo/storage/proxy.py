@@ -31,6 +31,7 @@ def serve_proxy(url: StorageURL, host: str, port: int, pool: ThreadPoolExecutor,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         try:
+            print(f"serving {url.shown} at {host}:{port}; Ctrl-C stops it", flush=True)
             run_grpc_proxy_server(storage, host=host, port=port, thread_pool=pool)
         except RuntimeError as error:  # grpc's "Failed to bind to address"
             raise ConfigError(f"--port: {host}:{port} can't be listened at: {error}. Name another one") from error

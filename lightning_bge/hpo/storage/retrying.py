@@ -27,9 +27,11 @@ def reason_of_outage(error: BaseException) -> str | None:
 
     A refused login is such a one.
     """
-    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
+    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError, TimeoutError
 
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    if isinstance(cause, PendingRollbackError):  # Optuna has caught the first error, and gone on in the transaction
+        cause = cause.__context__ or cause.__cause__
     if isinstance(cause, OperationalError | InterfaceError) or (
         isinstance(cause, DBAPIError) and cause.connection_invalidated
     ):

@@ -93,6 +93,7 @@ def open_study_storage(
     patience: float = PATIENCE,
     worker_timeout: float = WORKER_TIMEOUT,
     waits: bool = False,
+    option: str = "hpo.storage",
 ) -> StudyStorage:
     """Open where a study is kept, or create it.
 
@@ -103,6 +104,7 @@ def open_study_storage(
         patience: seconds for which a storage that does not answer is waited for.
         worker_timeout: seconds without a sign of life, after which a worker elsewhere counts as gone.
         waits: wait also where the storage does not answer from the start.
+        option: that named the URL, for messages.
 
     Raises:
         ConfigError: the URL is wrong, or a package is missing.
@@ -111,5 +113,7 @@ def open_study_storage(
     if url is None:
         return StudyStorage(run_dir, open_storage(run_dir / JOURNAL), FolderWorkers(run_dir, worker_timeout))
     name = name or run_dir.resolve().name
-    storage = open_shared_storage(parse_storage(url), patience=patience, worker_timeout=worker_timeout, waits=waits)
+    storage = open_shared_storage(
+        parse_storage(url, option), patience=patience, worker_timeout=worker_timeout, waits=waits
+    )
     return StudyStorage(run_dir, storage, StorageWorkers(run_dir, storage, name, worker_timeout), name)

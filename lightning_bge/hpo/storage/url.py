@@ -27,12 +27,14 @@ class StorageURL:
     Attributes:
         kind: a `database`, or a `grpc` proxy.
         text: the address, without a password.
+        option: that named it, for messages.
         host: of the proxy.
         port: of the proxy.
     """
 
     kind: Literal["database", "grpc"]
     text: str
+    option: str
     host: str = ""
     port: int = 0
 
@@ -75,7 +77,7 @@ def parse_storage(text: str, option: str = "hpo.storage") -> StorageURL:
         raise ConfigError(f"{option}: expected {EXPECTED}, got {scheme}://...")
     if not url.database:
         raise ConfigError(f"{option}: expected a database at the end, as in {EXPECTED.split(',')[0]}, got {text}")
-    return StorageURL("database", text)
+    return StorageURL("database", text, option)
 
 
 def _parse_proxy(text: str, option: str) -> StorageURL:
@@ -90,7 +92,7 @@ def _parse_proxy(text: str, option: str) -> StorageURL:
         )
     if not parts.hostname or port is None or parts.path.strip("/") or parts.query:
         raise ConfigError(f"{option}: expected grpc://host:port, such as grpc://login-node:13000, got {text}")
-    return StorageURL("grpc", text, parts.hostname, port)
+    return StorageURL("grpc", text, option, parts.hostname, port)
 
 
 def _check_no_password(url: URL, option: str) -> None:

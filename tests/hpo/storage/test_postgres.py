@@ -98,6 +98,28 @@ def test_a_database_that_is_down(server: Postgres) -> None:
     assert "Start the database, or correct host and port" in refused(url)
 
 
+def test_the_program_says_that_the_database_is_down(
+    server: Postgres, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["sample", "S"])
+    capsys.readouterr()
+    url = server.url.replace(str(server.port), str(free_port()))
+    files = ["--model.name_or_path", "S/model", "--data.train_file", "S/train.csv", "--data.test_file", "S/test.csv"]
+    with pytest.raises(SystemExit) as ended:
+        main(["hpo", "-c", str(ROOT / "configs/quickstart.yaml"), *files, "--run_dir", "R", "--hpo.storage", url])
+    assert ended.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightning-bge:")]
+    assert "does not answer: connection failed" in line
+    assert not Path("R").exists()
+
+
+def test_the_port_of_the_proxy_is_taken(server: Postgres, proxy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["proxy", server.url, "--port", proxy.rpartition(":")[2]])
+    assert "can't be listened at" in capsys.readouterr().err
+
+
 def test_a_host_that_does_not_exist(server: Postgres) -> None:
     assert "does not answer" in refused("postgresql+psycopg://me@no-such-host.invalid/studies")
 

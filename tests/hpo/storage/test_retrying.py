@@ -8,7 +8,7 @@ import pytest
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import TrialState
-from sqlalchemy.exc import DataError, OperationalError
+from sqlalchemy.exc import DataError, OperationalError, PendingRollbackError
 
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.storage import retrying
@@ -169,3 +169,10 @@ def test_another_end_of_a_trial_is_an_error_also_after_an_outage(away: Away, sto
 def test_which_errors_are_outages(error: Exception, reason: str | None) -> None:
     found = reason_of_outage(error)
     assert found is None if reason is None else found is not None and found.startswith(reason)
+
+
+def test_an_outage_that_optuna_has_gone_on_after_is_one() -> None:
+    later = PendingRollbackError("Can't reconnect until invalid transaction is rolled back")
+    later.__context__ = AWAY  # as where it is raised while the first one is handled
+    assert reason_of_outage(internal_error(later)) == "connection refused"
+    assert reason_of_outage(internal_error(PendingRollbackError("without an outage"))) is None
