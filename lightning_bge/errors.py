@@ -18,3 +18,7 @@ class DataError(UserError):
 
 class StudyError(UserError):
     """A run folder holds something else than the command asks for."""
+
+
+class LocationError(UserError):
+    """A location of files, such as a bucket, can't be reached, or does not allow what is needed."""

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.storage.database import check_answers
+from lightning_bge.hpo.storage.files import check_files, study_files
 from lightning_bge.hpo.storage.url import parse_storage
 from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.memory_saving.lora import LoRAConfig
@@ -24,6 +26,7 @@ from lightning_bge.models.metrics.computable import check_computable
 from lightning_bge.models.model_size import ModelSize, check_model, measure_model
 from lightning_bge.models.output.export import check_replaceable
 from lightning_bge.runtime.cache_dir import default_cache_dir
+from lightning_bge.runtime.locations import RemotePath
 from lightning_bge.runtime.paths import check_folder, check_output, nearest_folder
 from lightning_bge.runtime.units import format_bytes
 from lightning_bge.types import Schema
@@ -45,7 +48,7 @@ def preflight(
     hpo: StudyConfig | None = None,
     outputs: Mapping[str, str | None] | None = None,
 ) -> None:
-    """Check all that a command will need; nothing is written, and no weights are read.
+    """Check all that a command will need; nothing is kept that is written, and no weights are read.
 
     The data are read and tokenized where the command trains, and the test file is read. What is slow comes last.
 
@@ -63,6 +66,8 @@ def preflight(
     if command == "hpo" and hpo is not None and hpo.storage is not None:
         check_answers(parse_storage(hpo.storage))
     _check_paths(command, experiment, outputs or {})
+    if command == "hpo" and hpo is not None and hpo.files is not None:
+        check_files(hpo.files)
     model = experiment.config["model"]
     check_model(model["name_or_path"], revision=model["revision"], trust_remote_code=model["trust_remote_code"])
     if command == "fit":
@@ -220,8 +225,17 @@ def _check_room_of_study(experiment: Experiment, hpo: StudyConfig, sizes: list[M
     checkpoint, model = max(size.checkpoint for size in sizes), max(size.exported for size in sizes)
     models = (experiment.datamodule.num_folds if hpo.ensemble else 1) if hpo.refit else 0
     exported = f" and {models} exported model{'s' * (models > 1)}" * bool(models)
-    text = f"two checkpoints of a trial ({format_bytes(checkpoint)} each){exported}"
-    free = _check_room(experiment.run_dir, 2 * checkpoint + models * model, text)
+    run_dir, two = experiment.run_dir, f"two checkpoints of a trial ({format_bytes(checkpoint)} each)"
+    files = study_files(hpo.files, run_dir)
+    if files == run_dir:
+        free = _check_room(run_dir, 2 * checkpoint + models * model, two + exported)
+    else:
+        _check_room(run_dir, models * model, "exported models")
+        if isinstance(files, RemotePath):  # a checkpoint passes through a temporary file
+            text = "checkpoints of trials, one at a time,"
+            _check_room(Path(tempfile.gettempdir()), checkpoint, text, "TMPDIR")
+            return
+        free = _check_room(files, 2 * checkpoint, two, "hpo.files")
     limit = hpo.pruner.paused_gb
     room = free / 4 if limit is None else limit * 2**30
     if hpo.pruner.name == "asha" and limit != 0 and room < checkpoint:
@@ -232,8 +246,8 @@ def _check_room_of_study(experiment: Experiment, hpo: StudyConfig, sizes: list[M
         )
 
 
-def _check_room(run_dir: Path, needed: int, text: str) -> int:
-    """Free bytes for a run folder, what it holds already counted as free.
+def _check_room(run_dir: Path, needed: int, text: str, option: str = "run_dir") -> int:
+    """Free bytes for the folder of an option, what it holds already counted as free.
 
     Raises:
         ConfigError: they are fewer than are needed.
@@ -243,8 +257,8 @@ def _check_room(run_dir: Path, needed: int, text: str) -> int:
     free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in held if path.is_file())
     if free < needed:
         raise ConfigError(
-            f"run_dir: {text} need {format_bytes(needed)}, but {format_bytes(free)} are free in {folder}. Free some "
-            "space, or name a run_dir on another disk"
+            f"{option}: {text} need {format_bytes(needed)}, but {format_bytes(free)} are free in {folder}. Free some "
+            f"space, or name a {option} on another disk"
         )
     return free
 

@@ -68,6 +68,7 @@ class StudyOptions(TypedDict, total=False):
     calibration: Literal["temperature"] | None
     ensemble: bool
     outer_folds: int | None
+    files: str | None
     encoder_cache_gb: float | None
     monitor: MonitorConfig | dict[str, Any]
     compile: CompileConfig | dict[str, Any]

@@ -11,6 +11,7 @@ from lightning_bge.advisor.plan.config import GivenFigures, PlanConfig
 from lightning_bge.advisor.plan.plan import Plan, make_plan
 from lightning_bge.advisor.report.report import write_report
 from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.hpo.finish.published import publish_report
 from lightning_bge.hpo.outer_folds import run_studies
 from lightning_bge.hpo.ranking import ranked, score_of
 from lightning_bge.models.classifier import BGEClassifier
@@ -47,10 +48,13 @@ class TuneResult:
         return value
 
     @property
-    def model_dir(self) -> Path | None:
-        """The folder of the exported model, or of the fold models with `ensemble`; None without a refit."""
-        folder = None if self.summary is None else self.summary["model_dir"]
-        return None if folder is None else Path(folder)
+    def model_dir(self) -> Path | str | None:
+        """The folder of the exported model, or of the fold models with `ensemble`; None without a refit.
+
+        A URL, as text, where another machine has exported it, and `files` is one.
+        """
+        folder: str | None = None if self.summary is None else self.summary["model_dir"]
+        return folder if folder is None or "://" in folder else Path(folder)
 
     @property
     def trials(self) -> Any:
@@ -130,7 +134,9 @@ def tune(
         preflight("hpo", experiment, hpo)
         study, summary = run_studies(experiment, hpo)
         if summary is not None:
-            print(f"  {write_report(Path(run_dir)).name:<14}the whole study on one page, for a browser")
+            report = write_report(Path(run_dir))
+            publish_report(report, hpo.files)
+            print(f"  {report.name:<14}the whole study on one page, for a browser")
         return TuneResult(study, Path(run_dir), summary)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from lightning_bge.hpo.space.search_space import parse_space, spec_of
 from lightning_bge.hpo.storage.journal import open_storage
 from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.models.classifier import BGEClassifier
+from lightning_bge.runtime.locations import file_sizes
 from lightning_bge.trainer import BGETrainer
 from lightning_bge.tuning import TuneResult, tune
+from tests.helpers.memory_location import memory_location
 from tests.helpers.small_search import write_files
 
 SPACE = {
@@ -150,6 +153,39 @@ def test_the_same_call_continues_and_another_study_is_refused(
     assert more.model_dir is None
     with pytest.raises(StudyError, match=r"seed_everything: 42 in the folder, 1 requested\n.*Name another run_dir"):
         short(model, data, tmp_path, seed=1)
+
+
+def test_another_machine_finds_the_results_where_the_files_are_and_refits_nothing(
+    model: BGEClassifier, data: TextDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, options = memory_location(), {"n_trials": 3, "max_epochs": 2, "refit": True, "seed_replicates": 1}
+    folder, elsewhere, other = (tmp_path / name / "study" for name in ("one", "two", "three"))
+    usual = short(model, data, folder, **options)
+    found = short(model, data, elsewhere, files=str(at), **options)
+    assert outcome(found.study.trials) == outcome(usual.study.trials)
+    assert found.summary is not None
+    for name, value in (usual.summary or {}).items():
+        if name not in ("wall_seconds", "model_dir"):
+            assert found.summary[name] == value, name
+    names = ("summary.json", "best.yaml", "trials.csv", "oof.csv", "report.html", "run.json", "config.yaml")
+    assert {*names, "model/model.safetensors", "files.id"} <= file_sizes(at).keys()
+    assert file_sizes(elsewhere / "model") == file_sizes(at / "model")
+    assert not {path.name for path in elsewhere.iterdir()} & {"oof", "predictions", "checkpoints", "files.id"}
+    # the journal stands for a database, which all machines reach
+    other.mkdir(parents=True)
+    shutil.copy(elsewhere / "journal.log", other)
+    monkeypatch.setattr(BGETrainer, "fit", pytest.fail)
+    again = short(model, data, other, files=str(at), **options)
+    assert again.summary == {"schema_version": 1, **found.summary, "model_dir": f"{at}/model"}
+    assert again.model_dir == f"{at}/model"
+    for name in ("best.yaml", "trials.csv", "oof.csv"):
+        assert (other / name).read_text() == (elsewhere / name).read_text()
+    assert not (other / "model").exists()
+    published = {name: (at / name).read_text() for name in ("summary.json", "config.yaml")}
+    assert json.loads(published["summary.json"])["model_dir"] == f"{at}/model"
+    assert yaml.safe_load(published["config.yaml"])["hpo"]["files"] == str(at)
+    with pytest.raises(StudyError, match=r"does not see the files.*Share the run folder, or set files to"):
+        short(model, data, other, **options)
 
 
 def test_a_changed_space_begins_another_study_with_the_trials_that_fit(

@@ -14,7 +14,10 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.classifier import BGEClassifier
+from lightning_bge.runtime.locations import file_sizes
+from lightning_bge.runtime.run_folder import write_text
 from lightning_bge.tuning import plan
+from tests.helpers.memory_location import memory_location
 from tests.helpers.small_search import write_files
 
 SPACE = {
@@ -84,7 +87,11 @@ def test_the_prediction_is_that_of_the_command_line(
 def test_a_measurement_leaves_the_templates_and_the_disk_as_they_were(
     model: BGEClassifier, data: TextDataModule, tmp_path: Path
 ) -> None:
-    found = plan(model, data, SPACE, config={"seconds": 1.0}, run_dir=tmp_path / "study", n_trials=4, trainer=FAST)
+    at = memory_location()
+    write_text(at / "oof" / "99.safetensors", "of the planned study, which is going on")
+    options: dict[str, Any] = {"n_trials": 4, "trainer": FAST, "files": str(at)}
+    found = plan(model, data, SPACE, config={"seconds": 1.0}, run_dir=tmp_path / "study", **options)
+    assert file_sizes(at).keys() == {"oof/99.safetensors"}
     assert found.calibration.took > 0
     assert found.prediction.low <= found.prediction.mid <= found.prediction.high
     assert model.net is None

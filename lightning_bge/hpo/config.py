@@ -11,6 +11,7 @@ from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.storage.study_storage import PATIENCE
 from lightning_bge.hpo.storage.url import parse_storage
 from lightning_bge.hpo.storage.workers import WORKER_TIMEOUT
+from lightning_bge.runtime.locations import check_location
 
 PREDICTIONS = "predictions"  # folder in the run folder: the logits of all validations
 BASELINE = "-baseline"  # suffix of the name of the study of the configured options
@@ -73,6 +74,10 @@ class StudyConfig:
             on the rows outside of it, and its exported model is scored once on the rows of the outer fold; then the
             study on all rows gives the winner and the exported model. The score is not optimistic, and costs about
             (outer_folds + 1) times the hours. Not with data.val_file. null: none.
+        files: where the processes of a study keep what they share: checkpoints of trials, predictions, tracebacks, and
+            at the end the results. A folder that all of them mount, or a URL of fsspec such as s3://bucket/run or
+            gs://bucket/run, for which its package (s3fs, gcsfs) has to be installed. Its keys and passwords come from
+            the environment or from files, and are refused in the URL. null: the run folder.
         encoder_cache_gb: memory for encoders that a study keeps so that each is read once: the one in use, and others
             in the host's memory, of which the least recently used is dropped first. In units of 2**30
             bytes; 0: the one in use alone. null: that too, unless model.name_or_path is searched; then a quarter of the
@@ -113,6 +118,7 @@ class StudyConfig:
     ensemble: bool = False
     predictions_gb: float = 1.0
     outer_folds: int | None = None
+    files: str | None = None
     encoder_cache_gb: float | None = None
     storage: str | None = None
     study_name: str | None = None
@@ -131,6 +137,8 @@ class StudyConfig:
             )
         if self.encoder_cache_gb is not None and not 0 <= self.encoder_cache_gb < math.inf:
             raise ConfigError(f"hpo.encoder_cache_gb: expected 0 or more, or null, got {self.encoder_cache_gb}")
+        if self.files is not None:
+            check_location("hpo.files", self.files)
         if not 0 <= self.predictions_gb < math.inf:
             raise ConfigError(f"hpo.predictions_gb: expected 0 or more, got {self.predictions_gb}")
         if self.seed_replicates is not None and self.seed_replicates < 0:

@@ -1,6 +1,6 @@
 """What a study varies: the options of its trials, and the objects that are made of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.micro_batch.finder import MemoryConfig
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.config import OUTER_FOLDS, StudyConfig
 from lightning_bge.hpo.space.comparable import check_searchable, check_validation
 from lightning_bge.hpo.space.parameter_sets import (
     complete_parameter_set,
@@ -30,17 +30,18 @@ from lightning_bge.runtime.option_errors import describe_option_error
 FOR_INNER_STUDIES: dict[str, Any] = {"outer_folds": None, "refit": True, "baseline": False}
 
 
-def inner_options(storage: str | None, study_name: str | None, run_dir: Path, fold: int) -> dict[str, Any]:
-    """Options of `hpo` of the inner study of an outer fold, which needs a name of its own in a shared storage.
+def inner_options(hpo: Mapping[str, Any], run_dir: Path, fold: int) -> dict[str, Any]:
+    """Options of `hpo` of the inner study of an outer fold, with a name and a location of files of its own.
 
     Args:
-        storage: `hpo.storage`.
-        study_name: `hpo.study_name`.
-        run_dir: the folder of the whole run.
+        hpo: the options of the whole run.
+        run_dir: its folder.
         fold: number of the outer fold.
     """
+    storage, study_name, files = hpo["storage"], hpo["study_name"], hpo["files"]
     name = None if storage is None else f"{study_name or run_dir.resolve().name}-outer-fold-{fold}"
-    return {**FOR_INNER_STUDIES, "study_name": name}
+    inner = None if files is None else f"{files.rstrip('/')}/{OUTER_FOLDS}/{fold}"
+    return {**FOR_INNER_STUDIES, "study_name": name, "files": inner}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,7 @@ class Experiment:
             found = self.plain(config)
             hpo = found["hpo"]
             # what a worker that joins it reads
-            return {**found, "hpo": {**hpo, **inner_options(hpo["storage"], hpo["study_name"], self.run_dir, fold)}}
+            return {**found, "hpo": {**hpo, **inner_options(hpo, self.run_dir, fold)}}
 
         datamodule = self.create(config).datamodule
         return replace(self, config=config, plain=plain, datamodule=datamodule, run_dir=run_dir)

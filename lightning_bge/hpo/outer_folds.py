@@ -55,7 +55,7 @@ def run_studies(experiment: Experiment, hpo: StudyConfig, *, run: RunStudy = run
     for number, one in enumerate(inner):
         print(f"\nouter fold {number + 1} of {hpo.outer_folds}: {one.run_dir}", flush=True)
         timeout = _timeout(hpo.timeout, n_studies, number, time.monotonic() - start)
-        options = inner_options(hpo.storage, hpo.study_name, experiment.run_dir, number)
+        options = inner_options(vars(hpo), experiment.run_dir, number)
         _, summary = run(one, replace(hpo, **options, timeout=timeout), joins=joins)
         if summary is None:
             return study, None

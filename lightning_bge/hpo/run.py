@@ -13,6 +13,7 @@ from lightning_bge.hpo.config import BEST, PREDICTIONS, StudyConfig
 from lightning_bge.hpo.evaluation.nested import finish_nested
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.finish.baseline import run_baseline
+from lightning_bge.hpo.finish.published import publish_results
 from lightning_bge.hpo.finish.refit import check_end
 from lightning_bge.hpo.finish.results import describe_study, finish_study
 from lightning_bge.hpo.finish.seed_replicates import run_seed_replicates
@@ -22,11 +23,11 @@ from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.pruning.config import build_pruner
 from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.scheduling.trial_loop import run_trials
-from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.space.draw import check_grid, n_parameter_sets, space_size
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, parse_space
 from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.storage.files import join_files
 from lightning_bge.hpo.storage.study_storage import StudyStorage
 from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.hpo.study import open_study, study_storage
@@ -101,6 +102,7 @@ def prepare_study(
             worker="" if worker is None else worker.id,
             versions=versions,
         )
+        join_files(study, hpo.files, run_dir)
         other = other_versions(study, versions)
         if worker is not None:
             worker.other_versions = other
@@ -146,9 +148,9 @@ def run_hpo(
             monitor=experiment.monitor,
             steps=steps,
             files=TrialFiles(
-                out_of_fold=run_dir / "oof",
-                checkpoints=run_dir / CHECKPOINTS,
-                predictions=run_dir / PREDICTIONS,
+                out_of_fold=queue.files / "oof",
+                checkpoints=queue.checkpoints,
+                predictions=queue.files / PREDICTIONS,
                 predictions_limit=round(hpo.predictions_gb * 2**30),
             ),
             n_trials=queue.n_trials,
@@ -224,6 +226,7 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
             nested=nested,
             request=request,
         )
+        publish_results(queue.run_dir, queue.files)
         if queue.place.name is not None and queue.study.user_attrs.get(SUMMARY) != summary:
             queue.study.set_user_attr(SUMMARY, summary)  # for readers on other machines
     print(describe_study(queue.run_dir, summary))

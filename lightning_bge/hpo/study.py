@@ -21,6 +21,7 @@ from lightning_bge.hpo.space.draw import n_parameter_sets
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, is_drawn, parse_space, space_to_json
 from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.storage.files import FILES
 from lightning_bge.hpo.storage.study_storage import StudyStorage, open_study_storage
 from lightning_bge.hpo.storage.workers import end_lost_trials
 from lightning_bge.hpo.trials import COMPUTED_WITH, NOT_TRAINED
@@ -202,6 +203,8 @@ def _take_over(
     name, known = f"{names[0]}{SPACE}{begun + 1}", old.user_attrs
     optuna.create_study(storage=storage, study_name=name, directions=old.directions)
     study_id, same_steps = storage.get_study_id_from_name(name), known.get("steps") == steps
+    if FILES in known:
+        storage.set_study_user_attr(study_id, FILES, known[FILES])
     for trial in old.get_trials(deepcopy=False):
         storage.create_new_trial(study_id, _fitted(trial, space, known.get("settings", {}), configured, same_steps))
     return name

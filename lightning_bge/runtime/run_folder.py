@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from lightning_bge.errors import StudyError
+from lightning_bge.runtime.locations import Location, RemotePath
 
 SCHEMA_VERSION = 1
 PACKAGES = ("lightning-bge", "torch", "lightning", "transformers", "tokenizers", "optuna", "torchmetrics", "numpy")
@@ -27,13 +28,30 @@ def create_run_dir(path: str | Path) -> Path:
     return folder
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+def create_folder(place: Location) -> None:
+    """As `create_run_dir`; an object store has no folders."""
+    if isinstance(place, Path):
+        create_run_dir(place)
+
+
+def write_atomically(path: Location, write: Callable[[Path], Any]) -> None:
     """Write a file through a draft beside it, so that a kill or a full disk leaves the old one as it was.
+
+    What is not on this machine is uploaded from a temporary file, which an object store takes whole or not at all.
 
     Args:
         path: the file.
         write: called with the path of the draft, which only its owner can read.
+
+    Raises:
+        OSError: the disk is full, or the folder can't be written.
+        LocationError: the location can't be written.
     """
+    if isinstance(path, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="lightning-bge-") as folder:
+            write(Path(folder, path.name))
+            path.upload(Path(folder, path.name))
+        return
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(handle)
     draft = Path(name)
@@ -47,12 +65,12 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Location, text: str) -> None:
     """Write a text in UTF-8, as `write_atomically` does."""
     write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8", newline=""))
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Location, content: dict[str, Any]) -> None:
     """Write JSON with a schema version, the one in `content` if it has one, as `write_text` does."""
     write_text(path, json_text(content))
 
@@ -62,7 +80,7 @@ def json_text(content: dict[str, Any]) -> str:
     return json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=2) + "\n"
 
 
-def read_json(path: Path, schema_version: int = SCHEMA_VERSION) -> dict[str, Any] | None:
+def read_json(path: Location, schema_version: int = SCHEMA_VERSION) -> dict[str, Any] | None:
     """Read what `write_json` wrote; None where there is no such file, or one of another schema version.
 
     Raises:
@@ -83,7 +101,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_mapping(folder / "config.yaml", yaml.safe_load)
 
 
-def _read_mapping(path: Path, load: Callable[[str], Any]) -> dict[str, Any]:
+def _read_mapping(path: Location, load: Callable[[str], Any]) -> dict[str, Any]:
     try:
         content = load(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from lightning_bge import preflight as preflight_module
 from lightning_bge.data.datamodule import TextDataModule
@@ -49,6 +50,32 @@ def refused(run: Run, args: list[str], message: str) -> None:
 def other_columns(path: Path) -> str:
     path.write_text("text,lbl\na,1\nb,0\n")
     return str(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ("oss://bucket/run", "hpo.files: oss:// needs another package: Install ossfs"),
+        ("s3://key:planted-secret@bucket/run", "hpo.files: expected a URL without a password, key or token"),
+        ("s3:/bucket", "hpo.files: expected a folder, or a URL like s3://bucket/folder"),
+        ("file", "hpo.files: "),
+        ("memory://read-only/run", "memory://read-only/run/"),
+    ],
+)
+def test_a_location_of_files_that_can_not_be_used_is_found_before_the_data_are_read(
+    run: Run, search: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: str, message: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", fail)
+    monkeypatch.setattr(TextDataModule, "setup", fail)
+    if files == "file":
+        (tmp_path / "file").touch()
+        files = str(tmp_path / "file")
+    refused(run, [*search, "--hpo.files", files], message)
+    assert "planted-secret" not in "".join(run(*search, "--hpo.files", files)[1:])
+    assert not (tmp_path / "study").exists()
 
 
 @pytest.mark.parametrize("command", ["fit", "hpo"])
@@ -181,6 +208,12 @@ def test_a_full_disk_is_found_before_training(
     (tmp_path / "study" / "checkpoints").mkdir(parents=True)
     (tmp_path / "study" / "checkpoints" / "last.ckpt").write_bytes(b"0" * 50_000)
     refused(run, fit, "but 146.5 KiB are free")
+    # checkpoints elsewhere: one at a time in a temporary file, or two in the other folder
+    monkeypatch.setattr(preflight_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=80_000))
+    text = "TMPDIR: checkpoints of trials, one at a time, need 86.1 KiB, but 78.1 KiB are free"
+    refused(run, [*search, "--hpo.files", "memory://bucket/run"], text)
+    text = f"hpo.files: two checkpoints of a trial (86.1 KiB each) need 172.1 KiB, but 78.1 KiB are free in {tmp_path}"
+    refused(run, [*search, "--hpo.files", str(tmp_path / "other")], text)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,13 @@ from lightning_bge.hpo import outer_folds
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.outer_folds import run_studies
+from lightning_bge.hpo.trial.outer_fold import OUTER_ROWS
 from lightning_bge.models.classifier import BGEClassifier
+from lightning_bge.runtime.locations import file_sizes
 from lightning_bge.runtime.run_folder import create_run_dir
 from lightning_bge.trainer import BGETrainer
 from lightning_bge.tuning import TuneResult, tune
+from tests.helpers.memory_location import memory_location
 from tests.helpers.small_search import write_files
 
 SPACE = {"model.optimizer.lr": FloatDistribution(1e-4, 1e-2, log=True)}
@@ -37,14 +41,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_files(tmp_path_factory.mktemp("nested"))
 
 
-def nested(files: Path, run_dir: Path, **changes: Any) -> TuneResult:
+def nested(folder: Path, run_dir: Path, **changes: Any) -> TuneResult:
     options: dict[str, Any] = {"n_trials": 1, "max_epochs": 1, "outer_folds": 2, **changes}
     options = {"pruner": {"name": "none"}, "baseline": False, **options}
-    paths = {"train_file": str(files / "train.csv"), "cache_dir": str(files / "cache"), **options.pop("paths", {})}
+    paths = {"train_file": str(folder / "train.csv"), "cache_dir": str(folder / "cache"), **options.pop("paths", {})}
     split = options.pop("split", {"folds": 2})
-    data = TextDataModule(str(files / "model"), **paths, max_length=32, batch_size=8, split=split)
+    data = TextDataModule(str(folder / "model"), **paths, max_length=32, batch_size=8, split=split)
     trainer = {"precision": "32-true", "accelerator": "cpu"}
-    return tune(BGEClassifier(str(files / "model")), data, SPACE, run_dir=run_dir, trainer=trainer, **options)
+    return tune(BGEClassifier(str(folder / "model")), data, SPACE, run_dir=run_dir, trainer=trainer, **options)
 
 
 class Fits:
@@ -135,6 +139,28 @@ def test_a_stopped_inner_study_is_continued_and_a_finished_one_is_not_repeated(
     again = nested(files, tmp_path / "study")
     assert fits.begun == 3 * FITS + 1
     assert again.summary == {"schema_version": 1, **(found.summary or {})}
+
+
+def test_a_machine_with_a_run_folder_of_its_own_finds_the_results_of_all_studies(
+    files: Path, tmp_path: Path, uninterrupted: Path, fits: Fits
+) -> None:
+    at, here, there = memory_location(), tmp_path / "here" / "study", tmp_path / "there" / "study"
+    found = nested(files, here, files=str(at))
+    assert results(found.run_dir) == results(uninterrupted)
+    for name in (".", "outer_folds/0", "outer_folds/1"):  # as if the journals were a database
+        (there / name).mkdir(parents=True)
+        shutil.copy(here / name / "journal.log", there / name)
+    again, begun = nested(files, there, files=str(at)), fits.begun
+    assert begun == 3 * FITS
+    assert again.summary is not None
+    assert again.summary["nested"] == (found.summary or {})["nested"]
+    assert (there / "nested.csv").read_text() == (here / "nested.csv").read_text()
+    published = file_sizes(at)
+    for inner in ("outer_folds/0", "outer_folds/1"):
+        assert {f"{inner}/{name}" for name in ("files.id", "summary.json", OUTER_ROWS)} <= published.keys()
+        assert not {path.name for path in (there / inner).iterdir()} & {"oof", "checkpoints", "model"}
+    options = yaml.safe_load((here / "outer_folds" / "1" / "config.yaml").read_text())
+    assert options["hpo"]["files"] == f"{at}/outer_folds/1"
 
 
 def test_nested_cross_validation_can_follow_a_finished_study_and_scores_models_even_without_a_refit_at_the_end(

@@ -273,7 +273,7 @@ class ShortStudy:
         folder: Path,
     ) -> None:
         self.build, self.refit, self._encoder, self._folder = build, hpo.refit, encoder, folder / "study"
-        self._planned = hpo
+        self._planned = replace(hpo, files=None)  # nothing of this study is to get among the files of the planned one
         self.timer = StepTimer()
         self._steps, self._pauses = 2, hpo.pruner.name == "asha"
         # one epoch before a pause and two after it, so that one epoch follows another

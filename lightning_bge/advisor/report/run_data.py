@@ -13,6 +13,7 @@ from lightning_bge.hpo.analysis.history import History, history_of
 from lightning_bge.hpo.analysis.hours import time_left
 from lightning_bge.hpo.analysis.journal import SUMMARY, load_shared_study, load_study
 from lightning_bge.hpo.forecast.eta import Eta
+from lightning_bge.hpo.storage.files import FILES
 from lightning_bge.hpo.trials import N_TRIALS
 from lightning_bge.models.metrics.names import metric_name
 from lightning_bge.runtime.run_folder import read_config, read_json
@@ -139,6 +140,7 @@ def read_shared_run(url: str, name: str) -> RunData:
     known = loaded.study.user_attrs
     methods = known["methods"]
     hpo = {"n_trials": known.get(N_TRIALS), "pruner": methods["hpo.pruner"], "sampler": methods["hpo.sampler"]}
+    hpo["files"] = known.get(FILES, {}).get("location")
     return RunData(
         path=Path(name),
         history=history_of(*loaded, hpo),

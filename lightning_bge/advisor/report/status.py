@@ -18,7 +18,9 @@ from lightning_bge.hpo.analysis.history import History, PastTrial
 from lightning_bge.hpo.analysis.hours import StudyClock, hours_saved
 from lightning_bge.hpo.config import OUTER_FOLDS
 from lightning_bge.hpo.forecast.eta import Eta
+from lightning_bge.hpo.storage.files import study_files
 from lightning_bge.hpo.trials import FAILURES
+from lightning_bge.runtime.locations import file_sizes
 
 MAX_RUNNING = 10  # running trials that are listed
 MAX_ENDED = 5  # ended trials that are listed
@@ -28,12 +30,13 @@ MAX_METRICS = 6  # values of an epoch that are listed
 def describe_failures(run: RunData) -> str:
     """Why each trial of a study has failed: its error, its hyperparameters, and where its traceback is."""
     trials = () if run.history is None else (*run.history.trials, *run.history.seed_replicates)
-    lines: list[str] = []
+    folder = study_files((run.config.get("hpo") or {}).get("files"), run.path) / FAILURES
+    names, lines = sorted(file_sizes(folder)), list[str]()
     for trial in trials:
         if trial.outcome in ("failed", "interrupted", "left out"):
             lines.append(f"trial {trial.number} {trial.outcome}: {trial.note or 'no reason is recorded'}")
             lines += [f"  {name}: {value}" for name, value in trial.params.items()]
-            lines += [f"  {path}" for path in sorted((run.path / FAILURES).glob(f"*-trial-{trial.number}.txt"))]
+            lines += [f"  {folder / name}" for name in names if name.endswith(f"-trial-{trial.number}.txt")]
     return "\n".join(lines or ["no trial has failed"])
 
 
@@ -74,7 +77,7 @@ def _describe_nested(run: RunData) -> list[str]:
     n_outer_folds = (run.config.get("hpo") or {}).get("outer_folds")
     if n_outer_folds is None:
         return []
-    folder = run.path / OUTER_FOLDS
+    folder = study_files(run.config["hpo"].get("files"), run.path) / OUTER_FOLDS
     ended = sum((folder / str(k) / "summary.json").is_file() for k in range(n_outer_folds))
     return [f"nested     {ended} of {n_outer_folds} inner studies have results, in {folder}"]
 

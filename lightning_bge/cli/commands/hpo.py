@@ -8,6 +8,7 @@ from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.search_options import add_hpo, check_one_device, starting_again
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
+from lightning_bge.hpo.finish.published import publish_report
 from lightning_bge.hpo.finish.results import describe_study
 from lightning_bge.hpo.outer_folds import Found, run_studies
 from lightning_bge.hpo.progress import Progress
@@ -35,7 +36,9 @@ def run(args: list[str]) -> None:
         run = run_hpo if len(workers) == 1 else partial(_run_pool, workers)
         _, summary = run_studies(cli.experiment, cli.config_init.hpo, run=run)
         if summary is not None:
-            print(f"  {write_report(cli.run_dir).name:<14}the whole study on one page, for a browser")
+            report = write_report(cli.run_dir)
+            publish_report(report, cli.config_init.hpo.files)
+            print(f"  {report.name:<14}the whole study on one page, for a browser")
 
 
 def _run_pool(workers: list[Slot], experiment: Experiment, hpo: StudyConfig, *, joins: bool) -> Found:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from lightning_bge.models.output.calibration import (
 )
 from lightning_bge.models.output.inference import encode_texts
 from lightning_bge.models.output.output_layer import find_output_layer
+from lightning_bge.runtime.locations import Location
 from lightning_bge.types import Task
 
 FIGURES = {
@@ -54,7 +54,7 @@ class Calibration:
         return {"method": "temperature", **vars(self)}
 
 
-def calibrate_out_of_fold(path: Path, task: Task) -> Calibration:
+def calibrate_out_of_fold(path: Location, task: Task) -> Calibration:
     """Fit the temperature on the out-of-fold predictions, and judge temperatures on rows they were not fitted on.
 
     Args:

@@ -27,7 +27,7 @@ class EndQueue(TrialQueue):
             pruner=optuna.pruners.NopPruner(),
             load_if_exists=True,
         )
-        super().__init__(study, studies.place, studies.worker, studies.config, studies.checkpoints / folder)
+        super().__init__(study, studies.place, studies.worker, studies.config, folder)
 
     def check_failures(self, tries: Tries) -> None:
         """One that fails counts as one without a value, and the study ends all the same."""

@@ -23,11 +23,13 @@ from lightning_bge.hpo.finish import baseline as baselines
 from lightning_bge.hpo.finish import seed_replicates
 from lightning_bge.hpo.finish.calibration import calibrate_out_of_fold
 from lightning_bge.hpo.finish.ensemble import export_ensemble
+from lightning_bge.hpo.finish.published import fetch_results
 from lightning_bge.hpo.finish.refit import Winner, refit
 from lightning_bge.hpo.finish.seed_replicates import SeedReplicates, describe_seed_replicates
 from lightning_bge.hpo.progress import count, ended_early, finished
 from lightning_bge.hpo.ranking import cost_of, front, ranked, score_of
 from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.storage.files import study_files
 from lightning_bge.hpo.trial.objective import Build, TrialSetup
 from lightning_bge.hpo.trial.out_of_fold import (
     OutOfFold,
@@ -53,6 +55,7 @@ from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.models.metrics.constants import majority_baseline, warn_of_constants
 from lightning_bge.models.metrics.names import HAS_THRESHOLD
 from lightning_bge.models.output.prediction_file import write_predictions
+from lightning_bge.runtime.locations import Location, local_folder
 from lightning_bge.runtime.run_folder import read_json, write_json, write_text
 from lightning_bge.runtime.stop import StopRequest
 from lightning_bge.types import Schema, Task
@@ -100,13 +103,14 @@ def finish_study(
     setup = build(best.params)
     key = _key(study, best, config, setup.datamodule.test_file, replicates)
     baseline_score = None if baseline is None else score_of(baseline[0])
-    known = _known_summary(run_dir, key, nested)
+    files = study_files(config.files, run_dir)
+    known = _known_summary(run_dir, files, key, nested)
     if known is not None and known["baseline"] == baseline_score:
         return known
     schema = setup.datamodule.schema
     assert schema is not None
-    drop_predictions(study, run_dir / "oof")
-    path = predictions_file(run_dir / "oof", best.number)
+    drop_predictions(study, files / "oof")
+    path = predictions_file(files / "oof", best.number)
     calibration = None if config.calibration is None else calibrate_out_of_fold(path, schema.task)
     temperature = 1.0 if calibration is None else calibration.temperature
     oof = judge_out_of_fold(path, schema, monitor, temperature)
@@ -121,7 +125,7 @@ def finish_study(
         winner = Winner(trial=best, build=build, epochs=epochs, schema=schema, temperature=temperature, request=request)
         summary |= export_ensemble(winner, run_dir) if config.ensemble else refit(winner, config, run_dir)
     # last: the model is exported by then, whatever the estimate of a large study takes
-    summary["estimate"] = _estimate(study, run_dir, monitor, schema.task, oof, replicates, baseline, best)
+    summary["estimate"] = _estimate(study, files / PREDICTIONS, monitor, schema.task, oof, replicates, baseline, best)
     write_json(run_dir / "summary.json", summary)
     return summary
 
@@ -144,10 +148,18 @@ def _key(
     }
 
 
-def _known_summary(run_dir: Path, key: dict[str, Any], nested: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The summary that is there, if it was made of the same; the nested cross-validation is added to it."""
+def _known_summary(
+    run_dir: Path, files: Location, key: dict[str, Any], nested: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """The summary that is there, if it was made of the same; the nested cross-validation is added to it.
+
+    One that another machine has published is fetched with its results.
+    """
     known: dict[str, Any] | None = read_json(run_dir / "summary.json")
-    if known is None or any(known.get(name) != value for name, value in key.items()):
+    if files != run_dir and not _is_of(known, key) and _is_of(read_json(files / "summary.json"), key):
+        fetch_results(files, run_dir)
+        known = read_json(run_dir / "summary.json")
+    if known is None or not _is_of(known, key):
         return None
     if nested is not None and known.get("nested") != nested:
         known["nested"] = nested
@@ -155,9 +167,14 @@ def _known_summary(run_dir: Path, key: dict[str, Any], nested: dict[str, Any] | 
     return known
 
 
+def _is_of(summary: dict[str, Any] | None, key: dict[str, Any]) -> bool:
+    """Whether there is a summary, and it was made of this."""
+    return summary is not None and all(summary.get(name) == value for name, value in key.items())
+
+
 def _estimate(
     study: optuna.Study,
-    run_dir: Path,
+    predictions: Location,
     monitor: MonitorConfig,
     task: Task,
     oof: OutOfFold,
@@ -168,19 +185,20 @@ def _estimate(
     """What the rows that did not choose the winner say about it (`evaluation.estimate`); None for loss and classes."""
     if monitor.metric == "loss" or isinstance(monitor.metric, dict):
         return None
-    folder, steps = run_dir / PREDICTIONS, Steps(**study.user_attrs["steps"])
+    steps = Steps(**study.user_attrs["steps"])
     labels, groups = oof.predictions.labels, oof.predictions.groups
     assert labels is not None
-    return estimate_study(
-        study,
-        Kept(folder, steps),
-        Target(task, monitor.name, monitor.tuned, monitor.objective),
-        ValidationRows(labels.numpy(), oof.fold.numpy(), None if groups is None else groups.numpy()),
-        winner=winner,
-        replicates={} if replicates is None or replicates.missing else dict(replicates.complete),
-        replicates_kept=Kept(folder / seed_replicates.FOLDER, steps),
-        configured=None if baseline is None else (baseline[0], Kept(folder / baselines.FOLDER, baseline[1])),
-    )
+    with local_folder(predictions) as folder:
+        return estimate_study(
+            study,
+            Kept(folder, steps),
+            Target(task, monitor.name, monitor.tuned, monitor.objective),
+            ValidationRows(labels.numpy(), oof.fold.numpy(), None if groups is None else groups.numpy()),
+            winner=winner,
+            replicates={} if replicates is None or replicates.missing else dict(replicates.complete),
+            replicates_kept=Kept(folder / seed_replicates.FOLDER, steps),
+            configured=None if baseline is None else (baseline[0], Kept(folder / baselines.FOLDER, baseline[1])),
+        )
 
 
 def _check_any_complete(study: optuna.Study, run_dir: Path) -> None:
@@ -311,8 +329,11 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
         "run.json": "how to repeat the study",
         "journal.log": "the study's storage",
     }
-    if summary["model_dir"]:
+    model = run_dir / "model"
+    if summary["model_dir"] not in (None, str(model)) and not model.is_dir():  # another machine has exported it
+        lines.append(f"exported model: {summary['model_dir']}")
+    elif summary["model_dir"]:
         files["model/"] = "the exported model, for transformers and sentence-transformers"
-    if summary.get("ensemble"):
+    if "model/" in files and summary.get("ensemble"):
         files["model/"] = "the exported models, for lightning-bge predict and lightning_bge.models.Ensemble"
     return "\n".join([*lines, "", f"{run_dir}/", *(f"  {name:<14}{text}" for name, text in files.items())])

@@ -67,7 +67,8 @@ class PrunerConfig:
             trial for good.
         paused_gb: for asha: disk space for the checkpoints of paused trials (weights, the optimizer's state and
             predictions of each that may still be resumed), in units of 2**30 bytes. Beyond it the lowest of the ranking
-            lose theirs, and are trained from their start if they are resumed. Default: a quarter of what is free.
+            lose theirs, and are trained from their start if they are resumed. Default: a quarter of what is free;
+            no limit where hpo.files is a URL.
         init_args: of a pruner that is given by the path of its class.
 
     Raises:

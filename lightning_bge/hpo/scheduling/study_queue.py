@@ -13,7 +13,7 @@ from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS, is_paused
 from lightning_bge.hpo.pruning.halving import Halving
-from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS, TrialQueue, Tries
+from lightning_bge.hpo.scheduling.trial_queue import TrialQueue, Tries
 from lightning_bge.hpo.space.draw import draw_parameter_set, space_size
 from lightning_bge.hpo.space.search_space import Space
 from lightning_bge.hpo.storage.study_storage import StudyStorage
@@ -56,7 +56,7 @@ class StudyQueue(TrialQueue):
         space: Space,
         enqueued: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        super().__init__(study, place, worker, config, place.run_dir / CHECKPOINTS)
+        super().__init__(study, place, worker, config)
         self.end = StudyEnd(study) if config.terminator else None
         self._keys: dict[int, Any] = {}  # of each parameter set
         self._known: tuple[Tries, Halving] | None = None  # computed once for each look at the trials

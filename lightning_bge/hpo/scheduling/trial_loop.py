@@ -5,7 +5,6 @@ import logging
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -14,7 +13,8 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_bge.errors import StudyError, UserError
 from lightning_bge.hpo.scheduling.trial_queue import TrialQueue
 from lightning_bge.hpo.trials import ERROR, FAILURES, INTERRUPTED, WORKER_LOST
-from lightning_bge.runtime.run_folder import create_run_dir, write_text
+from lightning_bge.runtime.locations import Location
+from lightning_bge.runtime.run_folder import create_folder, write_text
 from lightning_bge.runtime.stop import Stopped, StopRequest
 from lightning_bge.runtime.units import format_bytes
 
@@ -102,7 +102,7 @@ def _evaluate(queue: TrialQueue, objective: Evaluate, trial: optuna.Trial) -> No
         if not isinstance(error, Stopped):
             raise
     except Exception as error:
-        _write_failure(queue.run_dir, study, trial, error)
+        _write_failure(queue.files / FAILURES, study, trial, error)
         _end(study, trial, ERROR, f"{type(error).__name__}: {error}")
     else:
         study.tell(trial, values, skip_if_finished=True)
@@ -113,7 +113,8 @@ def _end(study: optuna.Study, trial: optuna.Trial, why: str, text: str) -> None:
     study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
 
 
-def _write_failure(run_dir: Path, study: optuna.Study, trial: optuna.Trial, error: Exception) -> None:
-    path = create_run_dir(run_dir / FAILURES) / f"{study.study_name}-trial-{trial.number}.txt"
+def _write_failure(folder: Location, study: optuna.Study, trial: optuna.Trial, error: Exception) -> None:
+    create_folder(folder)
+    path = folder / f"{study.study_name}-trial-{trial.number}.txt"
     write_text(path, "".join([f"{trial.params}\n\n", *traceback.format_exception(error)]))
     log.warning("trial %d failed: %s: %s (%s)", trial.number, type(error).__name__, error, path)

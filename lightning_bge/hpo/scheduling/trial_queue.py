@@ -8,12 +8,12 @@ killed anywhere, and the next one decides the same.
 from __future__ import annotations
 
 import logging
-import os
+import math
 import shutil
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +26,10 @@ from lightning_bge.errors import StudyError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS
+from lightning_bge.hpo.storage.files import study_files
 from lightning_bge.hpo.storage.study_storage import StudyStorage
 from lightning_bge.hpo.storage.workers import Worker, end_lost_trials, loss_of
-from lightning_bge.hpo.trial.checkpoint import SavedTrial
+from lightning_bge.hpo.trial.checkpoint import STATE, SavedTrial
 from lightning_bge.hpo.trials import (
     COMPUTED_WITH,
     ENDED,
@@ -46,6 +47,7 @@ from lightning_bge.hpo.trials import (
     parameter_set_of,
 )
 from lightning_bge.runtime.compat.optuna import running_trial
+from lightning_bge.runtime.locations import delete_folder, file_sizes
 from lightning_bge.runtime.stop import StopRequest
 
 log = logging.getLogger("lightning_bge")
@@ -115,14 +117,19 @@ class TrialQueue(ABC):
         place: where it is kept.
         worker: this process.
         config: the options of the study.
+        folder: of its trials' checkpoints, within that of all checkpoints; empty: that one.
+
+    Attributes:
+        files: where the study keeps what its processes share.
         checkpoints: what is needed to continue a trial, a folder for each parameter set.
     """
 
     def __init__(
-        self, study: optuna.Study, place: StudyStorage, worker: Worker, config: StudyConfig, checkpoints: Path
+        self, study: optuna.Study, place: StudyStorage, worker: Worker, config: StudyConfig, folder: str = ""
     ) -> None:
         self.study, self.place, self.worker, self.config = study, place, worker, config
-        self.run_dir, self.checkpoints = place.run_dir, checkpoints
+        self.run_dir, self.files = place.run_dir, study_files(config.files, place.run_dir)
+        self.checkpoints = self.files / CHECKPOINTS / folder if folder else self.files / CHECKPOINTS
 
     def next(self, until: float, request: StopRequest) -> optuna.Trial | None:
         """Begin the next trial; wait while there is none to begin, but other processes may leave one.
@@ -243,32 +250,26 @@ class TrialQueue(ABC):
 
     def clear(self, tries: Tries) -> None:
         """Delete the checkpoints of trials that can't be continued any more, and those beyond the limit."""
-        if not self.checkpoints.is_dir():
+        sizes: Counter[str] = Counter()
+        for name, size in file_sizes(self.checkpoints).items():
+            sizes[name.partition("/")[0]] += size
+        if not sizes:
             return
         needed = {parameter_set_of(trial) for trial in tries.lost}
         needed |= {number for number, made in tries.by_set.items() if made[-1].state == TrialState.RUNNING}
-        limit = self.config.pruner.paused_gb
-        room = (
-            limit * 2**30
-            if limit is not None
-            else (shutil.disk_usage(self.checkpoints).free + _size(self.checkpoints)) / 4
-        )
-        kept = set()
+        room, kept = self._room(sizes.total()), set()
         for number in [*needed, *self.resumable(tries)]:
-            room -= _size(self.checkpoints / str(number))
+            room -= sizes[str(number)]
             if room >= 0 or number in needed:
                 kept.add(number)
-        for folder in self.checkpoints.iterdir():
-            if folder.name.isdecimal() and int(folder.name) not in kept:
-                (folder / "state.pt").unlink(missing_ok=True)  # first: without it the rest is not read
-                shutil.rmtree(folder, ignore_errors=True)
+        for name in [*sizes]:
+            if name.isdecimal() and int(name) not in kept:
+                delete_folder(self.checkpoints / name, first=STATE)
 
-
-def _size(folder: Path) -> int:
-    """Bytes of the files below a folder; other processes may write and delete there meanwhile."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):
-                total += os.stat(os.path.join(place, name)).st_size
-    return total
+    def _room(self, taken: int) -> float:
+        """Bytes for checkpoints, of which some are taken; a bucket has no end."""
+        limit = self.config.pruner.paused_gb
+        if limit is not None:
+            return limit * 2**30
+        at = self.checkpoints
+        return (shutil.disk_usage(at).free + taken) / 4 if isinstance(at, Path) else math.inf

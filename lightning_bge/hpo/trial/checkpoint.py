@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.steps import Report
 from lightning_bge.models.metrics.predictions import Predictions
-from lightning_bge.runtime.run_folder import create_run_dir, write_atomically
+from lightning_bge.runtime.locations import Location, file_sizes, local_copy
+from lightning_bge.runtime.run_folder import create_folder, write_atomically
 
 STATE = "state.pt"
 
@@ -94,7 +94,7 @@ class OpenFold:
     reports: dict[str, Any]
     curve: list[Report]
     scored: dict[str, Any]
-    checkpoint: Path | None
+    checkpoint: Location | None
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,13 @@ class SavedTrial:
     fold: OpenFold | None
 
     @classmethod
-    def load(cls, folder: Path) -> SavedTrial | None:
+    def load(cls, folder: Location) -> SavedTrial | None:
         """Read what `save_trial` wrote; None: there is nothing, or a part of it was deleted."""
         path = folder / STATE
         if not path.is_file():
             return None
-        state = torch.load(path, weights_only=True)
+        with local_copy(path) as copy:
+            state = torch.load(copy, weights_only=True)
         *curve, current = [[Report(*report) for report in fold] for fold in state["curve"]]
         folds = [FoldResult(**{**fold, "predictions": _predictions(fold["predictions"])}) for fold in state["folds"]]
         if state["fold"] is None:
@@ -133,7 +134,7 @@ class SavedTrial:
 
 
 def save_trial(
-    folder: Path,
+    folder: Location,
     *,
     step: int,
     folds: Sequence[FoldResult],
@@ -151,7 +152,7 @@ def save_trial(
             as no weights are needed. None: the trial is between two folds.
     """
     for place in (folder.parent, folder):  # one by one: the mode is that of the last folder alone
-        create_run_dir(place)
+        create_folder(place)
     state: dict[str, Any] = {
         "step": step,
         "folds": [{**vars(one), "predictions": _plain(one.predictions)} for one in folds],
@@ -167,9 +168,8 @@ def save_trial(
         if trainer is not None:
             write_atomically(folder / str(name), trainer.save_checkpoint)
     write_atomically(folder / STATE, lambda draft: torch.save(state, draft))
-    for path in folder.iterdir():
-        if path.name not in (STATE, name):
-            path.unlink(missing_ok=True)
+    for other in file_sizes(folder).keys() - {STATE, name}:
+        (folder / other).unlink(missing_ok=True)
 
 
 def _plain(predictions: Predictions | None) -> dict[str, Any] | None:

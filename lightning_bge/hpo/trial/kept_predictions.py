@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import optuna
 from safetensors import safe_open
@@ -15,9 +15,11 @@ from torch import Tensor
 from lightning_bge.hpo.ranking import score_of, sign_of
 from lightning_bge.hpo.steps import Report
 from lightning_bge.hpo.trials import latest_trials
-from lightning_bge.runtime.run_folder import create_run_dir, write_atomically
+from lightning_bge.runtime.locations import Location, file_sizes, local_copy
+from lightning_bge.runtime.run_folder import create_folder, write_atomically
 
 SUFFIX = ".safetensors"
+AnyPath = TypeVar("AnyPath", Path, Location)
 
 
 class KeptPredictions:
@@ -32,11 +34,12 @@ class KeptPredictions:
         logits: step -> float32 [rows of the fold, outputs].
     """
 
-    def __init__(self, folder: Path, number: int, until: int = 0) -> None:
+    def __init__(self, folder: Location, number: int, until: int = 0) -> None:
         self.folder, self.path = folder, kept_file(folder, number)
         self.logits: dict[int, Tensor] = {}
         if until and self.path.is_file():
-            self.logits = {step: found for step, found in load_logits(self.path).items() if step <= until}
+            with local_copy(self.path) as copy:
+                self.logits = {step: found for step, found in load_logits(copy).items() if step <= until}
         self._written = len(self.logits)
 
     def add(self, curve: Sequence[Report], logits: Sequence[Tensor]) -> None:
@@ -44,15 +47,21 @@ class KeptPredictions:
         self.logits |= {report.step: found for report, found in zip(curve, logits, strict=False)}
         if len(self.logits) == self._written:
             return
-        create_run_dir(self.folder)
+        create_folder(self.folder)
         content = {str(step): found.contiguous() for step, found in self.logits.items()}
         write_atomically(self.path, lambda draft: save_file(content, draft))
         self._written = len(self.logits)
 
 
-def kept_file(folder: Path, number: int) -> Path:
+def kept_file(folder: AnyPath, number: int) -> AnyPath:
     """The file of a parameter set."""
     return folder / f"{number}{SUFFIX}"
+
+
+def numbered_files(folder: Location) -> dict[int, int]:
+    """The bytes of the files `N.safetensors` in a folder, by their numbers."""
+    stems = {name.removesuffix(SUFFIX): size for name, size in file_sizes(folder).items() if name.endswith(SUFFIX)}
+    return {int(stem): size for stem, size in stems.items() if stem.isdecimal()}
 
 
 def load_logits(path: Path) -> dict[int, Tensor]:
@@ -66,7 +75,7 @@ def kept_steps(path: Path) -> set[int]:
         return {int(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
 
 
-def limit_predictions(folder: Path, study: optuna.Study, limit: int) -> None:
+def limit_predictions(folder: Location, study: optuna.Study, limit: int) -> None:
     """Delete what is kept of the parameter sets that matter least, until the rest takes at most so many bytes.
 
     Those that were trained least go first, and of them the worst.
@@ -76,11 +85,7 @@ def limit_predictions(folder: Path, study: optuna.Study, limit: int) -> None:
         study: whose parameter sets they are.
         limit: bytes.
     """
-    sizes: dict[int, int] = {}
-    for path in folder.glob(f"*{SUFFIX}"):
-        with suppress(FileNotFoundError):  # another process may delete it
-            if path.stem.isdecimal():
-                sizes[int(path.stem)] = path.stat().st_size
+    sizes = numbered_files(folder)
     total, sign = sum(sizes.values()), sign_of(study)
     if total <= limit:
         return

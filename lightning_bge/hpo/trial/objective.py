@@ -6,8 +6,8 @@ import logging
 import math
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -34,6 +34,7 @@ from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.models.metrics.predictions import Predictions
+from lightning_bge.runtime.locations import Location, local_copy
 from lightning_bge.runtime.memory import live_bytes, release
 from lightning_bge.runtime.oom import clean_up, find_oom
 from lightning_bge.runtime.stop import Stopped, StopRequest
@@ -65,7 +66,7 @@ Build = Callable[[dict[str, Any]], TrialSetup]  # called with options by their d
 
 @dataclass(frozen=True)
 class TrialFiles:
-    """Folders of what trials leave on the disk; None: nothing is kept.
+    """Folders of what trials leave, on this machine or elsewhere; None: nothing is kept.
 
     Attributes:
         out_of_fold: the out-of-fold predictions of the best trials, a file each.
@@ -74,9 +75,9 @@ class TrialFiles:
         predictions_limit: bytes of `predictions` together, beyond which those that matter least are deleted.
     """
 
-    out_of_fold: Path | None = None
-    checkpoints: Path | None = None
-    predictions: Path | None = None
+    out_of_fold: Location | None = None
+    checkpoints: Location | None = None
+    predictions: Location | None = None
     predictions_limit: int = 2**30
 
     def within(self, name: str) -> TrialFiles:
@@ -219,7 +220,7 @@ class Objective:
             drop_predictions(trial.study, self.files.out_of_fold)
         return value if self.cost is None else (value, cost(self.cost, curve, [fold.rows for fold in folds]))
 
-    def _folder(self, trial: optuna.Trial) -> Path | None:
+    def _folder(self, trial: optuna.Trial) -> Location | None:
         """Where the trial is saved; None: nowhere."""
         folder = self.files.checkpoints
         return None if folder is None else folder / str(trial.user_attrs.get(PARAMETER_SET, trial.number))
@@ -280,11 +281,12 @@ class Objective:
             stop = StopOnRequest(self.request, save)
             callbacks = [OOMHandler(), compiler, scored, *early_stopping(self.monitor), reports, stop, ReleaseEncoder()]
             setup.model.load_encoder_with(self.encoder.load)
-            checkpoint = None if opened is None else opened.checkpoint
+            saved = None if opened is None else opened.checkpoint
             try:
-                setup.make_trainer(callbacks=callbacks).fit(
-                    setup.model, datamodule=setup.datamodule, ckpt_path=checkpoint, weights_only=True
-                )
+                with nullcontext() if saved is None else local_copy(saved) as checkpoint:
+                    setup.make_trainer(callbacks=callbacks).fit(
+                        setup.model, datamodule=setup.datamodule, ckpt_path=checkpoint, weights_only=True
+                    )
             finally:
                 keep()
         return FoldResult(reports.close_fold(), scored.epochs, scored.predictions, len(setup.datamodule.val_rows))

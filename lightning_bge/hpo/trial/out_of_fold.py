@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import optuna
 import torch
@@ -11,33 +10,34 @@ from torch import Tensor
 
 from lightning_bge.hpo.config import BEST
 from lightning_bge.hpo.ranking import best_parameter_sets
+from lightning_bge.hpo.trial.kept_predictions import kept_file, numbered_files
 from lightning_bge.models.metrics.compute import compute_metrics
 from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.models.metrics.names import DECISION_METRICS, HAS_THRESHOLD
 from lightning_bge.models.metrics.predictions import Predictions, scores
 from lightning_bge.models.metrics.threshold import best_threshold, cross_fitted_decisions
-from lightning_bge.runtime.run_folder import create_run_dir, write_atomically
+from lightning_bge.runtime.locations import Location, local_copy
+from lightning_bge.runtime.run_folder import create_folder, write_atomically
 from lightning_bge.types import Schema
 
 
-def predictions_file(folder: Path, number: int) -> Path:
+def predictions_file(folder: Location, number: int) -> Location:
     """The file of a trial's out-of-fold predictions."""
-    return folder / f"{number}.safetensors"
+    return kept_file(folder, number)
 
 
-def drop_predictions(study: optuna.Study, folder: Path) -> None:
+def drop_predictions(study: optuna.Study, folder: Location) -> None:
     """Delete the predictions of trials that have ended and whose parameter sets are not among the best."""
     # in this order: other processes end trials meanwhile, and what has ended and is not among the best never will be
     ended = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
     kept = {trial.number for trial in best_parameter_sets(study, BEST)}
-    for path in folder.glob("*.safetensors"):
-        if path.stem.isdecimal() and int(path.stem) in ended - kept:
-            path.unlink(missing_ok=True)
+    for number in numbered_files(folder).keys() & (ended - kept):
+        predictions_file(folder, number).unlink(missing_ok=True)
 
 
-def save_predictions(folds: Sequence[Predictions], folder: Path, number: int) -> None:
+def save_predictions(folds: Sequence[Predictions], folder: Location, number: int) -> None:
     """Write the folds' predictions of a trial as one safetensors file, whole or not at all."""
-    create_run_dir(folder)
+    create_folder(folder)
     tensors: dict[str, Tensor] = {"fold": torch.cat([torch.full((len(p.rows),), k) for k, p in enumerate(folds)])}
     for name in ("rows", "logits", "labels", "groups"):
         if parts := [part for one in folds if (part := getattr(one, name)) is not None]:
@@ -45,9 +45,10 @@ def save_predictions(folds: Sequence[Predictions], folder: Path, number: int) ->
     write_atomically(predictions_file(folder, number), lambda draft: save_file(tensors, draft))
 
 
-def load_predictions(path: Path) -> tuple[Predictions, Tensor]:
+def load_predictions(path: Location) -> tuple[Predictions, Tensor]:
     """Read what `save_predictions` wrote: the predictions, sorted by row, and each row's fold, int64 [N]."""
-    tensors = load_file(path)
+    with local_copy(path) as copy:
+        tensors = load_file(copy)
     order = tensors["rows"].argsort()
     fold = tensors.pop("fold")[order]
     return Predictions(**{name: tensor[order] for name, tensor in tensors.items()}), fold
@@ -72,7 +73,7 @@ class OutOfFold:
     threshold_note: str
 
 
-def judge_out_of_fold(path: Path, schema: Schema, monitor: MonitorConfig, temperature: float = 1.0) -> OutOfFold:
+def judge_out_of_fold(path: Location, schema: Schema, monitor: MonitorConfig, temperature: float = 1.0) -> OutOfFold:
     """Choose the threshold on the out-of-fold predictions, and judge it on rows that were not used to choose it.
 
     Args:

@@ -13,7 +13,9 @@ from lightning_bge.advisor.report.format import format_duration
 from lightning_bge.advisor.report.run_data import read_run
 from lightning_bge.cli.main import main
 from lightning_bge.runtime.run_folder import write_json
+from tests.helpers.fake_study import fake_config, run_fake
 from tests.helpers.made_study import journal_of, make_study
+from tests.helpers.memory_location import memory_location
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -50,6 +52,22 @@ def test_the_status_of_a_nested_cross_validation_counts_its_inner_studies(tmp_pa
         (run / "outer_folds" / str(number)).mkdir(parents=True)
     write_json(run / "outer_folds" / "0" / "summary.json", {})
     assert "nested     1 of 3 inner studies have results" in status.describe_status(read_run(run))
+
+
+@pytest.mark.parametrize("where", ["folder", "memory"])
+def test_why_trials_failed_and_where_their_tracebacks_are(tmp_path: Path, where: str) -> None:
+    def fails(trial: optuna.Trial) -> float:
+        if trial.number == 1:
+            raise ZeroDivisionError("division by zero")
+        return 0.5
+
+    run, location = tmp_path / "run", None if where == "folder" else str(memory_location())
+    run_fake(run, fake_config(n_trials=2, files=location), fails)
+    (run / "config.yaml").write_text(yaml.safe_dump({"hpo": {"n_trials": 2, "files": location}}))
+    text = status.describe_failures(read_run(run))
+    assert "trial 1 failed: ZeroDivisionError: division by zero" in text
+    assert text.splitlines()[-1] == f"  {location or run}/failures/run-trial-1.txt"
+    assert (run / "failures").exists() == (location is None)
 
 
 def test_a_study_is_watched_until_it_has_ended(

@@ -41,9 +41,13 @@ from lightning_bge.hpo.trials import (
     ended_parameter_sets,
     parameter_set_of,
 )
+from lightning_bge.runtime import locations
 from lightning_bge.runtime.compat.optuna import running_trial, trial_id_of
+from lightning_bge.runtime.locations import file_sizes
+from lightning_bge.runtime.run_folder import write_text
 from lightning_bge.runtime.stop import StopRequest
 from tests.helpers.curve_objective import SPACE, CurveObjective
+from tests.helpers.memory_location import memory_location
 from tests.helpers.study_run import run_study
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -66,9 +70,9 @@ def worker(tmp_path: Path) -> Iterator[Worker]:
 
 
 def queue_of(
-    study: optuna.Study, worker: Worker, run_dir: Path, n_trials: int, paused_gb: float | None = None
+    study: optuna.Study, worker: Worker, run_dir: Path, n_trials: int, paused_gb: float | None = None, **more: Any
 ) -> StudyQueue:
-    config = config_of(n_trials, pruner=PrunerConfig("asha", paused_gb=paused_gb))
+    config = config_of(n_trials, pruner=PrunerConfig("asha", paused_gb=paused_gb), **more)
     return StudyQueue(study, study_storage(run_dir, config), worker, config, parse_space(SPACE))
 
 
@@ -371,6 +375,24 @@ def test_the_checkpoints_of_the_lowest_ranked_are_deleted_beyond_the_limit(tmp_p
     assert (tmp_path / CHECKPOINTS / "other").is_dir()
 
 
+def test_checkpoints_elsewhere_are_limited_by_the_option_alone(
+    tmp_path: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, at = study_of([1, 2], 4), memory_location()
+    for number, value in enumerate((0.5, 0.9, 0.7)):
+        pause(study, value)
+        save_trial(at / CHECKPOINTS / str(number), step=1, folds=[], curve=[[]])
+    write_text(at / CHECKPOINTS / "other" / "0" / STATE, "of another study, such as the seed replicates")
+    monkeypatch.setattr(trial_queue.shutil, "disk_usage", pytest.fail)
+    size = file_sizes(at)[f"{CHECKPOINTS}/0/{STATE}"]
+    for room, numbers in ((None, {"0", "1", "2"}), (2.5, {"1", "2"}), (0.5, set())):
+        paused_gb = None if room is None else (room * size + 1) / 2**30
+        queue = queue_of(study, worker, tmp_path, 16, paused_gb=paused_gb, files=str(at))
+        queue.clear(queue.tries())
+        assert {name.split("/")[1] for name in file_sizes(at)} == {*numbers, "other"}
+    assert not (tmp_path / CHECKPOINTS).exists()
+
+
 def test_without_a_limit_checkpoints_may_take_a_quarter_of_the_free_disk(
     tmp_path: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -441,14 +463,14 @@ def test_checkpoints_that_another_process_deletes_meanwhile_do_no_harm(
 ) -> None:
     study = study_of([1], 4)
     pause(study, 0.5)
-    folder, walk = write_checkpoint(tmp_path, 0, size=100), trial_queue.os.walk
+    folder, walk = write_checkpoint(tmp_path, 0, size=100), locations.os.walk
 
     def gone(place: Path) -> Any:
         found = list(walk(place))
         (folder / "fold.ckpt").unlink(missing_ok=True)
         return iter(found)
 
-    monkeypatch.setattr(trial_queue.os, "walk", gone)
+    monkeypatch.setattr(locations.os, "walk", gone)
     queue = queue_of(study, worker, tmp_path, 16)
     queue.clear(queue.tries())
     assert kept(tmp_path) == {0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from optuna.trial import FrozenTrial, TrialState
 from safetensors.torch import load_file
 
+from lightning_bge.errors import LocationError
 from lightning_bge.hpo.config import PREDICTIONS, StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
@@ -26,7 +27,9 @@ from lightning_bge.hpo.trial.out_of_fold import predictions_file
 from lightning_bge.hpo.trials import INTERRUPTED, PARAMETER_SET, REPORTS_BEFORE, RETRY_OF, attempts
 from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.models.metrics.predictions import Predictions
+from lightning_bge.runtime.locations import Location, file_sizes, local_copy
 from lightning_bge.runtime.stop import StopRequest
+from tests.helpers.memory_location import memory_location
 from tests.helpers.small_search import SPACE, make, write_files
 from tests.helpers.study_run import run_study
 
@@ -68,18 +71,22 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    files: Path, run_dir: Path, stops: Sequence[int] = (), validations: Sequence[int] = (), **changes: Any
+    files: Path,
+    run_dir: Path,
+    stops: Sequence[int] = (),
+    validations: Sequence[int] = (),
+    at: Location | None = None,
+    between: Callable[[], Any] = lambda: None,
+    **changes: Any,
 ) -> tuple[list[FrozenTrial], StopAt]:
-    """A study of one parameter set, started again after each stop; and the weights at the end of each fold."""
+    """A study of one parameter set, started again after each stop; and the weights at the end of each fold.
+
+    Its files are `at` another place than the run folder, if there is one; `between` is called after each stop.
+    """
     stop = StopAt(stops, validations)
-    folders = {
-        "oof_dir": run_dir / "oof",
-        "paused_dir": run_dir / CHECKPOINTS,
-        "predictions_dir": run_dir / PREDICTIONS,
-    }
-    settings = {**folders, "per_epoch": 2, **changes}
+    settings = {**folders(run_dir if at is None else at), "per_epoch": 2, **changes}
     study = optuna.create_study(direction="minimize", pruner=optuna.pruners.NopPruner(), study_name="s")
-    config = StudyConfig(1, SPACE, pruner=PrunerConfig("none"))
+    config = StudyConfig(1, SPACE, pruner=PrunerConfig("none"), files=None if at is None else str(at))
     for start in range(BATCHES + 1):
         stop.request.signal = 0  # type: ignore[misc]
         objective = make(files, (stop,), request=stop.request, **settings)
@@ -87,7 +94,13 @@ def run(
         assert len(study.trials) == start + 1
         if study.trials[-1].state == TrialState.COMPLETE:
             break
+        between()
     return study.trials, stop
+
+
+def folders(at: Location) -> dict[str, Location]:
+    """Where trials leave their files, for `make`."""
+    return {"oof_dir": at / "oof", "paused_dir": at / CHECKPOINTS, "predictions_dir": at / PREDICTIONS}
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +111,11 @@ def whole(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Frozen
     return trial, stop, kept(run_dir, 0)
 
 
-def kept(run_dir: Path, number: int) -> dict[str, torch.Tensor]:
+def kept(at: Location, number: int) -> dict[str, torch.Tensor]:
     """The out-of-fold predictions of a trial, and the logits of all validations of its parameter set."""
-    logits = load_file(kept_file(run_dir / PREDICTIONS, 0))
-    return load_file(predictions_file(run_dir / "oof", number)) | {f"step {step}": one for step, one in logits.items()}
+    logits_file = kept_file(at / PREDICTIONS, 0)
+    with local_copy(logits_file) as logits, local_copy(predictions_file(at / "oof", number)) as predictions:
+        return load_file(predictions) | {f"step {step}": one for step, one in load_file(logits).items()}
 
 
 @pytest.mark.parametrize(
@@ -146,6 +160,73 @@ def test_a_trial_that_was_stopped_equals_an_uninterrupted_one_bit_for_bit(
     for one, other in zip(stop.ends, uninterrupted.ends, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert not list((tmp_path / CHECKPOINTS).iterdir())
+
+
+@pytest.mark.parametrize("stops", [[], [5], [2, 4, 8]])
+def test_a_trial_whose_files_are_elsewhere_equals_one_with_files_in_the_run_folder_bit_for_bit(
+    files: Path, tmp_path: Path, whole: tuple[FrozenTrial, StopAt, dict[str, torch.Tensor]], stops: Sequence[int]
+) -> None:
+    expected, uninterrupted, predictions = whole
+    at = memory_location()
+    (*_, last), stop = run(files, tmp_path, stops, at=at)
+    assert (last.number, stop.trained) == (len(stops), BATCHES)
+    assert (last.value, last.intermediate_values) == (expected.value, expected.intermediate_values)
+    found = kept(at, last.number)
+    assert found.keys() == predictions.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in predictions.items())
+    for one, other in zip(stop.ends, uninterrupted.ends, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert sorted(file_sizes(at)) == [f"oof/{last.number}.safetensors", "predictions/0.safetensors"]
+    assert not {"oof", CHECKPOINTS, PREDICTIONS} & {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("gone", ["all", "weights"])
+def test_a_trial_whose_files_have_vanished_elsewhere_is_trained_from_its_start(
+    files: Path, tmp_path: Path, whole: tuple[FrozenTrial, StopAt, dict[str, torch.Tensor]], gone: str
+) -> None:
+    at = memory_location()
+
+    def vanish() -> None:
+        names = [name for name in file_sizes(at) if gone == "all" or name.endswith(".ckpt")]
+        assert names
+        for name in names:
+            (at / name).unlink()
+
+    (_, last), stop = run(files, tmp_path, [5], at=at, between=vanish)
+    assert stop.trained == 5 + BATCHES
+    assert last.user_attrs[REPORTS_BEFORE] == 0
+    assert (last.value, last.intermediate_values) == (whole[0].value, whole[0].intermediate_values)
+
+
+def test_a_location_that_fails_stops_the_process_and_the_trial_is_continued_from_what_is_there(
+    files: Path,
+    tmp_path: Path,
+    whole: tuple[FrozenTrial, StopAt, dict[str, torch.Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at, names = memory_location(), list[str]()
+    put = at.fs.put_file
+
+    def fails_once(local: str, remote: str) -> None:
+        names.append(remote)
+        if len(names) == 4:  # the state of the second fold's begin: the predictions before it are written
+            raise ConnectionError("the bucket does not answer")
+        put(local, remote)
+
+    monkeypatch.setattr(at.fs, "put_file", fails_once)
+    study = optuna.create_study(direction="minimize", pruner=optuna.pruners.NopPruner(), study_name="s")
+    config = StudyConfig(1, SPACE, pruner=PrunerConfig("none"), files=str(at))
+    objective = make(files, per_epoch=2, **folders(at))
+    with pytest.raises(LocationError, match=r"can't be written \(ConnectionError: the bucket does not answer\)"):
+        run_study(study, objective, config, tmp_path, enqueued=[PARAMS])
+    [stopped] = study.trials
+    assert (stopped.state, "does not answer" in stopped.user_attrs[INTERRUPTED]) == (TrialState.FAIL, True)
+    run_study(study, objective, config, tmp_path, enqueued=[PARAMS])
+    last = study.trials[-1]
+    assert last.user_attrs[REPORTS_BEFORE] == 4  # the first fold was saved
+    assert (last.value, last.intermediate_values) == (whole[0].value, whole[0].intermediate_values)
+    found = kept(at, last.number)
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole[2].items())
 
 
 @pytest.mark.parametrize("stops", [[4], [7], [12]])

@@ -17,6 +17,9 @@ from lightning_bge.hpo.trial.kept_predictions import (
     limit_predictions,
     load_logits,
 )
+from lightning_bge.runtime.locations import Location, file_sizes
+from lightning_bge.runtime.run_folder import write_text
+from tests.helpers.memory_location import memory_location
 
 
 def report(step: int) -> Report:
@@ -61,22 +64,28 @@ def test_a_file_that_was_deleted_is_no_error(tmp_path: Path) -> None:
     assert KeptPredictions(tmp_path, 0, until=4).logits == {}
 
 
+@pytest.mark.parametrize("where", ["folder", "memory"])
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
-def test_beyond_the_limit_the_least_trained_and_of_them_the_worst_go_first(tmp_path: Path, direction: str) -> None:
+def test_beyond_the_limit_the_least_trained_and_of_them_the_worst_go_first(
+    tmp_path: Path, direction: str, where: str
+) -> None:
+    folder: Location = tmp_path if where == "folder" else memory_location()
     study = optuna.create_study(direction=direction)
     for number, values in enumerate([{1: 0.5}, {1: 0.9}, {1: 0.7}, {1: 0.1, 2: 0.1}]):
         study.add_trial(create_trial(state=TrialState.PRUNED, intermediate_values=values))
-        KeptPredictions(tmp_path, number).add([report(1)], [logits(100)])
-    size = kept_file(tmp_path, 0).stat().st_size
+        KeptPredictions(folder, number).add([report(1)], [logits(100)])
+    write_text(folder / "4", "no predictions")
+    size = file_sizes(folder)["0.safetensors"]
 
     def left() -> set[int]:
-        return {int(path.stem) for path in tmp_path.glob("*.safetensors")}
+        return {int(name.removesuffix(".safetensors")) for name in file_sizes(folder) if name != "4"}
 
-    limit_predictions(tmp_path, study, 4 * size)
+    limit_predictions(folder, study, 4 * size)
     assert left() == {0, 1, 2, 3}
-    limit_predictions(tmp_path, study, 3 * size)
+    limit_predictions(folder, study, 3 * size)
     assert left() == ({1, 2, 3} if direction == "maximize" else {0, 2, 3})
-    limit_predictions(tmp_path, study, 2 * size - 1)
+    limit_predictions(folder, study, 2 * size - 1)
     assert left() == {3}
-    limit_predictions(tmp_path, study, 0)
+    limit_predictions(folder, study, 0)
     assert left() == set()
+    assert (folder / "4").is_file()
