@@ -7,7 +7,7 @@ from typing import Any
 
 import optuna
 
-from lightning_bge.errors import ConfigError
+from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.analysis.journal import SUMMARY
 from lightning_bge.hpo.config import BEST, PREDICTIONS, StudyConfig
 from lightning_bge.hpo.evaluation.nested import finish_nested
@@ -90,7 +90,7 @@ def prepare_study(
     if not joins:
         _print_head(experiment, hpo, space, steps)
     run_dir = experiment.run_dir
-    with place.lock(worker):
+    with place.lock(worker) as is_held:
         versions = used_versions(str(experiment.config.get("trainer.accelerator", "auto")))
         study = open_study(
             place,
@@ -110,6 +110,11 @@ def prepare_study(
             if study.user_attrs.get(N_TRIALS) != hpo.n_trials:
                 study.set_user_attr(N_TRIALS, hpo.n_trials)
             record_run(run_dir, experiment.plain(experiment.config), data.data_hash)
+        if not is_held():
+            raise StudyError(
+                f"this process gave no sign of life for more than {place.workers.timeout:.0f} s while it opened the "
+                "study, so that others may have opened it too. Run the same command again"
+            )
     return study
 
 

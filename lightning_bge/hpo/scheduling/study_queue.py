@@ -177,7 +177,7 @@ class StudyQueue(TrialQueue):
     def _not_tried(self, tries: Tries, taken: Collection[Any]) -> Iterator[dict[str, Any]]:
         """The parameter sets of `hpo.enqueue` that the study has not."""
         if self.enqueued:
-            known = [trial.user_attrs.get(ENQUEUED) for trial in tries.trials]
+            known = [trial.user_attrs.get(ENQUEUED) for trial in tries.trials if NOT_TRAINED not in trial.user_attrs]
             yield from (values for values in self.enqueued if values not in known and key_of(values) not in taken)
 
     def _take_waiting(self, waiting: FrozenTrial, found: FrozenTrial | None) -> tuple[optuna.Trial | None, bool]:

@@ -14,12 +14,14 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_bge.errors import StudyError
@@ -35,6 +37,7 @@ from lightning_bge.hpo.trials import (
     ENDED,
     ERROR,
     INTERRUPTED,
+    NOT_TRAINED,
     PARAMETER_SET,
     PAUSED_AT,
     REPORTS_BEFORE,
@@ -146,19 +149,28 @@ class TrialQueue(ABC):
         """
         while not request.signal:
             self.worker.renew()
-            with self.place.lock(self.worker):
+            with self.place.lock(self.worker) as is_held:
                 end_lost_trials(self.study, self.place.workers, self.config.max_worker_deaths)
                 tries = self.tries()
                 self.check_failures(tries)
                 over = time.monotonic() >= until
                 self.clear(tries)
                 trial = self.last_resort(tries) if over else self.begin(tries)
-                if trial is not None:
+                if trial is not None and is_held():
                     return trial
+            if trial is not None:
+                self._leave_out(trial)
+                continue
             if not tries.running or (over and len(self.place.workers.living()) > 1):
                 return None
             self._wait(tries, until, request)
         return None
+
+    def _leave_out(self, trial: optuna.Trial) -> None:
+        """End a trial that was begun when others had taken over the lock already, and may have begun it too."""
+        with suppress(UpdateFinishedTrialError):  # they have ended it
+            trial.set_user_attr(NOT_TRAINED, "its process had lost the lock")
+            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
 
     def _wait(self, tries: Tries, until: float, request: StopRequest) -> None:
         """Wait, without the lock, until other processes have begun or ended a trial, or one of them is gone."""

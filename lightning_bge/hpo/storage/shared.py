@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -160,14 +160,14 @@ class TicketLock:
         return _study_id(self._storage, self._name)
 
     @contextmanager
-    def hold(self, worker: Worker) -> Iterator[None]:
-        """Hold the lock for a `with` block."""
+    def hold(self, worker: Worker) -> Iterator[Callable[[], bool]]:
+        """Hold the lock for a `with` block, which gets a function that tells whether it is still held."""
         ticket = self._take(worker)
         try:
             while not self._is_first(ticket, worker):
                 worker.renew()
                 ticket = self._take(worker)
-            yield
+            yield lambda: not self._storage.get_trial(ticket).state.is_finished()
         finally:
             _end(self._storage, ticket, TrialState.COMPLETE)
 

@@ -51,14 +51,17 @@ class StudyStorage:
         return Worker(self.run_dir, self.workers)
 
     @contextmanager
-    def lock(self, worker: Worker | None = None) -> Iterator[None]:
+    def lock(self, worker: Worker | None = None) -> Iterator[Callable[[], bool]]:
         """Hold the lock under which a process decides what it runs.
+
+        The `with` block gets a function that tells whether the lock is still held. It is not where this process gave no
+        sign of life for too long, as others have taken it over then: what was decided does not hold.
 
         Args:
             worker: this process; None: it becomes a worker for this time.
         """
-        with self._lock(LOCK, worker):
-            yield
+        with self._lock(LOCK, worker) as is_held:
+            yield is_held
 
     @contextmanager
     def end_lock(self, worker: Worker) -> Iterator[None]:
@@ -67,17 +70,17 @@ class StudyStorage:
             yield
 
     @contextmanager
-    def _lock(self, kind: str, worker: Worker | None) -> Iterator[None]:
+    def _lock(self, kind: str, worker: Worker | None) -> Iterator[Callable[[], bool]]:
         if self.name is None:
             with FileLock(self.run_dir / kind, mode=0o600).acquire(poll_interval=LOCK_POLL_SECONDS):
-                yield
+                yield lambda: True
         elif worker is None:
-            with self.worker() as temporary, self._lock(kind, temporary):
-                yield
+            with self.worker() as temporary, self._lock(kind, temporary) as is_held:
+                yield is_held
         else:
             assert isinstance(self.storage, RetryingStorage)
-            with TicketLock(self.storage, self.name, kind, self.workers).hold(worker):
-                yield
+            with TicketLock(self.storage, self.name, kind, self.workers).hold(worker) as is_held:
+                yield is_held
 
     def stop_when(self, is_stopping: Callable[[], object]) -> None:
         """Wait only for a few seconds for a storage that is away, once the process is to stop."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,8 +17,10 @@ from optuna.trial import TrialState
 from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.space.search_space import parse_space, suggest
+from lightning_bge.hpo.storage.study_storage import StudyStorage
+from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.hpo.terminator import report_fold_scores
-from lightning_bge.hpo.trials import FAILURES, attempts, key_of
+from lightning_bge.hpo.trials import FAILURES, NOT_TRAINED, WORKER_LOST, attempts, key_of
 from lightning_bge.runtime.stop import Stopped, StopRequest
 from tests.helpers.fake_study import SPACE, fake_config, learning_curve, open_fake, run_fake, value_of
 
@@ -253,3 +257,44 @@ def test_a_trial_that_was_begun_without_a_mark_does_not_keep_the_study_from_its_
     if suggested:
         assert study.trials[3].params == trial.params
     assert len(attempts(study.trials)) == 4
+
+
+def test_what_was_begun_without_the_lock_is_left_out_and_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others have taken over the lock of a process that was suspended while it decided."""
+    held = iter([True, False, False])
+    real = StudyStorage.lock
+
+    @contextmanager
+    def lock(self: StudyStorage, worker: Worker | None = None) -> Iterator[Callable[[], bool]]:
+        with real(self, worker):
+            yield lambda: next(held, True)
+
+    config = fake_config(n_trials=4, enqueue=[{"x": 0.5}, {"x": 0.25}])
+    open_fake(tmp_path / "run", config)
+    monkeypatch.setattr(StudyStorage, "lock", lock)
+    study, mine = run_fake(tmp_path / "run", config)
+    left_out = [trial for trial in study.trials if NOT_TRAINED in trial.user_attrs]
+    assert [trial.user_attrs[NOT_TRAINED] for trial in left_out] == ["its process had lost the lock"] * 2
+    assert {trial.state for trial in left_out} == {TrialState.FAIL}
+    assert len(mine) == len(attempts(study.trials)) == 4
+    # the enqueued parameter sets are tried all the same
+    assert [tries[0].params["x"] for tries in attempts(study.trials).values()][:2] == [0.5, 0.25]
+
+
+def test_a_trial_that_another_process_has_ended_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As where this process gave no sign of life for too long."""
+
+    def objective(trial: optuna.Trial) -> float:
+        if trial.number == 1:
+            trial.set_user_attr(WORKER_LOST, "process 7 is gone")
+            trial.study.tell(trial.number, state=TrialState.FAIL)
+            trial.report(0.5, 1)
+            raise AssertionError("it can be reported no more")
+        return value_of(suggest(trial, PARSED))
+
+    study, _ = run_fake(tmp_path / "run", fake_config(n_trials=3), objective)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert study.trials[2].params == study.trials[1].params  # it was continued
+    assert "trial 1 was ended by another process" in caplog.text

@@ -69,8 +69,10 @@ def test_four_processes_end_together_in_a_space_that_is_smaller_than_the_study(t
 
 
 def test_four_processes_resume_each_paused_trial_once_and_tpe_sees_each_parameter_set_once(tmp_path: Path) -> None:
-    options = {"pruner": {"name": "asha", "reduction_factor": 2, "min_resource": 2}, "n_trials": 20}
-    study = run_processes(tmp_path / "run", 4, **options)
+    # the first ones are good, each a little worse than the one before, so that they pause and are resumed later
+    first = [{"x": 0.7 - 0.02 * number, "y": 0.7} for number in range(10)]
+    pruner = {"name": "asha", "reduction_factor": 2, "min_resource": 2}
+    study = run_processes(tmp_path / "run", 4, pruner=pruner, n_trials=20, enqueue=first)
     made = attempts(study.trials)
     assert len(made) == 20
     assert {trial.state for trial in study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
