@@ -19,6 +19,7 @@ from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.storage.database import check_answers
 from lightning_bge.hpo.storage.files import check_files, study_files
 from lightning_bge.hpo.storage.url import parse_storage
+from lightning_bge.hpo.trackers.config import check_trackers
 from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.memory_saving.lora import LoRAConfig
 from lightning_bge.models.metrics.class_path import try_class
@@ -65,6 +66,8 @@ def preflight(
     _check_files_given(command, data)
     if command == "hpo" and hpo is not None and hpo.storage is not None:
         check_answers(parse_storage(hpo.storage))
+    if command == "hpo" and hpo is not None:
+        check_trackers(hpo.trackers)
     _check_paths(command, experiment, outputs or {})
     if command == "hpo" and hpo is not None and hpo.files is not None:
         check_files(hpo.files)

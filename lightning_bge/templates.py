@@ -69,6 +69,7 @@ class StudyOptions(TypedDict, total=False):
     ensemble: bool
     outer_folds: int | None
     files: str | None
+    trackers: list[dict[str, Any] | str]
     encoder_cache_gb: float | None
     monitor: MonitorConfig | dict[str, Any]
     compile: CompileConfig | dict[str, Any]

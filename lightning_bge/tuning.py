@@ -14,6 +14,7 @@ from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.hpo.finish.published import publish_report
 from lightning_bge.hpo.outer_folds import run_studies
 from lightning_bge.hpo.ranking import ranked, score_of
+from lightning_bge.hpo.tracked_study import attach_report
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.names import Metric
 from lightning_bge.preflight import preflight
@@ -136,6 +137,7 @@ def tune(
         if summary is not None:
             report = write_report(Path(run_dir))
             publish_report(report, hpo.files)
+            attach_report(study, hpo, Path(run_dir), summary, report)
             print(f"  {report.name:<14}the whole study on one page, for a browser")
         return TuneResult(study, Path(run_dir), summary)
 

@@ -12,6 +12,7 @@ from lightning_bge.hpo.storage.study_storage import PATIENCE
 from lightning_bge.hpo.storage.url import parse_storage
 from lightning_bge.hpo.storage.workers import WORKER_TIMEOUT
 from lightning_bge.runtime.locations import check_location
+from lightning_bge.hpo.trackers.config import parse_trackers
 
 PREDICTIONS = "predictions"  # folder in the run folder: the logits of all validations
 BASELINE = "-baseline"  # suffix of the name of the study of the configured options
@@ -84,6 +85,11 @@ class StudyConfig:
             host's memory, or of what the control group, RLIMIT_* or memory.limit_gb allow, as the other three are for a
             trial's gradients, optimizer and activations; and at most half of what is free, as other processes may
             search too.
+        trackers: experiment trackers that have a run for each trial: a list of mlflow, wandb and tensorboard, or of
+            mappings with options, such as {name: mlflow, tracking_uri: ..., experiment: ...} or {name: wandb,
+            project: ..., entity: ..., mode: offline}. Otherwise the environment variables of the tracker count, such as
+            MLFLOW_TRACKING_URI and WANDB_PROJECT; credentials come from there alone. They may be changed when a study
+            is resumed.
         storage: where the study is kept, so that processes of several machines share it:
             postgresql+psycopg://user@host/database, mysql+pymysql://user@host/database, or grpc://host:port of
             `lightning-bge proxy`. Its password comes from the environment variable LIGHTNING_BGE_STORAGE_PASSWORD, or
@@ -120,6 +126,7 @@ class StudyConfig:
     outer_folds: int | None = None
     files: str | None = None
     encoder_cache_gb: float | None = None
+    trackers: list[dict[str, Any] | str] = field(default_factory=list)
     storage: str | None = None
     study_name: str | None = None
     storage_timeout: float = PATIENCE
@@ -157,6 +164,7 @@ class StudyConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"hpo.{name}: expected {least} or more, got {value}")
+        parse_trackers(self.trackers)
         if self.storage is not None:
             parse_storage(self.storage)
         if self.study_name is not None and not self.study_name.strip():

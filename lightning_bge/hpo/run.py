@@ -31,6 +31,8 @@ from lightning_bge.hpo.storage.files import join_files
 from lightning_bge.hpo.storage.study_storage import StudyStorage
 from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.hpo.study import open_study, study_storage
+from lightning_bge.hpo.tracked_study import complete_runs, mark_tracked, track
+from lightning_bge.hpo.trackers.config import check_trackers
 from lightning_bge.hpo.trial.objective import Objective, TrialFiles
 from lightning_bge.hpo.trials import N_TRIALS
 from lightning_bge.hpo.versions import other_versions, used_versions
@@ -47,6 +49,7 @@ def check_study(experiment: Experiment, hpo: StudyConfig) -> tuple[Space, Steps]
     Raises:
         UserError: options or data are wrong.
     """
+    check_trackers(hpo.trackers)
     space = parse_space(hpo.space)
     parse_enqueued(hpo.enqueue, space)
     if hpo.sampler.name == "grid":
@@ -106,6 +109,8 @@ def prepare_study(
         other = other_versions(study, versions)
         if worker is not None:
             worker.other_versions = other
+        if hpo.trackers:
+            mark_tracked(study, place.name)
         if not joins:
             if study.user_attrs.get(N_TRIALS) != hpo.n_trials:
                 study.set_user_attr(N_TRIALS, hpo.n_trials)
@@ -147,6 +152,7 @@ def run_hpo(
         place.stop_when(lambda: request.signal)
         study = prepare_study(experiment, hpo, space, steps, place, worker=worker, joins=joins)
         queue = StudyQueue(study, place, worker, hpo, space, parse_enqueued(hpo.enqueue, space))
+        tracking = track(study, hpo, run_dir)
         objective = Objective(
             build=experiment.build,
             space=space,
@@ -163,18 +169,21 @@ def run_hpo(
             encoder=experiment.encoder_cache(hpo),
             cost=hpo.cost,
             request=request,
+            tracking=tracking,
         )
         progress = Progress(replace(hpo, n_trials=queue.n_trials), experiment.monitor.name, steps.total)
         summary = None
         try:
             while not request.signal:
-                run_trials(queue, objective, until=until, request=request, report=progress)
+                run_trials(queue, objective, until=until, request=request, report=tracking.reporting(progress))
                 if not request.signal:
                     summary = _end(experiment, queue, objective, until)
                 if queue.is_finished() or time.monotonic() >= until:  # else trials were added meanwhile
                     break
         except Stopped:
             summary = None
+        finally:
+            tracking.close()
     request.leave()
     return study, summary
 
@@ -218,6 +227,7 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
     outer_folds, schema = queue.config.outer_folds, experiment.datamodule.schema
     with queue.place.end_lock(queue.worker):
         assert schema is not None
+        complete_runs(objective.tracking, queue.study)
         nested = None if outer_folds is None else finish_nested(queue.run_dir, outer_folds, schema, metric)
         summary = finish_study(
             queue.study,
@@ -234,5 +244,6 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
         publish_results(queue.run_dir, queue.files)
         if queue.place.name is not None and queue.study.user_attrs.get(SUMMARY) != summary:
             queue.study.set_user_attr(SUMMARY, summary)  # for readers on other machines
+        objective.tracking.end_study(summary)
     print(describe_study(queue.run_dir, summary))
     return summary

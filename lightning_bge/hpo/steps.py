@@ -41,6 +41,7 @@ class Report(NamedTuple):
         train_cpu: seconds of the process's CPU time, all threads together, for the same work as `train_seconds`: on a
             machine that does other work as well, one thread's CPU seconds are what the work takes without it.
         val_cpu: seconds of the process's CPU time for the validation.
+        loss: of the validation, as `val_loss` is logged; None: it is not.
     """
 
     step: int
@@ -49,3 +50,4 @@ class Report(NamedTuple):
     val_seconds: float
     train_cpu: float
     val_cpu: float
+    loss: float | None = None

@@ -16,6 +16,7 @@ from lightning_bge.hpo.run import check_study, prepare_study, run_hpo
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.space.draw import n_parameter_sets
 from lightning_bge.hpo.study import study_storage
+from lightning_bge.hpo.tracked_study import attach_report
 from lightning_bge.hpo.worker_pool import Slot, WorkerPool, slots
 from lightning_bge.preflight import preflight
 from lightning_bge.runtime.run_folder import create_run_dir, read_json
@@ -34,10 +35,11 @@ def run(args: list[str]) -> None:
         preflight("hpo", cli.experiment, cli.config_init.hpo)
         workers = slots(cli.config_init.hpo)
         run = run_hpo if len(workers) == 1 else partial(_run_pool, workers)
-        _, summary = run_studies(cli.experiment, cli.config_init.hpo, run=run)
+        study, summary = run_studies(cli.experiment, cli.config_init.hpo, run=run)
         if summary is not None:
             report = write_report(cli.run_dir)
             publish_report(report, cli.config_init.hpo.files)
+            attach_report(study, cli.config_init.hpo, cli.run_dir, summary, report)
             print(f"  {report.name:<14}the whole study on one page, for a browser")
 
 

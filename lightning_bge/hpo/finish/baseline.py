@@ -89,7 +89,7 @@ def run_baseline(
         shown = f"{metric} {score_of(trial):.4f}" if trial.state == TrialState.COMPLETE else trial.state.name.lower()
         print(f"configured hyperparameters, without a search: {shown}", flush=True)
 
-    run_trials(queue, train, until=until, request=request, report=report)
+    run_trials(queue, train, until=until, request=request, report=objective.tracking.reporting(report))
     complete = queue.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     found = [trial for trial in complete if queue.is_present(trial)]
     return found[-1] if found else None

@@ -124,7 +124,8 @@ def run_seed_replicates(
         return None
     queue = SeedReplicateQueue(studies, seeds)
     train = replace(objective, files=objective.files.within(FOLDER), cost=None, n_trials=len(queue.tasks()))
-    run_trials(queue, train, until=until, request=request, report=_Progress(queue, metric, objective.steps.total))
+    progress = objective.tracking.reporting(_Progress(queue, metric, objective.steps.total))
+    run_trials(queue, train, until=until, request=request, report=progress)
     return queue.result()
 
 

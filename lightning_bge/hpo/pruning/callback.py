@@ -194,7 +194,9 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         now = _clocks()
         spent = [b - a for a, b in zip(self._since, self._validated, strict=True)]
         tested = [b - a for a, b in zip(self._validated, now, strict=True)]
-        self.curve.append(Report(self._step(parts), value, spent[0], tested[0], spent[1], tested[1]))
+        found = trainer.callback_metrics.get("val_loss")
+        loss = None if found is None else float(found)
+        self.curve.append(Report(self._step(parts), value, spent[0], tested[0], spent[1], tested[1], loss))
         self._since = now
         self._within = not whole
         if whole:

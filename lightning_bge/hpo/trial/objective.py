@@ -26,6 +26,7 @@ from lightning_bge.hpo.ranking import CostName, cost
 from lightning_bge.hpo.space.search_space import Space, suggest
 from lightning_bge.hpo.steps import Report, Steps
 from lightning_bge.hpo.terminator import report_fold_scores
+from lightning_bge.hpo.trackers.tracking import Tracking
 from lightning_bge.hpo.trial.checkpoint import FoldResult, OpenFold, SavedTrial, ScoredEpoch, save_trial
 from lightning_bge.hpo.trial.kept_predictions import KeptPredictions, limit_predictions
 from lightning_bge.hpo.trial.out_of_fold import drop_predictions, save_predictions
@@ -100,6 +101,22 @@ class ReleaseEncoder(Callback):
         pl_module.release_encoder()  # type: ignore[operator]
 
 
+class LiveCurve(Callback):
+    """Calls a function after each validation that does not end the trial.
+
+    Args:
+        write: the function.
+    """
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        self.write = write
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The validation was reported."""
+        if not trainer.sanity_checking:
+            self.write()
+
+
 class StopOnRequest(Callback):
     """Ends training on request, where it can be continued: after a batch, or after a validation.
 
@@ -149,6 +166,7 @@ class Objective:
         encoder: loads the encoders of all trials of this process.
         cost: what is minimised besides the score; None: nothing.
         request: whether to stop; a trial is then saved in the middle of a fold.
+        tracking: the runs of the trials in experiment trackers.
     """
 
     build: Build
@@ -161,6 +179,7 @@ class Objective:
     encoder: EncoderCache = field(default_factory=EncoderCache)
     cost: CostName | None = None
     request: StopRequest = field(default_factory=StopRequest)
+    tracking: Tracking = field(default_factory=Tracking)
 
     def __call__(self, trial: optuna.Trial) -> float | tuple[float, float]:
         """Train all folds; the trial's value is the mean of their scores, and where there is a cost, that as well.
@@ -173,6 +192,7 @@ class Objective:
         before, loads = live_bytes() - self.encoder.nbytes, self.encoder.loads
         try:
             params, seed = suggest(trial, self.space), trial.user_attrs.get("seed")
+            self.tracking.begin(trial)
             return self._run(trial, params if seed is None else {**params, SEED: seed})
         except (optuna.TrialPruned, Stopped):
             raise
@@ -206,6 +226,8 @@ class Objective:
         finally:
             release(host=False)  # trainer and module hold each other until the garbage collector has run
             trial.set_user_attr("curve", curve)
+            self.tracking.report(trial, curve)
+            self.tracking.flush()  # the run is there when others see that the trial has ended
             if kept is not None:
                 limit_predictions(kept.folder, trial.study, self.files.predictions_limit)
         scores = [fold.score for fold in folds]
@@ -279,12 +301,13 @@ class Objective:
             steps_left = self._steps_left(later, setup.datamodule, len(done))
             compiler = CompileLayers(self.compile, steps_left=steps_left)
             stop = StopOnRequest(self.request, save)
-            callbacks = [OOMHandler(), compiler, scored, *early_stopping(self.monitor), reports, stop, ReleaseEncoder()]
+            live = LiveCurve(lambda: self.tracking.report(trial, curve))
+            callbacks = [OOMHandler(), compiler, scored, *early_stopping(self.monitor), reports, live, stop]
             setup.model.load_encoder_with(self.encoder.load)
             saved = None if opened is None else opened.checkpoint
             try:
                 with nullcontext() if saved is None else local_copy(saved) as checkpoint:
-                    setup.make_trainer(callbacks=callbacks).fit(
+                    setup.make_trainer(callbacks=[*callbacks, ReleaseEncoder()]).fit(
                         setup.model, datamodule=setup.datamodule, ckpt_path=checkpoint, weights_only=True
                     )
             finally:
