@@ -46,11 +46,11 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.02)
 
 
-def running(study: Path) -> set[int]:
+def running(study: Path, name: str = "study") -> set[int]:
     """The processes that train a trial."""
     if not (study / "journal.log").exists() or not open_storage(study / "journal.log").get_all_studies():
         return set()
-    return {t.user_attrs["worker"]["pid"] for t in trials(study) if t.state == TrialState.RUNNING}
+    return {t.user_attrs["worker"]["pid"] for t in trials(study, name) if t.state == TrialState.RUNNING}
 
 
 def stop(processes: list[subprocess.Popen[str]]) -> None:

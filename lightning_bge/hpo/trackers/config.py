@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from lightning_bge.errors import ConfigError
 
@@ -105,18 +105,26 @@ def check_trackers(entries: Sequence[str | Mapping[str, Any]]) -> None:
 def _check_mlflow(options: Mapping[str, str]) -> None:
     _check_no_login(os.environ.get("MLFLOW_TRACKING_URI", ""), "MLFLOW_TRACKING_URI")
     uri = options.get("tracking_uri", os.environ.get("MLFLOW_TRACKING_URI", ""))
-    if uri and (urlsplit(uri).scheme in ("", "file")):  # a folder, which MLflow 3 refuses by default
+    if local_folder(uri) is not None:  # MLflow 3 refuses it by default
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
         try:
             MlflowClient(uri)
         except MlflowException as error:
+            reason = first_line(error).partition(". ")[0]
             raise ConfigError(
-                f"hpo.trackers: mlflow does not accept the folder {uri}: {first_line(error)} Set tracking_uri to "
+                f"hpo.trackers: mlflow does not accept the folder {uri}: {reason}. Set tracking_uri to "
                 "sqlite:///mlflow.db or to the address of a server, or the environment variable "
                 "MLFLOW_ALLOW_FILE_STORE to true"
             ) from error
+
+
+def local_folder(uri: str) -> Path | None:
+    """The folder that a tracking URI of MLflow names; None: it names something else."""
+    parts = urlsplit(uri)
+    is_path = parts.scheme in ("", "file") and not uri.startswith("databricks")  # a name of MLflow's own
+    return Path(unquote(parts.path)) if parts.path and is_path else None
 
 
 def _check_wandb(options: Mapping[str, str]) -> None:

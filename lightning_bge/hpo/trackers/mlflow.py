@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from datetime import datetime
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 from lightning.pytorch.loggers import MLFlowLogger
 
+from lightning_bge.hpo.trackers.config import local_folder
 from lightning_bge.hpo.trackers.record import Points, StudyRecord, TrialRecord
 from lightning_bge.hpo.trackers.tracker import Known, Tracker, TrialRun, results_of
 from lightning_bge.runtime.run_folder import create_run_dir
@@ -25,9 +28,10 @@ STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "paused": "FINISHED", "f
 # tags of the runs
 STUDY, TRIAL, STATE, N_POINTS = "study_key", "trial_key", "state", "n_points"
 PARENT = "mlflow.parentRunId"  # by which MLflow nests runs
+TORN_SECONDS = 0.5  # for which a file may be empty because it is being written
 PAGE = 1000  # runs of one answer
-# MLflow itself makes 7 retries, in four minutes; the end of the study makes up for what is missing
-RETRIES = "4"
+# 14 seconds, where MLflow's own 7 take four minutes: the end of the study makes up for what is missing
+RETRIES = "3"
 
 
 class MLflowRun(TrialRun):
@@ -77,6 +81,8 @@ class MLflowTracker(Tracker):
             self.experiment_id = (
                 self.client.create_experiment(self.experiment) if found is None else found.experiment_id
             )
+            if (folder := local_folder(self.uri)) is not None:
+                _remove_torn_runs(folder / self.experiment_id, self.study.key)
             runs = [run for run in self._runs() if TRIAL not in run.data.tags]
             self.parent = min(runs, key=_age).info.run_id if runs else self._create_parent()
 
@@ -156,6 +162,27 @@ class MLflowTracker(Tracker):
         if report is not None:
             self.client.log_artifact(self.parent, str(report))
         self.client.set_terminated(self.parent, "FINISHED")
+
+
+def _remove_torn_runs(folder: Path, study_key: str) -> None:
+    """Delete runs that a killed process has left without content, with which MLflow can't read the whole experiment.
+
+    MLflow does not write `meta.yaml` of a run in a folder at once. What is deleted is written anew by `complete`.
+
+    Args:
+        folder: of the experiment.
+        study_key: whose runs are deleted, and those that have no tags yet.
+    """
+
+    def torn() -> set[Path]:
+        found = {path.parent for path in folder.glob("*/meta.yaml") if path.stat().st_size == 0}
+        tags = {run: run / "tags" / STUDY for run in found}
+        return {run for run, tag in tags.items() if (tag.read_text() if tag.exists() else study_key) == study_key}
+
+    if before := torn():
+        time.sleep(TORN_SECONDS)
+        for run in before & torn():
+            shutil.rmtree(run)
 
 
 def _age(run: Run) -> tuple[int, str]:

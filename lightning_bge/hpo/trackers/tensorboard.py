@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_bge.hpo.trackers.record import Points, TrialRecord
+from lightning_bge.hpo.trackers.record import Points, TrialRecord, new_points
 from lightning_bge.hpo.trackers.tracker import Known, Tracker, TrialRun
 from lightning_bge.runtime.run_folder import create_run_dir
 
@@ -78,8 +78,7 @@ class TensorBoardTracker(Tracker):
         folder = self.study.run_dir / FOLDER / record.name
         texts, points = _read(folder) if folder.is_dir() else ({}, {})
         known = {name: values for name, values in points.items() if name not in VALUES}
-        state = texts.get(STATE)
-        if Known(state, sum(map(len, known.values()))).is_as(record):
+        if texts.get(STATE) == record.state and not new_points(record.points, known):
             return
         run = self._open_run(record, known)
         if "trial" not in texts:

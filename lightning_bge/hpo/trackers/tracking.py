@@ -167,7 +167,7 @@ class _Writer:
         self._thread: threading.Thread | None = None
         self._idle = threading.Event()  # cleared by a wait that has lasted too long
         self._idle.set()
-        self._is_open = self._has_warned = False
+        self._is_open = self._has_warned = self._is_away = False
         self._run: TrialRun | None = None  # of the trial that runs; None: it can't be written now
 
     # ------------------------------------------------------------------ in the thread
@@ -229,7 +229,9 @@ class _Writer:
         return self._idle.is_set()
 
     def directly(self, work: Callable[[Tracker], None]) -> None:
-        """Do something now, in this thread, and say so where the tracker is away."""
+        """Do something now, in this thread; say once where the tracker is away."""
+        if self._is_away:  # it was said, and another try takes as long again
+            return
         reason = "it does not answer"
         if self.flush():
             try:
@@ -238,4 +240,5 @@ class _Writer:
                 return
             except Exception as error:  # as in `_work`
                 reason = f"{type(error).__name__}: {first_line(error)}"
+        self._is_away = True
         log.warning("hpo.trackers: the runs in %s are not complete (%s). %s", self.tracker.name, reason, REMEDY)

@@ -139,7 +139,8 @@ class WandbTracker(Tracker):
         run = self._init(key, self.study.name, "study")
         run.summary.update({**results_of(summary), "best_params": summary.get("best_params")})
         if report is not None:
-            run.save(str(report), base_path=str(report.parent), policy="now")
+            copy = shutil.copy(report, run.dir)  # else a link, to what a later call may replace
+            run.save(copy, base_path=run.dir, policy="now")
         run.finish()
 
 

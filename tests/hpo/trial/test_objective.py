@@ -7,8 +7,11 @@ from pathlib import Path
 import optuna
 import pytest
 
+from lightning_bge.hpo.trackers.tracking import Tracking
 from lightning_bge.hpo.trial.objective import Objective
 from lightning_bge.models.encoder import load_classifier
+from lightning_bge.models.metrics.config import MonitorConfig
+from tests.helpers.memory_tracker import STUDY, MemoryTracker
 from tests.helpers.small_search import make, write_files
 
 
@@ -58,3 +61,20 @@ def test_each_trial_keeps_the_seconds_of_its_reports(folder: Path) -> None:
     steps = [report[0] for fold in trial.user_attrs["curve"] for report in fold]
     assert steps == list(range(1, 9))
     assert all(min(report[2:]) >= 0 for fold in trial.user_attrs["curve"] for report in fold)
+
+
+def test_trackers_have_all_reports_with_the_losses_while_the_trial_runs(folder: Path) -> None:
+    tracker = MemoryTracker()
+    monitor = MonitorConfig(metric="accuracy")
+    study = search(make(folder, monitor=monitor, tracking=Tracking([tracker], STUDY)), trials=2)
+    assert len(tracker.runs) == 2
+    for run, trial in zip(tracker.runs.values(), study.trials, strict=True):
+        assert run.state is None  # the one who calls the objective ends it
+        assert run.logger.points.pop("f1") == trial.intermediate_values
+        curve = trial.user_attrs["curve"]
+        assert run.logger.points == {
+            f"fold_{k}/{name}": {report[0]: report[place] for report in fold}
+            for k, fold in enumerate(curve)
+            for name, place in (("f1", 1), ("loss", 6))
+        }
+        assert len({report[6] for fold in curve for report in fold}) == 4
