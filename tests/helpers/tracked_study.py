@@ -2,7 +2,8 @@
 
     python -m tests.helpers.tracked_study RUN '["tensorboard", {"name": "mlflow", "tracking_uri": "..."}]'
 
-The process kills itself in some trials. Run it until it ends with status 0.
+The process kills itself in some trials. Run it until it ends with status 0. With a number as a third argument the
+study has so many of its parameter sets; none of the first four kills the process.
 """
 
 from __future__ import annotations
@@ -83,8 +84,10 @@ def main() -> None:
     """Run what is left of the study, and end it."""
     run_dir, trackers = Path(sys.argv[1]), json.loads(sys.argv[2])
     check_trackers(trackers)
+    enqueue = [{"x": x} for x in FATES][: int(sys.argv[3]) if len(sys.argv) > 3 else None]
     space = {"x": {"low": 0.0, "high": 1.0}}
-    config = fake_config(n_trials=len(FATES) - 1, space=space, enqueue=[{"x": x} for x in FATES], trackers=trackers)
+    n_trials = sum(FATES[one["x"]] != "failed" for one in enqueue)  # those that fail do not count
+    config = fake_config(n_trials=n_trials, space=space, enqueue=enqueue, trackers=trackers)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = open_fake(run_dir, config)
     mark_tracked(study, None)

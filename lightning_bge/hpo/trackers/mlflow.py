@@ -41,6 +41,8 @@ class MLflowRun(TrialRun):
 
     def end(self, record: TrialRecord) -> None:
         """The last points, the value, the tags, and the status."""
+        from mlflow.entities import RunTag
+
         self.log(record)
         if record.values:
             self.logger.log_metrics(record.values, record.last_step)
@@ -48,8 +50,7 @@ class MLflowRun(TrialRun):
         assert record.state is not None
         assert run_id is not None
         tags = record.tags | {STATE: record.state, N_POINTS: str(record.n_points)}
-        for name, value in tags.items():
-            client.set_tag(run_id, name, value)
+        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         client.set_terminated(run_id, STATUS[record.state], _milliseconds(record.end))
 
 
@@ -73,6 +74,7 @@ class MLflowTracker(Tracker):
         import mlflow
 
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # else two lines for each trial
         self.uri = self.options.get("tracking_uri") or mlflow.get_tracking_uri()
         # one process of this machine after the other: two would create the tables, the experiment and the run twice
         with FileLock(create_run_dir(self.study.run_dir) / "trackers.lock", mode=0o600):

@@ -86,9 +86,8 @@ def run_folds(trial, folds, objective="best", direction="maximize", epochs=None,
         earlier.append(callback.close_fold())
         assert callback.history == pytest.approx(values[: len(callback.history)])
         assert [report.value for report in callback.curve] == callback.history
-        assert all(
-            min(report[2:6]) >= 0 and report.train_seconds > 0 and report.loss is None for report in callback.curve
-        )
+        assert all(min(report[2:6]) >= 0 and report.train_seconds > 0 for report in callback.curve)
+        assert {report.loss for report in callback.curve} == {None}  # the module logs none
     return earlier
 
 

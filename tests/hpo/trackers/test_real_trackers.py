@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
+from lightning_bge.models.tiny_bert import build_tiny_bert
 from tests.helpers import cli_processes
 from tests.helpers.cli_sample import write_small_sample
 from tests.helpers.paths import ROOT
@@ -54,6 +56,7 @@ def environment() -> dict[str, str]:
     """With a folder as MLflow's store, W&B offline, and passwords that no file may hold."""
     secrets = dict.fromkeys(("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"), SECRET)
     options = {"MLFLOW_ALLOW_FILE_STORE": "true", "WANDB_MODE": "offline", "MLFLOW_TRACKING_USERNAME": "me"}
+    options |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # no other request is answered later
     return {**os.environ, **secrets, **options, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -183,6 +186,28 @@ def test_no_file_holds_a_password(ended: Ended) -> None:
     assert files_with(SECRET, folder) == []
 
 
+def test_a_server_that_is_away_stops_nothing_and_the_runs_can_be_made_up_for(tmp_path: Path) -> None:
+    def run(uri: str) -> str:
+        tracker = json.dumps([{"name": "mlflow", "tracking_uri": uri}])
+        done = python("tests.helpers.tracked_study", str(tmp_path / "run"), tracker, "3", folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+        warning, last = [line for line in run(address).splitlines() if line.startswith("hpo.trackers")]
+    assert "mlflow can't be written to" in warning
+    assert "the runs in mlflow are not complete" in last
+    assert "Run the same `lightning-bge hpo` again" in last
+    trials = cli_processes.trials(tmp_path / "run", "run")
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "PRUNED"]
+    assert "hpo.trackers" not in run(str(tmp_path / "store"))
+    found = [one for one in runs("mlflow", tmp_path / "store", tmp_path) if state_of(one) is not None]
+    assert [state_of(one) for one in found] == ["complete", "pruned", "paused"]
+    assert [dict(one["points"]["f1"]) for one in found] == [trial.intermediate_values for trial in trials]
+
+
 # ---------------------------------------------------------------------- the whole program
 
 
@@ -190,7 +215,8 @@ def test_no_file_holds_a_password(ended: Ended) -> None:
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str]]]:
     """A search with two workers, one of which is killed while it trains, and the lines that it has printed."""
     folder = tmp_path_factory.mktemp("searched")
-    write_small_sample(folder)
+    texts = write_small_sample(folder)
+    build_tiny_bert(folder / "model", texts, vocab_size=300, hidden_size=16, layers=1, max_positions=128)
     options = {
         "model.name_or_path": "model",
         "data.train_file": "train.csv",
