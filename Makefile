@@ -63,10 +63,20 @@ test: lint  ## linters, types, import doors, and the test suite
 
 # what only the slow tests need: other storages of studies, and what shows them
 $(VENV)/.slow: $(VENV)/.test
-	@$(PIP) --editable '.[test,postgres,grpc,dashboard]' $(PIN)
+	@$(PIP) --editable '.[test,postgres,grpc,dashboard,tensorboard,wandb]' $(PIN)
 	@touch $@
 
-test-slow: $(VENV)/.slow chromium postgresql  ## what needs servers, browsers or minutes
+# MLflow excludes the pyarrow of the other tests: an environment beside theirs, which sees all other packages of it
+$(VENV)-mlflow/.slow: $(VENV)/.slow constraints-mlflow.txt
+	@echo "installing MLflow into $(VENV)-mlflow"
+	@$(BIN)/python -m venv $(VENV)-mlflow
+	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
+	    "$$($(VENV)-mlflow/bin/python -c 'import site; print(site.getsitepackages()[0])')/tests.pth"
+	@$(VENV)-mlflow/bin/python -m pip install --quiet --disable-pip-version-check 'mlflow>=3' \
+	    $(and $(CONSTRAINTS),-c constraints-mlflow.txt)
+	@touch $@
+
+test-slow: $(VENV)/.slow $(VENV)-mlflow/.slow chromium postgresql  ## what needs servers, browsers or minutes
 	$(TESTS) -m slow
 
 # Debian's packages: the browser in which the reports are looked at, and a database
@@ -99,4 +109,4 @@ bench: $(VENV)/.test  ## training and search speed against the peers, in turns: 
 	$(BIN)/python examples/benchmarks/hpo_race.py
 
 clean:  ## remove the environment and the runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-mlflow runs

@@ -11,8 +11,8 @@ from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.storage.study_storage import PATIENCE
 from lightning_bge.hpo.storage.url import parse_storage
 from lightning_bge.hpo.storage.workers import WORKER_TIMEOUT
-from lightning_bge.runtime.locations import check_location
 from lightning_bge.hpo.trackers.config import parse_trackers
+from lightning_bge.runtime.locations import check_location
 
 PREDICTIONS = "predictions"  # folder in the run folder: the logits of all validations
 BASELINE = "-baseline"  # suffix of the name of the study of the configured options

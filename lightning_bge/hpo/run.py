@@ -152,30 +152,14 @@ def run_hpo(
         place.stop_when(lambda: request.signal)
         study = prepare_study(experiment, hpo, space, steps, place, worker=worker, joins=joins)
         queue = StudyQueue(study, place, worker, hpo, space, parse_enqueued(hpo.enqueue, space))
-        tracking = track(study, hpo, run_dir)
-        objective = Objective(
-            build=experiment.build,
-            space=space,
-            monitor=experiment.monitor,
-            steps=steps,
-            files=TrialFiles(
-                out_of_fold=queue.files / "oof",
-                checkpoints=queue.checkpoints,
-                predictions=queue.files / PREDICTIONS,
-                predictions_limit=round(hpo.predictions_gb * 2**30),
-            ),
-            n_trials=queue.n_trials,
-            compile=experiment.compile,
-            encoder=experiment.encoder_cache(hpo),
-            cost=hpo.cost,
-            request=request,
-            tracking=tracking,
-        )
+        objective = _objective(experiment, queue, steps, request)
         progress = Progress(replace(hpo, n_trials=queue.n_trials), experiment.monitor.name, steps.total)
         summary = None
         try:
             while not request.signal:
-                run_trials(queue, objective, until=until, request=request, report=tracking.reporting(progress))
+                run_trials(
+                    queue, objective, until=until, request=request, report=objective.tracking.reporting(progress)
+                )
                 if not request.signal:
                     summary = _end(experiment, queue, objective, until)
                 if queue.is_finished() or time.monotonic() >= until:  # else trials were added meanwhile
@@ -183,9 +167,31 @@ def run_hpo(
         except Stopped:
             summary = None
         finally:
-            tracking.close()
+            objective.tracking.close()
     request.leave()
     return study, summary
+
+
+def _objective(experiment: Experiment, queue: StudyQueue, steps: Steps, request: StopRequest) -> Objective:
+    hpo = queue.config
+    return Objective(
+        build=experiment.build,
+        space=queue.space,
+        monitor=experiment.monitor,
+        steps=steps,
+        files=TrialFiles(
+            out_of_fold=queue.files / "oof",
+            checkpoints=queue.checkpoints,
+            predictions=queue.files / PREDICTIONS,
+            predictions_limit=round(hpo.predictions_gb * 2**30),
+        ),
+        n_trials=queue.n_trials,
+        compile=experiment.compile,
+        encoder=experiment.encoder_cache(hpo),
+        cost=hpo.cost,
+        request=request,
+        tracking=track(queue.study, hpo, queue.run_dir),
+    )
 
 
 def _print_head(experiment: Experiment, hpo: StudyConfig, space: Space, steps: Steps) -> None:

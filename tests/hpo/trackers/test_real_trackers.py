@@ -56,7 +56,7 @@ def environment() -> dict[str, str]:
     """With a folder as MLflow's store, W&B offline, and passwords that no file may hold."""
     secrets = dict.fromkeys(("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"), SECRET)
     options = {"MLFLOW_ALLOW_FILE_STORE": "true", "WANDB_MODE": "offline", "MLFLOW_TRACKING_USERNAME": "me"}
-    options |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # no other request is answered later
+    options |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}  # one that is refused is not repeated
     return {**os.environ, **secrets, **options, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
