@@ -30,6 +30,7 @@ from lightning_bge.hpo.ranking import CostName
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import spec_of
+from lightning_bge.hpo.trackers.config import Trackers
 from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.config import MonitorConfig, check_monitor
@@ -69,7 +70,7 @@ class StudyOptions(TypedDict, total=False):
     ensemble: bool
     outer_folds: int | None
     files: str | None
-    trackers: list[dict[str, Any] | str]
+    trackers: Trackers
     encoder_cache_gb: float | None
     monitor: MonitorConfig | dict[str, Any]
     compile: CompileConfig | dict[str, Any]

@@ -11,7 +11,7 @@ from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.storage.study_storage import PATIENCE
 from lightning_bge.hpo.storage.url import parse_storage
 from lightning_bge.hpo.storage.workers import WORKER_TIMEOUT
-from lightning_bge.hpo.trackers.config import parse_trackers
+from lightning_bge.hpo.trackers.config import Trackers, parse_trackers
 from lightning_bge.runtime.locations import check_location
 
 PREDICTIONS = "predictions"  # folder in the run folder: the logits of all validations
@@ -126,7 +126,7 @@ class StudyConfig:
     outer_folds: int | None = None
     files: str | None = None
     encoder_cache_gb: float | None = None
-    trackers: list[dict[str, Any] | str] = field(default_factory=list)
+    trackers: Trackers = field(default_factory=list)
     storage: str | None = None
     study_name: str | None = None
     storage_timeout: float = PATIENCE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,8 @@ CREDENTIALS = {
     "wandb": "WANDB_API_KEY, or `wandb login`",
     "tensorboard": "none",
 }
+# of `hpo.trackers`: a mapping first, as the command line's parser takes the first type that fits
+Trackers = list[dict[str, Any] | str] | dict[str, Any] | str
 WANDB_MODES = ("online", "offline", "disabled")
 EXPECTED = f"a list of {', '.join(OPTIONS)}, or of mappings such as {{name: mlflow, experiment: my-team}}"
 
@@ -37,19 +39,17 @@ class TrackerConfig:
     options: dict[str, str] = field(default_factory=dict)
 
 
-def parse_trackers(entries: Sequence[str | Mapping[str, Any]]) -> list[TrackerConfig]:
+def parse_trackers(entries: Trackers) -> list[TrackerConfig]:
     """Check `hpo.trackers`.
 
     Args:
-        entries: names of trackers, or mappings of `name` and options.
+        entries: names of trackers, or mappings of `name` and options; a single one need not be in a list.
 
     Raises:
         ConfigError: a tracker or an option is unknown, a tracker is there twice, or there are credentials among the
             options. The message repeats no value of an option.
     """
-    if isinstance(entries, str | Mapping):
-        raise ConfigError(f"hpo.trackers: expected {EXPECTED}, got {type(entries).__name__}")
-    found = [_parse(entry) for entry in entries]
+    found = [_parse(entry) for entry in (entries if isinstance(entries, list) else [entries])]
     names = [one.name for one in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"hpo.trackers: expected each tracker once, got {', '.join(twice)} several times")
@@ -83,7 +83,7 @@ def _check_no_login(uri: str, where: str) -> None:
         )
 
 
-def check_trackers(entries: Sequence[str | Mapping[str, Any]]) -> None:
+def check_trackers(entries: Trackers) -> None:
     """Check what the trackers need, before the first trial: packages, logins, a store that MLflow accepts.
 
     That a server answers is not checked: one that is away neither stops nor fails a study.

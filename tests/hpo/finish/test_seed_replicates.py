@@ -32,6 +32,7 @@ from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.journal import open_storage
 from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.hpo.study import study_storage
+from lightning_bge.hpo.trackers.tracking import Tracking
 from lightning_bge.hpo.trial.objective import TrialFiles
 from lightning_bge.runtime.stop import StopRequest
 from tests.helpers.fake_study import run_fake
@@ -55,6 +56,7 @@ class Search:
     cost: str | None = None
     n_trials: int = 0
     steps: Steps = Steps(2, 2)  # noqa: RUF009 - frozen
+    tracking: Tracking = Tracking()  # noqa: RUF009 - without trackers
 
     def __call__(self, trial: optuna.Trial) -> float | tuple[float, float]:
         params = suggest(trial, parse_space(SPACE))

@@ -29,16 +29,17 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_entries_are_names_or_mappings() -> None:
     found = parse_trackers(["tensorboard", {"name": "mlflow", "experiment": "team", "tracking_uri": None}])
     assert found == [TrackerConfig("tensorboard"), TrackerConfig("mlflow", {"experiment": "team"})]
+    assert parse_trackers("wandb") == parse_trackers({"name": "wandb"}) == [TrackerConfig("wandb")]
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ("mlflow", "expected a list of mlflow, wandb, tensorboard"),
         (["comet"], "expected a list of mlflow, wandb, tensorboard.*got the name comet"),
         ([{"experiment": "x"}], "got the name None"),
         ([{"name": "tensorboard", "folder": "x"}], "tensorboard has no option folder; it has none"),
         ([{"name": "wandb", "api_key": SECRET}], "wandb has no option api_key.*WANDB_API_KEY"),
+        ({"name": "wandb", "api_key": SECRET}, "wandb has no option api_key.*WANDB_API_KEY"),
         ([{"name": "wandb", "mode": "sometimes"}], "expected online, offline, disabled for the mode"),
         (["wandb", {"name": "wandb"}], "each tracker once, got wandb several times"),
         (
@@ -104,8 +105,9 @@ def test_a_tracking_uri_may_name_a_folder(uri: str, folder: str | None) -> None:
     assert local_folder(uri) == (None if folder is None else Path(folder))
 
 
-def test_the_command_line_takes_them_and_shows_no_secret(run: Callable[..., tuple[int, str, str]]) -> None:
-    status, out, err = run("hpo", "--hpo.trackers", f"[tensorboard, {{name: wandb, api_key: {SECRET}}}]")
+@pytest.mark.parametrize("form", ["[tensorboard, {{name: wandb, api_key: {}}}]", "{{name: wandb, api_key: {}}}"])
+def test_the_command_line_takes_them_and_shows_no_secret(run: Callable[..., tuple[int, str, str]], form: str) -> None:
+    status, out, err = run("hpo", "--hpo.trackers", form.format(SECRET))
     assert status == 2
     assert "wandb has no option api_key" in err
     assert SECRET not in out + err
