@@ -71,6 +71,10 @@ class StudyOptions(TypedDict, total=False):
     outer_folds: int | None
     files: str | None
     trackers: Trackers
+    storage: str | None
+    study_name: str | None
+    storage_timeout: float
+    worker_timeout: float
     encoder_cache_gb: float | None
     monitor: MonitorConfig | dict[str, Any]
     compile: CompileConfig | dict[str, Any]

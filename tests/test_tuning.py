@@ -275,6 +275,8 @@ def test_ctrl_c_raises_and_keeps_finished_trials(
         ({"sampler": "random"}, "^sampler must be a SamplerConfig or a dict of its fields"),
         ({"terminator": True, "max_failures": -1}, "^max_failures: expected 0 or more, got -1"),
         ({"enqueue": [{"model.optimizer.lr": 1.0}]}, "^enqueue, parameter set 1: model.optimizer.lr: expected 0.0001"),
+        ({"storage": "postgresql+psycopg://me:secret@h/d"}, "^storage: expected a URL without a password"),
+        ({"worker_timeout": 1.0}, "^worker_timeout: expected 6 or more, got 1"),
         ({"max_epochs": 0}, "max_epochs: a study needs 1 or more, got 0"),
     ],
 )

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_bge.cli.lightning_cli import BGECLI
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.launchers.config import LauncherName, RayConfig
 from lightning_bge.hpo.scheduling.trial_loop import MemoryKeptError
 from lightning_bge.runtime.output_file import write_output_text
 from lightning_bge.runtime.run_folder import json_text
@@ -21,6 +22,9 @@ Options = TypeVar("Options", bound=Any)
 def add_hpo(parser: LightningArgumentParser) -> None:
     """The study's options."""
     parser.add_argument("--hpo", type=StudyConfig, default=StudyConfig(), help="The study.")
+    text = "Where lightning-bge hpo starts its workers: on this machine, or on a Ray cluster."
+    parser.add_argument("--launcher", type=LauncherName, default="local", help=text)
+    parser.add_argument("--ray", type=RayConfig, default=RayConfig(), help="Workers on a Ray cluster.")
 
 
 def add_hpo_and(options: type) -> Any:

@@ -23,7 +23,7 @@ LINKS = (
 # content counts, and not how it is read; another kind of device computes the same up to rounding. Their number is not
 # among them: within an epoch a run goes on with as many as it had.
 FREE = (
-    *("run_dir", "hpo", "config", "compile", "memory"),
+    *("run_dir", "hpo", "launcher", "ray", "config", "compile", "memory"),
     *("data.test_file", "data.predict_file", "data.cache_dir", "data.cache_gb"),
     *("data.table.format", "data.table.delimiter", "data.table.encoding", "data.table.quoting", "data.table.escape"),
     *(

@@ -8,22 +8,27 @@ from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.search_options import add_hpo, check_one_device, starting_again
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
-from lightning_bge.hpo.finish.published import publish_report
+from lightning_bge.hpo.finish.published import fetch_results, publish_report
 from lightning_bge.hpo.finish.results import describe_study
+from lightning_bge.hpo.launchers.launcher import Launcher
+from lightning_bge.hpo.launchers.local import LocalLauncher, slots
+from lightning_bge.hpo.launchers.pool import WorkerPool
+from lightning_bge.hpo.launchers.ray import RayLauncher
 from lightning_bge.hpo.outer_folds import Found, run_studies
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.run import check_study, prepare_study, run_hpo
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.space.draw import n_parameter_sets
+from lightning_bge.hpo.storage.files import study_files
 from lightning_bge.hpo.study import study_storage
 from lightning_bge.hpo.tracked_study import attach_report
-from lightning_bge.hpo.worker_pool import Slot, WorkerPool, slots
 from lightning_bge.preflight import preflight
 from lightning_bge.runtime.run_folder import create_run_dir, read_json
 
 DESCRIPTION = """Search for the best hyperparameters over folds, prune bad trials, refit the best ones on all rows of
 the training file, and export the model. An interrupted study continues when the same command is run again. With
---hpo.workers N processes of this machine share the study; `lightning-bge worker RUN` joins it from another terminal."""
+--hpo.workers N processes of this machine share the study, with --launcher ray those of a Ray cluster;
+`lightning-bge worker RUN` joins it from another terminal."""
 
 
 def run(args: list[str]) -> None:
@@ -33,8 +38,8 @@ def run(args: list[str]) -> None:
     with starting_again(), running(cli.trainer):
         check_one_device(cli, "To use more, set hpo.workers: one process for each device shares the study")
         preflight("hpo", cli.experiment, cli.config_init.hpo)
-        workers = slots(cli.config_init.hpo)
-        run = run_hpo if len(workers) == 1 else partial(_run_pool, workers)
+        launcher = _launcher(cli)
+        run = run_hpo if launcher is None else partial(_run_pool, launcher)
         study, summary = run_studies(cli.experiment, cli.config_init.hpo, run=run)
         if summary is not None:
             report = write_report(cli.run_dir)
@@ -43,7 +48,15 @@ def run(args: list[str]) -> None:
             print(f"  {report.name:<14}the whole study on one page, for a browser")
 
 
-def _run_pool(workers: list[Slot], experiment: Experiment, hpo: StudyConfig, *, joins: bool) -> Found:
+def _launcher(cli: BGECLI) -> Launcher | None:
+    """What starts the study's workers; None: this process is the only one."""
+    if cli.config_init.launcher == "ray":
+        return RayLauncher(cli.config_init.ray, cli.config_init.hpo)
+    found = slots(cli.config_init.hpo)
+    return LocalLauncher(found) if len(found) > 1 else None
+
+
+def _run_pool(launcher: Launcher, experiment: Experiment, hpo: StudyConfig, *, joins: bool) -> Found:
     """As `run_hpo`, in processes of their own."""
     space, steps = check_study(experiment, hpo)
     run_dir = create_run_dir(experiment.run_dir)
@@ -52,7 +65,9 @@ def _run_pool(workers: list[Slot], experiment: Experiment, hpo: StudyConfig, *, 
     progress = Progress(
         replace(hpo, n_trials=n_parameter_sets(hpo.n_trials, space)), experiment.monitor.name, steps.total
     )
-    WorkerPool(study, place, hpo, progress, workers).run()
+    WorkerPool(study, place, progress, launcher, hpo.timeout).run()
+    if (files := study_files(hpo.files, run_dir)) != run_dir:
+        fetch_results(files, run_dir)
     summary = read_json(run_dir / "summary.json")
     if summary is not None:
         print(describe_study(run_dir, summary))

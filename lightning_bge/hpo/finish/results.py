@@ -30,6 +30,7 @@ from lightning_bge.hpo.progress import count, ended_early, finished
 from lightning_bge.hpo.ranking import cost_of, front, ranked, score_of
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.files import study_files
+from lightning_bge.hpo.storage.journal import JOURNAL
 from lightning_bge.hpo.trial.objective import Build, TrialSetup
 from lightning_bge.hpo.trial.out_of_fold import (
     OutOfFold,
@@ -327,7 +328,7 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
         "oof.csv": "out-of-fold predictions",
         **({"nested.csv": "predictions for the rows of the outer folds"} if summary["nested"] else {}),
         "run.json": "how to repeat the study",
-        "journal.log": "the study's storage",
+        **({JOURNAL: "the study's storage"} if (run_dir / JOURNAL).is_file() else {}),
     }
     model = run_dir / "model"
     if summary["model_dir"] not in (None, str(model)) and not model.is_dir():  # another machine has exported it

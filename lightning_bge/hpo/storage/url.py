@@ -111,7 +111,7 @@ def read_password() -> str | None:
     Raises:
         ConfigError: both are set, or the file can't be read.
     """
-    given, file = os.environ.get(PASSWORD), os.environ.get(PASSWORD_FILE)
+    given, file = os.environ.get(PASSWORD) or None, os.environ.get(PASSWORD_FILE) or None  # "" unsets one
     if given is not None and file is not None:
         raise ConfigError(f"{PASSWORD} and {PASSWORD_FILE}: expected one of them, got both. Unset one of them")
     if file is None:

@@ -15,11 +15,14 @@ import optuna
 import pytest
 
 from lightning_bge.cli.main import main
+from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import StudyError, UserError
 from lightning_bge.hpo.storage.database import check_answers
 from lightning_bge.hpo.storage.study_storage import open_study_storage
 from lightning_bge.hpo.storage.url import PASSWORD, parse_storage
 from lightning_bge.hpo.trials import attempts, ended_parameter_sets, key_of
+from lightning_bge.models.classifier import BGEClassifier
+from lightning_bge.tuning import tune
 from tests.helpers.paths import ROOT
 from tests.helpers.postgres import SECRET, Postgres, free_port
 
@@ -238,6 +241,24 @@ def test_a_finished_search_is_not_repeated_by_the_same_call(run: Path, server: P
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert server.query(count) == before
+
+
+def test_tune_keeps_a_study_in_a_database(run: Path, server: Postgres, tmp_path: Path) -> None:
+    files = {"train_file": str(run / "S" / "train.csv"), "cache_dir": str(run / "cache")}
+    found = tune(
+        BGEClassifier(str(run / "S" / "model")),
+        TextDataModule(str(run / "S" / "model"), **files, split={"folds": 2}),  # type: ignore[arg-type]
+        {"model.optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}},
+        **{"run_dir": tmp_path / "run", "n_trials": 2, "max_epochs": 1, "refit": False, "baseline": False},
+        trainer={"accelerator": "cpu", "precision": "32-true"},
+        storage=server.url,
+        study_name="from Python",
+    )
+    assert (
+        server.query("select count(*) from trials join studies using (study_id) where study_name='from Python'") == "2"
+    )
+    assert found.summary is not None
+    assert not (tmp_path / "run" / "journal.log").exists()
 
 
 # ---------------------------------------------------------------------- kills and outages
