@@ -15,6 +15,7 @@ from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.run import check_study, prepare_study, run_hpo
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.space.draw import n_parameter_sets
+from lightning_bge.hpo.storage.files import study_files
 from lightning_bge.hpo.study import study_storage
 from lightning_bge.hpo.tracked_study import attach_report
 from lightning_bge.hpo.worker_pool import Slot, WorkerPool, slots
@@ -55,5 +56,5 @@ def _run_pool(workers: list[Slot], experiment: Experiment, hpo: StudyConfig, *, 
     WorkerPool(study, place, hpo, progress, workers).run()
     summary = read_json(run_dir / "summary.json")
     if summary is not None:
-        print(describe_study(run_dir, summary))
+        print(describe_study(run_dir, summary, study_files(hpo.files, run_dir)))
     return study, summary

@@ -30,6 +30,7 @@ from lightning_bge.hpo.progress import count, ended_early, finished
 from lightning_bge.hpo.ranking import cost_of, front, ranked, score_of
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.files import study_files
+from lightning_bge.hpo.storage.journal import JOURNAL
 from lightning_bge.hpo.trial.objective import Build, TrialSetup
 from lightning_bge.hpo.trial.out_of_fold import (
     OutOfFold,
@@ -292,8 +293,14 @@ def wall_seconds(study: optuna.Study) -> float:
     return total
 
 
-def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
-    """What a user reads at the end of a study: the metrics, the files, and what they are for."""
+def describe_study(run_dir: Path, summary: dict[str, Any], files: Location | None = None) -> str:
+    """What a user reads at the end of a study: the metrics, the files, and what they are for.
+
+    Args:
+        run_dir: the run's folder.
+        summary: the content of `summary.json`.
+        files: where the study keeps what its processes share; None: in the run folder.
+    """
     metric = summary["metric"]
     baseline = "mean of the labels" if summary["task"] == "regression" else "majority class"
     lines = [
@@ -320,20 +327,22 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
     if summary["threshold"] is not None:
         lines.append(f"threshold {summary['threshold']:.3f}: {summary['threshold_note']}")
     lines += describe_exported(summary)
-    files = {
+    written = {
         "summary.json": "these results",
         "best.yaml": "the best hyperparameters, for lightning-bge fit",
         "trials.csv": "all trials",
         "oof.csv": "out-of-fold predictions",
         **({"nested.csv": "predictions for the rows of the outer folds"} if summary["nested"] else {}),
         "run.json": "how to repeat the study",
-        "journal.log": "the study's storage",
+        **({"journal.log": "the study's storage"} if (run_dir / JOURNAL).is_file() else {}),
     }
     model = run_dir / "model"
     if summary["model_dir"] not in (None, str(model)) and not model.is_dir():  # another machine has exported it
         lines.append(f"exported model: {summary['model_dir']}")
     elif summary["model_dir"]:
-        files["model/"] = "the exported model, for transformers and sentence-transformers"
-    if "model/" in files and summary.get("ensemble"):
-        files["model/"] = "the exported models, for lightning-bge predict and lightning_bge.models.Ensemble"
-    return "\n".join([*lines, "", f"{run_dir}/", *(f"  {name:<14}{text}" for name, text in files.items())])
+        written["model/"] = "the exported model, for transformers and sentence-transformers"
+    if "model/" in written and summary.get("ensemble"):
+        written["model/"] = "the exported models, for lightning-bge predict and lightning_bge.models.Ensemble"
+    lines += ["", f"{run_dir}/", *(f"  {name:<14}{text}" for name, text in written.items())]
+    copies = [] if files in (None, run_dir) else [f"{files}/ has copies, which all of its processes see"]
+    return "\n".join([*lines, *copies])
