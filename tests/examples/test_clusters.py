@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -49,9 +50,20 @@ def test_the_script_is_bash_and_its_options_are_those_of_sbatch() -> None:
 
 
 @pytest.fixture
-def program(tmp_path: Path) -> Cluster:
+def started() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes, each the first one of a group, which are killed at the end where they still run."""
+    processes: list[subprocess.Popen[bytes]] = []
+    yield processes
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture
+def program(tmp_path: Path, started: list[subprocess.Popen[bytes]]) -> Cluster:
     """A cluster whose `lightning-bge` writes its arguments and environment, and waits for a signal or the file `go`."""
-    found = Cluster(tmp_path)
+    found = Cluster(tmp_path, started)
     text = f"""cd {tmp_path}
 printf '%s\\n' "$@" > arguments
 env > environment
@@ -236,6 +248,13 @@ class Watched:
             assert time.monotonic() < until, self.printed()
             time.sleep(0.2)
 
+    def wait_for_stop(self) -> None:
+        """Wait until a process has got the signal; fail after two minutes."""
+        until = time.monotonic() + 120
+        while "SIGTERM: saving" not in self.printed():
+            assert time.monotonic() < until, self.printed()
+            time.sleep(0.1)
+
     def check(self, n_trials: int) -> None:
         """Each parameter set has ended, none was tried twice, and one was stopped and continued."""
         trials = self.trials()
@@ -260,31 +279,36 @@ def check_results(results: Path, n_trials: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["journal", "database"])
 def test_the_tasks_of_the_array_share_a_study(
-    storage: str, sample: Path, tmp_path: Path, request: pytest.FixtureRequest
+    storage: str,
+    sample: Path,
+    tmp_path: Path,
+    started: list[subprocess.Popen[bytes]],
+    request: pytest.FixtureRequest,
 ) -> None:
     variables = write_program_and_config(sample, tmp_path, 3)
     url = None if storage == "journal" else request.getfixturevalue("server").url
     (tmp_path / ".lightning-bge-password").write_text(SECRET)
-    cluster = Cluster(tmp_path, variables if url is None else {**variables, "STORAGE": url})
+    cluster = Cluster(tmp_path, started, variables if url is None else {**variables, "STORAGE": url})
     results = tmp_path / "studies" / STUDY
     study = Watched(results, url, STUDY, [cluster.log(0), cluster.log(1)])
     tasks = [cluster.start(0), cluster.start(1)]
     study.wait_for_trials(2, tasks)
     tasks[0].send_signal(signal.SIGUSR1)
-    while "SIGTERM: saving" not in study.printed():
-        time.sleep(0.1)
+    study.wait_for_stop()
     (tmp_path / "go").touch()
-    assert tasks[0].wait(120) == 143, study.printed()
+    assert tasks[0].wait(240) == 143, study.printed()
     assert cluster.requeued() == [f"requeue {ARRAY}_0"]
     tasks[0] = cluster.start(0)  # as Slurm does, also when the others have ended the study meanwhile
-    assert [task.wait(120) for task in tasks] == [0, 0], study.printed()
+    assert [task.wait(240) for task in tasks] == [0, 0], study.printed()
     study.check(3)
     check_results(results, 3)
     assert [*(tmp_path / "tmp").glob("tmp.*")] == []  # the run folders of the tasks
 
 
 @pytest.mark.slow
-def test_the_pods_of_the_job_share_a_study(sample: Path, tmp_path: Path, server: Postgres) -> None:
+def test_the_pods_of_the_job_share_a_study(
+    sample: Path, tmp_path: Path, started: list[subprocess.Popen[bytes]], server: Postgres
+) -> None:
     variables = write_program_and_config(sample, tmp_path, 3)
     write_program(tmp_path / "bin" / "srun", "exit 1")  # where it is, Lightning recommends it
     (tmp_path / "password").write_text(SECRET)
@@ -301,17 +325,18 @@ def test_the_pods_of_the_job_share_a_study(sample: Path, tmp_path: Path, server:
         environment = environment_of(index, folders) | variables
         environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
         with study.logs[index].open("ab") as log:
-            return subprocess.Popen(call, env=environment, cwd=folders["/tmp"], stdout=log, stderr=log)
+            options: dict[str, Any] = {"stdout": log, "stderr": log, "process_group": 0}
+            started.append(subprocess.Popen(call, env=environment, cwd=folders["/tmp"], **options))
+        return started[-1]
 
     pods = [start(0, "a"), start(1, "b")]
     study.wait_for_trials(2, pods)
     pods[0].send_signal(signal.SIGTERM)
-    while "SIGTERM: saving" not in study.printed():
-        time.sleep(0.1)
+    study.wait_for_stop()
     (tmp_path / "go").touch()
-    assert pods[0].wait(120) == 143, study.printed()
-    assert pods[1].wait(120) == 0, study.printed()
-    assert start(0, "c").wait(120) == 0, study.printed()  # as the Job does, here after the end of the study
+    assert pods[0].wait(240) == 143, study.printed()
+    assert pods[1].wait(240) == 0, study.printed()
+    assert start(0, "c").wait(240) == 0, study.printed()  # as the Job does, here after the end of the study
     study.check(3)
     check_results(place, 3)
     assert "srun" not in study.printed()

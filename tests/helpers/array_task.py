@@ -29,10 +29,12 @@ class Cluster:
 
     Args:
         folder: the folder.
+        started: the processes of the tasks are added to it.
         variables: further environment variables of the jobs.
     """
 
     folder: Path
+    started: list[subprocess.Popen[bytes]]
     variables: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,14 +62,17 @@ class Cluster:
             **self.variables,
         }
         with self.log(task).open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 ["bash", SCRIPT, *options],
                 cwd=self.folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                process_group=0,
             )
+        self.started.append(process)
+        return process
 
     def log(self, task: int) -> Path:
         """What a task has printed."""
