@@ -61,9 +61,9 @@ test: export OMP_NUM_THREADS = 1
 test: lint  ## linters, types, import doors, and the test suite
 	$(TESTS) --numprocesses 2
 
-# what only the slow tests need: other storages of studies, other launchers, and what shows them
+# what only the slow tests need: other storages and launchers, what shows studies, and the schemas of Kubernetes (100 MB)
 $(VENV)/.slow: $(VENV)/.test
-	@$(PIP) --editable '.[test,postgres,grpc,ray,dashboard,tensorboard,wandb]' $(PIN)
+	@$(PIP) --editable '.[test,postgres,grpc,ray,dashboard,tensorboard,wandb]' kubernetes-validate $(PIN)
 	@touch $@
 
 # MLflow excludes the pyarrow of the other tests: an environment beside theirs, which sees all other packages of it

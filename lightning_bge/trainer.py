@@ -43,6 +43,7 @@ HARMLESS_WARNINGS = (
     ".*does not have many workers.*",  # rows are tokenized and in memory: 0 workers are the fastest
     ".*Checkpoint directory .* exists and is not empty.*",  # a run folder in which a run continues
     ".*number of training batches.*smaller than the logging interval.*",
+    ".*`srun` command is available.*",  # on a machine of a Slurm cluster: no process here needs to be started by it
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6.6 under torch 2.13
 )
 

@@ -198,8 +198,9 @@ def _print_head(experiment: Experiment, hpo: StudyConfig, space: Space, steps: S
     """Say what the study will do."""
     split = "a single split" if steps.folds == 1 else f"{steps.folds} folds"
     monitor, size = experiment.monitor, space_size(space)
+    name = hpo.study_name or experiment.run_dir.resolve().name
     print(
-        f"study {experiment.run_dir.resolve().name}: {hpo.n_trials} trials, {split}, at most {steps.epochs} epochs "
+        f"study {name}: {hpo.n_trials} trials, {split}, at most {steps.epochs} epochs "
         f"each; metric: {monitor.name} of the {monitor.objective} epoch, mean over the folds"
     )
     if size < hpo.n_trials:
@@ -231,7 +232,7 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
     epochs = config["trainer.max_epochs"] if "trainer.max_epochs" in objective.space.when else objective.steps.epochs
     baseline_steps = replace(objective.steps, epochs=configured["trainer.max_epochs"])
     outer_folds, schema = queue.config.outer_folds, experiment.datamodule.schema
-    with queue.place.end_lock(queue.worker):
+    with queue.place.end_lock(queue.worker, lambda: request.signal):
         assert schema is not None
         complete_runs(objective.tracking, queue.study)
         nested = None if outer_folds is None else finish_nested(queue.run_dir, outer_folds, schema, metric)
@@ -251,5 +252,5 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
         if queue.place.name is not None and queue.study.user_attrs.get(SUMMARY) != summary:
             queue.study.set_user_attr(SUMMARY, summary)  # for readers on other machines
         objective.tracking.end_study(summary)
-    print(describe_study(queue.run_dir, summary))
+    print(describe_study(queue.run_dir, summary, queue.files))
     return summary

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from optuna.trial import TrialState
 from safetensors.torch import load_file
 
@@ -75,6 +76,23 @@ def test_a_signal_saves_the_trial_that_runs_and_ends_the_process_with_its_own_st
     [stopped] = trials(tmp_path / "study")
     assert (stopped.state, stopped.user_attrs["interrupted"]) == (TrialState.FAIL, sent.name)
     assert (tmp_path / "study" / "checkpoints" / "0" / "state.pt").is_file()
+
+
+def test_a_signal_stops_a_process_that_waits_for_the_one_that_ends_the_study(search: list[str], tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    study.mkdir()
+    options = ["--hpo.n_trials", "1", "--hpo.pruner.name", "none", "--hpo.baseline", "false"]
+    with FileLock(study / "end.lock"):  # as the one that refits has it
+        process = start([*search, *options])
+        try:
+            wait_for(lambda: (study / "oof").is_dir() and not running(study), process)
+            time.sleep(1.0)
+            process.send_signal(signal.SIGTERM)
+            out = process.communicate(timeout=60)[0]
+        finally:
+            stop([process])
+    assert process.returncode == 143, out
+    assert not (study / "summary.json").exists()
 
 
 def test_a_second_ctrl_c_stops_at_once(held: list[str], tmp_path: Path) -> None:

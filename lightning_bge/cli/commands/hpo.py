@@ -70,5 +70,5 @@ def _run_pool(launcher: Launcher, experiment: Experiment, hpo: StudyConfig, *, j
         fetch_results(files, run_dir)
     summary = read_json(run_dir / "summary.json")
     if summary is not None:
-        print(describe_study(run_dir, summary))
+        print(describe_study(run_dir, summary, study_files(hpo.files, run_dir)))
     return study, summary

@@ -293,8 +293,14 @@ def wall_seconds(study: optuna.Study) -> float:
     return total
 
 
-def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
-    """What a user reads at the end of a study: the metrics, the files, and what they are for."""
+def describe_study(run_dir: Path, summary: dict[str, Any], files: Location | None = None) -> str:
+    """What a user reads at the end of a study: the metrics, the files, and what they are for.
+
+    Args:
+        run_dir: the run's folder.
+        summary: the content of `summary.json`.
+        files: where the study keeps what its processes share; None: in the run folder.
+    """
     metric = summary["metric"]
     baseline = "mean of the labels" if summary["task"] == "regression" else "majority class"
     lines = [
@@ -321,7 +327,7 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
     if summary["threshold"] is not None:
         lines.append(f"threshold {summary['threshold']:.3f}: {summary['threshold_note']}")
     lines += describe_exported(summary)
-    files = {
+    written = {
         "summary.json": "these results",
         "best.yaml": "the best hyperparameters, for lightning-bge fit",
         "trials.csv": "all trials",
@@ -334,7 +340,9 @@ def describe_study(run_dir: Path, summary: dict[str, Any]) -> str:
     if summary["model_dir"] not in (None, str(model)) and not model.is_dir():  # another machine has exported it
         lines.append(f"exported model: {summary['model_dir']}")
     elif summary["model_dir"]:
-        files["model/"] = "the exported model, for transformers and sentence-transformers"
-    if "model/" in files and summary.get("ensemble"):
-        files["model/"] = "the exported models, for lightning-bge predict and lightning_bge.models.Ensemble"
-    return "\n".join([*lines, "", f"{run_dir}/", *(f"  {name:<14}{text}" for name, text in files.items())])
+        written["model/"] = "the exported model, for transformers and sentence-transformers"
+    if "model/" in written and summary.get("ensemble"):
+        written["model/"] = "the exported models, for lightning-bge predict and lightning_bge.models.Ensemble"
+    lines += ["", f"{run_dir}/", *(f"  {name:<14}{text}" for name, text in written.items())]
+    copies = [] if files in (None, run_dir) else [f"{files}/ has copies, which all of its processes see"]
+    return "\n".join([*lines, *copies])

@@ -23,6 +23,7 @@ from lightning_bge.hpo.storage.retrying import RetryingStorage
 from lightning_bge.hpo.storage.workers import Worker, Workers
 from lightning_bge.hpo.trials import WORKER
 from lightning_bge.runtime.compat.optuna import record_heartbeat, stale_trial_ids, trial_id_of
+from lightning_bge.runtime.stop import Stopped
 
 log = logging.getLogger("lightning_bge")
 
@@ -160,11 +161,19 @@ class TicketLock:
         return _study_id(self._storage, self._name)
 
     @contextmanager
-    def hold(self, worker: Worker) -> Iterator[Callable[[], bool]]:
-        """Hold the lock for a `with` block, which gets a function that tells whether it is still held."""
+    def hold(self, worker: Worker, is_stopping: Callable[[], object] = bool) -> Iterator[Callable[[], bool]]:
+        """Hold the lock for a `with` block, which gets a function that tells whether it is still held.
+
+        Args:
+            worker: this process.
+            is_stopping: whether this process is to stop; by default it never is.
+
+        Raises:
+            Stopped: it is to stop, and others hold the lock.
+        """
         ticket = self._take(worker)
         try:
-            while not self._is_first(ticket, worker):
+            while not self._is_first(ticket, worker, is_stopping):
                 worker.renew()
                 ticket = self._take(worker)
             yield lambda: not self._storage.get_trial(ticket).state.is_finished()
@@ -176,7 +185,7 @@ class TicketLock:
         template = create_trial(state=TrialState.RUNNING, user_attrs=attributes)
         return self._storage.create_new_trial(self._id, template)
 
-    def _is_first(self, ticket: int, worker: Worker) -> bool:
+    def _is_first(self, ticket: int, worker: Worker, is_stopping: Callable[[], object]) -> bool:
         """Wait until the ticket is the first one; False: others have ended it, as they took this process for gone."""
         checked = time.monotonic()
         while True:
@@ -188,6 +197,8 @@ class TicketLock:
             before = [trial for trial in same if trial.number < own.number]
             if not before:
                 return True
+            if is_stopping():
+                raise Stopped
             # an earlier one of this process was created by a call whose answer it did not get
             gone = {worker.id}
             if time.monotonic() - checked > CHECK_SECONDS:

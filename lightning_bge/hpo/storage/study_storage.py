@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage
 
 from lightning_bge.hpo.storage.database import open_shared_storage
@@ -16,9 +16,11 @@ from lightning_bge.hpo.storage.retrying import RetryingStorage
 from lightning_bge.hpo.storage.shared import StorageWorkers, TicketLock
 from lightning_bge.hpo.storage.url import parse_storage
 from lightning_bge.hpo.storage.workers import WORKER_TIMEOUT, FolderWorkers, Worker, Workers
+from lightning_bge.runtime.stop import Stopped
 
 LOCK, END_LOCK = "study.lock", "end.lock"  # files in the run folder, and the kinds of locks in a shared storage
 LOCK_POLL_SECONDS = 0.01  # between two tries to get the lock; a decision takes a few times as long
+STOP_POLL_SECONDS = 0.5  # between two looks of those who wait for it at whether they are to stop
 PATIENCE = 600.0  # seconds for which a database that is away is waited for
 
 
@@ -64,28 +66,48 @@ class StudyStorage:
             yield is_held
 
     @contextmanager
-    def end_lock(self, worker: Worker) -> Iterator[None]:
-        """Hold the lock under which one process ends the study."""
-        with self._lock(END_LOCK, worker):
+    def end_lock(self, worker: Worker, is_stopping: Callable[[], object] = bool) -> Iterator[None]:
+        """Hold the lock under which one process ends the study. Others wait as long as that takes, such as a refit.
+
+        Args:
+            worker: this process.
+            is_stopping: whether this process is to stop; by default it never is.
+
+        Raises:
+            Stopped: it is to stop, and another process holds the lock.
+        """
+        with self._lock(END_LOCK, worker, is_stopping):
             yield
 
     @contextmanager
-    def _lock(self, kind: str, worker: Worker | None) -> Iterator[Callable[[], bool]]:
+    def _lock(
+        self, kind: str, worker: Worker | None, is_stopping: Callable[[], object] = bool
+    ) -> Iterator[Callable[[], bool]]:
         if self.name is None:
-            with FileLock(self.run_dir / kind, mode=0o600).acquire(poll_interval=LOCK_POLL_SECONDS):
+            with _take(FileLock(self.run_dir / kind, mode=0o600), is_stopping):
                 yield lambda: True
         elif worker is None:
-            with self.worker() as temporary, self._lock(kind, temporary) as is_held:
+            with self.worker() as temporary, self._lock(kind, temporary, is_stopping) as is_held:
                 yield is_held
         else:
             assert isinstance(self.storage, RetryingStorage)
-            with TicketLock(self.storage, self.name, kind, self.workers).hold(worker) as is_held:
+            with TicketLock(self.storage, self.name, kind, self.workers).hold(worker, is_stopping) as is_held:
                 yield is_held
 
     def stop_when(self, is_stopping: Callable[[], object]) -> None:
         """Wait only for a few seconds for a storage that is away, once the process is to stop."""
         if isinstance(self.storage, RetryingStorage):
             self.storage.retries.is_stopping = is_stopping
+
+
+def _take(lock: FileLock, is_stopping: Callable[[], object]) -> AbstractContextManager[object]:
+    """Take a lock; `Stopped` where this process is to stop before it is free."""
+    while True:
+        try:
+            return lock.acquire(timeout=STOP_POLL_SECONDS, poll_interval=LOCK_POLL_SECONDS)
+        except Timeout:
+            if is_stopping():
+                raise Stopped from None
 
 
 def open_study_storage(

@@ -132,10 +132,12 @@ def test_the_closing_lines_name_the_results_and_the_files() -> None:
         "2 of the trials: computed with torch 3.0 instead of torch 2.9",
     ):
         assert part in text
-    assert "journal.log" not in text  # the study is kept elsewhere
     elsewhere = describe_study(Path("runs/s"), {**summary, "model_dir": "s3://bucket/run/model"})
     assert "exported model: s3://bucket/run/model" in elsewhere
     assert "  model/" not in elsewhere
+    assert "journal.log" not in text
+    assert "has copies" not in text
+    assert "/mnt/team/run/ has copies" in describe_study(Path("runs/s"), summary, Path("/mnt/team/run"))
 
 
 @pytest.mark.parametrize(
