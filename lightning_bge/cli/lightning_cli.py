@@ -177,7 +177,8 @@ def _seed(value: bool | int) -> int:
 
 def _fit_options(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
     plain = plain_config(parser, config)
-    plain.pop("hpo", None)
+    for name in ("hpo", "launcher", "ray"):  # of a study, and not of one of its trials
+        plain.pop(name, None)
     return plain
 
 

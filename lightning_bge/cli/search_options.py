@@ -16,6 +16,7 @@ from lightning_bge.hpo.scheduling.trial_loop import MemoryKeptError
 from lightning_bge.runtime.output_file import write_output_text
 from lightning_bge.runtime.run_folder import json_text
 
+_STARTED_IN = os.getcwd()
 Options = TypeVar("Options", bound=Any)
 
 
@@ -50,6 +51,7 @@ def starting_again() -> Iterator[None]:
     except MemoryKeptError as error:
         print(f"lightning-bge: {error}. The process starts itself again", file=sys.stderr, flush=True)
         sys.stdout.flush()
+        os.chdir(_STARTED_IN)  # the paths of the command line are relative to it
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -8,7 +8,7 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import CostName
 from lightning_bge.hpo.space.draw import SamplerConfig
-from lightning_bge.hpo.storage.study_storage import PATIENCE
+from lightning_bge.hpo.storage.study_storage import PATIENCE, check_study_name
 from lightning_bge.hpo.storage.url import parse_storage
 from lightning_bge.hpo.storage.workers import WORKER_TIMEOUT
 from lightning_bge.hpo.trackers.config import Trackers, parse_trackers
@@ -167,9 +167,9 @@ class StudyConfig:
         parse_trackers(self.trackers)
         if self.storage is not None:
             parse_storage(self.storage)
-        if self.study_name is not None and not self.study_name.strip():
-            raise ConfigError("hpo.study_name: expected a name or null, got an empty one")
-        for name, least_seconds in (("storage_timeout", 0.0), ("worker_timeout", 6.0)):
+        if self.study_name is not None:
+            check_study_name("hpo.study_name", self.study_name)
+        for name, least_seconds in (("storage_timeout", 0.1), ("worker_timeout", 6.0)):
             if not least_seconds <= getattr(self, name) < math.inf:
                 raise ConfigError(f"hpo.{name}: expected {least_seconds:g} or more, got {getattr(self, name)}")
         if self.cost is not None and self.terminator:

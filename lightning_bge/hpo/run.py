@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +39,8 @@ from lightning_bge.hpo.trials import N_TRIALS
 from lightning_bge.hpo.versions import other_versions, used_versions
 from lightning_bge.runtime.run_folder import create_run_dir, record_run
 from lightning_bge.runtime.stop import Stopped, StopRequest
+
+OTHERS_POLL_SECONDS = 0.5  # between two looks at whether others live
 
 
 def check_study(experiment: Experiment, hpo: StudyConfig) -> tuple[Space, Steps]:
@@ -93,7 +96,9 @@ def prepare_study(
     if not joins:
         _print_head(experiment, hpo, space, steps)
     run_dir = experiment.run_dir
-    with place.lock(worker) as is_held:
+    with ExitStack() as stack:
+        this = stack.enter_context(place.worker()) if worker is None else worker
+        is_held = stack.enter_context(place.lock(this))
         versions = used_versions(str(experiment.config.get("trainer.accelerator", "auto")))
         study = open_study(
             place,
@@ -102,7 +107,7 @@ def prepare_study(
             steps,
             study_identity(experiment, hpo, space),
             dict(experiment.config.items()),
-            worker="" if worker is None else worker.id,
+            worker=this.id,
             versions=versions,
         )
         join_files(study, hpo.files, run_dir)
@@ -112,7 +117,9 @@ def prepare_study(
         if hpo.trackers:
             mark_tracked(study, place.name)
         if not joins:
-            if study.user_attrs.get(N_TRIALS) != hpo.n_trials:
+            known = study.user_attrs.get(N_TRIALS)
+            # a process that joins others may ask for more trials; an older one that comes again does not ask for fewer
+            if known is None or hpo.n_trials > known or not place.workers.living() - {this.id}:
                 study.set_user_attr(N_TRIALS, hpo.n_trials)
             record_run(run_dir, experiment.plain(experiment.config), data.data_hash)
         if not is_held():
@@ -212,6 +219,24 @@ def _print_head(experiment: Experiment, hpo: StudyConfig, space: Space, steps: S
         print("at the end the configured hyperparameters are trained too, to say what the search has gained")
 
 
+def _leave_to_others(queue: StudyQueue, request: StopRequest) -> bool:
+    """Stop being a worker where others are at work, who end the study then; False: there are none.
+
+    Under the lock, so that of two processes at most one leaves it to the other, and not to one that is dead already.
+    """
+    workers, own = queue.place.workers, queue.worker.id
+    while not request.signal:
+        with queue.place.lock(queue.worker):
+            others = workers.living() - {own}
+            if not others:
+                return False
+            if workers.any_surely_lives(others):
+                queue.worker.leave()
+                return True
+        time.sleep(OTHERS_POLL_SECONDS)
+    return False
+
+
 def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until: float) -> dict[str, Any] | None:
     """Seed replicates, refit, export and results; None: other processes end the study, or a stop was requested."""
     config, metric, request = experiment.config, experiment.monitor.name, objective.request
@@ -221,8 +246,7 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
     configured = {name: config[name] for name in objective.space}
     configured["trainer.max_epochs"] = config["trainer.max_epochs"] or objective.steps.epochs
     baseline = run_baseline(queue, objective, configured=configured, metric=metric, until=until, request=request)
-    others = queue.place.workers.living() - {queue.worker.id}
-    if not request.signal and time.monotonic() >= until and others:
+    if not request.signal and time.monotonic() >= until and _leave_to_others(queue, request):
         print("hpo.timeout is over; other processes go on with this study, and the last of them ends it")
         return None
     if request.signal:
@@ -232,7 +256,7 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
     epochs = config["trainer.max_epochs"] if "trainer.max_epochs" in objective.space.when else objective.steps.epochs
     baseline_steps = replace(objective.steps, epochs=configured["trainer.max_epochs"])
     outer_folds, schema = queue.config.outer_folds, experiment.datamodule.schema
-    with queue.place.end_lock(queue.worker, lambda: request.signal):
+    with queue.place.end_lock(queue.worker, lambda: request.signal) as is_held:
         assert schema is not None
         complete_runs(objective.tracking, queue.study)
         nested = None if outer_folds is None else finish_nested(queue.run_dir, outer_folds, schema, metric)
@@ -248,6 +272,9 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
             nested=nested,
             request=request,
         )
+        if not is_held():
+            print("this process gave no sign of life for too long, so that another one ends the study")
+            return None
         publish_results(queue.run_dir, queue.files)
         if queue.place.name is not None and queue.study.user_attrs.get(SUMMARY) != summary:
             queue.study.set_user_attr(SUMMARY, summary)  # for readers on other machines

@@ -108,7 +108,8 @@ def _attributes(
     """What must be the same for trials to be comparable, and what may change while nobody is at work; plain data."""
     settings = {**options, **({} if config.cost is None else {"hpo.cost": config.cost})}
     content = {"space": space_to_json(space), "settings": settings, "steps": asdict(steps)}
-    methods = {"hpo.pruner": asdict(config.pruner), "hpo.sampler": asdict(config.sampler)}
+    methods: dict[str, Any] = {"hpo.pruner": asdict(config.pruner), "hpo.sampler": asdict(config.sampler)}
+    methods["hpo.worker_timeout"] = config.worker_timeout  # who gives signs seldom would count as gone for others
     return json.loads(json.dumps(content)), json.loads(json.dumps(methods))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pytest
 
+from lightning_bge.callbacks.torch_backends import choose_precision
 from lightning_bge.data.pieces import TextPieces
 from lightning_bge.prediction.predict import PredictionWriter
 from lightning_bge.types import Schema
@@ -72,6 +73,9 @@ def rows_file(tmp_path: Path) -> Path:
     return path
 
 
+OTHER_PRECISION = {"32-true": "bf16-mixed", "bf16-mixed": "32-true"}[choose_precision()[0]]  # than that of `auto`
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -79,7 +83,7 @@ def rows_file(tmp_path: Path) -> Path:
         ("--keep", "[]"),
         ("--data.max_length", "8"),
         ("--data.windows.stride", "2"),
-        ("--trainer.precision", "32-true"),
+        ("--trainer.precision", OTHER_PRECISION),
         ("--model.attention", "padded"),
         ("--data.table.quoting", "false"),
     ],

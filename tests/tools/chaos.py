@@ -4,7 +4,9 @@
     python tests/tools/chaos.py --runs 1 --trials 12 --kills 5 --aimed 1
     python tests/tools/chaos.py --postgres --away 60     # as the first, in a PostgreSQL that is restarted and goes away
 
-Each search is `lightning-bge hpo --hpo.workers 4`. Its workers get SIGKILL, at a mean interval of three durations of a
+Each search is `lightning-bge hpo --hpo.workers 4`; with --postgres every second one is as on four machines: four
+`lightning-bge hpo` with run folders of their own, which see no lock of each other, go by signs of life, share
+checkpoints through hpo.files, and are started again when they are killed. The workers get SIGKILL, at a mean interval of three durations of a
 trial; some of the kills are aimed at a worker that is starting, and some at the end, when seed replicates, refit and
 export run. Trials are added until enough kills have fallen. Then the search has to end by itself, with every
 parameter set complete, pruned or paused, none twice, none running, no finished fold trained a second time, and one
@@ -23,11 +25,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -48,6 +50,7 @@ from lightning_bge.hpo.trials import (
 from tests.helpers.postgres import SECRET, Postgres
 
 PAIRS = [("asha", "tpe"), ("median", "random"), ("asha", "random"), ("median", "tpe")]
+FILES = "files"  # of processes apart, what they share
 POLL_SECONDS = 0.05
 LIMIT_SECONDS = 1800  # of a search; it never takes half of that
 
@@ -64,6 +67,7 @@ class Search:
         seed: of the moments.
         database: in which the study is kept; None: in its journal.
         away: seconds for which the database is gone once, besides one restart.
+        apart: how many processes with run folders of their own share the study; 0: workers of one process.
     """
 
     run_dir: Path
@@ -73,6 +77,7 @@ class Search:
     seed: int
     database: Postgres | None = None
     away: float = 0.0
+    apart: int = 0
     random: random.Random = field(init=False)
     done: dict[str, int] = field(default_factory=lambda: {"start": 0, "random": 0, "end": 0})
     summaries: set[int] = field(default_factory=set)
@@ -80,12 +85,15 @@ class Search:
     def run(self) -> dict[str, Any]:
         """Run and disturb it, and check what is left; returns figures, and `faults`."""
         self.random, since = random.Random(self.seed), time.monotonic()
-        command = [sys.executable, "-m", "lightning_bge.cli", "hpo", *self.arguments, "--run_dir", str(self.run_dir)]
+        command = [sys.executable, "-m", "lightning_bge.cli", "hpo", *self.arguments]
         if self.database is not None:
-            command += ["--hpo.storage", self.database.url]
+            command += ["--hpo.storage", self.database.url, "--hpo.study_name", self.run_dir.name]
             self.done |= {"restart": 0, "away": 0}
         with self.run_dir.with_suffix(".log").open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
+            if self.apart:
+                process: Processes = Apart(command, self.run_dir, self.apart, log)
+            else:
+                process = Together(subprocess.Popen([*command, "--run_dir", str(self.run_dir)], stdout=log, stderr=log))
             try:
                 self._disturb(process, since)
                 status = process.wait(LIMIT_SECONDS)
@@ -101,13 +109,13 @@ class Search:
 
     # ------------------------------------------------------------------ killing
 
-    def _disturb(self, process: subprocess.Popen[bytes], since: float) -> None:
+    def _disturb(self, process: Processes, since: float) -> None:
         known: dict[int, float] = {}  # the workers, and when they were first seen
         next_kill, n_end = time.monotonic() + 15.0, self.aimed
         while process.poll() is None and time.monotonic() - since < LIMIT_SECONDS:
             time.sleep(POLL_SECONDS)
             self._look_at_summary()
-            now, workers = time.monotonic(), children(process.pid)
+            now, workers = time.monotonic(), process.workers()
             fresh = [pid for pid in workers if pid not in known]
             known |= dict.fromkeys(fresh, now)
             study = self._study()
@@ -158,15 +166,15 @@ class Search:
 
     def _at_work(self, workers: list[int], known: dict[int, float], now: float) -> list[int]:
         """Those that have had the time to open the study."""
-        names = [path.stem.split("-")[-2] for path in (self.run_dir / "workers").glob("*.lock")]
+        names = [path.stem.split("-")[-2] for path in self.run_dir.glob("**/workers/*.lock")]
         return [pid for pid in workers if str(pid) in names and now - known[pid] > 1.0]
 
     def _study(self) -> optuna.Study | None:
-        if not (self.run_dir / "config.yaml").is_file():
+        if not any(self.run_dir.glob("**/config.yaml")):
             return None
         if not hasattr(self, "_opened"):
             url = None if self.database is None else self.database.url
-            place = open_study_storage(self.run_dir, url)
+            place = open_study_storage(self.run_dir, url, self.run_dir.name)
             storage, name = place.storage, present_study(place.storage, place.name)
             if name is None:
                 return None
@@ -189,8 +197,8 @@ class Search:
         return statistics.median(seconds) if len(seconds) > 3 else 2.0
 
     def _look_at_summary(self) -> None:
-        path = self.run_dir / "summary.json"
-        if path.exists():
+        path = self.run_dir / (FILES if self.apart else "") / "summary.json"
+        with suppress(FileNotFoundError):
             self.summaries.add(path.stat().st_ino)
 
     # ------------------------------------------------------------------ checking
@@ -251,6 +259,70 @@ def faults_of(tries: list[FrozenTrial], per_fold: int) -> list[str]:
     return faults
 
 
+class Processes(Protocol):
+    """The processes of a search."""
+
+    def poll(self) -> int | None:
+        """The exit status; None: some run."""
+
+    def wait(self, seconds: float) -> int:
+        """Wait for the end; returns the exit status."""
+
+    def workers(self) -> list[int]:
+        """The ids of the processes that may be killed."""
+
+    def kill(self) -> None:
+        """End all."""
+
+
+class Together:
+    """One process that has started the others."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.poll, self.wait, self.kill = process.poll, process.wait, process.kill
+        self._pid = process.pid
+
+    def workers(self) -> list[int]:
+        return children(self._pid)
+
+
+class Apart:
+    """Processes as on several machines, each with a run folder of its own; one that is killed is started again."""
+
+    def __init__(self, command: list[str], folder: Path, number: int, log: IO[bytes]) -> None:
+        self._command, self._log, self._running = [*command, "--hpo.files", str(folder / FILES)], log, {}
+        self._folders = [folder / f"machine-{one}" for one in range(number)]
+        for one in self._folders:
+            self._start(one)
+
+    def _start(self, folder: Path) -> None:
+        command = [*self._command, "--run_dir", str(folder), "--hpo.workers", "1"]
+        self._running[folder] = subprocess.Popen(command, stdout=self._log, stderr=self._log)
+
+    def poll(self) -> int | None:
+        for folder, process in self._running.items():
+            if process.poll() == -signal.SIGKILL:
+                self._start(folder)
+        found = [process.poll() for process in self._running.values()]
+        return None if None in found else max(found, key=abs)
+
+    def wait(self, seconds: float) -> int:
+        until = time.monotonic() + seconds
+        while (status := self.poll()) is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired(self._command, seconds)
+            time.sleep(POLL_SECONDS)
+        return status
+
+    def workers(self) -> list[int]:
+        return [process.pid for process in self._running.values() if process.poll() is None]
+
+    def kill(self) -> None:
+        for process in self._running.values():
+            process.kill()
+            process.wait()
+
+
 def children(pid: int) -> list[int]:
     """The processes that a process has started, without those that have ended."""
     found = subprocess.run(["ps", "-o", "pid=,stat=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
@@ -280,18 +352,20 @@ def main() -> None:
         program = [sys.executable, "-m", "lightning_bge.cli"]
         subprocess.run([*program, "sample", str(place / "S")], check=True, stdout=subprocess.DEVNULL)
         for number in range(chosen.runs):
-            pruner, sampler = PAIRS[number % len(PAIRS)]
+            pruner, sampler = PAIRS[(number // 2 if chosen.postgres else number) % len(PAIRS)]
             arguments = [
                 *("-c", "configs/quickstart.yaml", "--model.name_or_path", str(place / "S/model")),
                 *("--data.train_file", str(place / "S/train.csv"), "--data.test_file", str(place / "S/test.csv")),
                 *("--data.cache_dir", str(place / "cache"), "--hpo.n_trials", str(chosen.trials)),
                 *("--hpo.pruner.name", pruner, "--hpo.sampler.name", sampler, "--hpo.sampler.seed", str(number)),
                 *("--hpo.seed_replicates", "1", "--hpo.max_worker_deaths", "1000"),
-                *("--hpo.workers", str(chosen.workers)),
+                *("--hpo.workers", str(chosen.workers), "--hpo.worker_timeout", "12"),
             ]
+            apart = chosen.workers if chosen.postgres and number % 2 == 1 else 0
             run_dir = place / f"run-{number}"
-            one = {"pruner": pruner, "sampler": sampler}
-            one |= Search(run_dir, arguments, chosen.kills, chosen.aimed, number, database, chosen.away).run()
+            one = {"pruner": pruner, "sampler": sampler, "apart": bool(apart)}
+            search = Search(run_dir, arguments, chosen.kills, chosen.aimed, number, database, chosen.away, apart)
+            one |= search.run()
             print(json.dumps(one), flush=True)
             if one["faults"]:
                 print(run_dir.with_suffix(".log").read_text(encoding="utf-8")[-3000:], flush=True)

@@ -9,7 +9,7 @@ from lightning_bge.cli.search_options import add_hpo, check_one_device, starting
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.finish.published import fetch_results, publish_report
-from lightning_bge.hpo.finish.results import describe_study
+from lightning_bge.hpo.finish.results import describe_study, is_current
 from lightning_bge.hpo.launchers.launcher import Launcher
 from lightning_bge.hpo.launchers.local import LocalLauncher, slots
 from lightning_bge.hpo.launchers.pool import WorkerPool
@@ -69,6 +69,8 @@ def _run_pool(launcher: Launcher, experiment: Experiment, hpo: StudyConfig, *, j
     if (files := study_files(hpo.files, run_dir)) != run_dir:
         fetch_results(files, run_dir)
     summary = read_json(run_dir / "summary.json")
-    if summary is not None:
-        print(describe_study(run_dir, summary, study_files(hpo.files, run_dir)))
+    if summary is None or not is_current(summary, study):
+        print("this command has nothing more to do, and other processes go on with the study: the last one ends it")
+        return study, None
+    print(describe_study(run_dir, summary, files))
     return study, summary

@@ -131,6 +131,11 @@ def finish_study(
     return summary
 
 
+def is_current(summary: dict[str, Any], study: optuna.Study) -> bool:
+    """Whether a summary is of all trials that the study has, and not of a call before."""
+    return bool(summary["n_runs"] == count(study, *ENDED, TrialState.FAIL))
+
+
 def _key(
     study: optuna.Study,
     best: FrozenTrial,

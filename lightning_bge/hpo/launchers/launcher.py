@@ -21,6 +21,9 @@ class RunningWorker(Protocol):
     def poll(self) -> int | None:
         """The exit status, negative after a signal; None: it runs."""
 
+    def waits(self) -> bool:
+        """Whether it has not begun, as there is no machine for it now; a worker that lives may rarely seem to."""
+
     def output(self) -> str:
         """The last lines that it printed; call it once the worker has ended."""
 

@@ -74,6 +74,10 @@ class WorkerProcess:
         """The exit status, negative after a signal; None: it runs."""
         return self._process.poll()
 
+    def waits(self) -> bool:
+        """It never does."""
+        return False
+
     def wait(self) -> int:
         """Wait for its end; returns the exit status."""
         return self._process.wait()

@@ -20,7 +20,7 @@ from lightning_bge.runtime.stop import StopRequest
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 60.0  # between the request to stop and the end of the processes that do not follow it
-IDLE_SECONDS = 30.0  # in which no worker lives once one has ended well: those that are left wait for a machine
+IDLE_SECONDS = 30.0  # for which all workers that are left have to wait for a machine, once one has ended well
 DEATHS = 5  # of each worker on average, in a row with no trial begun or ended: then something is wrong with all
 
 
@@ -63,7 +63,7 @@ class WorkerPool:
             try:
                 for number in range(self.launcher.n_workers):
                     running[number] = self.launcher.start(self.place.run_dir, number, until)
-                while running and not request.signal and not self._is_idle():
+                while running and not request.signal and not self._is_idle(running):
                     time.sleep(POLL_SECONDS)
                     self._show()
                     for number in list(running):
@@ -92,9 +92,9 @@ class WorkerPool:
         print(f"a worker has ended with status {status} and is replaced; see {one.where}", flush=True)
         running[number] = self.launcher.start(self.place.run_dir, number, until)
 
-    def _is_idle(self) -> bool:
+    def _is_idle(self, running: dict[int, RunningWorker]) -> bool:
         """Whether nothing is left to do, although some workers have not ended: they have not begun either."""
-        if self.idle_since is not None and self.place.workers.living():
+        if self.idle_since is not None and not all([one.waits() for one in running.values()]):
             self.idle_since = time.monotonic()
         return self.idle_since is not None and time.monotonic() - self.idle_since > IDLE_SECONDS
 

@@ -23,6 +23,7 @@ from lightning_bge.hpo.storage.workers import WORKERS
 from lightning_bge.runtime.run_folder import create_run_dir, write_text
 
 CONNECT_SECONDS = 10.0
+OF_LIBPQ = ("PGPASSWORD",)  # what libpq reads besides
 RECORDS = ("config.yaml", "run.json")  # files of the run folder that a worker on another machine needs
 
 
@@ -132,7 +133,7 @@ class RayWorker:
         self.order, self._ray = order, load_ray()
         self._actor, self._ended = actor, Ended(0, "")
         self._running = actor.run.remote(order)
-        self.placed = actor.node.remote()
+        self.placed = self._answer = actor.node.remote()
         self.where = f"{order.run_dir / WORKERS / f'worker-{order.number}.log'} on its node"
 
     def poll(self) -> int | None:
@@ -145,12 +146,19 @@ class RayWorker:
             self._ended = Ended(-1, str(error).strip())
         return self._ended.status
 
+    def waits(self) -> bool:
+        """Whether the actor has not answered since the call before: Ray has not placed it, or not placed it again."""
+        if not self._ray.wait([self._answer], timeout=0)[0]:
+            return True
+        self._answer = self._actor.node.remote()
+        return False
+
     def output(self) -> str:
         """The last lines that it printed."""
         return self._ended.output
 
     def terminate(self) -> None:
-        """Ask it to save what it trains and to end; one that waits for a node is given up."""
+        """Ask it to save what it trains and to end; one that was never placed is given up."""
         if self._ray.wait([self.placed], timeout=0)[0]:
             self._actor.stop.remote()
         else:
@@ -186,6 +194,7 @@ class RayLauncher:
         self.n_workers = hpo.workers or max(1, self._room)
         password = read_password() if self._has_storage else None
         self._environment = {} if password is None else {PASSWORD: password, PASSWORD_FILE: ""}
+        self._environment |= {name: os.environ[name] for name in OF_LIBPQ if self._has_storage and name in os.environ}
 
     def describe(self, run_dir: Path) -> str:
         """Where the workers run, and where they print, in a line."""

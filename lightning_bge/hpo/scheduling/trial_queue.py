@@ -150,7 +150,7 @@ class TrialQueue(ABC):
         while not request.signal:
             self.worker.renew()
             with self.place.lock(self.worker) as is_held:
-                end_lost_trials(self.study, self.place.workers, self.config.max_worker_deaths)
+                end_lost_trials(self.study, self.place.workers, self.config.max_worker_deaths, idle=self.worker.id)
                 tries = self.tries()
                 self.check_failures(tries)
                 over = time.monotonic() >= until

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import time
 import warnings
 import weakref
@@ -91,6 +92,7 @@ def _connect_options(url: StorageURL) -> dict[str, Any]:
         # one time zone for the signs of life of all clients; no client that was stopped in the middle holds up others
         found["options"] = "-c timezone=UTC -c idle_in_transaction_session_timeout=60000"
         found |= {"application_name": "lightning-bge", "keepalives_idle": 30, "keepalives_interval": 10}
+        found["tcp_user_timeout"] = 60_000  # milliseconds: a host that has vanished in the middle of a query
     return found
 
 
@@ -171,9 +173,14 @@ def _when_it_answers(url: StorageURL, call: Callable[[], Any], retries: Retries)
 def _describe(url: StorageURL, error: BaseException) -> str:
     cause = error.__cause__ or error
     reason, text = first_line(getattr(cause, "orig", cause)), str(cause)
+    if "permission denied" in text:
+        return (
+            f"{url.option}: {url.shown}: {reason}. Allow the user to create tables there (for PostgreSQL: GRANT "
+            "CREATE, USAGE ON SCHEMA public TO the user), or name a database of the user's own"
+        )
     if not is_refusal(text):
         return f"{url.option}: {url.shown} does not answer: {reason}. Start the database, or correct host and port"
-    if "does not exist" in text or "Unknown database" in text:
+    if re.search('database ".*" does not exist', text) or "Unknown database" in text:
         return (
             f"{url.option}: {url.shown}: {reason}. Create the database (for PostgreSQL: createdb), or correct the URL"
         )

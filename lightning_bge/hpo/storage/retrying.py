@@ -17,7 +17,9 @@ from lightning_bge.errors import StudyError
 log = logging.getLogger("lightning_bge")
 
 FIRST_SECONDS, MOST_SECONDS = 0.1, 5.0  # between two tries; doubled each time
+SLOW_SECONDS = 2.0  # a call that takes longer has waited for an outage, if only at the other end of a proxy
 STOPPING_SECONDS = 10.0  # what a process that is to stop still waits
+HAS_NOT_ANSWERED = "has not answered for"
 UNAVAILABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")  # status of a proxy that does not answer
 Found = TypeVar("Found")
 
@@ -44,7 +46,8 @@ def reason_of_outage(error: BaseException) -> str | None:
         status, details = cause.code().name, str(cause.details())
         if status in UNAVAILABLE:
             return first_line(details)
-        if status == "UNKNOWN" and ("OperationalError" in details or "StorageInternalError" in details):
+        marks = ("OperationalError", "StorageInternalError", HAS_NOT_ANSWERED)  # the last is of its own `Retries`
+        if status == "UNKNOWN" and any(mark in details for mark in marks):
             return "the proxy's database does not answer"
     return None
 
@@ -68,7 +71,7 @@ class Retries:
         seconds: for which a call is tried again.
 
     Attributes:
-        last_outage: `time.monotonic()` when a call last failed.
+        last_outage: `time.monotonic()` when a call last failed, or had to wait.
         is_stopping: whether the process is to stop: calls then wait for a few seconds only.
     """
 
@@ -76,7 +79,7 @@ class Retries:
         self.name, self.seconds = name, seconds
         self.last_outage = -float("inf")
         self.is_stopping: Callable[[], object] = lambda: False
-        self._warned = threading.Event()
+        self._warned, self._has_given_up = threading.Event(), False
 
     def call(self, function: Callable[..., Found], *args: Any, **options: Any) -> Found:
         """Call a function until the storage answers.
@@ -95,6 +98,9 @@ class Retries:
                 self.last_outage = time.monotonic()
                 wait = self._wait(reason, self.last_outage - since, wait)
             else:
+                if time.monotonic() - since > SLOW_SECONDS:
+                    self.last_outage = time.monotonic()
+                self._has_given_up = False
                 if self._warned.is_set():
                     self._warned.clear()
                     log.warning("%s answers again", self.name)
@@ -102,11 +108,14 @@ class Retries:
 
     def _wait(self, reason: str, elapsed: float, wait: float) -> float:
         """Sleep until the next try; returns the seconds to sleep after it."""
-        left = (min(self.seconds, STOPPING_SECONDS) if self.is_stopping() else self.seconds) - elapsed
+        hurries = (
+            self._has_given_up or self.is_stopping()
+        )  # what is still to be written need not wait as long once more
+        left = (min(self.seconds, STOPPING_SECONDS) if hurries else self.seconds) - elapsed
         if left <= 0:
-            self.is_stopping = lambda: True  # what is still to be written need not wait as long once more
+            self._has_given_up = True
             raise StudyError(
-                f"{self.name} has not answered for {elapsed:.0f} s: {reason}. What was saved is continued when the "
+                f"{self.name} {HAS_NOT_ANSWERED} {elapsed:.0f} s: {reason}. What was saved is continued when the "
                 "same command is run again"
             ) from None
         if not self._warned.is_set():

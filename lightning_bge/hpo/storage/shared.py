@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ WORKERS_SUFFIX, LOCKS_SUFFIX = "-workers", "-locks"  # of the names of the studi
 SIGN = "sign_of_life"  # user attribute of a worker's trial: a number that grows, where there is no heartbeat
 HAS_HEARTBEAT = "has_heartbeat"  # user attribute of a worker's trial
 LOCK = "lock"  # user attribute of a ticket: which lock it is for
-POLL_SECONDS, MOST_SECONDS = 0.02, 2.0  # between two looks at a lock; more for those far behind in the line
+POLL_SECONDS, MOST_SECONDS = 0.02, 2.0  # between two looks at a lock; more for those who wait long, or far behind
 CHECK_SECONDS = 1.0  # between two looks of those who wait at who lives
 
 
@@ -50,8 +50,9 @@ def _end(storage: RetryingStorage, trial_id: int, state: TrialState) -> None:
 class StorageWorkers(Workers):
     """Those of a study in a shared storage: each is a trial of a study beside it, RUNNING as long as the worker lives.
 
-    In a database Optuna's heartbeat is its sign of life, which the database's own clock judges. Through a proxy it is
-    a number that grows, and that each process watches by its own clock. After an outage of the storage nobody is
+    Its sign of life is a number that grows, and that each process watches by its own clock; between processes that
+    are connected to a database, and not through a proxy, it is Optuna's heartbeat, which the database's clock judges.
+    After an outage of the storage nobody is
     taken for gone until all have had the time to give a sign. The trial of one that is gone is FAIL.
 
     Args:
@@ -78,14 +79,12 @@ class StorageWorkers(Workers):
         self.give_sign(worker)
 
     def give_sign(self, worker: Worker) -> bool:
-        """Record a heartbeat, or let the number grow; False: others have taken the worker for gone."""
+        """Let the number grow, and record a heartbeat; False: others have taken the worker for gone."""
         trial_id, self._signs = self._own[worker.id], self._signs + 1
         try:
-            if self._storage.retries.call(record_heartbeat, self._storage.inner, trial_id):
-                trial = self._storage.get_trial(trial_id)
-                if HAS_HEARTBEAT not in trial.user_attrs:
-                    self._storage.set_trial_user_attr(trial_id, HAS_HEARTBEAT, True)
-                return not trial.state.is_finished()
+            has_heartbeat = self._storage.retries.call(record_heartbeat, self._storage.inner, trial_id)
+            if has_heartbeat and self._signs == 1:
+                self._storage.set_trial_user_attr(trial_id, HAS_HEARTBEAT, True)
             self._storage.set_trial_user_attr(trial_id, SIGN, self._signs)
         except UpdateFinishedTrialError:
             return False
@@ -105,9 +104,9 @@ class StorageWorkers(Workers):
         except StudyError as error:
             log.warning("this process counts as gone only in %.0f s: %s", self.timeout, error)
 
-    def living(self) -> set[str]:
+    def living(self, named: Collection[str] = ()) -> set[str]:
         """Those that hold their lock under this kernel, or give signs of life; ends the trials of the others."""
-        latest, stale = self._running(self._id)
+        latest, stale = self._running(self._id)  # a worker is there before its first trial is
         gone = {name for name, trial in latest.items() if self._is_gone(name, trial, stale)}
         for name in gone:
             _end(self._storage, trial_id_of(latest[name]), TrialState.FAIL)
@@ -120,22 +119,23 @@ class StorageWorkers(Workers):
         except KeyError:
             return set()
         latest, stale = self._running(study_id)
-        return {name for name, trial in latest.items() if self._holds_lock(name) or trial_id_of(trial) not in stale}
+        return {
+            name for name, trial in latest.items() if self._holds_lock(name) or trial_id_of(trial) not in (stale or ())
+        }
 
-    def _running(self, study_id: int) -> tuple[dict[str, FrozenTrial], set[int]]:
-        """The latest trial of each worker, and the ids of those whose heartbeat is too old."""
+    def _running(self, study_id: int) -> tuple[dict[str, FrozenTrial], set[int] | None]:
+        """The latest trial of each worker, and the ids of those whose heartbeat is too old; None: it is not known."""
         running = self._storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
         stale = self._storage.retries.call(stale_trial_ids, self._storage.inner, study_id)
-        return {trial.user_attrs[WORKER]["id"]: trial for trial in running}, stale or set()
+        return {trial.user_attrs[WORKER]["id"]: trial for trial in running}, stale
 
-    def _is_gone(self, name: str, trial: FrozenTrial, stale: set[int]) -> bool:
+    def _is_gone(self, name: str, trial: FrozenTrial, stale: set[int] | None) -> bool:
         held = self._holds_lock(name)
         if held is not None:
             return not held
-        if trial.user_attrs.get(HAS_HEARTBEAT):
+        silent = self._is_silent(name, trial.user_attrs.get(SIGN))
+        if stale is not None and trial.user_attrs.get(HAS_HEARTBEAT):
             silent = trial_id_of(trial) in stale
-        else:
-            silent = self._is_silent(name, trial.user_attrs.get(SIGN))
         return silent and time.monotonic() - max(self._since, self._storage.retries.last_outage) > self.timeout
 
 
@@ -187,7 +187,7 @@ class TicketLock:
 
     def _is_first(self, ticket: int, worker: Worker, is_stopping: Callable[[], object]) -> bool:
         """Wait until the ticket is the first one; False: others have ended it, as they took this process for gone."""
-        checked = time.monotonic()
+        begun = checked = time.monotonic()
         while True:
             running = self._storage.get_all_trials(self._id, deepcopy=False, states=(TrialState.RUNNING,))
             same = [trial for trial in running if trial.user_attrs[LOCK] == self._kind]
@@ -207,4 +207,5 @@ class TicketLock:
             for trial in before:
                 if trial.user_attrs[WORKER]["id"] in gone:
                     _end(self._storage, trial_id_of(trial), TrialState.FAIL)
-            time.sleep(min(POLL_SECONDS * len(before), MOST_SECONDS))
+            waited = time.monotonic() - begun  # as long as a refit takes
+            time.sleep(min(max(POLL_SECONDS * len(before), waited / 20), MOST_SECONDS))

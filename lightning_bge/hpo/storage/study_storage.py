@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage
 
+from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.storage.database import open_shared_storage
 from lightning_bge.hpo.storage.journal import JOURNAL, open_storage
 from lightning_bge.hpo.storage.retrying import RetryingStorage
@@ -21,6 +23,7 @@ from lightning_bge.runtime.stop import Stopped
 LOCK, END_LOCK = "study.lock", "end.lock"  # files in the run folder, and the kinds of locks in a shared storage
 LOCK_POLL_SECONDS = 0.01  # between two tries to get the lock; a decision takes a few times as long
 STOP_POLL_SECONDS = 0.5  # between two looks of those who wait for it at whether they are to stop
+BESIDE = re.compile(r"-(workers|locks|baseline|seed-replicates|space-\d+)$")
 PATIENCE = 600.0  # seconds for which a database that is away is waited for
 
 
@@ -66,8 +69,10 @@ class StudyStorage:
             yield is_held
 
     @contextmanager
-    def end_lock(self, worker: Worker, is_stopping: Callable[[], object] = bool) -> Iterator[None]:
+    def end_lock(self, worker: Worker, is_stopping: Callable[[], object] = bool) -> Iterator[Callable[[], bool]]:
         """Hold the lock under which one process ends the study. Others wait as long as that takes, such as a refit.
+
+        The `with` block gets a function that tells whether the lock is still held, as in `lock`.
 
         Args:
             worker: this process.
@@ -76,8 +81,8 @@ class StudyStorage:
         Raises:
             Stopped: it is to stop, and another process holds the lock.
         """
-        with self._lock(END_LOCK, worker, is_stopping):
-            yield
+        with self._lock(END_LOCK, worker, is_stopping) as is_held:
+            yield is_held
 
     @contextmanager
     def _lock(
@@ -98,6 +103,15 @@ class StudyStorage:
         """Wait only for a few seconds for a storage that is away, once the process is to stop."""
         if isinstance(self.storage, RetryingStorage):
             self.storage.retries.is_stopping = is_stopping
+
+
+def check_study_name(option: str, name: str) -> None:
+    """Raise `ConfigError` where a name is empty, is a path, or may be that of what is kept beside a study."""
+    if not name.strip() or "/" in name or BESIDE.search(name):
+        raise ConfigError(
+            f"{option}: expected a name without / that does not end in -workers, -locks, -baseline, -seed-replicates "
+            f"or -space-NUMBER, as what is kept beside a study has such names, got {name!r}"
+        )
 
 
 def _take(lock: FileLock, is_stopping: Callable[[], object]) -> AbstractContextManager[object]:
@@ -138,6 +152,7 @@ def open_study_storage(
     if url is None:
         return StudyStorage(run_dir, open_storage(run_dir / JOURNAL), FolderWorkers(run_dir, worker_timeout))
     name = name or run_dir.resolve().name
+    check_study_name("the name of the study", name)
     storage = open_shared_storage(
         parse_storage(url, option), patience=patience, worker_timeout=worker_timeout, waits=waits
     )

@@ -47,6 +47,7 @@ WORKERS = "workers"  # folder in the run folder
 UNMARKED_SECONDS = 60.0
 WORKER_TIMEOUT = 60.0  # seconds without a sign of life, after which a worker on another machine counts as gone
 BEATS = 6  # signs of life in that time
+SLOW_SECONDS = 2.0  # what takes longer was an outage: nobody could give a sign meanwhile
 
 
 def kernel_id() -> str:
@@ -95,6 +96,12 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Stop being a worker of the study; a second call does nothing."""
+        if self._stop.is_set():
+            return
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=1.0)  # it may wait for a database that is away
@@ -147,6 +154,7 @@ class Workers(ABC):
     def __init__(self, run_dir: Path, timeout: float = WORKER_TIMEOUT) -> None:
         self.run_dir, self.timeout = run_dir, timeout
         self._seen: dict[str, tuple[Any, float]] = {}
+        self._changed: set[str] = set()
 
     @abstractmethod
     def add(self, worker: Worker) -> None:
@@ -161,8 +169,16 @@ class Workers(ABC):
         """A worker ends."""
 
     @abstractmethod
-    def living(self) -> set[str]:
-        """The ids of those that live, as far as is known."""
+    def living(self, named: Collection[str] = ()) -> set[str]:
+        """The ids of those that live, as far as is known.
+
+        Args:
+            named: ids that are known from elsewhere, of which this process may not have heard yet.
+        """
+
+    def any_surely_lives(self, ids: Collection[str]) -> bool:
+        """Whether one of them holds its lock under this kernel, or has given a sign since this process watches it."""
+        return any(one in self._changed or self._holds_lock(one) for one in ids)
 
     def seen_alive(self) -> set[str]:
         """As `living`, for a reader: nothing is changed, and one look has to do."""
@@ -175,26 +191,45 @@ class Workers(ABC):
     def _is_silent(self, worker_id: str, sign: Any) -> bool:
         """Whether a worker's sign has not changed for too long, by the clock of this process alone."""
         now = time.monotonic()
-        before, since = self._seen.get(worker_id, (None, now))
+        before, since = self._seen.get(worker_id, (sign, now))
         self._seen[worker_id] = (sign, since if sign == before else now)
+        if sign != before:
+            self._changed.add(worker_id)
         return sign == before and now - since > self.timeout
 
     def _holds_lock(self, worker_id: str) -> bool | None:
         """Whether a worker holds its lock; None: it is under another kernel, or its file is elsewhere."""
         path = self.run_dir / WORKERS / f"{worker_id}.lock"
-        if not is_under_this_kernel(worker_id) or not path.exists():
+        if not is_under_this_kernel(worker_id) or (file := _identity(path)) is None:
             return None
         lock = FileLock(path, mode=0o600)
         try:
             lock.acquire(timeout=0)
         except (Timeout, OSError):  # held, or on a disk that can't be written, where nothing is known
             return True
+        if _identity(path) != file:  # the worker has just ended, and this has made a new file
+            path.unlink(missing_ok=True)
         lock.release()
         return False
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What differs between a file and a later one in its place; None: there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 class FolderWorkers(Workers):
-    """Those of a run folder: a moved folder keeps its workers, and a copied one has none."""
+    """Those of a run folder, which several machines may share: a moved folder keeps its workers.
+
+    A file server that was away, and a folder whose listing an NFS client still has from before, are no reason to take
+    a worker elsewhere for gone: it has to be silent, or its file missing, for the whole time that is granted.
+    """
+
+    _since = -float("inf")  # when the folder last answered after a silence of its own
 
     def add(self, worker: Worker) -> None:
         """Its lock says all."""
@@ -212,18 +247,25 @@ class FolderWorkers(Workers):
     def remove(self, worker: Worker) -> None:
         """Its file goes with it."""
 
-    def living(self) -> set[str]:
+    def living(self, named: Collection[str] = ()) -> set[str]:
         """Those whose file is locked, or under another kernel changes."""
-        return {path.stem for path in (self.run_dir / WORKERS).glob("*.lock") if self._lives(path)}
+        begun = time.monotonic()
+        ids = {path.stem for path in (self.run_dir / WORKERS).glob("*.lock")}
+        signs = {name: self._sign(name) for name in {*ids, *named}}
+        if time.monotonic() - begun > SLOW_SECONDS:
+            self._since = time.monotonic()
+        return {name for name, sign in signs.items() if self._lives(name, sign)}
 
-    def _lives(self, path: Path) -> bool:
-        held = self._holds_lock(path.stem)
-        if held is not None:
-            return held
+    def _sign(self, name: str) -> int | None:
         try:
-            return not self._is_silent(path.stem, path.stat().st_mtime_ns)
+            return (self.run_dir / WORKERS / f"{name}.lock").stat().st_mtime_ns
         except FileNotFoundError:
-            return False
+            return None
+
+    def _lives(self, name: str, sign: int | None) -> bool:
+        if is_under_this_kernel(name):
+            return bool(self._holds_lock(name))
+        return not self._is_silent(name, sign) or time.monotonic() - self._since <= self.timeout
 
 
 def is_under_this_kernel(worker_id: str) -> bool:
@@ -246,7 +288,7 @@ def loss_of(trial: FrozenTrial, living: Collection[str]) -> str | None:
     return f"no process has marked it {age:.0f} s after its start" if age > UNMARKED_SECONDS else None
 
 
-def end_lost_trials(study: optuna.Study, workers: Workers, max_worker_deaths: int) -> None:
+def end_lost_trials(study: optuna.Study, workers: Workers, max_worker_deaths: int, idle: str = "") -> None:
     """End the RUNNING trials whose worker is gone. Call it under the lock of the study.
 
     A trial that was about to pause ends as PRUNED. Any other is FAIL with the reason in the user attribute
@@ -257,14 +299,16 @@ def end_lost_trials(study: optuna.Study, workers: Workers, max_worker_deaths: in
         study: the study.
         workers: those that work on it.
         max_worker_deaths: workers that may die in a row at one parameter set, with no report in between.
+        idle: the id of a worker that runs no trial, which is this process.
     """
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    living = workers.living() if running else set()
-    # a worker runs one trial at a time: of two the first was created by a call whose answer it did not get
-    latest = {trial.user_attrs[WORKER]["id"]: trial.number for trial in running if WORKER in trial.user_attrs}
+    trials = study.get_trials(deepcopy=False)
+    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+    living = workers.living({_worker_id(trial) for trial in running} - {""}) if running else set()
+    # a worker runs one trial after the other: one before its latest was created by a call whose answer it did not get
+    latest = {_worker_id(trial): trial.number for trial in trials}
     for trial in running:
         worker = trial.user_attrs.get(WORKER)
-        if worker is not None and trial.number < latest[worker["id"]]:
+        if worker is not None and (worker["id"] == idle or trial.number < latest[worker["id"]]):
             with suppress(UpdateFinishedTrialError):
                 storage_of(study).set_trial_user_attr(trial_id_of(trial), NOT_TRAINED, "it was created twice")
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
@@ -275,6 +319,11 @@ def end_lost_trials(study: optuna.Study, workers: Workers, max_worker_deaths: in
                 _end_lost(study, trial, reason, max_worker_deaths)
             if worker is not None:
                 workers.forget(worker["id"])
+
+
+def _worker_id(trial: FrozenTrial) -> str:
+    """The id of a trial's worker; empty: it has none."""
+    return str(trial.user_attrs.get(WORKER, {}).get("id", ""))
 
 
 def _end_lost(study: optuna.Study, trial: FrozenTrial, reason: str, max_worker_deaths: int) -> None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from lightning_bge.errors import ConfigError
 
 # trackers, their options, and the environment variables that credentials come from
+SECRETS = ("password", "passwd", "token")  # parameters of a URI
 OPTIONS = {"mlflow": ("tracking_uri", "experiment"), "wandb": ("project", "entity", "mode"), "tensorboard": ()}
 CREDENTIALS = {
     "mlflow": "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
@@ -76,10 +77,11 @@ def _parse(entry: str | Mapping[str, Any]) -> TrackerConfig:
 
 
 def _check_no_login(uri: str, where: str) -> None:
-    if "@" in urlsplit(uri).netloc:
+    parts = urlsplit(uri)
+    if "@" in parts.netloc or any(name.lower() in SECRETS for name in parse_qs(parts.query)):
         raise ConfigError(
             f"{where}: expected a URI without a login, which would be seen in the run's files. Leave out what is "
-            f"before @, and set the environment variables {CREDENTIALS['mlflow']}"
+            f"before @, and passwords after ?, and set the environment variables {CREDENTIALS['mlflow']}"
         )
 
 

@@ -21,6 +21,7 @@ class FakeWorker:
     """A worker that has ended with a status at its first look; None: it runs until it is stopped."""
 
     where = "its log"
+    is_waiting = False
 
     def __init__(self, status: int | None, act: Callable[[], object] = lambda: None) -> None:
         self.status, self._act, self.calls = status, act, list[str]()
@@ -28,6 +29,9 @@ class FakeWorker:
     def poll(self) -> int | None:
         self._act()
         return self.status
+
+    def waits(self) -> bool:
+        return self.is_waiting
 
     def output(self) -> str:
         return "a line\nlightning-bge: data.train_file: there is no such file"
@@ -136,6 +140,7 @@ def test_workers_that_never_begin_are_given_up_when_the_others_have_ended(
 ) -> None:
     monkeypatch.setattr(pool_module, "IDLE_SECONDS", 0.2)
     waiting = FakeWorker(None)
+    waiting.is_waiting = True
     run(study, place, FakeLauncher(2, [FakeWorker(0), waiting]))
     assert waiting.calls == ["terminate", "kill"]
 
@@ -144,17 +149,16 @@ def test_a_worker_that_lives_is_waited_for(
     study: optuna.Study, place: StudyStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "IDLE_SECONDS", 0.05)
-    looks = list[int]()
-    with place.worker():
-        living = FakeWorker(None)
+    looks, living = list[int](), FakeWorker(None)
 
-        def look() -> None:
-            looks.append(1)
-            if len(looks) == 200:
-                living.status = 0
+    def look() -> None:
+        looks.append(1)
+        living.is_waiting = len(looks) % 2 == 0  # now and then it does not answer in time
+        if len(looks) == 200:
+            living.status = 0
 
-        living._act = look
-        run(study, place, FakeLauncher(2, [FakeWorker(0), living]))
+    living._act = look
+    run(study, place, FakeLauncher(2, [FakeWorker(0), living]))
     assert living.calls == ["kill"]
 
 

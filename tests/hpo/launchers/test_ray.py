@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
@@ -193,6 +194,26 @@ def test_the_share_of_a_gpu_is_that_of_its_memory(launchers: ModuleType, cluster
     assert one.poll() is None  # no node has a GPU: it waits
     one.terminate()
     assert wait_until(one.poll) == -1
+
+
+def processes_of(run: Path) -> set[int]:
+    """The workers' processes of a run."""
+    found = psutil.process_iter(["cmdline"])
+    return {one.pid for one in found if {"worker", str(run)} <= set(one.info["cmdline"] or ())}
+
+
+def test_an_actor_that_dies_is_started_again_by_ray(launchers: ModuleType, cluster: Cluster, tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run")
+    (run / "journal.log").touch()
+    one = launcher(launchers, cluster).start(run, 0, None)
+    first = wait_until(lambda: processes_of(run))
+    ray.kill(one._actor, no_restart=False)
+    wait_until(lambda: processes_of(run) - first)
+    assert one.poll() is None
+    assert wait_until(one.poll) == 2  # this is no run
+    assert "lightning-bge: " in one.output()
+    one.kill()
+    wait_until(lambda: not processes_of(run))
 
 
 def test_an_actor_that_is_killed_too_often_has_ended(launchers: ModuleType, cluster: Cluster, tmp_path: Path) -> None:

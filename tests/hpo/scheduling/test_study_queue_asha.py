@@ -24,7 +24,7 @@ from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space
-from lightning_bge.hpo.storage.workers import Worker
+from lightning_bge.hpo.storage.workers import Worker, kernel_id
 from lightning_bge.hpo.study import study_storage
 from lightning_bge.hpo.trial.checkpoint import STATE, save_trial
 from lightning_bge.hpo.trials import (
@@ -52,7 +52,7 @@ from tests.helpers.study_run import run_study
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 X = parse_space(SPACE)["x"]
-GONE = {"id": "gone", "host": "here", "pid": 7}
+GONE = {"id": f"here-{kernel_id()}-7-gone", "host": "here", "pid": 7}
 
 
 def study_of(rungs: list[int], factor: int) -> optuna.Study:

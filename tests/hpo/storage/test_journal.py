@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import select
 import signal
 import stat
 import subprocess
@@ -96,7 +97,8 @@ KILLED_HOLDER = """
 import sys, time
 from pathlib import Path
 from lightning_bge.hpo.storage.journal import JournalLock
-JournalLock(Path(sys.argv[1])).acquire()
+lock = JournalLock(Path(sys.argv[1]))  # without a name it would be freed at once
+lock.acquire()
 print("ready", flush=True)
 time.sleep(600)
 """
@@ -167,8 +169,7 @@ def test_lock_excludes_and_must_be_held_to_be_released(journal):
         lock.release()
     holder = start(KILLED_HOLDER, journal)
     waiter = subprocess.Popen([sys.executable, "-c", KILLED_HOLDER, str(journal)], stdout=subprocess.PIPE, text=True)
-    time.sleep(0.2)
-    assert waiter.poll() is None
+    assert not select.select([waiter.stdout], [], [], 3.0)[0]  # it waits, and has printed nothing
     holder.kill()
     assert waiter.stdout.readline() == "ready\n"  # only once the holder is gone
     waiter.kill()

@@ -45,8 +45,14 @@ def password(monkeypatch: pytest.MonkeyPatch) -> None:
 def proxy(server: Postgres) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "lightning_bge.cli", "proxy", server.url, "--port", str(port)]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, PASSWORD: SECRET})
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, PASSWORD: SECRET}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("serving")
+    open_study_storage(Path("run"), f"grpc://localhost:{port}", waits=True)  # until it listens
     yield f"grpc://localhost:{port}"
+    process.stdout.close()
     process.terminate()
     process.wait(30)
 
@@ -75,7 +81,7 @@ def test_processes_share_a_study(through: str, server: Postgres, proxy: str, tmp
     sets = attempts(trials)
     assert len(sets) == ended_parameter_sets(trials) == 24
     assert len({key_of(tries[0].params) for tries in sets.values()}) == 24
-    # one connection a process at a time, and none is left
+    # those of this process; the others have left none
     assert int(server.query("select count(*) from pg_stat_activity where application_name = 'lightning-bge'")) < 8
 
 
@@ -146,6 +152,17 @@ def test_libpq_reads_its_own_password(server: Postgres, monkeypatch: pytest.Monk
     monkeypatch.delenv(PASSWORD)
     monkeypatch.setenv("PGPASSWORD", SECRET)
     check_answers(parse_storage(server.url))
+
+
+def test_a_user_that_does_not_exist(server: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "refuses the login" in refused(server.url.replace("bge@", "nobody@"))
+
+
+def test_a_user_who_may_not_create_tables(server: Postgres) -> None:
+    url = server.create("guarded").replace("bge@", "guest@")
+    server.query(f"create role guest login password '{SECRET}'", "guarded")
+    with pytest.raises(StudyError, match=r"permission denied for schema public.*GRANT CREATE, USAGE ON SCHEMA public"):
+        open_study_storage(Path("run"), url)
 
 
 def test_a_database_that_does_not_exist(server: Postgres) -> None:

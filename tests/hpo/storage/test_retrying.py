@@ -176,3 +176,36 @@ def test_an_outage_that_optuna_has_gone_on_after_is_one() -> None:
     later.__context__ = AWAY  # as where it is raised while the first one is handled
     assert reason_of_outage(internal_error(later)) == "connection refused"
     assert reason_of_outage(internal_error(PendingRollbackError("without an outage"))) is None
+
+
+def test_a_call_that_waited_behind_a_proxy_was_an_outage(waits: list[float]) -> None:
+    retries = Retries("the proxy", 100.0)
+    retries.call(waits.append, 1.0)
+    assert retries.last_outage == -float("inf")
+    retries.call(waits.append, 30.0)  # the proxy itself has tried again and again
+    assert retries.last_outage == sum(waits)
+
+
+def test_a_storage_that_was_given_up_is_waited_for_again_once_it_has_answered(waits: list[float]) -> None:
+    retries = Retries("the database", 100.0)
+
+    def fail() -> None:
+        raise internal_error(AWAY)
+
+    for least, most in ((99.0, 110.0), (9.0, 20.0)):  # what is still to be written does not wait as long once more
+        before = sum(waits)
+        with pytest.raises(StudyError, match="has not answered for"):
+            retries.call(fail)
+        assert least < sum(waits) - before < most
+    retries.call(lambda: None)
+    before = sum(waits)
+    with pytest.raises(StudyError):
+        retries.call(fail)
+    assert sum(waits) - before > 99.0
+
+
+def test_a_proxy_that_has_given_up_is_waited_for() -> None:
+    """Its error reaches a client as text."""
+    error = StudyError("the database d has not answered for 600 s: connection refused")
+    assert reason_of_outage(RpcError("UNKNOWN", f"Exception calling application: {error}")) is not None
+    assert reason_of_outage(RpcError("UNKNOWN", "Exception calling application: division by zero")) is None

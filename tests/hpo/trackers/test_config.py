@@ -43,6 +43,10 @@ def test_entries_are_names_or_mappings() -> None:
         ([{"name": "wandb", "mode": "sometimes"}], "expected online, offline, disabled for the mode"),
         (["wandb", {"name": "wandb"}], "each tracker once, got wandb several times"),
         (
+            [{"name": "mlflow", "tracking_uri": f"postgresql://host/mlflow?user=me&password={SECRET}"}],
+            "URI without a login",
+        ),
+        (
             [{"name": "mlflow", "tracking_uri": f"https://me:{SECRET}@host"}],
             "without a login.*MLFLOW_TRACKING_PASSWORD",
         ),
