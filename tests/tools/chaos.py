@@ -6,11 +6,11 @@
 
 Each search is `lightning-bge hpo --hpo.workers 4`; with --postgres every second one is as on four machines: four
 `lightning-bge hpo` with run folders of their own, which see no lock of each other, go by signs of life, share
-checkpoints through hpo.files, and are started again when they are killed. The workers get SIGKILL, at a mean interval of three durations of a
-trial; some of the kills are aimed at a worker that is starting, and some at the end, when seed replicates, refit and
-export run. Trials are added until enough kills have fallen. Then the search has to end by itself, with every
-parameter set complete, pruned or paused, none twice, none running, no finished fold trained a second time, and one
-summary.
+checkpoints through hpo.files, and are started again when they are killed. The workers get SIGKILL, at a mean interval
+of three durations of a trial; some of the kills are aimed at a worker that is starting, and some at the end, when seed
+replicates, refit and export run. Trials are added until enough kills have fallen. Then the search has to end by itself,
+with every parameter set complete, pruned or paused, none twice, none running, no finished fold trained a second time,
+and one summary.
 """
 
 from __future__ import annotations
