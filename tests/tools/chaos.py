@@ -29,7 +29,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -91,7 +91,7 @@ class Search:
             self.done |= {"restart": 0, "away": 0}
         with self.run_dir.with_suffix(".log").open("wb") as log:
             if self.apart:
-                process: Processes = Apart(command, self.run_dir, self.apart, log)
+                process: Processes = Apart(command, self.run_dir, self.apart)
             else:
                 process = Together(subprocess.Popen([*command, "--run_dir", str(self.run_dir)], stdout=log, stderr=log))
             try:
@@ -287,21 +287,29 @@ class Together:
 
 
 class Apart:
-    """Processes as on several machines, each with a run folder of its own; one that is killed is started again."""
+    """Processes as on several machines, each with a run folder of its own.
 
-    def __init__(self, command: list[str], folder: Path, number: int, log: IO[bytes]) -> None:
-        self._command, self._log, self._running = [*command, "--hpo.files", str(folder / FILES)], log, {}
+    One that is killed is started again, as a cluster does; also one that has found no database when it started.
+    """
+
+    def __init__(self, command: list[str], folder: Path, number: int) -> None:
+        self._command = [*command, "--hpo.files", str(folder / FILES)]
+        self._running: dict[Path, subprocess.Popen[bytes]] = {}
         self._folders = [folder / f"machine-{one}" for one in range(number)]
         for one in self._folders:
             self._start(one)
 
     def _start(self, folder: Path) -> None:
         command = [*self._command, "--run_dir", str(folder), "--hpo.workers", "1"]
-        self._running[folder] = subprocess.Popen(command, stdout=self._log, stderr=self._log)
+        folder.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".log").open("ab") as log:
+            self._running[folder] = subprocess.Popen(command, stdout=log, stderr=log)
 
     def poll(self) -> int | None:
         for folder, process in self._running.items():
-            if process.poll() == -signal.SIGKILL:
+            status = process.poll()
+            last = folder.with_suffix(".log").read_text(encoding="utf-8").strip().splitlines()[-1:] if status else []
+            if status == -signal.SIGKILL or any("does not answer" in line for line in last):
                 self._start(folder)
         found = [process.poll() for process in self._running.values()]
         return None if None in found else max(found, key=abs)
@@ -368,7 +376,8 @@ def main() -> None:
             one |= search.run()
             print(json.dumps(one), flush=True)
             if one["faults"]:
-                print(run_dir.with_suffix(".log").read_text(encoding="utf-8")[-3000:], flush=True)
+                for log in (run_dir.with_suffix(".log"), *run_dir.glob("*.log")):
+                    print(log, log.read_text(encoding="utf-8")[-3000:], flush=True)
             found.append(one)
             if chosen.json is not None:
                 chosen.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

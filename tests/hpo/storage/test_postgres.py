@@ -281,12 +281,15 @@ def test_tune_keeps_a_study_in_a_database(run: Path, server: Postgres, tmp_path:
 # ---------------------------------------------------------------------- kills and outages
 
 
-def test_a_search_survives_kills_a_restart_and_an_outage() -> None:
+def test_searches_survive_kills_a_restart_and_an_outage() -> None:
+    """One with the workers of one command, and one as on four machines."""
     command = [sys.executable, "-m", "tests.tools.chaos", "--postgres", "--away", "8"]
-    command += ["--runs", "1", "--trials", "14", "--kills", "6", "--aimed", "1"]
+    command += ["--runs", "2", "--trials", "14", "--kills", "6", "--aimed", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["faults"] == []
-    assert found["kills"]["restart"] == found["kills"]["away"] == 1
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["apart"] for one in found] == [False, True]
+    for one in found:
+        assert one["faults"] == []
+        assert one["kills"]["restart"] == one["kills"]["away"] == 1
