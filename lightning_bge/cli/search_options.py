@@ -2,8 +2,10 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -16,7 +18,8 @@ from lightning_bge.hpo.scheduling.trial_loop import MemoryKeptError
 from lightning_bge.runtime.output_file import write_output_text
 from lightning_bge.runtime.run_folder import json_text
 
-_STARTED_IN = os.getcwd()
+SPENT = "LIGHTNING_BGE_SPENT_SECONDS"  # environment variable: of a process before it has started itself again
+_STARTED_IN, _STARTED = os.getcwd(), time.monotonic()
 Options = TypeVar("Options", bound=Any)
 
 
@@ -52,7 +55,14 @@ def starting_again() -> Iterator[None]:
         print(f"lightning-bge: {error}. The process starts itself again", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os.chdir(_STARTED_IN)  # the paths of the command line are relative to it
+        os.environ[SPENT] = str(time.monotonic() - _STARTED + float(os.environ.get(SPENT, 0.0)))
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def within_time(hpo: StudyConfig) -> StudyConfig:
+    """The options with what is left of `hpo.timeout`, where the process has started itself again."""
+    spent = float(os.environ.get(SPENT, 0.0))
+    return hpo if hpo.timeout is None or not spent else replace(hpo, timeout=max(hpo.timeout - spent, 0.001))
 
 
 def check_one_device(cli: BGECLI, fix: str) -> None:

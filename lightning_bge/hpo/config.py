@@ -47,7 +47,8 @@ class StudyConfig:
             With outer_folds each inner study is counted by itself.
         max_worker_deaths: a parameter set whose process dies so many times in a row, with no report in between, fails.
         workers: processes that `lightning-bge hpo` starts on this machine. null: workers_per_device for each GPU; one
-            without a GPU. On a CPU they share the cores.
+            without a GPU. On a CPU they share the cores. With --launcher ray, on the cluster; null: as many as its
+            nodes have room for.
         workers_per_device: processes that share a GPU, and its memory.
         val_check_interval: the part of an epoch between two reports to the pruner, as the Trainer's: 1, or a part like
             0.5 or 0.25, which lets bad trials end earlier and costs as many more validations.

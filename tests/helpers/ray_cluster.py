@@ -1,6 +1,7 @@
 """A Ray cluster of two nodes on this machine, of which one can be killed: `python -m tests.helpers.ray_cluster`.
 
-Prints its address. Each line on standard input kills the second node, or starts it again; at its end the cluster ends.
+Prints its address, and the folder of its logs. Each line on standard input kills the second node, or starts it again;
+at its end the cluster ends.
 """
 
 import sys
@@ -16,7 +17,7 @@ def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "labels": {"place": "first"}})
     second = cluster.add_node(**NODE, labels={"place": "second"}, resources={"scratch": 1})
     cluster.wait_for_nodes()
-    print(cluster.address, flush=True)
+    print(cluster.address, cluster.head_node.get_session_dir_path(), flush=True)
     for _ in sys.stdin:
         if second is None:
             second = cluster.add_node(**NODE, labels={"place": "second"}, resources={"scratch": 1})

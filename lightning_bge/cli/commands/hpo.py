@@ -5,7 +5,7 @@ from functools import partial
 
 from lightning_bge.advisor.report.report import write_report
 from lightning_bge.cli.lightning_cli import BGECLI, running
-from lightning_bge.cli.search_options import add_hpo, check_one_device, starting_again
+from lightning_bge.cli.search_options import add_hpo, check_one_device, starting_again, within_time
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.finish.published import fetch_results, publish_report
@@ -40,7 +40,7 @@ def run(args: list[str]) -> None:
         preflight("hpo", cli.experiment, cli.config_init.hpo)
         launcher = _launcher(cli)
         run = run_hpo if launcher is None else partial(_run_pool, launcher)
-        study, summary = run_studies(cli.experiment, cli.config_init.hpo, run=run)
+        study, summary = run_studies(cli.experiment, within_time(cli.config_init.hpo), run=run)
         if summary is not None:
             report = write_report(cli.run_dir)
             publish_report(report, cli.config_init.hpo.files)

@@ -8,7 +8,7 @@ import torch
 
 from lightning_bge.cli.arguments import PlainParser
 from lightning_bge.cli.lightning_cli import BGECLI, running
-from lightning_bge.cli.search_options import add_hpo, starting_again
+from lightning_bge.cli.search_options import add_hpo, starting_again, within_time
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.analysis.journal import shared_storage_of
 from lightning_bge.hpo.outer_folds import run_studies
@@ -43,10 +43,11 @@ def run(args: list[str]) -> None:
     options += [] if chosen.timeout is None else ["--hpo.timeout", str(chosen.timeout)]
     cli = BGECLI("hpo", options, description=DESCRIPTION, add_arguments=add_hpo)
     with starting_again(), running(cli.trainer):
+        hpo = within_time(cli.config_init.hpo)
         if chosen.parent is None:
-            run_studies(cli.experiment, cli.config_init.hpo, joins=True)
+            run_studies(cli.experiment, hpo, joins=True)
         else:  # that process starts workers for one study after the other
-            run_hpo(cli.experiment, cli.config_init.hpo, joins=True, parent=chosen.parent)
+            run_hpo(cli.experiment, hpo, joins=True, parent=chosen.parent)
 
 
 def _enter(folder: Path) -> None:

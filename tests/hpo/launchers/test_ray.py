@@ -46,7 +46,7 @@ class Cluster:
             text=True,
         )
         assert self._process.stdout is not None
-        self.address = self._process.stdout.readline().strip()
+        self.address, self.session = self._process.stdout.readline().split()
 
     def toggle_second_node(self) -> None:
         """Kill the second node, or start it again."""
@@ -126,7 +126,7 @@ def test_a_study_survives_the_death_of_a_node_and_shows_its_password_nowhere(clu
     assert len(sets) == ended_parameter_sets(found) == 8
     assert len({key_of(tries[0].params) for tries in sets.values()}) == 8
     assert {"summary.json", "model", "report.html"} <= {path.name for path in (tmp_path / "study").iterdir()}
-    session = Path("/tmp/ray/session_latest").resolve()
+    session = Path(cluster.session)
     files = [path for folder in (tmp_path, session) for path in folder.rglob("*") if path.is_file()]
     assert any(path.is_relative_to(session) for path in files)
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
