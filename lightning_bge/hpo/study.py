@@ -16,12 +16,14 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.analysis.journal import SPACE, TAKEN_OVER, present_study, study_names
 from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.config import build_pruner
 from lightning_bge.hpo.space.draw import n_parameter_sets
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, is_drawn, parse_space, space_to_json
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.files import FILES
+from lightning_bge.hpo.storage.retrying import RecentTrialsPruner, RetryingStorage
 from lightning_bge.hpo.storage.study_storage import StudyStorage, open_study_storage
 from lightning_bge.hpo.storage.workers import end_lost_trials
 from lightning_bge.hpo.trials import COMPUTED_WITH, NOT_TRAINED
@@ -78,6 +80,10 @@ def open_study(
     space = parse_space(config.space)
     pruner = build_pruner(config.pruner, n_parameter_sets(config.n_trials, space), steps)
     storage, run_dir = place.storage, place.run_dir
+    if isinstance(storage, RetryingStorage) and not isinstance(
+        pruner, AshaPruner
+    ):  # which reads them at its rungs alone
+        pruner = RecentTrialsPruner(pruner, storage)
     present = present_study(storage, place.name)
     content, methods = _attributes(config, space, options, steps)
     first = {} if versions is None else {COMPUTED_WITH: dict(versions)}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -95,9 +96,14 @@ class StudyStorage:
             with self.worker() as temporary, self._lock(kind, temporary, is_stopping) as is_held:
                 yield is_held
         else:
-            assert isinstance(self.storage, RetryingStorage)
-            with TicketLock(self.storage, self.name, kind, self.workers).hold(worker, is_stopping) as is_held:
+            with self._ticket_locks[kind].hold(worker, is_stopping) as is_held:
                 yield is_held
+
+    @cached_property
+    def _ticket_locks(self) -> dict[str, TicketLock]:
+        assert isinstance(self.storage, RetryingStorage)
+        assert self.name is not None
+        return {kind: TicketLock(self.storage, self.name, kind, self.workers) for kind in (LOCK, END_LOCK)}
 
     def stop_when(self, is_stopping: Callable[[], object]) -> None:
         """Wait only for a few seconds for a storage that is away, once the process is to stop."""

@@ -6,13 +6,14 @@ from typing import Any
 import optuna
 import pytest
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.pruners import BasePruner
 from optuna.storages import BaseStorage, InMemoryStorage
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import DataError, OperationalError, PendingRollbackError
 
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.storage import retrying
-from lightning_bge.hpo.storage.retrying import Retries, RetryingStorage, reason_of_outage
+from lightning_bge.hpo.storage.retrying import RecentTrialsPruner, Retries, RetryingStorage, reason_of_outage
 
 AWAY = OperationalError("SELECT 1", {}, Exception("connection refused\nIs the server running?"))
 
@@ -209,3 +210,37 @@ def test_a_proxy_that_has_given_up_is_waited_for() -> None:
     error = StudyError("the database d has not answered for 600 s: connection refused")
     assert reason_of_outage(RpcError("UNKNOWN", f"Exception calling application: {error}")) is not None
     assert reason_of_outage(RpcError("UNKNOWN", "Exception calling application: division by zero")) is None
+
+
+class Counting(BasePruner):
+    """Notes how many complete trials it sees."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        self.seen.append(len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))))
+        return False
+
+
+def test_pruners_read_complete_trials_once_a_second(waits: list[float]) -> None:
+    inner, pruner = Away(), Counting()
+    storage = RetryingStorage(inner, Retries("the database", 100.0))
+    study = optuna.create_study(storage=storage, pruner=RecentTrialsPruner(pruner, storage))
+    trial = study.ask()
+
+    def complete() -> int:
+        trial.report(1.0, len(pruner.seen))
+        assert not trial.should_prune()
+        return pruner.seen[-1]
+
+    assert complete() == 0
+    inner.create_new_trial(0, create_trial(value=1.0))  # of another process
+    before = inner.calls.count("get_all_trials")
+    assert complete() == 0
+    assert inner.calls.count("get_all_trials") == before
+    assert len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) == 1  # nobody else is told less
+    waits.append(1.5)
+    assert complete() == 1
+    study.tell(study.ask(), 2.0)  # its own
+    assert complete() == 2
