@@ -129,17 +129,27 @@ def test_the_study_has_one_name_and_one_place_in_all_tasks(program: Cluster) -> 
 def test_with_a_database_each_task_has_a_run_folder_of_its_own(program: Cluster) -> None:
     (program.folder / "go").write_text("0")
     program.variables = {"STORAGE": "postgresql+psycopg://me@db/studies", "STUDY": "sick"}
-    folders = set()
+    folders, password = set(), program.folder / ".lightning-bge-password"
+    password.write_text("secret")
     for task in (0, 1):
         assert program.start(task).wait(30) == 0
         call = (program.folder / "arguments").read_text().split()
         assert call[call.index("--hpo.files") + 1] == f"{program.folder}/studies/sick"
         folders.add(call[call.index("--run_dir") + 1])
-        assert (
-            f"{PASSWORD_FILE}={program.folder}/.lightning-bge-password" in (program.folder / "environment").read_text()
-        )
+        assert f"{PASSWORD_FILE}={password}\n" in (program.folder / "environment").read_text()
     assert len(folders) == 2
     assert not any(Path(folder).exists() for folder in folders)
+
+
+def test_a_password_that_is_given_in_another_way_is_the_one_that_counts(program: Cluster) -> None:
+    (program.folder / "go").write_text("0")
+    program.variables = {"STORAGE": "postgresql+psycopg://me@db/studies", "STUDY": "sick"}
+    assert program.start(0).wait(30) == 0  # there is no file: libpq may know the password
+    assert PASSWORD_FILE not in (program.folder / "environment").read_text()
+    (program.folder / ".lightning-bge-password").write_text("secret")
+    program.variables |= {PASSWORD: "other"}
+    assert program.start(0).wait(30) == 0
+    assert PASSWORD_FILE not in (program.folder / "environment").read_text()
 
 
 # ---------------------------------------------------------------------- the Job, without a study

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class WaitForFile(Callback):
-    """Training starts when a file exists, after two minutes at the latest.
+    """Training starts when a file exists, after two minutes at the latest. While it waits, `path.waiting` is there.
 
     Args:
         path: the file.
@@ -20,5 +20,6 @@ class WaitForFile(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         until = time.monotonic() + 120
+        self.path.with_suffix(".waiting").touch()
         while not self.path.exists() and time.monotonic() < until:
             time.sleep(0.05)
