@@ -262,6 +262,7 @@ def test_a_finished_search_is_not_repeated_by_the_same_call(run: Path, server: P
 
 def test_tune_keeps_a_study_in_a_database(run: Path, server: Postgres, tmp_path: Path) -> None:
     files = {"train_file": str(run / "S" / "train.csv"), "cache_dir": str(run / "cache")}
+    files |= {"text_columns": ["text", "criterion"], "group_column": "post_id"}
     found = tune(
         BGEClassifier(str(run / "S" / "model")),
         TextDataModule(str(run / "S" / "model"), **files, split={"folds": 2}),  # type: ignore[arg-type]
