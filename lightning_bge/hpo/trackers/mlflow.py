@@ -84,7 +84,7 @@ class MLflowTracker(Tracker):
                 self.client.create_experiment(self.experiment) if found is None else found.experiment_id
             )
             if (folder := local_folder(self.uri)) is not None:
-                _remove_torn_runs(folder / self.experiment_id, self.study.key)
+                _remove_torn(folder / self.experiment_id, self.study.key)
             runs = [run for run in self._runs() if TRIAL not in run.data.tags]
             self.parent = min(runs, key=_age).info.run_id if runs else self._create_parent()
 
@@ -166,25 +166,30 @@ class MLflowTracker(Tracker):
         self.client.set_terminated(self.parent, "FINISHED")
 
 
-def _remove_torn_runs(folder: Path, study_key: str) -> None:
-    """Delete runs that a killed process has left without content, with which MLflow can't read the whole experiment.
+def _remove_torn(folder: Path, study_key: str) -> None:
+    """Delete what a killed process has left without content, with which MLflow can't read the whole experiment.
 
-    MLflow does not write `meta.yaml` of a run in a folder at once. What is deleted is written anew by `complete`.
+    In a folder MLflow creates `meta.yaml` of a run, and the file of a metric, before it writes into them. What is
+    deleted is written anew by `complete`.
 
     Args:
         folder: of the experiment.
-        study_key: whose runs are deleted, and those that have no tags yet.
+        study_key: whose runs and metrics are deleted, and runs that have no tags yet.
     """
 
+    def is_ours(run: Path) -> bool:
+        tag = run / "tags" / STUDY
+        return (tag.read_text() if tag.exists() else study_key) == study_key
+
     def torn() -> set[Path]:
-        found = {path.parent for path in folder.glob("*/meta.yaml") if path.stat().st_size == 0}
-        tags = {run: run / "tags" / STUDY for run in found}
-        return {run for run, tag in tags.items() if (tag.read_text() if tag.exists() else study_key) == study_key}
+        runs = {path.parent for path in folder.glob("*/meta.yaml") if path.stat().st_size == 0}
+        metrics = {path for path in folder.glob("*/metrics/**/*") if path.is_file() and path.stat().st_size == 0}
+        return {one for one in runs | metrics if is_ours(folder / one.relative_to(folder).parts[0])}
 
     if before := torn():
         time.sleep(TORN_SECONDS)
-        for run in before & torn():
-            shutil.rmtree(run)
+        for one in before & torn():
+            shutil.rmtree(one) if one.is_dir() else one.unlink(missing_ok=True)
 
 
 def _age(run: Run) -> tuple[int, str]:

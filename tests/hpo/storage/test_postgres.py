@@ -268,6 +268,7 @@ def test_tune_keeps_a_study_in_a_database(run: Path, server: Postgres, tmp_path:
         TextDataModule(str(run / "S" / "model"), **files, split={"folds": 2}),  # type: ignore[arg-type]
         {"model.optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}},
         **{"run_dir": tmp_path / "run", "n_trials": 2, "max_epochs": 1, "refit": False, "baseline": False},
+        pruner={"name": "none"},
         trainer={"accelerator": "cpu", "precision": "32-true"},
         storage=server.url,
         study_name="from Python",
