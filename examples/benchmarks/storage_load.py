@@ -209,7 +209,10 @@ next trial under the lock, its parameters (TPE), 15 reports to the median pruner
 then of {options["rounds"]} rounds in turns.
 
 {markdown_table(["storage", "median, s", "lowest", "highest"], cost)}
-
+""" + (
+        ""
+        if not load
+        else f"""
 ## {options["workers"]} workers
 
 {options["workers"]} threads of one process, each a worker with storage and connections of its own.
@@ -218,6 +221,7 @@ cores with the server and the proxy, and Python's lock: the seconds are an upper
 
 {markdown_table(["storage", "seconds", "trials", *COLUMNS.values()], load)}
 """
+    )
 
 
 def main() -> None:

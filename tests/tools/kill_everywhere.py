@@ -201,7 +201,7 @@ def result_of(run_dir: Path) -> dict[str, Any]:
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     loaded = load_study(run_dir)
     assert loaded is not None
-    study, replicates = loaded
+    study, replicates, _ = loaded
     trials = [*study.trials, *replicates]
     best = study.trials[summary["best_trial"]]
     return {
