@@ -30,7 +30,7 @@ from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS
 from lightning_bge.hpo.storage.files import study_files
 from lightning_bge.hpo.storage.study_storage import StudyStorage
-from lightning_bge.hpo.storage.workers import Worker, end_lost_trials, loss_of
+from lightning_bge.hpo.storage.workers import Worker, end_lost_trials, losses
 from lightning_bge.hpo.trial.checkpoint import STATE, SavedTrial
 from lightning_bge.hpo.trials import (
     COMPUTED_WITH,
@@ -179,9 +179,8 @@ class TrialQueue(ABC):
         while not request.signal and (time.monotonic() < until) == in_time:
             time.sleep(POLL_SECONDS)
             trials = self.study.get_trials(deepcopy=False)
-            living = self.place.workers.living()
             running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-            if [trial.state for trial in trials] != known or any(loss_of(trial, living) for trial in running):
+            if [trial.state for trial in trials] != known or losses(running, self.place.workers):
                 return
 
     def tries(self) -> Tries:

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -288,6 +288,12 @@ def loss_of(trial: FrozenTrial, living: Collection[str]) -> str | None:
     return f"no process has marked it {age:.0f} s after its start" if age > UNMARKED_SECONDS else None
 
 
+def losses(running: Sequence[FrozenTrial], workers: Workers) -> dict[int, str]:
+    """Why the workers of RUNNING trials are certainly gone, by the number of the trial; `loss_of` for several."""
+    living = workers.living({_worker_id(trial) for trial in running} - {""}) if running else set()
+    return {trial.number: reason for trial in running if (reason := loss_of(trial, living)) is not None}
+
+
 def end_lost_trials(study: optuna.Study, workers: Workers, max_worker_deaths: int, idle: str = "") -> None:
     """End the RUNNING trials whose worker is gone. Call it under the lock of the study.
 
@@ -303,7 +309,7 @@ def end_lost_trials(study: optuna.Study, workers: Workers, max_worker_deaths: in
     """
     trials = study.get_trials(deepcopy=False)
     running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-    living = workers.living({_worker_id(trial) for trial in running} - {""}) if running else set()
+    lost = losses(running, workers)
     # a worker runs one trial after the other: one before its latest was created by a call whose answer it did not get
     latest = {_worker_id(trial): trial.number for trial in trials}
     for trial in running:
@@ -313,8 +319,7 @@ def end_lost_trials(study: optuna.Study, workers: Workers, max_worker_deaths: in
                 storage_of(study).set_trial_user_attr(trial_id_of(trial), NOT_TRAINED, "it was created twice")
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             continue
-        reason = loss_of(trial, living)
-        if reason is not None:
+        if (reason := lost.get(trial.number)) is not None:
             with suppress(UpdateFinishedTrialError):  # its process lives after all, and has ended it just now
                 _end_lost(study, trial, reason, max_worker_deaths)
             if worker is not None:
