@@ -4,6 +4,11 @@ INTERRUPTED = 130  # a shell's exit status after Ctrl-C
 PIPE_CLOSED = 141  # and after SIGPIPE: nobody reads standard output any more
 
 
+def first_line(error: object) -> str:
+    """What an error says in its first line; the name of its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class UserError(Exception):
     """Its message says what was expected, what was given, and how to fix it."""
 

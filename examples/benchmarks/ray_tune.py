@@ -19,14 +19,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import yaml
 from common import REPOSITORY, add_shared_arguments, check_shared_arguments, write_record
 from hpo_race import draw_trials
 from lightning.pytorch import Callback, LightningModule, Trainer
-from measures import Run, ratio_of
+from measures import Run, medians_of, ratio_of, values_of
 from note import table, write_note
 from searches import NAME, OUR_NAMES, Trial
 
@@ -292,12 +291,12 @@ def main() -> None:
                 print(number + 1, {name: run[name] for name in ("contender", *FIELDS)}, flush=True)
             runs += made
         found.shutdown()
-    values = {name: {field: [r[field] for r in runs if r["contender"] == name] for field in FIELDS} for name in names}
     kinds = ("wall_seconds", "to_target_seconds", "overhead_seconds")
     summary = {
-        "medians": {name: {field: float(median(values[name][field])) for field in FIELDS} for name in names},
+        "medians": medians_of(runs, list(names), FIELDS),
         "ratios": {
-            name: {kind: ratio_of(values[name][kind], values[OURS][kind]) for kind in kinds} for name in (TUNE, REUSE)
+            name: {kind: ratio_of(values_of(runs, name, kind), values_of(runs, OURS, kind)) for kind in kinds}
+            for name in (TUNE, REUSE)
         },
     }
     record = {"data": f"sick/train.tsv, first {given.rows} rows; sick/dev.tsv", **summary, "runs": runs}

@@ -31,7 +31,7 @@ from lightning_bge.models.metrics.config import MonitorConfig, check_monitor
 from lightning_bge.prediction.progress import RowProgressBar
 from lightning_bge.runtime.callback_kinds import NEEDS_TRAINING, NOT_IN_TRIALS, without_kinds
 from lightning_bge.runtime.distributed import AnotherRankFailed, end_ranks
-from lightning_bge.runtime.dotted_config import LINKS, plain_config
+from lightning_bge.runtime.dotted_config import LINKS, OF_STUDIES, plain_config
 from lightning_bge.runtime.memory import limit_malloc
 from lightning_bge.runtime.option_errors import describe_option_error
 from lightning_bge.runtime.paths import check_path
@@ -177,7 +177,7 @@ def _seed(value: bool | int) -> int:
 
 def _fit_options(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
     plain = plain_config(parser, config)
-    for name in ("hpo", "launcher", "ray"):  # of a study, and not of one of its trials
+    for name in OF_STUDIES:
         plain.pop(name, None)
     return plain
 

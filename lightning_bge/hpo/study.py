@@ -80,9 +80,8 @@ def open_study(
     space = parse_space(config.space)
     pruner = build_pruner(config.pruner, n_parameter_sets(config.n_trials, space), steps)
     storage, run_dir = place.storage, place.run_dir
-    if isinstance(storage, RetryingStorage) and not isinstance(
-        pruner, AshaPruner
-    ):  # which reads them at its rungs alone
+    # asha reads the trials at its rungs alone, and has to see all of them
+    if isinstance(storage, RetryingStorage) and not isinstance(pruner, AshaPruner):
         pruner = RecentTrialsPruner(pruner, storage)
     present = present_study(storage, place.name)
     content, methods = _attributes(config, space, options, steps)

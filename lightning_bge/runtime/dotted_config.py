@@ -19,11 +19,13 @@ LINKS = (
     ("seed_everything", "model.seed"),
     ("seed_everything", "data.batching.seed"),
 )
+OF_STUDIES = ("hpo", "launcher", "ray")  # sections of options that a study has, and none of its trials
 # Options that may change between two calls of a run: they do not change what a trial or an epoch is. Of the data the
 # content counts, and not how it is read; another kind of device computes the same up to rounding. Their number is not
 # among them: within an epoch a run goes on with as many as it had.
 FREE = (
-    *("run_dir", "hpo", "launcher", "ray", "config", "compile", "memory"),
+    *OF_STUDIES,
+    *("run_dir", "config", "compile", "memory"),
     *("data.test_file", "data.predict_file", "data.cache_dir", "data.cache_gb"),
     *("data.table.format", "data.table.delimiter", "data.table.encoding", "data.table.quoting", "data.table.escape"),
     *(

@@ -6,16 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from lightning_bge.models.tiny_bert import build_tiny_bert
-from tests.helpers.cli_sample import write_small_sample
+from tests.helpers.cli_sample import write_sample_with_model
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sample")
-    texts = write_small_sample(folder)
-    build_tiny_bert(folder / "model", texts, vocab_size=300, hidden_size=16, layers=1, max_positions=128)
-    return folder
+    return write_sample_with_model(tmp_path_factory.mktemp("sample"))
 
 
 @pytest.fixture

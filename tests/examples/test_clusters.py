@@ -22,9 +22,8 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_bge.hpo.storage.study_storage import open_study_storage
 from lightning_bge.hpo.storage.url import PASSWORD, PASSWORD_FILE
 from lightning_bge.hpo.trials import attempts, ended_parameter_sets, key_of
-from lightning_bge.models.tiny_bert import build_tiny_bert
 from tests.helpers.array_task import ARRAY, SCRIPT, Cluster, write_program
-from tests.helpers.cli_sample import write_small_sample
+from tests.helpers.cli_sample import write_sample_with_model
 from tests.helpers.container import command_of, container, environment_of, read_job
 from tests.helpers.paths import CONFIGS, ROOT
 from tests.helpers.postgres import SECRET, Postgres
@@ -185,10 +184,7 @@ def test_the_password_is_in_a_mounted_secret() -> None:
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sample")
-    texts = write_small_sample(folder)
-    build_tiny_bert(folder / "model", texts, vocab_size=300, hidden_size=16, layers=1, max_positions=128)
-    return folder
+    return write_sample_with_model(tmp_path_factory.mktemp("sample"))
 
 
 @pytest.fixture(scope="module")

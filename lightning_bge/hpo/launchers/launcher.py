@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from lightning_bge.hpo.storage.workers import WORKERS
+
 LAST_LINES = 20  # of what a worker printed, in messages
 ERROR = "lightning-bge: "  # what an error that the user can fix begins with, as the program prints it
 
@@ -66,6 +68,11 @@ def worker_arguments(run_dir: Path, share: int, parent: int, until: float | None
     """
     arguments = ["worker", str(run_dir.resolve()), "--share", str(share), "--parent", str(parent)]
     return arguments if until is None else [*arguments, "--timeout", f"{max(0.001, until - now):.3f}"]
+
+
+def log_of(run_dir: Path, number: int) -> Path:
+    """The file to which a worker's prints go."""
+    return run_dir / WORKERS / f"worker-{number}.log"
 
 
 def last_lines(path: Path) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.launchers.launcher import last_lines, worker_arguments
+from lightning_bge.hpo.launchers.launcher import last_lines, log_of, worker_arguments
 from lightning_bge.hpo.storage.workers import WORKERS
 from lightning_bge.runtime.run_folder import create_run_dir
 
@@ -122,4 +122,4 @@ class LocalLauncher:
         own = {} if slot.device is None else {"CUDA_VISIBLE_DEVICES": slot.device}
         own |= {} if slot.threads is None else {"OMP_NUM_THREADS": str(slot.threads)}
         arguments = worker_arguments(run_dir, slot.share, os.getpid(), until, time.time())
-        return WorkerProcess(arguments, run_dir / WORKERS / f"worker-{number}.log", own)
+        return WorkerProcess(arguments, log_of(run_dir, number), own)

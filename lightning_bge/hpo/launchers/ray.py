@@ -15,7 +15,7 @@ from typing import Any
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.launchers.config import RayConfig
-from lightning_bge.hpo.launchers.launcher import ERROR, worker_arguments
+from lightning_bge.hpo.launchers.launcher import ERROR, log_of, worker_arguments
 from lightning_bge.hpo.launchers.local import WorkerProcess
 from lightning_bge.hpo.storage.journal import JOURNAL
 from lightning_bge.hpo.storage.url import PASSWORD, PASSWORD_FILE, read_password
@@ -103,7 +103,7 @@ class WorkerActor:
             path = order.run_dir / name
             if not path.is_file() or path.read_text(encoding="utf-8") != text:
                 write_text(path, text)
-        log = order.run_dir / WORKERS / f"worker-{order.number}.log"
+        log = log_of(order.run_dir, order.number)
         arguments = worker_arguments(order.run_dir, order.share, os.getpid(), order.until, time.time())
         process = self._process = WorkerProcess(arguments, log, order.environment)
         if self._stops:
@@ -134,7 +134,7 @@ class RayWorker:
         self._actor, self._ended = actor, Ended(0, "")
         self._running = actor.run.remote(order)
         self.placed = self._answer = actor.node.remote()
-        self.where = f"{order.run_dir / WORKERS / f'worker-{order.number}.log'} on its node"
+        self.where = f"{log_of(order.run_dir, order.number)} on its node"
 
     def poll(self) -> int | None:
         """The exit status, negative after a signal or where the actor is lost; None: it runs or waits for a node."""

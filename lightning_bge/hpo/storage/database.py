@@ -15,8 +15,8 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
 
-from lightning_bge.errors import ConfigError, StudyError
-from lightning_bge.hpo.storage.retrying import Retries, RetryingStorage, first_line, is_refusal
+from lightning_bge.errors import ConfigError, StudyError, first_line
+from lightning_bge.hpo.storage.retrying import Retries, RetryingStorage, is_refusal
 from lightning_bge.hpo.storage.url import DRIVERS, PASSWORD, PASSWORD_FILE, StorageURL, read_password
 from lightning_bge.hpo.storage.workers import BEATS, WORKER_TIMEOUT
 from lightning_bge.runtime.compat.optuna import cached_storage

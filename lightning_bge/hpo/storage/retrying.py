@@ -17,7 +17,7 @@ from optuna.pruners import BasePruner
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.errors import StudyError
+from lightning_bge.errors import StudyError, first_line
 
 log = logging.getLogger("lightning_bge")
 
@@ -62,11 +62,6 @@ def is_refusal(text: str) -> bool:
     """Whether a database answers, and refuses the login, as it will again."""
     marks = ("authentication failed", "no password supplied", "no pg_hba.conf entry", "Access denied", "does not exist")
     return any(mark in text for mark in (*marks, "Unknown database"))
-
-
-def first_line(error: object) -> str:
-    """The first line of an error's text, which has no password in it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Retries:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from lightning_bge.errors import ConfigError
+from lightning_bge.errors import ConfigError, first_line
 
-# trackers, their options, and the environment variables that credentials come from
 SECRETS = ("password", "passwd", "token")  # parameters of a URI
+# trackers, their options, and the environment variables that credentials come from
 OPTIONS = {"mlflow": ("tracking_uri", "experiment"), "wandb": ("project", "entity", "mode"), "tensorboard": ()}
 CREDENTIALS = {
     "mlflow": "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
@@ -114,7 +114,7 @@ def _check_mlflow(options: Mapping[str, str]) -> None:
         try:
             MlflowClient(uri)
         except MlflowException as error:
-            reason = first_line(error).partition(". ")[0]
+            reason = short_reason(error).partition(". ")[0]
             raise ConfigError(
                 f"hpo.trackers: mlflow does not accept the folder {uri}: {reason}. Set tracking_uri to "
                 "sqlite:///mlflow.db or to the address of a server, or the environment variable "
@@ -153,7 +153,6 @@ def wandb_mode(options: Mapping[str, str]) -> str:
     return {"dryrun": "offline", "run": "online", "shared": "online"}.get(mode, mode)
 
 
-def first_line(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
     """What an error says, in one line of at most 200 characters."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
+    return first_line(error)[:200]

@@ -17,7 +17,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from lightning_bge.hpo.steps import Report
-from lightning_bge.hpo.trackers.config import TrackerConfig, first_line, wandb_mode
+from lightning_bge.hpo.trackers.config import TrackerConfig, short_reason, wandb_mode
 from lightning_bge.hpo.trackers.record import StudyRecord, TrialRecord, has_run, record_of
 from lightning_bge.hpo.trackers.tracker import Tracker, TrialRun
 from lightning_bge.hpo.trials import WORKER_LOST
@@ -209,7 +209,7 @@ class _Writer:
         if not self._has_warned:
             self._has_warned = True
             text = "hpo.trackers: %s can't be written to (%s: %s). The study goes on; its end writes what is missing"
-            log.warning(text, self.tracker.name, type(error).__name__, first_line(error))
+            log.warning(text, self.tracker.name, type(error).__name__, short_reason(error))
 
     # ------------------------------------------------------------------ in the thread of the study
 
@@ -239,6 +239,6 @@ class _Writer:
                 work(self.tracker)
                 return
             except Exception as error:  # as in `_work`
-                reason = f"{type(error).__name__}: {first_line(error)}"
+                reason = f"{type(error).__name__}: {short_reason(error)}"
         self._is_away = True
         log.warning("hpo.trackers: the runs in %s are not complete (%s). %s", self.tracker.name, reason, REMEDY)

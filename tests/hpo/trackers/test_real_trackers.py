@@ -21,9 +21,8 @@ from typing import Any
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.models.tiny_bert import build_tiny_bert
 from tests.helpers import cli_processes
-from tests.helpers.cli_sample import write_small_sample
+from tests.helpers.cli_sample import write_sample_with_model
 from tests.helpers.paths import ROOT
 from tests.helpers.tracked_study import FATES
 
@@ -214,9 +213,7 @@ def test_a_server_that_is_away_stops_nothing_and_the_runs_can_be_made_up_for(tmp
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str]]]:
     """A search with two workers, one of which is killed while it trains, and the lines that it has printed."""
-    folder = tmp_path_factory.mktemp("searched")
-    texts = write_small_sample(folder)
-    build_tiny_bert(folder / "model", texts, vocab_size=300, hidden_size=16, layers=1, max_positions=128)
+    folder = write_sample_with_model(tmp_path_factory.mktemp("searched"))
     options = {
         "model.name_or_path": "model",
         "data.train_file": "train.csv",
