@@ -202,12 +202,20 @@ def processes_of(run: Path) -> set[int]:
     return {one.pid for one in found if {"worker", str(run)} <= set(one.info["cmdline"] or ())}
 
 
+def kill_the_actor_of(processes: set[int]) -> None:
+    """Kill the parent of a worker's process. (`ray.kill` ends the worker first, which is the death of a worker.)"""
+    [process] = processes
+    parent = psutil.Process(process).parent()
+    assert parent is not None
+    parent.kill()
+
+
 def test_an_actor_that_dies_is_started_again_by_ray(launchers: ModuleType, cluster: Cluster, tmp_path: Path) -> None:
     run = made_run(tmp_path / "run")
     (run / "journal.log").touch()
     one = launcher(launchers, cluster).start(run, 0, None)
     first = wait_until(lambda: processes_of(run))
-    ray.kill(one._actor, no_restart=False)
+    kill_the_actor_of(first)
     wait_until(lambda: processes_of(run) - first)
     assert one.poll() is None
     assert wait_until(one.poll) == 2  # this is no run
@@ -220,10 +228,10 @@ def test_an_actor_that_is_killed_too_often_has_ended(launchers: ModuleType, clus
     run = made_run(tmp_path / "run")
     (run / "journal.log").touch()
     one = launcher(launchers, cluster, max_restarts=0).start(run, 0, None)
-    ray.get(one.placed, timeout=SECONDS)
-    one.kill()
+    kill_the_actor_of(wait_until(lambda: processes_of(run)))
     assert wait_until(one.poll) == -1
     assert "actor" in one.output()
+    one.kill()
 
 
 def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
