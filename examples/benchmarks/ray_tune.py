@@ -1,7 +1,7 @@
 """The same trials by lightning-bge and by Ray Tune on one Ray cluster: seconds, and what a trial costs besides.
 
     pip install 'lightning-bge[ray]' -r examples/benchmarks/requirements.txt
-    python examples/benchmarks/ray_tune.py --data FOLDER                 # FOLDER/sick/train.tsv, dev.tsv
+    python examples/benchmarks/ray_tune.py --data FOLDER                 # FOLDER/sick/train.tsv
 
 Both have the same list of parameter sets (drawn once from a fixed generator), the same module, data module, trainer,
 rows, seeds, epochs and metric, asynchronous successive halving with the same rungs, and as many workers with one CPU
@@ -11,7 +11,6 @@ each. They take turns, each search in a fresh process. Give the machine nothing 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import subprocess
@@ -31,28 +30,27 @@ from searches import NAME, OUR_NAMES, Trial
 
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.tables.config import TableConfig
-from lightning_bge.hpo.storage.journal import JOURNAL, open_storage
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.optimizer import OptimizerConfig, ScheduleConfig
 from lightning_bge.trainer import quiet_trainer
 
 OURS, TUNE, REUSE = "lightning-bge", "Ray Tune", "Ray Tune, reuse_actors"
-METRIC = "accuracy"
+METRIC = "loss"  # without ties, with which Ray Tune stops no trial
 FIELDS = ("wall_seconds", "to_target_seconds", "inside_seconds", "overhead_seconds", "validations", "best_value")
-SECONDS_FILE = "LIGHTNING_BGE_BENCHMARK_SECONDS"  # environment variable: where `InsideSeconds` writes
+VALIDATIONS = "LIGHTNING_BGE_BENCHMARK_VALIDATIONS"  # environment variable: the file that `Validations` writes
 
 DEFINITIONS = """\
 - **wall**: from the start of the command to its end, imports included. The cluster is there before.
-- **to the target**: from the start of the command to the first report of the target, the lowest best value that a
-  contender has found in this round.
+- **to the target**: from the start of the command to the first report of the target, the highest of
+  the contenders' best losses in this round.
 - **inside**: seconds of all workers inside training steps and validation, summed.
 - **overhead of a trial**: workers x wall - inside, over the number of trials: starts of processes, building of models,
   data, scheduling, and workers that wait for the last trial.
 - **validations**: epochs that were trained, in all trials."""
 
 
-class InsideSeconds(Callback):
-    """Adds a line with the seconds inside training steps and validation to a file, after each validation."""
+class Validations(Callback):
+    """Adds a line to a file after each validation: seconds inside training steps and validation, time, and metric."""
 
     def __init__(self) -> None:
         self._seconds = self._since = 0.0
@@ -66,10 +64,10 @@ class InsideSeconds(Callback):
     def on_validation_start(self, *args: Any) -> None:
         self._since = time.perf_counter()
 
-    def on_validation_end(self, *args: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seconds += time.perf_counter() - self._since
-        with Path(os.environ[SECONDS_FILE]).open("a") as file:
-            file.write(f"{self._seconds}\n")
+        with Path(os.environ[VALIDATIONS]).open("a") as file:
+            file.write(f"{self._seconds} {time.time()} {trainer.callback_metrics[f'val_{METRIC}'].item()}\n")
         self._seconds = 0.0
 
 
@@ -79,7 +77,7 @@ class Report(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         from ray import tune
 
-        tune.report({METRIC: trainer.callback_metrics[f"val_{METRIC}"].item(), "time": time.time()})
+        tune.report({METRIC: trainer.callback_metrics[f"val_{METRIC}"].item()})
 
 
 def options(given: argparse.Namespace) -> dict[str, Any]:
@@ -90,7 +88,6 @@ def options(given: argparse.Namespace) -> dict[str, Any]:
         "model": {"name_or_path": given.model, "task": "multiclass"},
         "data": {
             "train_file": str(sick / "train.tsv"),
-            "val_file": str(sick / "dev.tsv"),
             "text_columns": ["sentence_A", "sentence_B"],
             "label_column": "entailment_judgment",
             "table": {"max_rows": given.rows},
@@ -110,7 +107,7 @@ def search_ours(given: argparse.Namespace, trials: list[Trial], folder: Path, ad
     enqueued = [{OUR_NAMES[name]: value for name, value in trial.items()} for trial in trials]
     space = {OUR_NAMES[name]: _range(trials, name) for name in trials[0]}
     config = options(given)
-    config["trainer"]["callbacks"] = [{"class_path": "ray_tune.InsideSeconds"}]
+    config["trainer"]["callbacks"] = [{"class_path": "ray_tune.Validations"}]
     config["data"]["cache_dir"] = str(folder / "cache")
     config |= {"run_dir": str(folder / NAME), "launcher": "ray", "ray": {"address": address}}
     config["hpo"] = {"n_trials": len(trials), "space": space, "enqueue": enqueued, "workers": given.workers}
@@ -122,15 +119,6 @@ def search_ours(given: argparse.Namespace, trials: list[Trial], folder: Path, ad
 def _range(trials: list[Trial], name: str) -> dict[str, float]:
     values = [trial[name] for trial in trials]
     return {"low": min(values), "high": max(values)}
-
-
-def reports_of_ours(folder: Path) -> list[tuple[float, float]]:
-    """Time and value of each trial's last report."""
-    import optuna
-
-    study = optuna.load_study(study_name=NAME, storage=open_storage(folder / NAME / JOURNAL))
-    ended = [one for one in study.trials if one.datetime_complete is not None and one.intermediate_values]
-    return [(one.datetime_complete.timestamp(), max(one.intermediate_values.values())) for one in ended]
 
 
 # ---------------------------------------------------------------------- Ray Tune
@@ -145,15 +133,15 @@ def train_in_tune(params: Trial, config: dict[str, Any], cache: str) -> None:
         schedule=ScheduleConfig(warmup=params["warmup"]),
         seed=seed,
     )
-    files = {name: data[name] for name in ("train_file", "val_file", "text_columns", "label_column")}
+    files = {name: data[name] for name in ("train_file", "text_columns", "label_column")}
     module = TextDataModule(
         config["model"]["name_or_path"], task="multiclass", **files, table=TableConfig(**data["table"]), cache_dir=cache
     )
-    quiet_trainer({**config["trainer"], "callbacks": [InsideSeconds(), Report()]}).fit(model, module)
+    quiet_trainer({**config["trainer"], "callbacks": [Validations(), Report()]}).fit(model, module)
 
 
 def search_tune(given: argparse.Namespace, trials: list[Trial], folder: Path, address: str, reuse: bool) -> None:
-    """A search of Ray Tune with Optuna and ASHA; time and value of each report go to `reports.json`."""
+    """A search of Ray Tune with Optuna and ASHA."""
     import ray
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
@@ -167,7 +155,7 @@ def search_tune(given: argparse.Namespace, trials: list[Trial], folder: Path, ad
         param_space=space,
         tune_config=tune.TuneConfig(
             metric=METRIC,
-            mode="max",
+            mode="min",
             num_samples=len(trials),
             max_concurrent_trials=given.workers,
             search_alg=OptunaSearch(points_to_evaluate=trials),
@@ -178,46 +166,38 @@ def search_tune(given: argparse.Namespace, trials: list[Trial], folder: Path, ad
     )
     found = tuner.fit()
     assert not found.errors, found.errors
-    frames = [one.metrics_dataframe for one in found]
-    reports = [pair for frame in frames for pair in zip(frame["time"], frame[METRIC], strict=True)]
-    (folder / "reports.json").write_text(json.dumps(reports))
-
-
-def reports_of_tune(folder: Path) -> list[tuple[float, float]]:
-    """Time and value of each report."""
-    return [(when, value) for when, value in json.loads((folder / "reports.json").read_text())]
 
 
 # ---------------------------------------------------------------------- rounds
 
 
-def measure(name: str, given: argparse.Namespace, address: str, seconds: Path) -> Run:
+def measure(name: str, given: argparse.Namespace, address: str, validations: Path) -> Run:
     """A search in a fresh process."""
-    seconds.write_text("")
+    validations.write_text("")
     with tempfile.TemporaryDirectory() as folder:
         begin = time.time()
         command = [sys.executable, __file__, *sys.argv[1:], "--contender", name, "--folder", folder]
         subprocess.run([*command, "--address", address], check=True, stdout=subprocess.DEVNULL)
         wall = time.time() - begin
-        reports = (reports_of_ours if name == OURS else reports_of_tune)(Path(folder))
-    lines = [float(line) for line in seconds.read_text().split()]
+    lines = [tuple(map(float, line.split())) for line in validations.read_text().splitlines()]
+    inside = sum(seconds for seconds, _, _ in lines)
     return {
         "contender": name,
         "wall_seconds": wall,
-        "inside_seconds": sum(lines),
-        "overhead_seconds": (given.workers * wall - sum(lines)) / given.trials,
+        "inside_seconds": inside,
+        "overhead_seconds": (given.workers * wall - inside) / given.trials,
         "validations": len(lines),
-        "best_value": max(value for _, value in reports),
-        "reports": [(when - begin, value) for when, value in reports],
+        "best_value": min(value for _, _, value in lines),
+        "reports": [(when - begin, value) for _, when, value in lines],
     }
 
 
 def add_targets(runs: list[Run]) -> None:
-    """Add when each search of a round has first reported the lowest best value of the round."""
-    target = min(run["best_value"] for run in runs)
+    """Add when each search of a round has first reported the highest best loss of the round."""
+    target = max(run["best_value"] for run in runs)
     for run in runs:
         run["target"] = target
-        run["to_target_seconds"] = min(when for when, value in run["reports"] if value >= target)
+        run["to_target_seconds"] = min(when for when, value in run["reports"] if value <= target)
 
 
 def cluster(workers: int) -> Any:
@@ -230,8 +210,10 @@ def cluster(workers: int) -> Any:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The same search by lightning-bge and by Ray Tune, on SICK.")
     add_shared_arguments(parser, "docs/benchmarks/ray_tune.json", lr=None)
-    parser.add_argument("--trials", type=int, default=24, help="(default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=600, help="training pairs (default: %(default)s)")
+    parser.add_argument("--trials", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=int, default=300, help="pairs, of which a fifth validates (default: %(default)s)"
+    )
     parser.add_argument("--epochs", type=int, default=4, help="(default: %(default)s)")
     parser.add_argument("--factor", type=int, default=4, help="reduction factor of ASHA (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="(default: %(default)s)")
@@ -280,12 +262,12 @@ def main() -> None:
         return
     names, runs = (OURS, TUNE, REUSE), list[Run]()
     with tempfile.TemporaryDirectory() as folder:
-        seconds = Path(folder, "seconds")
+        validations = Path(folder, "validations")
         here = [str(Path(__file__).parent), str(REPOSITORY)]
-        os.environ |= {SECONDS_FILE: str(seconds), "PYTHONPATH": os.pathsep.join(here), "RAY_AIR_NEW_OUTPUT": "0"}
+        os.environ |= {VALIDATIONS: str(validations), "PYTHONPATH": os.pathsep.join(here), "RAY_AIR_NEW_OUTPUT": "0"}
         found = cluster(given.workers)
         for number in range(given.rounds):
-            made = [measure(name, given, found.address, seconds) for name in names]
+            made = [measure(name, given, found.address, validations) for name in names]
             add_targets(made)
             for run in made:
                 print(number + 1, {name: run[name] for name in ("contender", *FIELDS)}, flush=True)
@@ -299,13 +281,13 @@ def main() -> None:
             for name in (TUNE, REUSE)
         },
     }
-    record = {"data": f"sick/train.tsv, first {given.rows} rows; sick/dev.tsv", **summary, "runs": runs}
+    record = {"data": f"sick/train.tsv, first {given.rows} rows", **summary, "runs": runs}
     for name in ("contender", "folder", "address"):
         delattr(given, name)
     write_record(given.out, "ray_tune", given, record)
     about = (
-        f"{given.trials} parameter sets on the first {given.rows} training pairs of SICK, up to {given.epochs} epochs, "
-        f"each validated on all of dev; {given.workers} workers with one CPU each. lightning-bge is `lightning-bge hpo "
+        f"{given.trials} parameter sets on the first {given.rows} pairs of SICK, of which a fifth validates, "
+        f"up to {given.epochs} epochs; {given.workers} workers with one CPU each. lightning-bge is `lightning-bge hpo "
         "--launcher ray` with its pruner `asha`; Ray Tune has `OptunaSearch` with the same list in "
         "`points_to_evaluate`, `ASHAScheduler` with the same reduction factor, and a trainable that trains the same "
         "module. `reuse_actors` keeps the processes from one trial to the next; it is off by default."

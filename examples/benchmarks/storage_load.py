@@ -1,6 +1,7 @@
 """What a study costs in a database: coordination of a few workers, and the load of hundreds.
 
-    python examples/benchmarks/storage_load.py
+    python examples/benchmarks/storage_load.py cost
+    python examples/benchmarks/storage_load.py load
 
 cost: four processes share a study of trials with 15 reports, whose training is a pause. Seconds of a trial besides the
 pauses, from the end of the trial before to its own end: with a journal file, in PostgreSQL, and through the gRPC proxy;
@@ -187,41 +188,40 @@ COLUMNS = {
 }
 
 
-def note(result: dict[str, Any]) -> str:
+def note(part: str, result: dict[str, Any]) -> str:
     """The note beside the JSON."""
-    cost = [[kind, *(of(values) for of in (statistics.median, min, max))] for kind, values in result["cost"].items()]
-    load = [
-        [kind, round(found["seconds"]), found["trials"], *(found[name] for name in COLUMNS)]
-        for kind, found in result["load"].items()
-    ]
-    options, machine = result["options"], result["hardware"]
+    machine = result["hardware"]
     units = ", ".join(machine["cpu_units"])
-    return f"""# Studies in a database
+    return f"""# Studies in a database: {"coordination of a few workers" if part == "cost" else "hundreds of workers"}
 
 {machine["cores"]} cores of an {machine["cpu"]} ({units}), Optuna {result["versions"]["optuna"]}. PostgreSQL, proxy
-and workers are on this one machine. `storage_load.py`, [JSON](storage_load.json).
+and workers are on this one machine. `storage_load.py {part}`, [JSON](storage_{part}.json).
 
-## Coordination of four workers
+{(cost_text if part == "cost" else load_text)(result[part], result["options"])}
+"""
 
+
+def cost_text(found: dict[str, Any], options: dict[str, Any]) -> str:
+    rows = [[kind, *(of(values) for of in (statistics.median, min, max))] for kind, values in found.items()]
+    return f"""\
 Four processes, {options["cost_trials"]} trials with 15 reports, {options["cost_pause"]} s of pause before each
 report in place of training. Seconds of a trial besides its pauses, from the end of the trial before to its own end: the
 next trial under the lock, its parameters (TPE), 15 reports to the median pruner, and its end. Medians of the trials,
 then of {options["rounds"]} rounds in turns.
 
-{markdown_table(["storage", "median, s", "lowest", "highest"], cost)}
-""" + (
-        ""
-        if not load
-        else f"""
-## {options["workers"]} workers
+{markdown_table(["storage", "median, s", "lowest", "highest"], rows)}"""
 
+
+def load_text(found: dict[str, Any], options: dict[str, Any]) -> str:
+    rows = [
+        [kind, round(one["seconds"]), one["trials"], *(one[name] for name in COLUMNS)] for kind, one in found.items()
+    ]
+    return f"""\
 {options["workers"]} threads of one process, each a worker with storage and connections of its own.
 {options["load_trials"]} trials with 15 reports, {options["load_pause"]} s of pause before each. All threads share the
 cores with the server and the proxy, and Python's lock: the seconds are an upper limit.
 
-{markdown_table(["storage", "seconds", "trials", *COLUMNS.values()], load)}
-"""
-    )
+{markdown_table(["storage", "seconds", "trials", *COLUMNS.values()], rows)}"""
 
 
 def main() -> None:
@@ -231,41 +231,37 @@ def main() -> None:
         run_worker(Path(sys.argv[2]), json.loads(sys.argv[3]), float(sys.argv[4]))
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("part", choices=("cost", "load"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cost_trials", type=int, default=60)
     parser.add_argument("--cost_pause", type=float, default=0.2)
     parser.add_argument("--workers", type=int, default=256)
     parser.add_argument("--load_trials", type=int, default=2000)
     parser.add_argument("--load_pause", type=float, default=4.0)
-    parser.add_argument("--parts", nargs="*", default=["cost", "load"])
-    parser.add_argument("--out", type=Path, default=DOCS / "storage_load.json")
+    parser.add_argument("--out", type=Path, help="(default: docs/benchmarks/storage_cost.json or storage_load.json)")
     chosen = parser.parse_args()
+    out = chosen.out or DOCS / f"storage_{chosen.part}.json"
     os.environ |= {"OMP_NUM_THREADS": "1", PASSWORD: SECRET}
     quiet_optuna()
-    result: dict[str, Any] = {
-        "hardware": hardware(),
-        "versions": versions(),
-        "commit": git_commit(),
-        "cost": {},
-        "load": {},
-    }
-    result["options"] = {name: value for name, value in vars(chosen).items() if name not in ("out", "parts")}
+    result: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "commit": git_commit()}
+    result["options"] = {name: value for name, value in vars(chosen).items() if name not in ("out", "part")}
     with (
         Postgres(connections=3 * chosen.workers + 50) as server,
         tempfile.TemporaryDirectory() as name,
         proxy(server) as url,
     ):
         place, storages = Path(name), dict(zip(KINDS, (None, server.url, url), strict=True))
-        if "cost" in chosen.parts:
+        if chosen.part == "cost":
             rounds = [measure_cost(place, storages, number, chosen) for number in range(chosen.rounds)]
             result["cost"] = {kind: [found[kind] for found in rounds] for kind in KINDS}
-        if "load" in chosen.parts:
+        else:
+            result["load"] = {}
             for kind in KINDS[1:]:
                 study = f"load-{KINDS.index(kind)}"
                 result["load"][kind] = measure_load(place, server, str(storages[kind]), study, chosen)
                 print(kind, json.dumps(result["load"][kind]), flush=True)
-    write_json(chosen.out, result)
-    write_text(chosen.out.with_suffix(".md"), note(result))
+    write_json(out, result)
+    write_text(out.with_suffix(".md"), note(chosen.part, result))
 
 
 if __name__ == "__main__":
