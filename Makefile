@@ -76,8 +76,9 @@ $(VENV)-mlflow/.slow: $(VENV)/.slow constraints-mlflow.txt
 	    $(and $(CONSTRAINTS),-c constraints-mlflow.txt)
 	@touch $@
 
+test-slow: export OMP_NUM_THREADS = 1
 test-slow: $(VENV)/.slow $(VENV)-mlflow/.slow chromium postgresql  ## what needs servers, browsers or minutes
-	$(TESTS) -m slow
+	$(TESTS) -m slow --numprocesses 2 --dist loadfile --durations 30
 
 # Debian's packages: the browser in which the reports are looked at, and a database
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
