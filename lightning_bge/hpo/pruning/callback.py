@@ -8,8 +8,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import optuna
 import torch
-from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from optuna_integration import PyTorchLightningPruningCallback
 
 from lightning_bge.errors import ConfigError
@@ -19,6 +17,9 @@ from lightning_bge.hpo.trials import PAUSED_AT
 
 class FoldPruningCallback(PyTorchLightningPruningCallback):
     """Report once or several times in each epoch of one fold, and stop the fit when the study's pruner decides so.
+
+    `FoldPruningCallback(trial, monitor)`, without `epochs`, does what `PyTorchLightningPruningCallback` does, with
+    several processes too: there is one fit, and the steps are its epochs, from 0. All that follows is with `epochs`.
 
     With P reports an epoch, part p (from 1) of epoch e (from 0) of fold k has step `(k * epochs + e) * P + p`, so that
     the steps of a trial run through 1..folds*epochs*P. Part p is validated after the first p/P of the epoch's batches,
@@ -35,15 +36,16 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
 
     A study of two objectives, for which Optuna supports neither reports nor a pruner, is trained without reports.
 
-    Works with any LightningModule that logs `monitor` in validation, in one process. Between reports of one epoch it
-    sets `trainer.val_check_batch`; early stopping still counts epochs.
+    Works with any LightningModule that logs `monitor` in validation, in one process, of `lightning.pytorch` or
+    `pytorch_lightning`. Between reports of one epoch it sets `trainer.val_check_batch`; early stopping still counts
+    epochs.
 
     Args:
         trial: The running trial.
         monitor: Name of the validation metric.
         fold: This fold, from 0.
         folds: Number of folds of the trial.
-        epochs: Epochs of a fold at most, the same for all trials of a study.
+        epochs: Epochs of a fold at most, the same for all trials of a study. None: there are no folds.
         earlier: Final scores of the folds before this one: `fold` numbers.
         objective: A fold's score: its `best` epoch so far, or its `last`.
         direction: `maximize` or `minimize`.
@@ -65,10 +67,10 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         self,
         trial: optuna.Trial,
         monitor: str,
-        fold: int,
-        folds: int,
-        epochs: int,
-        earlier: Sequence[float],
+        fold: int = 0,
+        folds: int = 1,
+        epochs: int | None = None,
+        earlier: Sequence[float] = (),
         objective: Literal["best", "last"] = "best",
         direction: Literal["maximize", "minimize"] = "maximize",
         per_epoch: int = 1,
@@ -76,6 +78,9 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
     ) -> None:
         super().__init__(trial, monitor)
         self.trial = trial
+        if epochs is None and (folds > 1 or per_epoch > 1 or pause is not None):
+            raise ConfigError("epochs: expected the most epochs of a fold with folds, per_epoch or pause, got None.")
+        self._plain, epochs = epochs is None, 1 if epochs is None else epochs
         if epochs < 1 or per_epoch < 1 or not 0 <= fold < folds:
             raise ConfigError(
                 f"expected epochs and per_epoch >= 1 and 0 <= fold < folds, got {epochs=}, {per_epoch=}, {fold=}, "
@@ -110,7 +115,10 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
             ConfigError: No epoch was validated yet.
         """
         if not self.history:
-            raise ConfigError(f"fold {self.fold} ended before a validation; train for at least one epoch.")
+            text = f"fold {self.fold} ended before a validation; train for at least one epoch"
+            raise ConfigError(
+                "epochs: a fold's score needs the most epochs of a fold, got None." if self._plain else text
+            )
         return self.history[-1] if self.objective == "last" else self._better(self.history)
 
     def _better(self, values: Sequence[float]) -> float:
@@ -142,7 +150,10 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse several processes, and more epochs than the study counts."""
-        if isinstance(trainer.strategy, ParallelStrategy):
+        if self._plain:
+            super().on_fit_start(trainer, pl_module)
+            return
+        if trainer.world_size > 1:
             raise ConfigError(
                 f"a search trains each trial in one process, got the strategy {type(trainer.strategy).__name__}; "
                 "set trainer.strategy to auto and trainer.devices to 1, and start several workers instead."
@@ -182,7 +193,11 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report the epoch or its part, and raise `optuna.TrialPruned` when the pruner decides so."""
-        if trainer.sanity_checking or trainer.state.fn is not TrainerFn.FITTING:
+        if self._plain:
+            super().on_validation_end(trainer, pl_module)
+            return
+        # compared as a text, as `pytorch_lightning` has an enumeration of its own
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.monitor not in trainer.callback_metrics:
             raise ConfigError(

@@ -1,9 +1,12 @@
+import warnings
+
 import lightning.pytorch as pl
 import optuna
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from optuna.trial import TrialState
+from optuna_integration import PyTorchLightningPruningCallback
 from torch.utils.data import DataLoader
 
 from lightning_bge.errors import ConfigError
@@ -218,7 +221,7 @@ def test_more_epochs_than_counted():
 def test_several_processes_are_refused():
     _, trial = ask()
     callback = FoldPruningCallback(trial, "val_score", 0, 1, 2, [])
-    trainer = pl.Trainer(accelerator="cpu", devices=1, strategy="ddp", logger=False, enable_checkpointing=False)
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
     with pytest.raises(ConfigError, match="in one process, got the strategy DDPStrategy"):
         callback.on_fit_start(trainer, Scripted([0.5]))
 
@@ -237,6 +240,67 @@ def test_contradicting_arguments(arguments, says):
     _, trial = ask()
     with pytest.raises(ConfigError, match=says):
         FoldPruningCallback(trial, "val_score", *arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"folds": 2}, {"per_epoch": 2}, {"pause": print}])
+def test_folds_need_a_number_of_epochs(arguments):
+    _, trial = ask()
+    with pytest.raises(ConfigError, match="epochs: expected the most epochs of a fold with folds, per_epoch or pause"):
+        FoldPruningCallback(trial, "val_score", **arguments)
+
+
+@pytest.mark.parametrize("pruner", [Always, Counting])
+@pytest.mark.parametrize("monitor", ["val_score", "val_f1"])
+def test_without_epochs_it_does_what_the_class_that_it_extends_does(pruner, monitor):
+    seen = []
+    for kind in (PyTorchLightningPruningCallback, FoldPruningCallback):
+        study = optuna.create_study(direction="maximize", pruner=pruner())
+
+        def objective(trial, kind=kind):
+            callback = kind(trial, monitor)
+            fit(callback, [0.2, float("nan"), 0.1])
+            callback.check_pruned()
+            return 1.0
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            study.optimize(objective, n_trials=2)
+        texts = [str(one.message) for one in caught if "evaluation logs" in str(one.message)]
+        trials = [(one.state, one.intermediate_values, one.user_attrs, one.system_attrs) for one in study.trials]
+        seen.append((repr(trials), texts, getattr(study.pruner, "asked", None)))
+    assert seen[0] == seen[1]
+    assert seen[0][0].count("PRUNED") == (2 if (pruner, monitor) == (Always, "val_score") else 0)
+    assert bool(seen[0][1]) == (monitor == "val_f1")
+
+
+def test_without_epochs_there_is_no_score():
+    _, trial = ask()
+    with pytest.raises(ConfigError, match="epochs: a fold's score needs the most epochs of a fold, got None"):
+        FoldPruningCallback(trial, "val_score").close_fold()
+
+
+def test_objects_of_the_package_pytorch_lightning():
+    twin = pytest.importorskip("pytorch_lightning", reason="newer versions of lightning bring it")
+
+    class TwinModule(twin.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+        training_step, configure_optimizers = Scripted.training_step, Scripted.configure_optimizers
+
+        def validation_step(self, batch, index):
+            self.log("val_score", torch.tensor([0.2, 0.6, 0.4][self.current_epoch], dtype=torch.float64))
+
+    pruner = Counting()
+    study, trial = ask(pruner)
+    callback = FoldPruningCallback(trial, "val_score", 0, 1, 3, [])
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    data = DataLoader(torch.zeros(2, 1))
+    twin.Trainer(**off, max_epochs=3, accelerator="cpu", callbacks=[callback]).fit(TwinModule(), data, data)
+    assert callback.close_fold() == pytest.approx(0.6)
+    assert list(values_of(study).values()) == pytest.approx([0.2, 0.6, 0.6])
+    assert pruner.asked == [1, 2]
 
 
 def test_closing_without_a_validation():
