@@ -6,6 +6,8 @@ from .pruning.asha import AshaPruner as AshaPruner
 from .pruning.callback import FoldPruningCallback as FoldPruningCallback
 from .pruning.config import PrunerConfig as PrunerConfig
 from .pruning.config import build_pruner as build_pruner
+from .pruning.oom import OOMPruningCallback as OOMPruningCallback
+from .pruning.oom import prune_out_of_memory as prune_out_of_memory
 from .pruning.pruners import FoldEndPruner as FoldEndPruner
 from .pruning.pruners import FoldWilcoxonPruner as FoldWilcoxonPruner
 from .pruning.pruners import StartupTrialsPruner as StartupTrialsPruner

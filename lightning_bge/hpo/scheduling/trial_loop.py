@@ -11,6 +11,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_bge.errors import StudyError, UserError
+from lightning_bge.hpo.pruning.oom import KEPT
 from lightning_bge.hpo.scheduling.trial_queue import TrialQueue
 from lightning_bge.hpo.trials import ERROR, FAILURES, INTERRUPTED, WORKER_LOST
 from lightning_bge.runtime.locations import Location
@@ -65,7 +66,7 @@ def run_trials(
         while (trial := queue.next(until, request)) is not None:
             ended = _run_trial(queue, objective, trial)
             report(queue.study, ended)
-            kept = ended.user_attrs.get("memory_kept")
+            kept = ended.user_attrs.get(KEPT)
             if kept is not None:
                 raise MemoryKeptError(
                     f"trial {ended.number} ran out of memory, and {format_bytes(kept)} of what it took are still held. "

@@ -28,6 +28,7 @@ from lightning_bge.errors import StudyError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS
+from lightning_bge.hpo.pruning.oom import KEPT
 from lightning_bge.hpo.storage.files import study_files
 from lightning_bge.hpo.storage.study_storage import StudyStorage
 from lightning_bge.hpo.storage.workers import Worker, end_lost_trials, losses
@@ -72,7 +73,7 @@ FATE = (
     "epoch",
     "curve",
     "nan",
-    "memory_kept",
+    KEPT,
     *(f"oom_{name}" for name in ("where", "kind", "requested", "free", "text")),
 )
 # system attributes of a trial that the one that continues it does not take over, nor a trial what its draft has

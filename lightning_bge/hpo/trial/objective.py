@@ -22,6 +22,7 @@ from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
+from lightning_bge.hpo.pruning.oom import prune_out_of_memory
 from lightning_bge.hpo.ranking import CostName, cost
 from lightning_bge.hpo.space.search_space import Space, suggest
 from lightning_bge.hpo.steps import Report, Steps
@@ -36,12 +37,11 @@ from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.runtime.locations import Location, local_copy
-from lightning_bge.runtime.memory import live_bytes, release
-from lightning_bge.runtime.oom import clean_up, find_oom
+from lightning_bge.runtime.memory import release
+from lightning_bge.runtime.oom import find_oom
 from lightning_bge.runtime.stop import Stopped, StopRequest
 
 SEED = "seed_everything"
-KEPT_BYTES = 2**20  # that an out-of-memory trial may leave behind: the libraries' small caches
 log = logging.getLogger("lightning_bge")
 
 
@@ -188,27 +188,16 @@ class Objective:
             optuna.TrialPruned: the pruner stopped it.
             Stopped: as requested; with `files.checkpoints` it can be continued.
         """
-        # bytes of live tensors, without those of the encoder cache
-        before, loads = live_bytes() - self.encoder.nbytes, self.encoder.loads
-        try:
-            params, seed = suggest(trial, self.space), trial.user_attrs.get("seed")
-            self.tracking.begin(trial)
-            return self._run(trial, params if seed is None else {**params, SEED: seed})
-        except (optuna.TrialPruned, Stopped):
-            raise
-        except Exception as error:
-            failed = find_oom(error)
-            if failed is None:
+        with prune_out_of_memory(trial, shared=lambda: self.encoder.nbytes):
+            loads = self.encoder.loads
+            try:
+                params, seed = suggest(trial, self.space), trial.user_attrs.get("seed")
+                self.tracking.begin(trial)
+                return self._run(trial, params if seed is None else {**params, SEED: seed})
+            except Exception as error:
+                if self.encoder.loads > loads and find_oom(error) is not None:
+                    self.encoder.clear()  # it may be what did not fit
                 raise
-            if self.encoder.loads > loads:
-                self.encoder.clear()
-            clean_up(error)
-        for name in ("where", "kind", "requested", "free", "text"):
-            trial.set_user_attr(f"oom_{name}", getattr(failed, name))
-        kept = live_bytes() - self.encoder.nbytes - before
-        if kept > KEPT_BYTES:
-            trial.set_user_attr("memory_kept", kept)
-        raise optuna.TrialPruned(str(failed))
 
     def _run(self, trial: optuna.Trial, params: dict[str, Any]) -> float | tuple[float, float]:
         saved = self._saved(trial)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -61,6 +61,26 @@ def kill_ranks(trainer: Trainer) -> None:
     launcher = trainer.strategy.launcher
     assert isinstance(launcher, _SubprocessScriptLauncher)
     launcher.kill(_get_sigkill_signal())
+
+
+def move_to_end(trainer: Trainer, callback: Callback) -> None:
+    """Let a callback come last, in its hook `setup`. The list is replaced, as Lightning iterates over it meanwhile."""
+    trainer.callbacks = [*(one for one in trainer.callbacks if one is not callback), callback]  # type: ignore[attr-defined]
+
+
+def end_after_exception(trainer: Trainer, exception: BaseException) -> None:
+    """What the trainer does after the callbacks' hook `on_exception`, for a callback that replaces the error.
+
+    Call it in that hook of the last callback. An error that is raised there would leave out the hooks that follow, the
+    loggers' end, and the strategy's teardown, which frees the device.
+    """
+    if trainer.datamodule is not None:  # type: ignore[attr-defined]
+        trainer.datamodule.on_exception(exception)  # type: ignore[attr-defined]
+    trainer.strategy.on_exception(exception)
+    for logger in trainer.loggers:
+        logger.finalize("failed")
+    trainer._teardown()
+    trainer.state.stage = None
 
 
 # ---------------------------------------------------------------------- what an audit observes
