@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 
 from lightning_bge.cli.main import main
@@ -207,7 +209,9 @@ def run(server: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (place / "printed").open("w") as printed, (place / "ps").open("w") as seen:
         process = subprocess.Popen(command, cwd=place, env=environment, stdout=printed, stderr=printed)
         while process.poll() is None:
-            subprocess.run(["ps", "-eo", "args"], stdout=seen, check=True)
+            for one in psutil.Process().children(recursive=True):  # the search, its workers, and the server
+                with suppress(psutil.NoSuchProcess):
+                    seen.write(" ".join(one.cmdline()) + "\n")
             time.sleep(1.0)
     assert process.returncode == 0, (place / "printed").read_text()
     return place
@@ -223,6 +227,7 @@ def test_a_search_in_a_database_writes_what_one_with_a_journal_does(run: Path, s
 def test_the_password_is_in_no_file_and_no_list_of_processes(run: Path) -> None:
     files = [path for path in run.rglob("*") if path.is_file()]
     assert len(files) > 20
+    assert " worker " in (run / "ps").read_text()
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
