@@ -5,8 +5,10 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import optuna
+from jsonargparse import Namespace
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.analysis.journal import shared_storage_of
 from lightning_bge.hpo.analysis.winner import describe_price
 from lightning_bge.hpo.config import OUTER_FOLDS, StudyConfig
 from lightning_bge.hpo.experiment import Experiment, inner_options
@@ -43,6 +45,7 @@ def run_studies(experiment: Experiment, hpo: StudyConfig, *, run: RunStudy = run
     Raises:
         UserError: as `run_hpo`, or the rows can't be split into outer folds.
     """
+    experiment, hpo = _with_name(experiment, hpo)
     if hpo.outer_folds is None:
         return run(experiment, hpo, joins=joins)
     inner = _inner_experiments(experiment, hpo.outer_folds)
@@ -62,6 +65,20 @@ def run_studies(experiment: Experiment, hpo: StudyConfig, *, run: RunStudy = run
     print(f"\nthe final study, on all rows: {experiment.run_dir}", flush=True)
     timeout = _timeout(hpo.timeout, n_studies, n_studies - 1, time.monotonic() - start)
     return run(experiment, replace(hpo, timeout=timeout), joins=True)
+
+
+def _with_name(experiment: Experiment, hpo: StudyConfig) -> tuple[Experiment, StudyConfig]:
+    """The same with the name that the study has in a storage, so that a run folder that is renamed keeps its study."""
+    if hpo.storage is None or hpo.study_name is not None:
+        return experiment, hpo
+    known = shared_storage_of(experiment.run_dir)
+    name = experiment.run_dir.resolve().name if known is None else known[1]
+
+    def plain(config: Namespace) -> dict[str, Any]:
+        found = experiment.plain(config)
+        return {**found, "hpo": {**found["hpo"], "study_name": name}}
+
+    return replace(experiment, plain=plain), replace(hpo, study_name=name)
 
 
 def _inner_experiments(experiment: Experiment, n_outer_folds: int) -> list[Experiment]:

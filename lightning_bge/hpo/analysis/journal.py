@@ -52,13 +52,21 @@ def load_study(run_dir: Path) -> LoadedStudy | None:
 
     Raises:
         StudyError: a line of the journal before the last is corrupt, `lightning-bge hpo` did not create the study, or
-            its storage does not answer.
+            its storage does not answer, or has it no more.
     """
     journal = run_dir / JOURNAL
     if journal.is_file():
         return _load(str(journal), JournalStorage(_ReadOnlyJournal(journal)), None, FolderWorkers(run_dir))
     shared = shared_storage_of(run_dir)
-    return None if shared is None else load_shared_study(*shared, run_dir)
+    if shared is None:
+        return None
+    found = load_shared_study(*shared, run_dir)
+    if found is None:  # it was there before `config.yaml` was
+        raise StudyError(
+            f"{run_dir}: expected the study {shared[1]} in {shared[0]}, which has none of that name. Set "
+            "hpo.study_name in its config.yaml to the study's name"
+        )
+    return found
 
 
 def shared_storage_of(run_dir: Path) -> tuple[str, str] | None:

@@ -86,14 +86,26 @@ def engine_options(url: StorageURL, pool: int = POOL) -> dict[str, Any]:
 
 
 def _connect_options(url: StorageURL) -> dict[str, Any]:
+    """What the driver gets besides the URL, whose own parameters count."""
+    from sqlalchemy import make_url
+
     password = read_password()
-    found: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS} | ({} if password is None else {"password": password})
+    found: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS}
     if url.text.startswith("postgresql"):
-        # one time zone for the signs of life of all clients; no client that was stopped in the middle holds up others
-        found["options"] = "-c timezone=UTC -c idle_in_transaction_session_timeout=60000"
         found |= {"application_name": "lightning-bge", "keepalives_idle": 30, "keepalives_interval": 10}
         found["tcp_user_timeout"] = 60_000  # milliseconds: a host that has vanished in the middle of a query
-    return found
+    given = dict(make_url(url.text).query)
+    found = {name: value for name, value in found.items() if name not in given}
+    if url.text.startswith("postgresql"):
+        # one time zone for the signs of life of all clients; no client that was stopped in the middle holds up others
+        own = "-c timezone=UTC -c idle_in_transaction_session_timeout=60000"
+        found["options"] = " ".join([*_texts(given.get("options", ())), own])
+    return found if password is None else {**found, "password": password}
+
+
+def _texts(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """A parameter of a URL, which has several values where it is given several times."""
+    return (value,) if isinstance(value, str) else value
 
 
 def _check_driver(url: StorageURL) -> None:

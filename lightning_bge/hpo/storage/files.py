@@ -7,7 +7,7 @@ from pathlib import Path
 
 import optuna
 
-from lightning_bge.errors import LocationError, StudyError
+from lightning_bge.errors import ConfigError, LocationError, StudyError
 from lightning_bge.runtime.locations import Location, delete_folder, file_sizes, open_location
 from lightning_bge.runtime.paths import check_folder
 from lightning_bge.runtime.run_folder import create_folder, write_text
@@ -39,8 +39,11 @@ def check_files(files: str) -> None:
         check_folder(OPTION, location)
     text = uuid.uuid4().hex
     folder = location / f"check-{text}"
-    for one in (location, folder):
-        create_folder(one)
+    try:
+        for one in (location, folder):
+            create_folder(one)
+    except OSError as error:  # such as in /proc, whose mode says that it can be written
+        raise ConfigError(f"{OPTION}: {location} can't be written ({error.strerror}). Name another folder") from error
     write_text(folder / "file", text)
     if (folder / "file").read_text(encoding="utf-8") != text or list(file_sizes(folder)) != ["file"]:
         raise LocationError(f"{OPTION}: a file that was written to {location} was not found there. Name another one")
@@ -67,8 +70,8 @@ def join_files(study: optuna.Study, files: str | None, run_dir: Path) -> None:
     if known is None:
         if found is not None and not study.get_trials(deepcopy=False):
             raise StudyError(
-                f"{location} holds the files of another study than {study.study_name}, which is new. Name another "
-                f"run_dir or {OPTION}, or delete what is there, with {FILES_ID}"
+                f"{location} holds the files of another study than {study.study_name}, which is new. Set "
+                f"hpo.study_name to the name of that study, or name another run_dir or {OPTION}"
             )
         # a study that was begun without this text takes the location of the first process that comes
         known = {"id": found or uuid.uuid4().hex, "written": False}

@@ -119,9 +119,9 @@ class StorageWorkers(Workers):
         except KeyError:
             return set()
         latest, stale = self._running(study_id)
-        return {
-            name for name, trial in latest.items() if self._holds_lock(name) or trial_id_of(trial) not in (stale or ())
-        }
+        gives_sign = {name: trial_id_of(trial) not in (stale or ()) for name, trial in latest.items()}
+        held = {name: self._holds_lock(name) for name in latest}
+        return {name for name in latest if (gives_sign[name] if held[name] is None else held[name])}
 
     def _running(self, study_id: int) -> tuple[dict[str, FrozenTrial], set[int] | None]:
         """The latest trial of each worker, and the ids of those whose heartbeat is too old; None: it is not known."""

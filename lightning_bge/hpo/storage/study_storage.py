@@ -25,6 +25,7 @@ LOCK, END_LOCK = "study.lock", "end.lock"  # files in the run folder, and the ki
 LOCK_POLL_SECONDS = 0.01  # between two tries to get the lock; a decision takes a few times as long
 STOP_POLL_SECONDS = 0.5  # between two looks of those who wait for it at whether they are to stop
 BESIDE = re.compile(r"-(workers|locks|baseline|seed-replicates|space-\d+)$")
+MOST_CHARACTERS = 400  # of a study's name: a database takes 512, with what is added for what is kept beside it
 PATIENCE = 600.0  # seconds for which a database that is away is waited for
 
 
@@ -112,7 +113,9 @@ class StudyStorage:
 
 
 def check_study_name(option: str, name: str) -> None:
-    """Raise `ConfigError` where a name is empty, is a path, or may be that of what is kept beside a study."""
+    """Raise `ConfigError` where a name is empty, too long, a path, or may be that of what is kept beside a study."""
+    if len(name) > MOST_CHARACTERS:
+        raise ConfigError(f"{option}: expected at most {MOST_CHARACTERS} characters, got {len(name)}")
     if not name.strip() or "/" in name or BESIDE.search(name):
         raise ConfigError(
             f"{option}: expected a name without / that does not end in -workers, -locks, -baseline, -seed-replicates "

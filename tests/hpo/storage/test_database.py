@@ -58,6 +58,15 @@ def test_the_password_is_an_option_of_the_connection_alone(monkeypatch: pytest.M
     assert "password" not in engine_options(POSTGRES)["connect_args"]
 
 
+def test_parameters_of_the_url_count() -> None:
+    own = "-c timezone=UTC -c idle_in_transaction_session_timeout=60000"
+    assert engine_options(POSTGRES)["connect_args"]["options"] == own
+    url = "postgresql+psycopg://me@db/studies?options=-csearch_path%3Dmine&connect_timeout=3&keepalives_idle=9"
+    given = engine_options(parse_storage(url))["connect_args"]
+    assert given["options"] == f"-csearch_path=mine {own}"  # takes the place of the URL's
+    assert given.keys() == {"options", "application_name", "keepalives_interval", "tcp_user_timeout"}
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

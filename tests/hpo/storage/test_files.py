@@ -69,7 +69,7 @@ def test_a_new_study_does_not_take_the_files_of_another_one(tmp_path: Path) -> N
     place = memory_location()
     join_files(new_study(), str(place), tmp_path)
     study = new_study()
-    with pytest.raises(StudyError, match="holds the files of another study than s, which is new"):
+    with pytest.raises(StudyError, match=r"another study than s, which is new\. Set hpo\.study_name to the"):
         join_files(study, str(place), tmp_path)
     assert FILES not in study.user_attrs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -229,6 +230,30 @@ def test_the_password_is_in_no_file_and_no_list_of_processes(run: Path) -> None:
     assert len(files) > 20
     assert " worker " in (run / "ps").read_text()
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_a_run_folder_that_is_renamed_keeps_its_study(run: Path, server: Postgres) -> None:
+    shutil.copytree(run / "study", run / "renamed")
+    config = (run / "renamed" / "config.yaml").read_text()
+    assert "study_name: study" in config
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "lightning_bge.cli", *arguments]
+        return subprocess.run(command, cwd=run, capture_output=True, text=True)
+
+    assert "6 of 6 finished" in call("status", "renamed").stdout
+    trials = (run / "renamed" / "trials.csv").read_text()
+    again = call("hpo", "-c", "renamed/config.yaml", "--hpo.study_name", "null", "--run_dir", "renamed")
+    assert again.returncode == 0, again.stderr
+    assert (run / "renamed" / "trials.csv").read_text() == trials
+    (run / "renamed" / "config.yaml").write_text(config.replace("study_name: study", "study_name: gone"))
+    report = (run / "renamed" / "report.html").read_bytes()
+    for command in ("status", "report"):
+        done = call(command, "renamed")
+        assert done.returncode == 2
+        assert "renamed: expected the study gone in" in done.stderr
+    assert (run / "renamed" / "report.html").read_bytes() == report
+    assert server.query("select count(*) from studies where study_name in ('renamed', 'gone')") == "0"
 
 
 def test_the_password_of_an_error_is_in_no_message(run: Path, server: Postgres) -> None:

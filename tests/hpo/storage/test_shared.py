@@ -149,7 +149,9 @@ def test_a_worker_on_the_database_is_judged_by_those_behind_a_proxy(tmp_path: Pa
 def test_a_killed_worker_under_this_kernel_is_gone_at_once(workers: StorageWorkers, tmp_path: Path) -> None:
     workers.timeout = 1000.0
     with Worker(workers.run_dir, workers) as worker:
+        assert worker.id in workers.seen_alive()
         worker._lock.release()  # what the kernel does
+        assert worker.id not in workers.seen_alive()
         assert worker.id not in workers.living()
 
 

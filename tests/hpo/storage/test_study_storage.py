@@ -63,6 +63,12 @@ def test_names_of_what_is_kept_beside_a_study_are_refused(name: str) -> None:
         StudyConfig(study_name=name)
 
 
+def test_a_name_that_is_too_long_for_a_database_is_refused() -> None:
+    StudyConfig(study_name=400 * "ü")
+    with pytest.raises(ConfigError, match=r"hpo\.study_name: expected at most 400 characters, got 401"):
+        StudyConfig(study_name=401 * "n")
+
+
 def test_a_folder_with_such_a_name_needs_another_name_of_the_study(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the name of the study: .*got 's-workers'"):
         open_study_storage(tmp_path / "s-workers", "postgresql+psycopg://me@host/studies")
