@@ -4,9 +4,25 @@ import difflib
 import re
 from argparse import ArgumentParser
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.runtime.paths import check_path
+
+
+def check_run(run: Path) -> None:
+    """Check the argument RUN of a command that reads a run.
+
+    Raises:
+        ConfigError: it is a URL, or can't be a path.
+    """
+    if re.match(r"[A-Za-z][\w.+-]+:/", str(run)):  # a `Path` has one slash of two
+        raise ConfigError(
+            "RUN: expected a run's folder, got a URL, which is not repeated here as it may hold a password. Name the "
+            "folder; `status` and `dashboard` read a storage with --storage"
+        )
+    check_path("RUN", run)
 
 
 class PlainParser(ArgumentParser):

@@ -62,3 +62,12 @@ def test_a_reader_that_ends_early_ends_the_program_quietly(tmp_path: Path) -> No
     assert process.wait(60) == PIPE_CLOSED
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+@pytest.mark.parametrize("command", ["status", "report", "worker", "dashboard"])
+def test_a_url_in_the_place_of_a_run_is_not_repeated(command: str, run: Callable[..., tuple[int, str, str]]) -> None:
+    status, out, err = run(command, "postgresql+psycopg://me:s3cr3t@host/studies")
+    assert (status, out) == (2, "")
+    assert "s3cr3t" not in err
+    assert "RUN: expected a run's folder, got a URL" in err
+    assert "--storage" in err

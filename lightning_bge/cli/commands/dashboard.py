@@ -3,13 +3,12 @@
 import importlib
 from pathlib import Path
 
-from lightning_bge.cli.arguments import PlainParser
+from lightning_bge.cli.arguments import PlainParser, check_run
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.analysis.journal import shared_storage_of
 from lightning_bge.hpo.storage.journal import JOURNAL
 from lightning_bge.hpo.storage.study_storage import open_study_storage
 from lightning_bge.hpo.storage.url import parse_storage
-from lightning_bge.runtime.paths import check_path
 
 DESCRIPTION = """Show the study of a run in a browser with Optuna Dashboard, also while it goes on. A study in a
 database has two others beside it: NAME-workers, a trial for each process, and NAME-locks. Whoever reaches the address
@@ -48,7 +47,7 @@ def _storage_of(run: Path | None, url: str | None) -> str | None:
     if run is None:
         assert url is not None
         return parse_storage(url, "--storage").text
-    check_path("RUN", run)
+    check_run(run)
     folder = run.expanduser()
     if (folder / JOURNAL).is_file():
         return None

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from lightning_bge.advisor.report.report import write_report
-from lightning_bge.cli.arguments import PlainParser
-from lightning_bge.runtime.paths import check_path
+from lightning_bge.cli.arguments import PlainParser, check_run
 
 
 def run(args: list[str]) -> None:
@@ -16,5 +15,5 @@ def run(args: list[str]) -> None:
     )
     parser.add_argument("run", type=Path, help="The run's folder.")
     chosen = parser.parse_args(args)
-    check_path("RUN", chosen.run)
+    check_run(chosen.run)
     print(write_report(chosen.run.expanduser()))

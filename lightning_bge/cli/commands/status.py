@@ -5,10 +5,9 @@ from pathlib import Path
 
 from lightning_bge.advisor.report.run_data import read_run, read_shared_run
 from lightning_bge.advisor.report.status import describe_failures, describe_status, watch_status
-from lightning_bge.cli.arguments import PlainParser
+from lightning_bge.cli.arguments import PlainParser, check_run
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.storage.url import parse_storage
-from lightning_bge.runtime.paths import check_path
 
 
 def run(args: list[str]) -> None:
@@ -23,7 +22,7 @@ def run(args: list[str]) -> None:
     parser.add_argument("--failures", action="store_true", help="Show why each failed trial has failed.")
     chosen = parser.parse_args(args)
     if chosen.storage is None:
-        check_path("RUN", chosen.run)
+        check_run(chosen.run)
         read = partial(read_run, chosen.run.expanduser())
     else:
         read = partial(read_shared_run, parse_storage(chosen.storage, "--storage").text, str(chosen.run))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightning_bge.cli.arguments import PlainParser
+from lightning_bge.cli.arguments import PlainParser, check_run
 from lightning_bge.cli.lightning_cli import BGECLI, running
 from lightning_bge.cli.search_options import add_hpo, starting_again, within_time
 from lightning_bge.errors import ConfigError
@@ -15,7 +15,6 @@ from lightning_bge.hpo.outer_folds import run_studies
 from lightning_bge.hpo.run import run_hpo
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.storage.journal import JOURNAL
-from lightning_bge.runtime.paths import check_path
 from lightning_bge.runtime.run_folder import read_json
 
 DESCRIPTION = """Join the study of a run folder with one more process, with the options that `lightning-bge hpo` has
@@ -32,7 +31,7 @@ def run(args: list[str]) -> None:
     )
     parser.add_argument("--parent", type=int, metavar="PID", help="Stop when this process, which started it, is gone.")
     chosen = parser.parse_args(args)
-    check_path("RUN", chosen.run)
+    check_run(chosen.run)
     folder = chosen.run.expanduser().resolve()
     config = folder / "config.yaml"
     if not config.is_file() or not ((folder / JOURNAL).is_file() or shared_storage_of(folder)):

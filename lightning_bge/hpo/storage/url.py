@@ -91,7 +91,7 @@ def _parse_proxy(text: str, option: str) -> StorageURL:
             f"{option}: expected grpc://host:port, got one with a login: the proxy has none. Leave out what is before @"
         )
     if not parts.hostname or port is None or parts.path.strip("/") or parts.query:
-        raise ConfigError(f"{option}: expected grpc://host:port, such as grpc://login-node:13000, got {text}")
+        raise ConfigError(f"{option}: expected grpc://host:port, such as grpc://login-node:13000, got another URL")
     return StorageURL("grpc", text, option, parts.hostname, port)
 
 
