@@ -83,8 +83,10 @@ def join_files(study: optuna.Study, files: str | None, run_dir: Path) -> None:
     if found != known["id"]:
         raise StudyError(
             f"this process does not see the files of the study's other processes: expected {known['id']} in "
-            f"{location / FILES_ID}, found {found or 'no such file'}. Share the run folder, or set {OPTION} to a "
-            f"location that all of them reach; to move the files of a study, copy them with {FILES_ID}"
+            f"{location / FILES_ID}, found {found or 'no such file'}. They have {OPTION} "
+            f"{known.get('location') or 'null'}. Share the run folder, or set {OPTION} to a location that all of them "
+            f"reach; to move the files of a study, copy them with {FILES_ID}; where they are gone, begin another "
+            "study, with hpo.study_name or run_dir"
         )
     joined = {"id": found, "written": True, "location": None if files is None else str(location)}
     if joined != known:

@@ -60,7 +60,7 @@ def test_a_process_that_sees_other_files_is_refused(tmp_path: Path, n_trials: in
     join_files(new_study(), None, tmp_path / "c")
     with pytest.raises(StudyError, match=f"found {text_of(tmp_path / 'c')}"):
         join_files(study, None, tmp_path / "c")
-    with pytest.raises(StudyError, match=r"memory://.*found no such file"):
+    with pytest.raises(StudyError, match=r"memory://.*found no such file\. They have hpo\.files null\."):
         join_files(study, str(memory_location()), tmp_path / "a")
     join_files(study, None, tmp_path / "a")
 
