@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from lightning_bge.hpo.storage.workers import FolderWorkers
 from tests.helpers.cli_processes import running, start, stop, trials, wait_for
 
+pytestmark = pytest.mark.slow  # minutes, as each test starts several processes
+
 Run = Callable[..., tuple[int, str, str]]
 
 
