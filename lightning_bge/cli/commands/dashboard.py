@@ -27,6 +27,7 @@ def run(args: list[str]) -> None:
         raise ConfigError("expected RUN or --storage, and not both. Name the run's folder, or a storage")
     if not 1 <= chosen.port <= 65535:
         raise ConfigError(f"--port: expected 1 to 65535, got {chosen.port}")
+    url = _storage_of(chosen.run, chosen.storage)
     try:
         dashboard = importlib.import_module("optuna_dashboard")
     except ImportError as error:
@@ -34,7 +35,7 @@ def run(args: list[str]) -> None:
             f"dashboard needs the package optuna-dashboard ({error}). Run: pip install 'lightning-bge[dashboard]'"
         ) from None
     folder = Path(".") if chosen.run is None else chosen.run.expanduser()
-    storage = open_study_storage(folder, _storage_of(chosen.run, chosen.storage), "", option="--storage").storage
+    storage = open_study_storage(folder, url, "", option="--storage").storage
     print(f"Optuna Dashboard at http://{chosen.host}:{chosen.port}; Ctrl-C stops it", flush=True)
     try:
         dashboard.run_server(storage, host=chosen.host, port=chosen.port)
