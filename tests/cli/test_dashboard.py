@@ -119,6 +119,7 @@ def test_a_missing_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna_dashboard", None)
+    (tmp_path / "journal.log").touch()
     with pytest.raises(SystemExit):
         main(["dashboard", str(tmp_path)])
     assert "pip install 'lightning-bge[dashboard]'" in capsys.readouterr().err
