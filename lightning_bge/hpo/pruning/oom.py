@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple, fields
 
 import optuna
 from lightning.pytorch import LightningModule, Trainer
@@ -15,6 +16,7 @@ from lightning_bge.runtime.oom import OutOfMemory, clean_up, find_oom
 
 KEPT_BYTES = 2**20  # that an out-of-memory trial may leave behind: the libraries' small caches
 KEPT = "memory_kept"  # user attribute: bytes that it has left behind, where they are more
+OOM_ATTRIBUTES = tuple(f"oom_{field.name}" for field in fields(OutOfMemory))  # user attributes: what is known of it
 
 
 class OOMPruningCallback(OOMHandler):
@@ -96,5 +98,5 @@ def prune_out_of_memory(trial: optuna.Trial, shared: Callable[[], int] = int) ->
 
 def note(trial: optuna.Trial, record: OutOfMemory) -> None:
     """Write what is known of an out-of-memory error into the trial's user attributes."""
-    for name, value in vars(record).items():
-        trial.set_user_attr(f"oom_{name}", value)
+    for name, value in zip(OOM_ATTRIBUTES, astuple(record), strict=True):
+        trial.set_user_attr(name, value)

@@ -28,7 +28,7 @@ from lightning_bge.errors import StudyError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS
-from lightning_bge.hpo.pruning.oom import KEPT
+from lightning_bge.hpo.pruning.oom import KEPT, OOM_ATTRIBUTES
 from lightning_bge.hpo.storage.files import study_files
 from lightning_bge.hpo.storage.study_storage import StudyStorage
 from lightning_bge.hpo.storage.workers import Worker, end_lost_trials, losses
@@ -74,7 +74,7 @@ FATE = (
     "curve",
     "nan",
     KEPT,
-    *(f"oom_{name}" for name in ("where", "kind", "requested", "free", "text")),
+    *OOM_ATTRIBUTES,
 )
 # system attributes of a trial that the one that continues it does not take over, nor a trial what its draft has
 OF_DRAFTS = ("fixed_params", "tpe:", SETTLED_RUNGS)

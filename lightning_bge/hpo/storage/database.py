@@ -90,22 +90,16 @@ def _connect_options(url: StorageURL) -> dict[str, Any]:
     from sqlalchemy import make_url
 
     password = read_password()
-    found: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS}
+    given = make_url(url.text).normalized_query
+    own: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS}
+    added: dict[str, Any] = {} if password is None else {"password": password}
     if url.text.startswith("postgresql"):
-        found |= {"application_name": "lightning-bge", "keepalives_idle": 30, "keepalives_interval": 10}
-        found["tcp_user_timeout"] = 60_000  # milliseconds: a host that has vanished in the middle of a query
-    given = dict(make_url(url.text).query)
-    found = {name: value for name, value in found.items() if name not in given}
-    if url.text.startswith("postgresql"):
+        own |= {"application_name": "lightning-bge", "keepalives_idle": 30, "keepalives_interval": 10}
+        own["tcp_user_timeout"] = 60_000  # milliseconds: a host that has vanished in the middle of a query
         # one time zone for the signs of life of all clients; no client that was stopped in the middle holds up others
-        own = "-c timezone=UTC -c idle_in_transaction_session_timeout=60000"
-        found["options"] = " ".join([*_texts(given.get("options", ())), own])
-    return found if password is None else {**found, "password": password}
-
-
-def _texts(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    """A parameter of a URL, which has several values where it is given several times."""
-    return (value,) if isinstance(value, str) else value
+        settings = "-c timezone=UTC -c idle_in_transaction_session_timeout=60000"
+        added["options"] = " ".join([*given.get("options", ()), settings])
+    return {name: value for name, value in own.items() if name not in given} | added
 
 
 def _check_driver(url: StorageURL) -> None:

@@ -119,15 +119,17 @@ class StorageWorkers(Workers):
         except KeyError:
             return set()
         latest, stale = self._running(study_id)
-        gives_sign = {name: trial_id_of(trial) not in (stale or ()) for name, trial in latest.items()}
-        held = {name: self._holds_lock(name) for name in latest}
-        return {name for name in latest if (gives_sign[name] if held[name] is None else held[name])}
+        return {name for name, trial in latest.items() if self._is_seen(name, trial, stale)}
 
     def _running(self, study_id: int) -> tuple[dict[str, FrozenTrial], set[int] | None]:
         """The latest trial of each worker, and the ids of those whose heartbeat is too old; None: it is not known."""
         running = self._storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
         stale = self._storage.retries.call(stale_trial_ids, self._storage.inner, study_id)
         return {trial.user_attrs[WORKER]["id"]: trial for trial in running}, stale
+
+    def _is_seen(self, name: str, trial: FrozenTrial, stale: set[int] | None) -> bool:
+        held = self._holds_lock(name)
+        return trial_id_of(trial) not in (stale or ()) if held is None else held
 
     def _is_gone(self, name: str, trial: FrozenTrial, stale: set[int] | None) -> bool:
         held = self._holds_lock(name)

@@ -28,7 +28,7 @@ class Fault:
     """Runs out of memory at one place of one trial."""
 
     def __init__(self, place: str, error: Callable[[], Exception] = lambda: torch.OutOfMemoryError(TEXT)) -> None:
-        self.place, self.error, self.trial = place, error, 0
+        self.place, self.error = place, error
 
     def at(self, place: str, trial: int) -> None:
         if (place, trial) == (self.place, 1):
