@@ -52,13 +52,15 @@ def load_study(run_dir: Path) -> LoadedStudy | None:
 
     Raises:
         StudyError: a line of the journal before the last is corrupt, `lightning-bge hpo` did not create the study, or
-            its storage does not answer, or has it no more.
+            its storage does not answer, or has it no more; or its journal is gone.
     """
     journal = run_dir / JOURNAL
     if journal.is_file():
         return _load(str(journal), JournalStorage(_ReadOnlyJournal(journal)), None, FolderWorkers(run_dir))
     shared = shared_storage_of(run_dir)
     if shared is None:
+        if _study_options(run_dir):
+            raise StudyError(f"{run_dir}: expected {JOURNAL}, as its config.yaml is that of a study. Copy it back")
         return None
     found = load_shared_study(*shared, run_dir)
     if found is None:  # it was there before `config.yaml` was
@@ -71,10 +73,13 @@ def load_study(run_dir: Path) -> LoadedStudy | None:
 
 def shared_storage_of(run_dir: Path) -> tuple[str, str] | None:
     """The URL of a run's storage and the study's name in it, from its `config.yaml`; None: it names no storage."""
-    if not (run_dir / "config.yaml").is_file():
-        return None
-    hpo = read_config(run_dir).get("hpo") or {}
+    hpo = _study_options(run_dir)
     return (hpo["storage"], hpo.get("study_name") or run_dir.resolve().name) if hpo.get("storage") else None
+
+
+def _study_options(run_dir: Path) -> dict[str, Any]:
+    """The options of the study in a run's `config.yaml`; empty: there is no such file, or it is that of a `fit`."""
+    return (read_config(run_dir).get("hpo") or {}) if (run_dir / "config.yaml").is_file() else {}
 
 
 def load_shared_study(url: str, name: str, run_dir: Path, option: str = "hpo.storage") -> LoadedStudy | None:

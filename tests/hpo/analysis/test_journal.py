@@ -85,3 +85,11 @@ def test_the_made_up_journal_is_one_of_optuna(tmp_path: Path) -> None:
     trials = optuna.load_study(study_name="run", storage=journal_of(tmp_path / "run")).trials
     assert {trial.state for trial in trials} == {TrialState.COMPLETE, TrialState.PRUNED}
     assert all(json.dumps(trial.user_attrs) for trial in trials)
+
+
+def test_a_journal_that_is_gone_is_not_a_run_without_a_study(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("hpo: {n_trials: 3}\n")
+    with pytest.raises(StudyError, match=r"expected journal\.log, as its config\.yaml is that of a study"):
+        load_study(tmp_path)
+    (tmp_path / "config.yaml").write_text("model: {task: binary}\n")  # of a `fit`
+    assert load_study(tmp_path) is None
