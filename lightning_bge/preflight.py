@@ -70,6 +70,11 @@ def preflight(
         check_trackers(hpo.trackers)
     _check_paths(command, experiment, outputs or {})
     if command == "hpo" and hpo is not None and hpo.files is not None:
+        if hpo.files.startswith("memory://"):
+            raise ConfigError(
+                f"hpo.files: expected a location that outlives this process, got {hpo.files}, its memory. Name a "
+                "folder, or a URL like s3://bucket/folder"
+            )
         check_files(hpo.files)
     model = experiment.config["model"]
     check_model(model["name_or_path"], revision=model["revision"], trust_remote_code=model["trust_remote_code"])

@@ -277,6 +277,10 @@ def test_ctrl_c_raises_and_keeps_finished_trials(
         ({"enqueue": [{"model.optimizer.lr": 1.0}]}, "^enqueue, parameter set 1: model.optimizer.lr: expected 0.0001"),
         ({"storage": "postgresql+psycopg://me:secret@h/d"}, "^storage: expected a URL without a password"),
         ({"worker_timeout": 1.0}, "^worker_timeout: expected 6 or more, got 1"),
+        ({"storage_timeout": "x"}, "^storage_timeout: expected a number of seconds, got str 'x'"),
+        ({"storage": 5}, "^storage: expected a string or null, got int 5"),
+        ({"files": 5}, "^files: expected a string or null, got int 5"),
+        ({"trackers": 5}, "^trackers: expected a list of mlflow, .*got int"),
         ({"max_epochs": 0}, "max_epochs: a study needs 1 or more, got 0"),
     ],
 )

@@ -134,6 +134,7 @@ class StudyConfig:
     worker_timeout: float = WORKER_TIMEOUT
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.n_trials < 1:
             raise ConfigError(f"hpo.n_trials: expected 1 or more, got {self.n_trials}")
         if self.timeout is not None and self.timeout <= 0:
@@ -197,3 +198,15 @@ class StudyConfig:
     def reports_per_epoch(self) -> int:
         """Reports in each epoch."""
         return round(1 / self.val_check_interval)
+
+
+def _check_types(config: StudyConfig) -> None:
+    """Raise `ConfigError` where a text or a number of seconds is none, as Python allows."""
+    for name in ("files", "storage", "study_name"):
+        value = getattr(config, name)
+        if not isinstance(value, str | None):
+            raise ConfigError(f"hpo.{name}: expected a string or null, got {type(value).__name__} {value!r}")
+    for name in ("storage_timeout", "worker_timeout"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"hpo.{name}: expected a number of seconds, got {type(value).__name__} {value!r}")

@@ -200,7 +200,8 @@ def _take_over(
 ) -> str:
     """Begin a study with all trials of another one, in their order: their files are found by their numbers.
 
-    One that does not fit counts as failed. Returns the name of the study.
+    One that does not fit counts as failed; one that did not fit into the other study is taken from an earlier one.
+    Returns the name of the study.
     """
     storage, names = storage_of(old), study_names(storage_of(old), base)
     begun = names.index(old.study_name) + 1
@@ -208,12 +209,26 @@ def _take_over(
         optuna.delete_study(study_name=left, storage=storage)
     name, known = f"{names[0]}{SPACE}{begun + 1}", old.user_attrs
     optuna.create_study(storage=storage, study_name=name, directions=old.directions)
-    study_id, same_steps = storage.get_study_id_from_name(name), known.get("steps") == steps
+    study_id = storage.get_study_id_from_name(name)
     if FILES in known:
         storage.set_study_user_attr(study_id, FILES, known[FILES])
-    for trial in old.get_trials(deepcopy=False):
-        storage.create_new_trial(study_id, _fitted(trial, space, known.get("settings", {}), configured, same_steps))
+    for trial, before in _as_trained([*(optuna.load_study(study_name=one, storage=storage) for one in names[:begun])]):
+        same_steps = before.get("steps") == steps
+        storage.create_new_trial(study_id, _fitted(trial, space, before.get("settings", {}), configured, same_steps))
     return name
+
+
+def _as_trained(studies: Sequence[optuna.Study]) -> list[tuple[FrozenTrial, dict[str, Any]]]:
+    """Each trial of the last study, as the latest study has it in whose space it fits, and that study's attributes."""
+    found: list[tuple[FrozenTrial, dict[str, Any]]] = []
+    for study in studies:
+        attributes = study.user_attrs
+        for number, trial in enumerate(study.get_trials(deepcopy=False)):
+            if number == len(found):
+                found.append((trial, attributes))
+            elif NOT_TRAINED not in trial.user_attrs:
+                found[number] = trial, attributes
+    return found
 
 
 def _fitted(

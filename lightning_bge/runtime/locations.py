@@ -17,7 +17,8 @@ from lightning_bge.errors import ConfigError, LocationError
 from lightning_bge.runtime.paths import check_path
 
 _OF_THIS_MACHINE = ("file", "local")  # protocols of fsspec that name a folder
-_PASSWORD = re.compile(r"://[^@]*:[^@]*@")  # a secret key may contain a slash
+# a secret key may contain a slash; what is before @ in http may be a token alone
+_PASSWORD = re.compile(r"://[^@]*:[^@]*@|^https?://[^/@]*@")
 
 
 @dataclass(frozen=True)

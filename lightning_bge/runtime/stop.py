@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -10,13 +11,19 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+from lightning_bge.errors import UserError
+
+log = logging.getLogger("lightning_bge")
+
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopRequest:
     """While it is entered, Ctrl-C, SIGTERM and SIGHUP ask for a stop; a second Ctrl-C raises KeyboardInterrupt.
 
-    Outside of the main thread, where Python cannot handle signals, nothing changes.
+    Outside of the main thread, where Python cannot handle signals, nothing changes. An error that the user can fix,
+    such as a database that is away when all is to be saved, is logged after a signal, and the process ends as the
+    signal asks for.
 
     Args:
         parent: the process without which this one is to stop as well; None: it has none.
@@ -45,6 +52,9 @@ class StopRequest:
     ) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
+        if self._received and isinstance(error, UserError):
+            log.error("%s", error)
+            self.leave()
 
     def leave(self) -> None:
         """End the process as the signal asks for; return where none has come.

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
 from lightning_bge import preflight as preflight_module
 from lightning_bge.data.datamodule import TextDataModule
@@ -17,6 +16,7 @@ from lightning_bge.errors import ConfigError, DataError
 from lightning_bge.models import encoder
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.tuning import plan, tune
+from tests.helpers.memory_location import Bucket
 
 Run = Callable[..., tuple[int, str, str]]
 SPACE = {"model.optimizer.lr": {"low": 1e-4, "high": 1e-2}}
@@ -59,7 +59,8 @@ def other_columns(path: Path) -> str:
         ("s3://key:planted-secret@bucket/run", "hpo.files: expected a URL without a password, key or token"),
         ("s3:/bucket", "hpo.files: expected a folder, or a URL like s3://bucket/folder"),
         ("file", "hpo.files: "),
-        ("memory://read-only/run", "memory://read-only/run/"),
+        ("bucket://read-only/run", "bucket://read-only/run/"),
+        ("memory://bucket/run", "expected a location that outlives this process, got memory://bucket/run, its memory"),
     ],
 )
 def test_a_location_of_files_that_can_not_be_used_is_found_before_the_data_are_read(
@@ -68,7 +69,7 @@ def test_a_location_of_files_that_can_not_be_used_is_found_before_the_data_are_r
     def fail(*_: object, **__: object) -> None:
         raise PermissionError("Access Denied")
 
-    monkeypatch.setattr(MemoryFileSystem, "put_file", fail)
+    monkeypatch.setattr(Bucket, "put_file", fail)
     monkeypatch.setattr(TextDataModule, "setup", fail)
     if files == "file":
         (tmp_path / "file").touch()
@@ -211,7 +212,7 @@ def test_a_full_disk_is_found_before_training(
     # checkpoints elsewhere: one at a time in a temporary file, or two in the other folder
     monkeypatch.setattr(preflight_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=80_000))
     text = "TMPDIR: checkpoints of trials, one at a time, need 86.1 KiB, but 78.1 KiB are free"
-    refused(run, [*search, "--hpo.files", "memory://bucket/run"], text)
+    refused(run, [*search, "--hpo.files", "bucket://bucket/run"], text)
     text = f"hpo.files: two checkpoints of a trial (86.1 KiB each) need 172.1 KiB, but 78.1 KiB are free in {tmp_path}"
     refused(run, [*search, "--hpo.files", str(tmp_path / "other")], text)
 

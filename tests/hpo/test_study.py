@@ -145,6 +145,18 @@ def test_trials_that_report_at_other_steps_are_left_out(tmp_path: Path) -> None:
     assert new.trials[0].user_attrs[NOT_TRAINED] == "it reports at other steps"
 
 
+def test_a_space_that_is_changed_and_changed_back_has_all_its_trials(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    tried(first, {"lr": 0.25}, {"lr": 0.75})
+    tried(opened(tmp_path, space={"lr": {"low": 0.4, "high": 1.0}}), {"lr": 0.5})
+    back = opened(tmp_path, space={"lr": {"low": 0.0, "high": 1.0}})
+    assert [(trial.params, trial.state) for trial in back.trials] == [
+        ({"lr": value}, TrialState.COMPLETE) for value in (0.25, 0.75, 0.5)
+    ]
+    assert [trial.value for trial in back.trials[:2]] == [trial.value for trial in first.trials]
+    assert list(attempts(back.trials)) == [0, 1, 2]
+
+
 def test_a_change_of_the_space_that_was_interrupted_is_completed(tmp_path: Path) -> None:
     tried(opened(tmp_path), {"lr": 0.25}, {"lr": 0.75}, {"lr": 0.5})
     wider = {"lr": {"low": 0.0, "high": 2.0}}

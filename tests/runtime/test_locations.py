@@ -165,6 +165,7 @@ def test_paths_and_file_urls_are_folders(text: str, expected: str | None) -> Non
     [
         f"s3://key:{SECRET}@bucket/run",
         f"s3://key:ab/{SECRET}@bucket/run",
+        f"https://{SECRET}@host/run",
         f"sftp://me:{SECRET}@host/run",
         f"abfs://container/run?sig={SECRET}",
     ],

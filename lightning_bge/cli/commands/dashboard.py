@@ -9,6 +9,7 @@ from lightning_bge.hpo.analysis.journal import shared_storage_of
 from lightning_bge.hpo.storage.journal import JOURNAL
 from lightning_bge.hpo.storage.study_storage import open_study_storage
 from lightning_bge.hpo.storage.url import parse_storage
+from lightning_bge.runtime.port import check_port
 
 DESCRIPTION = """Show the study of a run in a browser with Optuna Dashboard, also while it goes on. A study in a
 database has two others beside it: NAME-workers, a trial for each process, and NAME-locks. Whoever reaches the address
@@ -35,12 +36,10 @@ def run(args: list[str]) -> None:
             f"dashboard needs the package optuna-dashboard ({error}). Run: pip install 'lightning-bge[dashboard]'"
         ) from None
     folder = Path(".") if chosen.run is None else chosen.run.expanduser()
-    storage = open_study_storage(folder, url, "", option="--storage").storage
+    storage = open_study_storage(folder, url, "", option="--storage" if chosen.run is None else "hpo.storage").storage
+    check_port(chosen.host, chosen.port)
     print(f"Optuna Dashboard at http://{chosen.host}:{chosen.port}; Ctrl-C stops it", flush=True)
-    try:
-        dashboard.run_server(storage, host=chosen.host, port=chosen.port)
-    except OSError as error:
-        raise ConfigError(f"--port: {chosen.host}:{chosen.port} can't be listened at: {error.strerror}") from error
+    dashboard.run_server(storage, host=chosen.host, port=chosen.port)
 
 
 def _storage_of(run: Path | None, url: str | None) -> str | None:

@@ -1,5 +1,6 @@
 """`lightning-bge proxy DATABASE`: Optuna's gRPC proxy in front of a database, for hundreds of workers."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 from lightning_bge.cli.arguments import PlainParser
@@ -30,6 +31,8 @@ def run(args: list[str]) -> None:
     for name, most in (("threads", 10_000), ("port", 65535)):
         if not 1 <= getattr(chosen, name) <= most:
             raise ConfigError(f"--{name}: expected 1 to {most}, got {getattr(chosen, name)}")
+    if not 0 <= chosen.storage_timeout < math.inf:
+        raise ConfigError(f"--storage_timeout: expected 0 seconds or more, got {chosen.storage_timeout}")
     quiet_optuna()
     with ThreadPoolExecutor(chosen.threads) as pool:
         serve_proxy(url, chosen.host, chosen.port, pool, chosen.threads, chosen.storage_timeout)

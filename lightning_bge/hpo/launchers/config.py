@@ -36,6 +36,8 @@ class RayConfig:
     max_restarts: int = 3
 
     def __post_init__(self) -> None:
+        if not self.address:
+            raise ConfigError("ray.address: expected auto, host:port or ray://host:port, got an empty text")
         for name in ("num_cpus", "num_gpus"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,6 +25,7 @@ from lightning_bge.hpo.storage.workers import WORKERS
 from lightning_bge.runtime.run_folder import create_run_dir, write_text
 
 CONNECT_SECONDS = 10.0
+ANSWER_SECONDS = 20.0  # for `ray status`, which takes one; Ray itself waits for minutes where something else listens
 OF_LIBPQ = ("PGPASSWORD",)  # what libpq reads besides
 RECORDS = ("config.yaml", "run.json")  # files of the run folder that a worker on another machine needs
 
@@ -231,16 +234,28 @@ class RayLauncher:
         try:
             if host and port.isdigit():  # Ray itself tries for minutes
                 socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+                if not address.startswith("ray://"):
+                    _check_answers(address)
             ray.init(address=address, log_to_driver=False, logging_level="WARNING")
         except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
                 f"ray.address: no Ray cluster answers at {address} ({reason}). Start one with `ray start --head`, or "
-                "set ray.address to the host:port of one that runs"
+                "set ray.address to the host:port of one that runs (port 6379 unless it was started with another), or "
+                "to ray://host:port of its Ray Client server (port 10001)"
             ) from error
 
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]
+
+
+def _check_answers(address: str) -> None:
+    """Raise `TimeoutError` where something listens that is no Ray cluster."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+    try:
+        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=ANSWER_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"what listens there has not answered Ray for {ANSWER_SECONDS:.0f} s") from None
 
 
 def _fitting(node: Mapping[str, float], demand: Mapping[str, float]) -> int:

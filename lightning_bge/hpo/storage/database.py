@@ -185,7 +185,8 @@ def _describe(url: StorageURL, error: BaseException) -> str:
             "CREATE, USAGE ON SCHEMA public TO the user), or name a database of the user's own"
         )
     if not is_refusal(text):
-        return f"{url.option}: {url.shown} does not answer: {reason}. Start the database, or correct host and port"
+        fix = "Start the database, or correct host, port and parameters"
+        return f"{url.option}: {url.shown} does not answer: {reason}. {fix}"
     if re.search('database ".*" does not exist', text) or "Unknown database" in text:
         return (
             f"{url.option}: {url.shown}: {reason}. Create the database (for PostgreSQL: createdb), or correct the URL"

@@ -1,15 +1,14 @@
 """Optuna's gRPC proxy in front of a database."""
 
-import socket
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import run_grpc_proxy_server
 
-from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.storage.database import check_grpc, open_shared_storage
 from lightning_bge.hpo.storage.url import StorageURL
+from lightning_bge.runtime.port import check_port, port_error
 
 
 def serve_proxy(url: StorageURL, host: str, port: int, pool: ThreadPoolExecutor, threads: int, patience: float) -> None:
@@ -28,7 +27,7 @@ def serve_proxy(url: StorageURL, host: str, port: int, pool: ThreadPoolExecutor,
         StudyError: the database can't be opened.
     """
     check_grpc(f"grpc://{host}:{port}")
-    _check_free(host, port)
+    check_port(host, port)
     storage = open_shared_storage(url, patience=patience, pool=threads)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -36,17 +35,4 @@ def serve_proxy(url: StorageURL, host: str, port: int, pool: ThreadPoolExecutor,
             print(f"serving {url.shown} at {host}:{port}; Ctrl-C stops it", flush=True)
             run_grpc_proxy_server(storage, host=host, port=port, thread_pool=pool)
         except RuntimeError as error:  # grpc's "Failed to bind to address"
-            raise ConfigError(f"--port: {host}:{port} can't be listened at: {error}. Name another one") from error
-
-
-def _check_free(host: str, port: int) -> None:
-    """Raise `ConfigError` where something listens at a port.
-
-    grpc shares a port with another server that allows it, as another proxy does: clients would get the studies of
-    either database by chance.
-    """
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(f"--port: {host}:{port} can't be listened at: {reason}. Name another one") from error
+            raise port_error(host, port, str(error)) from error

@@ -24,7 +24,8 @@ log = logging.getLogger("lightning_bge")
 FIRST_SECONDS, MOST_SECONDS = 0.1, 5.0  # between two tries; doubled each time
 SLOW_SECONDS = 2.0  # a call that takes longer has waited for an outage, if only at the other end of a proxy
 COMPLETE_SECONDS = 1.0  # for which a list of complete trials serves
-STOPPING_SECONDS = 10.0  # what a process that is to stop still waits
+STOPPING_SECONDS = 10.0  # what a process that is to stop still waits, in all; and a call after one that was given up
+SLEEP_SECONDS = 0.5  # after which a process that waits looks whether it is to stop
 HAS_NOT_ANSWERED = "has not answered for"
 UNAVAILABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")  # status of a proxy that does not answer
 Found = TypeVar("Found")
@@ -73,7 +74,7 @@ class Retries:
 
     Attributes:
         last_outage: `time.monotonic()` when a call last failed, or had to wait.
-        is_stopping: whether the process is to stop: calls then wait for a few seconds only.
+        is_stopping: whether the process is to stop: all calls together then wait for a few seconds only.
     """
 
     def __init__(self, name: str, seconds: float) -> None:
@@ -81,6 +82,7 @@ class Retries:
         self.last_outage = -float("inf")
         self.is_stopping: Callable[[], object] = lambda: False
         self._warned, self._has_given_up = threading.Event(), False
+        self._stop_by: float | None = None
 
     def call(self, function: Callable[..., Found], *args: Any, **options: Any) -> Found:
         """Call a function until the storage answers.
@@ -109,10 +111,7 @@ class Retries:
 
     def _wait(self, reason: str, elapsed: float, wait: float) -> float:
         """Sleep until the next try; returns the seconds to sleep after it."""
-        hurries = (
-            self._has_given_up or self.is_stopping()
-        )  # what is still to be written need not wait as long once more
-        left = (min(self.seconds, STOPPING_SECONDS) if hurries else self.seconds) - elapsed
+        left = self._seconds_left(elapsed)
         if left <= 0:
             self._has_given_up = True
             raise StudyError(
@@ -122,8 +121,19 @@ class Retries:
         if not self._warned.is_set():
             self._warned.set()
             log.warning("%s does not answer: %s. Trying again for up to %.0f s", self.name, reason, self.seconds)
-        time.sleep(min(wait * random.uniform(0.5, 1.0), left))
+        until = time.monotonic() + min(wait * random.uniform(0.5, 1.0), left)
+        while (rest := until - time.monotonic()) > 0 and self._seconds_left(elapsed) > 0:
+            time.sleep(min(rest, SLEEP_SECONDS))
         return min(2 * wait, MOST_SECONDS)
+
+    def _seconds_left(self, elapsed: float) -> float:
+        """For which a call that has waited so many may wait on."""
+        now = time.monotonic()
+        if self._stop_by is None and self.is_stopping():
+            self._stop_by = now + STOPPING_SECONDS
+        # what is still to be written need not wait as long once more
+        left = (min(self.seconds, STOPPING_SECONDS) if self._has_given_up else self.seconds) - elapsed
+        return left if self._stop_by is None else min(left, self._stop_by - now)
 
 
 def _passed_on(name: str) -> Callable[..., Any]:

@@ -21,8 +21,10 @@ CREDENTIALS = {
     "wandb": "WANDB_API_KEY, or `wandb login`",
     "tensorboard": "none",
 }
+OF_DATABASES = "the file that the database's driver reads, such as ~/.pgpass for PostgreSQL"
 # of `hpo.trackers`: a mapping first, as the command line's parser takes the first type that fits
 Trackers = list[dict[str, Any] | str] | dict[str, Any] | str
+OF_SQL = ("postgresql", "mysql", "sqlite", "mssql")  # schemes of MLflow's databases
 WANDB_MODES = ("online", "offline", "disabled")
 EXPECTED = f"a list of {', '.join(OPTIONS)}, or of mappings such as {{name: mlflow, experiment: my-team}}"
 
@@ -58,10 +60,12 @@ def parse_trackers(entries: Trackers) -> list[TrackerConfig]:
 
 
 def _parse(entry: str | Mapping[str, Any]) -> TrackerConfig:
+    if not isinstance(entry, str | Mapping):
+        raise ConfigError(f"hpo.trackers: expected {EXPECTED}, got {type(entry).__name__}")
     given = {"name": entry} if isinstance(entry, str) else dict(entry)
     name = given.pop("name", None)
     if name not in OPTIONS:
-        raise ConfigError(f"hpo.trackers: expected {EXPECTED}, got the name {name}")
+        raise ConfigError(f"hpo.trackers: expected {EXPECTED}, got the name {name!r}")
     known = OPTIONS[name]
     if unknown := [str(option) for option in given if option not in known]:
         raise ConfigError(
@@ -78,10 +82,13 @@ def _parse(entry: str | Mapping[str, Any]) -> TrackerConfig:
 
 def _check_no_login(uri: str, where: str) -> None:
     parts = urlsplit(uri)
-    if "@" in parts.netloc or any(name.lower() in SECRETS for name in parse_qs(parts.query)):
+    login, is_there, _ = parts.netloc.rpartition("@")
+    is_server = parts.scheme in ("http", "https")  # what is before @ may be a token alone
+    if (is_there and (is_server or ":" in login)) or any(name.lower() in SECRETS for name in parse_qs(parts.query)):
+        fix = f"set the environment variables {CREDENTIALS['mlflow']}" if is_server else f"give it in {OF_DATABASES}"
         raise ConfigError(
-            f"{where}: expected a URI without a login, which would be seen in the run's files. Leave out what is "
-            f"before @, and passwords after ?, and set the environment variables {CREDENTIALS['mlflow']}"
+            f"{where}: expected a URI without a password or token, which would be seen in the run's files. Leave it "
+            f"out, and {fix}"
         )
 
 
@@ -107,19 +114,21 @@ def check_trackers(entries: Trackers) -> None:
 def _check_mlflow(options: Mapping[str, str]) -> None:
     _check_no_login(os.environ.get("MLFLOW_TRACKING_URI", ""), "MLFLOW_TRACKING_URI")
     uri = options.get("tracking_uri", os.environ.get("MLFLOW_TRACKING_URI", ""))
-    if local_folder(uri) is not None:  # MLflow 3 refuses it by default
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
+    scheme = urlsplit(uri).scheme.partition("+")[0]
+    if not uri or uri.startswith("databricks") or scheme in ("http", "https", *OF_SQL):
+        return  # asking a server is left to the study, and a database would be created here
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
-        try:
-            MlflowClient(uri)
-        except MlflowException as error:
-            reason = short_reason(error).partition(". ")[0]
-            raise ConfigError(
-                f"hpo.trackers: mlflow does not accept the folder {uri}: {reason}. Set tracking_uri to "
-                "sqlite:///mlflow.db or to the address of a server, or the environment variable "
-                "MLFLOW_ALLOW_FILE_STORE to true"
-            ) from error
+    try:
+        MlflowClient(uri)
+    except MlflowException as error:
+        reason = short_reason(error).partition(". ")[0]
+        allow = "" if local_folder(uri) is None else ", or the environment variable MLFLOW_ALLOW_FILE_STORE to true"
+        raise ConfigError(
+            f"hpo.trackers: mlflow does not accept {uri}: {reason}. Set tracking_uri to sqlite:///mlflow.db or to the "
+            f"address of a server{allow}"
+        ) from error
 
 
 def local_folder(uri: str) -> Path | None:

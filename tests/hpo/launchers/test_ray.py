@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -232,6 +233,16 @@ def test_an_actor_that_is_killed_too_often_has_ended(launchers: ModuleType, clus
     assert wait_until(one.poll) == -1
     assert "actor" in one.output()
     one.kill()
+
+
+def test_something_else_at_the_address_is_found_in_seconds(
+    launchers: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launchers, "ANSWER_SECONDS", 3.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(TimeoutError, match="what listens there has not answered Ray for 3 s"):
+            launchers._check_answers(address)
 
 
 def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:

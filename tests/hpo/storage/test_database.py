@@ -105,6 +105,7 @@ def test_one_line_on_each_error_of_a_database(
         (["grpc://h:1"], "DATABASE: expected the URL of a database, got grpc://h:1"),
         (["postgresql+psycopg://me:s3cr3t@db/studies"], "DATABASE: expected a URL without a password"),
         (["postgresql+psycopg://me@db/studies", "--threads", "0"], "--threads: expected 1 to 10000, got 0"),
+        (["postgresql+psycopg://me@db/studies", "--storage_timeout", "nan"], "--storage_timeout: expected 0 seconds"),
         (["postgresql+psycopg://me@db/studies", "--port", "70000"], "--port: expected 1 to 65535, got 70000"),
     ],
 )

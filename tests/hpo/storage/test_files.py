@@ -60,7 +60,7 @@ def test_a_process_that_sees_other_files_is_refused(tmp_path: Path, n_trials: in
     join_files(new_study(), None, tmp_path / "c")
     with pytest.raises(StudyError, match=f"found {text_of(tmp_path / 'c')}"):
         join_files(study, None, tmp_path / "c")
-    with pytest.raises(StudyError, match=r"memory://.*found no such file\. They have hpo\.files null\."):
+    with pytest.raises(StudyError, match=r"bucket://.*found no such file\. They have hpo\.files null\."):
         join_files(study, str(memory_location()), tmp_path / "a")
     join_files(study, None, tmp_path / "a")
 
@@ -141,7 +141,7 @@ def test_a_location_that_does_not_allow_what_is_needed_is_found(
 def test_a_store_that_does_not_show_what_was_written_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     place = memory_location()
     monkeypatch.setattr(place.fs, "find", lambda *_, **__: {})
-    with pytest.raises(LocationError, match=r"written to memory://.* was not found there"):
+    with pytest.raises(LocationError, match=r"written to bucket://.* was not found there"):
         check_files(str(place))
 
 

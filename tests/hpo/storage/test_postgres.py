@@ -107,7 +107,7 @@ def refused(url: str) -> str:
 def test_a_database_that_is_down(server: Postgres) -> None:
     url = server.url.replace(str(server.port), str(free_port()))
     assert "does not answer: connection" in refused(url)
-    assert "Start the database, or correct host and port" in refused(url)
+    assert "Start the database, or correct host, port and parameters" in refused(url)
 
 
 def test_the_program_says_that_the_database_is_down(

@@ -128,7 +128,19 @@ def test_a_process_that_is_to_stop_waits_for_a_few_seconds(
     storage.retries.is_stopping = lambda: True
     with pytest.raises(StudyError, match="What was saved is continued"):
         storage.get_all_studies()
-    assert sum(waits) < retrying.STOPPING_SECONDS + retrying.MOST_SECONDS
+    first = sum(waits)
+    assert 9 < first <= retrying.STOPPING_SECONDS + 0.01
+    with pytest.raises(StudyError, match="has not answered"):  # all calls together: it is tried once
+        storage.get_all_studies()
+    assert sum(waits) == first
+
+
+def test_a_request_to_stop_ends_a_long_wait(away: Away, storage: RetryingStorage, waits: list[float]) -> None:
+    away.failures = 1000
+    storage.retries.is_stopping = lambda: sum(waits) > 30
+    with pytest.raises(StudyError, match="has not answered for 4"):
+        storage.get_all_studies()
+    assert 40 < sum(waits) < 40.6
 
 
 def test_the_end_of_a_trial_whose_answer_was_lost_is_no_error(away: Away, storage: RetryingStorage) -> None:

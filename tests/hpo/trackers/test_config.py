@@ -35,8 +35,10 @@ def test_entries_are_names_or_mappings() -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        (["comet"], "expected a list of mlflow, wandb, tensorboard.*got the name comet"),
+        (["comet"], "expected a list of mlflow, wandb, tensorboard.*got the name 'comet'"),
         ([{"experiment": "x"}], "got the name None"),
+        (5, "expected a list of mlflow, wandb, tensorboard.*got int"),
+        ([{"name": "mlflow", "tracking_uri": f"mysql://me:{SECRET}@host/mlflow"}], "password.*the database's driver"),
         ([{"name": "tensorboard", "folder": "x"}], "tensorboard has no option folder; it has none"),
         ([{"name": "wandb", "api_key": SECRET}], "wandb has no option api_key.*WANDB_API_KEY"),
         ({"name": "wandb", "api_key": SECRET}, "wandb has no option api_key.*WANDB_API_KEY"),
@@ -44,11 +46,11 @@ def test_entries_are_names_or_mappings() -> None:
         (["wandb", {"name": "wandb"}], "each tracker once, got wandb several times"),
         (
             [{"name": "mlflow", "tracking_uri": f"postgresql://host/mlflow?user=me&password={SECRET}"}],
-            "URI without a login",
+            "URI without a password or token.*such as ~/.pgpass",
         ),
         (
             [{"name": "mlflow", "tracking_uri": f"https://me:{SECRET}@host"}],
-            "without a login.*MLFLOW_TRACKING_PASSWORD",
+            "without a password or token.*MLFLOW_TRACKING_PASSWORD",
         ),
     ],
 )
@@ -68,7 +70,7 @@ def test_a_missing_package_is_named_with_its_remedy(name: str, monkeypatch: pyte
 @pytest.mark.usefixtures("installed")
 def test_a_login_in_the_environment_variable_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://me:{SECRET}@host")
-    with pytest.raises(ConfigError, match=r"^MLFLOW_TRACKING_URI: expected a URI without a login") as raised:
+    with pytest.raises(ConfigError, match=r"^MLFLOW_TRACKING_URI: expected a URI without a password") as raised:
         check_trackers(["mlflow"])
     assert SECRET not in str(raised.value)
 
@@ -107,6 +109,11 @@ def test_wandb_needs_a_key_unless_it_is_offline(monkeypatch: pytest.MonkeyPatch,
 )
 def test_a_tracking_uri_may_name_a_folder(uri: str, folder: str | None) -> None:
     assert local_folder(uri) == (None if folder is None else Path(folder))
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_name_of_a_database_user_is_no_secret() -> None:
+    check_trackers([{"name": "mlflow", "tracking_uri": "postgresql://me@host/mlflow"}])
 
 
 @pytest.mark.parametrize("form", ["[tensorboard, {{name: wandb, api_key: {}}}]", "{{name: wandb, api_key: {}}}"])

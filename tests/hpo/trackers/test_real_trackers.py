@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -279,3 +280,14 @@ def test_the_report_is_attached_and_no_file_holds_a_password(searched: tuple[Pat
     assert (parent["status"], parent["files"]) == ("FINISHED", ["report.html"])
     assert parent["values"]["best_value"] == summary["best_value"]
     assert files_with(SECRET, folder) == []
+
+
+def test_a_uri_that_mlflow_can_never_use_is_refused(tmp_path: Path) -> None:
+    code = "from lightning_bge.hpo.trackers.config import check_trackers as c\n"
+    code += "c([{'name': 'mlflow', 'tracking_uri': 'localhost:5000'}])"
+    done = subprocess.run([str(PYTHON), "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    expected = (
+        "mlflow does not accept localhost:5000: .*unsupported URI.* Set tracking_uri to sqlite:///mlflow.db or to"
+    )
+    assert re.search(expected, done.stderr.splitlines()[-1]), done.stderr
+    assert not list(tmp_path.iterdir())
