@@ -14,11 +14,11 @@ from lightning_bge.data.tables.files import FILE_OPTIONS, expand_files
 from lightning_bge.data.tables.labels import count_classes
 from lightning_bge.errors import ConfigError, DataError
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.storage.database import check_answers
 from lightning_bge.hpo.storage.files import check_files, study_files
 from lightning_bge.hpo.storage.url import parse_storage
+from lightning_bge.hpo.text_experiment import TextExperiment
 from lightning_bge.hpo.trackers.config import check_trackers
 from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.memory_saving.lora import LoRAConfig
@@ -45,7 +45,7 @@ log = logging.getLogger("lightning_bge")
 
 def preflight(
     command: Command,
-    experiment: Experiment,
+    experiment: TextExperiment,
     hpo: StudyConfig | None = None,
     outputs: Mapping[str, str | None] | None = None,
 ) -> None:
@@ -64,18 +64,9 @@ def preflight(
     """
     data, trainer = experiment.datamodule, experiment.config["trainer"]
     _check_files_given(command, data)
-    if command == "hpo" and hpo is not None and hpo.storage is not None:
-        check_answers(parse_storage(hpo.storage))
-    if command == "hpo" and hpo is not None:
-        check_trackers(hpo.trackers)
     _check_paths(command, experiment, outputs or {})
-    if command == "hpo" and hpo is not None and hpo.files is not None:
-        if hpo.files.startswith("memory://"):
-            raise ConfigError(
-                f"hpo.files: expected a location that outlives this process, got {hpo.files}, its memory. Name a "
-                "folder, or a URL like s3://bucket/folder"
-            )
-        check_files(hpo.files)
+    if command == "hpo" and hpo is not None:
+        check_places(hpo)
     model = experiment.config["model"]
     check_model(model["name_or_path"], revision=model["revision"], trust_remote_code=model["trust_remote_code"])
     if command == "fit":
@@ -97,6 +88,25 @@ def preflight(
         _check_val_interval(trainer, data)
     if command != "hpo" or "model.loss.name" not in (hpo.space if hpo is not None else {}):
         _check_loss(experiment)
+
+
+def check_places(hpo: StudyConfig) -> None:
+    """Check where a study is kept, shown, and where its files are: each answers, and can be written.
+
+    Raises:
+        UserError: one of them can't be used.
+    """
+    if hpo.storage is not None:
+        check_answers(parse_storage(hpo.storage))
+    check_trackers(hpo.trackers)
+    if hpo.files is None:
+        return
+    if hpo.files.startswith("memory://"):
+        raise ConfigError(
+            f"hpo.files: expected a location that outlives this process, got {hpo.files}, its memory. Name a folder, "
+            "or a URL like s3://bucket/folder"
+        )
+    check_files(hpo.files)
 
 
 def dry_run_options(trainer: Mapping[str, Any]) -> str:
@@ -122,7 +132,7 @@ def _check_files_given(command: Command, data: TextDataModule) -> None:
         raise ConfigError(f"data.{needed}: {command} needs a file, got null. Set it{other}")
 
 
-def _check_paths(command: Command, experiment: Experiment, outputs: Mapping[str, str | None]) -> None:
+def _check_paths(command: Command, experiment: TextExperiment, outputs: Mapping[str, str | None]) -> None:
     data, model = experiment.datamodule, str(experiment.config["model.name_or_path"])
     files = {name: getattr(data, name) for name in FILE_OPTIONS}
     inputs = {f"data.{name}": expand_files(value) for name, value in files.items() if value is not None}
@@ -191,7 +201,7 @@ def _check_val_interval(trainer: Mapping[str, Any], data: TextDataModule) -> Non
         )
 
 
-def _check_loss(experiment: Experiment) -> None:
+def _check_loss(experiment: TextExperiment) -> None:
     """Check that the loss goes with the task and its classes."""
     data, config = experiment.datamodule, experiment.config["model.loss"]
     assert data.schema is not None
@@ -203,7 +213,7 @@ def _check_loss(experiment: Experiment) -> None:
 # ---------------------------------------------------------------------- the model, and room for it
 
 
-def _model_sizes(experiment: Experiment, hpo: StudyConfig | None) -> list[ModelSize]:
+def _model_sizes(experiment: TextExperiment, hpo: StudyConfig | None) -> list[ModelSize]:
     """Of each model that may be trained."""
     config, names = experiment.config["model"], [str(experiment.config["model.name_or_path"])]
     space = parse_space(hpo.space) if hpo is not None and hpo.space else {}
@@ -228,7 +238,7 @@ def _check_room_of_fit(run_dir: Path, size: ModelSize) -> None:
     _check_room(run_dir, 3 * size.checkpoint + size.exported, text)
 
 
-def _check_room_of_study(experiment: Experiment, hpo: StudyConfig, sizes: list[ModelSize]) -> None:
+def _check_room_of_study(experiment: TextExperiment, hpo: StudyConfig, sizes: list[ModelSize]) -> None:
     """For a checkpoint that is being replaced, and the exported models."""
     checkpoint, model = max(size.checkpoint for size in sizes), max(size.exported for size in sizes)
     models = (experiment.datamodule.num_folds if hpo.ensemble else 1) if hpo.refit else 0
@@ -274,7 +284,7 @@ def _check_room(run_dir: Path, needed: int, text: str, option: str = "run_dir") 
 # ---------------------------------------------------------------------- rows
 
 
-def _check_rows(command: Command, experiment: Experiment) -> None:
+def _check_rows(command: Command, experiment: TextExperiment) -> None:
     """Check that the metric can be computed wherever it will be."""
     data, metric = experiment.datamodule, experiment.monitor.metric
     assert data.schema is not None
@@ -295,7 +305,7 @@ def _check_rows(command: Command, experiment: Experiment) -> None:
         check_computable(data.schema, metric, tested, groups, "data.test_file")
 
 
-def _check_evaluated_rows(command: Literal["validate", "test"], experiment: Experiment) -> None:
+def _check_evaluated_rows(command: Literal["validate", "test"], experiment: TextExperiment) -> None:
     """Read the rows, and warn where the metric can't be computed on them: the others are shown."""
     data, metric = experiment.datamodule, experiment.monitor.metric
     data.setup(command)

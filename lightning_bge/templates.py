@@ -24,14 +24,14 @@ from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.sources import has_groups
 from lightning_bge.errors import INTERRUPTED, ConfigError, UserError
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.ranking import CostName
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import spec_of
+from lightning_bge.hpo.text_experiment import TextExperiment
 from lightning_bge.hpo.trackers.config import Trackers
-from lightning_bge.hpo.trial.objective import TrialSetup
+from lightning_bge.hpo.trial.text_setup import TextTrialSetup
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.config import MonitorConfig, check_monitor
 from lightning_bge.models.metrics.names import Metric
@@ -70,6 +70,7 @@ class StudyOptions(TypedDict, total=False):
     ensemble: bool
     outer_folds: int | None
     files: str | None
+    weights_only: bool
     trackers: Trackers
     storage: str | None
     study_name: str | None
@@ -92,7 +93,7 @@ def study_of_templates(
     seed: int,
     trainer: Mapping[str, Any],
     options: StudyOptions,
-) -> tuple[Experiment, StudyConfig]:
+) -> tuple[TextExperiment, StudyConfig]:
     """Check the arguments of `tune`, which are described there, and return what the study varies and its options.
 
     `trainer` has `max_epochs` besides.
@@ -132,13 +133,13 @@ class _Template:
         }
         return with_overrides(dict_to_namespace(options), {})
 
-    def experiment(self, config: Namespace) -> Experiment:
+    def experiment(self, config: Namespace) -> TextExperiment:
         """The options of the study's trials, and how objects are made of them."""
         warn_of_unused_callbacks(config.trainer.callbacks, "a study")
         trainer = quiet_trainer(config.as_dict()["trainer"])
         if trainer.world_size > 1:
             raise ConfigError(f"trainer: expected devices=1, as a study trains on one device, got {trainer.world_size}")
-        return Experiment(
+        return TextExperiment(
             config=config,
             create=self._create,
             validate=lambda config: None,  # the constructors check their arguments
@@ -153,13 +154,13 @@ class _Template:
     def _datamodule(self, config: Namespace) -> TextDataModule:
         return type(self.data)(**config.as_dict()["data"])
 
-    def _create(self, config: Namespace) -> TrialSetup:
+    def _create(self, config: Namespace) -> TextTrialSetup:
         model, data = type(self.model)(**config.as_dict()["model"]), self._datamodule(config)
         model.monitored = self.monitor.metric
         data.setup("fit")
         finder = MicroBatchFinder(self.memory, data.cache_dir)
         trainer = partial(quiet_trainer, config.as_dict()["trainer"], finder)
-        return TrialSetup(model, data, trainer, partial(self._fit_options, config))
+        return TextTrialSetup(model, data, trainer, partial(self._fit_options, config))
 
     def _fit_options(self, config: Namespace) -> dict[str, Any]:
         options = self._plain(config)

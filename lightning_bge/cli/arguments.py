@@ -4,6 +4,7 @@ import difflib
 import re
 from argparse import ArgumentParser
 from collections.abc import Collection
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +24,16 @@ def check_run(run: Path) -> None:
             "folder; `status` and `dashboard` read a storage with --storage"
         )
     check_path("RUN", run)
+
+
+def named_values(args: list[str]) -> list[tuple[str, str]]:
+    """Name and value of each option that has one, before a parser has read them."""
+    found = []
+    for arg, following in zip_longest(args, args[1:], fillvalue=""):
+        name, equals, value = arg.partition("=")
+        if name.startswith("-"):
+            found.append((name, value if equals else following))
+    return found
 
 
 class PlainParser(ArgumentParser):

@@ -24,8 +24,8 @@ from lightning_bge.cli.option_parser import A_SEED, OptionParser
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.sources import has_groups
 from lightning_bge.errors import INTERRUPTED, ConfigError
-from lightning_bge.hpo.experiment import Experiment
-from lightning_bge.hpo.trial.objective import TrialSetup
+from lightning_bge.hpo.text_experiment import TextExperiment
+from lightning_bge.hpo.trial.text_setup import TextTrialSetup
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.config import MonitorConfig, check_monitor
 from lightning_bge.prediction.progress import RowProgressBar
@@ -55,7 +55,7 @@ class BGECLI(LightningCLI):
     def __init__(
         self, command: str, args: list[str], *, description: str, add_arguments: AddArguments | None = None
     ) -> None:
-        _quiet_libraries()
+        quiet_libraries()
         limit_malloc()
         self.command = command
         self.add_arguments = add_arguments
@@ -144,9 +144,9 @@ class BGECLI(LightningCLI):
         return plain_config(self.parser, self.config)
 
     @property
-    def experiment(self) -> Experiment:
+    def experiment(self) -> TextExperiment:
         """The options of a study's trials, and how objects are made of them."""
-        return Experiment(
+        return TextExperiment(
             config=self.config,
             create=self._create,
             validate=self.parser.validate,
@@ -158,14 +158,14 @@ class BGECLI(LightningCLI):
             run_dir=self.run_dir,
         )
 
-    def _create(self, config: Namespace) -> TrialSetup:
+    def _create(self, config: Namespace) -> TextTrialSetup:
         """Fresh objects of these options; the data are set up."""
         init = self.parser.instantiate_classes(config)
         init.model.monitored = init.monitor.metric
         init.data.setup("fit")
         memory = MicroBatchFinder(init.memory, config.data.cache_dir)
         trainer = partial(quiet_trainer, dict(init.trainer), memory)
-        return TrialSetup(init.model, init.data, trainer, partial(_fit_options, self.parser, config))
+        return TextTrialSetup(init.model, init.data, trainer, partial(fit_options, self.parser, config))
 
 
 def _seed(value: bool | int) -> int:
@@ -175,7 +175,8 @@ def _seed(value: bool | int) -> int:
     return value
 
 
-def _fit_options(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
+def fit_options(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
+    """The options that `fit` reads, as plain data."""
     plain = plain_config(parser, config)
     for name in OF_STUDIES:
         plain.pop(name, None)
@@ -208,7 +209,7 @@ def running(trainer: Trainer, keeps: bool = True) -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from None
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Show our own messages, and of the libraries' only those that a user of this program can act on."""
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
     logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: " * (rank > 0) + "%(message)s", force=True)

@@ -1,10 +1,10 @@
 """Files named on the command line or in a YAML file that do not exist, found before anything slow is imported."""
 
-from itertools import zip_longest
 from pathlib import Path
 
 import yaml
 
+from lightning_bge.cli.arguments import named_values
 from lightning_bge.cli.texts import load_texts
 from lightning_bge.data.tables.files import FILE_OPTIONS, expand_files
 from lightning_bge.errors import ConfigError, DataError
@@ -23,7 +23,7 @@ def check_files(args: list[str]) -> None:
         DataError: a data file does not exist.
     """
     files: dict[str, str | list[str] | None] = {}
-    for name, value in _options(args):
+    for name, value in named_values(args):
         if name in ("-c", "--config") and value:  # without a value: left to the parser
             check_path("--config", value)
             files |= _data_files(Path(value).expanduser())
@@ -39,16 +39,6 @@ def check_files(args: list[str]) -> None:
                 expand_files(file)
             except DataError as error:
                 raise DataError(f"data.{name}: {error}") from error
-
-
-def _options(args: list[str]) -> list[tuple[str, str]]:
-    """Name and value of each option that has one."""
-    found = []
-    for arg, following in zip_longest(args, args[1:], fillvalue=""):
-        name, equals, value = arg.partition("=")
-        if name.startswith("-"):
-            found.append((name, value if equals else following))
-    return found
 
 
 def _files(value: str) -> str | list[str]:

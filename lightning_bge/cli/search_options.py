@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_bge.cli.lightning_cli import BGECLI
+from lightning_bge.cli.module_cli import ModuleCLI, names_a_class
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.launchers.config import LauncherName, RayConfig
+from lightning_bge.hpo.module_experiment import without_refit
 from lightning_bge.hpo.scheduling.trial_loop import MemoryKeptError
 from lightning_bge.runtime.output_file import write_output_text
 from lightning_bge.runtime.run_folder import json_text
@@ -29,6 +31,18 @@ def add_hpo(parser: LightningArgumentParser) -> None:
     text = "Where lightning-bge hpo starts its workers: on this machine, or on a Ray cluster."
     parser.add_argument("--launcher", type=LauncherName, default="local", help=text)
     parser.add_argument("--ray", type=RayConfig, default=RayConfig(), help="Workers on a Ray cluster.")
+
+
+def study_cli(args: list[str], *, description: str) -> BGECLI | ModuleCLI:
+    """Read the options of a study: of our classes, or of those that the options name."""
+    kind = ModuleCLI if names_a_class(args) else BGECLI
+    return kind("hpo", args, description=description, add_arguments=add_hpo)
+
+
+def options_of_study(cli: BGECLI | ModuleCLI) -> StudyConfig:
+    """Those under `hpo`, with what is left of the time; without a refit for a module that is not ours."""
+    hpo = within_time(cli.config_init.hpo)
+    return without_refit(hpo) if isinstance(cli, ModuleCLI) else hpo
 
 
 def add_hpo_and(options: type) -> Any:
@@ -65,7 +79,7 @@ def within_time(hpo: StudyConfig) -> StudyConfig:
     return hpo if hpo.timeout is None or not spent else replace(hpo, timeout=max(hpo.timeout - spent, 0.001))
 
 
-def check_one_device(cli: BGECLI, fix: str) -> None:
+def check_one_device(cli: BGECLI | ModuleCLI, fix: str) -> None:
     """Raise `ConfigError` where the trainer has several devices."""
     if cli.trainer.world_size > 1:
         raise ConfigError(

@@ -80,6 +80,9 @@ class StudyConfig:
             at the end the results. A folder that all of them mount, or a URL of fsspec such as s3://bucket/run or
             gs://bucket/run, for which its package (s3fs, gcsfs) has to be installed. Its keys and passwords come from
             the environment or from files, and are refused in the URL. null: the run folder.
+        weights_only: checkpoints of trials are read with `torch.load(weights_only=True)`, which refuses all but tensors
+            and plain data. Set it to false for a module of another project that adds other objects to its checkpoints,
+            where nobody else can write into the run folder or `files`: such a file can do anything when it is read.
         encoder_cache_gb: memory for encoders that a study keeps so that each is read once: the one in use, and others
             in the host's memory, of which the least recently used is dropped first. In units of 2**30
             bytes; 0: the one in use alone. null: that too, unless model.name_or_path is searched; then a quarter of the
@@ -126,6 +129,7 @@ class StudyConfig:
     predictions_gb: float = 1.0
     outer_folds: int | None = None
     files: str | None = None
+    weights_only: bool = True
     encoder_cache_gb: float | None = None
     trackers: Trackers = field(default_factory=list)
     storage: str | None = None

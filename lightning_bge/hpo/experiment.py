@@ -1,18 +1,20 @@
 """What a study varies: the options of its trials, and the objects that are made of them."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from optuna.trial import FrozenTrial
 
-from lightning_bge.callbacks.compile.policy import CompileConfig
-from lightning_bge.callbacks.micro_batch.finder import MemoryConfig
-from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
-from lightning_bge.hpo.config import OUTER_FOLDS, StudyConfig
-from lightning_bge.hpo.space.comparable import check_searchable, check_validation
+from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.finish.seed_replicates import SeedReplicates
+from lightning_bge.hpo.scheduling.study_queue import StudyQueue
 from lightning_bge.hpo.space.parameter_sets import (
     complete_parameter_set,
     ends,
@@ -20,95 +22,115 @@ from lightning_bge.hpo.space.parameter_sets import (
     parse_enqueued,
 )
 from lightning_bge.hpo.space.search_space import Space
-from lightning_bge.hpo.trial.objective import TrialSetup
-from lightning_bge.models.encoder_cache import EncoderCache
-from lightning_bge.models.metrics.config import MonitorConfig
+from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.trial.objective import Objective
+from lightning_bge.hpo.trial.score import Monitor
+from lightning_bge.hpo.trial.setup import TrialSetup
 from lightning_bge.runtime.dotted_config import check_option, with_overrides
 from lightning_bge.runtime.option_errors import describe_option_error
 
-# options of `hpo` that the inner studies of a nested cross-validation have: each is scored, its gain is not asked for
-FOR_INNER_STUDIES: dict[str, Any] = {"outer_folds": None, "refit": True, "baseline": False}
 
+@dataclass(frozen=True)
+class Ending:
+    """What has been trained after the last trial of a study.
 
-def inner_options(hpo: Mapping[str, Any], run_dir: Path, fold: int) -> dict[str, Any]:
-    """Options of `hpo` of the inner study of an outer fold, with a name and a location of files of its own.
-
-    Args:
-        hpo: the options of the whole run.
-        run_dir: its folder.
-        fold: number of the outer fold.
+    Attributes:
+        epochs: of a trial that has not drawn a number of them.
+        replicates: results of the seed replicates.
+        baseline: the trial of the configured options, and its steps.
     """
-    storage, study_name, files = hpo["storage"], hpo["study_name"], hpo["files"]
-    name = None if storage is None else f"{study_name or run_dir.resolve().name}-outer-fold-{fold}"
-    inner = None if files is None else f"{files.rstrip('/')}/{OUTER_FOLDS}/{fold}"
-    return {**FOR_INNER_STUDIES, "study_name": name, "files": inner}
+
+    epochs: int
+    replicates: SeedReplicates | None = None
+    baseline: tuple[FrozenTrial, Steps] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """The options of a study's trials, and how objects are made of them: the command line's, or those of `tune`.
+class Experiment(ABC):
+    """What a study varies: the options of its trials, of any LightningModule.
 
     Attributes:
         config: all options by their dotted names: of model, data and trainer, and `seed_everything`.
-        create: makes fresh objects of such options, with the data set up for `fit`.
         validate: raises TypeError, ValueError, KeyError or `ConfigError` where an option has a wrong value.
         plain: turns such options into plain data, as it is written into the run's `config.yaml`.
-        datamodule: made of `config`.
         monitor: the metric of the study.
-        compile: when layers are compiled.
-        memory: how the micro-batch size is found, and how much memory this process may use.
         run_dir: the run's folder, which may not exist yet.
     """
 
     config: Namespace
-    create: Callable[[Namespace], TrialSetup]
     validate: Callable[[Namespace], Any]
     plain: Callable[[Namespace], dict[str, Any]]
-    datamodule: TextDataModule
-    monitor: MonitorConfig
-    compile: CompileConfig
-    memory: MemoryConfig
+    monitor: Monitor
     run_dir: Path
 
+    @abstractmethod
     def build(self, overrides: dict[str, Any]) -> TrialSetup:
         """Fresh objects for a trial: the options, with hyperparameters that passed `check`."""
-        return self.create(with_overrides(self.config, overrides))
+
+    @abstractmethod
+    def set_up(self) -> None:
+        """Make the data ready, once."""
+
+    @property
+    @abstractmethod
+    def num_folds(self) -> int:
+        """Number of folds; 1 is a single split. After `set_up`."""
+
+    @property
+    @abstractmethod
+    def data_hash(self) -> str | None:
+        """Of the training data; None: it is not known."""
+
+    def check_end(self, hpo: StudyConfig, space: Space) -> None:  # noqa: B027 - not each has an end
+        """Check the options of the study's end before its first trial.
+
+        Raises:
+            ConfigError: an option does not go with the data, or with a model.
+        """
+
+    @abstractmethod
+    def identity(self, hpo: StudyConfig, space: Space) -> dict[str, Any]:
+        """The options that must be equal for trials to be comparable, by dotted names, as plain data."""
+
+    @abstractmethod
+    def parts_of_objective(self, queue: StudyQueue) -> dict[str, Any]:
+        """Arguments of `Objective`: the files that trials leave, and what they share."""
+
+    @abstractmethod
+    def finish(self, queue: StudyQueue, objective: Objective, ending: Ending) -> dict[str, Any]:
+        """Write the results of a study whose trials have ended; returns the content of `summary.json`."""
+
+    def notes(self, hpo: StudyConfig) -> list[str]:
+        """Lines to print before a study begins."""
+        return []
+
+    def configured(self, space: Space) -> dict[str, Any]:
+        """The configured values of what is searched."""
+        return {name: self.config[name] for name in space}
 
     def check(self, overrides: dict[str, Any], where: str = "hpo.space") -> None:
-        """Raise `ConfigError`, which begins with `where`, if the options do not accept such values.
-
-        Or if other rows, labels or groups are validated on with them: `datamodule` has to be set up.
-        """
+        """Raise `ConfigError`, which begins with `where`, if the options do not accept such values."""
         try:
             self.validate(with_overrides(self.config, overrides))
         except (TypeError, ValueError, KeyError) as error:
             reason = describe_option_error(str(error))
             raise ConfigError(f"{where}: these options do not accept the values {overrides}: {reason}") from error
-        found = self.build(overrides).datamodule.validation_hash
-        check_validation(found, self.datamodule.validation_hash, overrides, where)
 
     def check_space(self, hpo: StudyConfig, space: Space) -> None:
         """Try the ends of the search space and the enqueued parameter sets, before a study exists.
 
         Raises:
-            ConfigError: an option does not exist, does not accept a value, or changes what the score means.
+            ConfigError: an option does not exist, or does not accept a value.
             UserError: the data are wrong.
         """
         enqueued = parse_enqueued(hpo.enqueue, space)
-        check_searchable(space, self.config.get, self.monitor.name)
         for name in space:
             check_option(self.config, name)
-        self.datamodule.setup("fit")
+        self.set_up()
         for values in parameter_sets_to_check(space, self.config.get):
             self.check(values)
         for values in enqueued:
             self.check(complete_parameter_set(space, values, self.config.get), "hpo.enqueue")
-
-    def setups_of_models(self, space: Space) -> Iterator[TrialSetup]:
-        """Fresh objects for each model that trials may have, one after the other."""
-        name = "model.name_or_path"
-        for value in space[name].choices if name in space else (self.config[name],):  # type: ignore[attr-defined]
-            yield self.build({name: value})
 
     def most_epochs(self, space: Space) -> int:
         """The most epochs that any trial trains a fold for.
@@ -125,33 +147,3 @@ class Experiment:
         if configured is None or configured < 1:
             raise ConfigError(f"trainer.max_epochs: a study needs 1 or more, got {configured}")
         return max([configured, *searched])
-
-    def of_outer_fold(self, fold: int, n_outer_folds: int, run_dir: Path) -> "Experiment":
-        """The same experiment on the rows outside of an outer fold, whose own rows are the test rows.
-
-        Args:
-            fold: number of the outer fold, from 0.
-            n_outer_folds: how many there are.
-            run_dir: folder of its study.
-
-        Raises:
-            ConfigError: there is a validation file.
-            DataError: the rows can't be split so.
-        """
-        split = {"data.split.outer_folds": n_outer_folds, "data.split.outer_fold": fold}
-        config = with_overrides(self.config, {**split, "data.test_file": None})
-        config["run_dir"] = str(run_dir)
-
-        def plain(config: Namespace) -> dict[str, Any]:
-            found = self.plain(config)
-            hpo = found["hpo"]
-            # what a worker that joins it reads
-            return {**found, "hpo": {**hpo, **inner_options(hpo, self.run_dir, fold)}}
-
-        datamodule = self.create(config).datamodule
-        return replace(self, config=config, plain=plain, datamodule=datamodule, run_dir=run_dir)
-
-    def encoder_cache(self, hpo: StudyConfig) -> EncoderCache:
-        """What the study loads its encoders with."""
-        granted = self.memory.limit_gb
-        return EncoderCache(hpo.encoder_cache_bytes, None if granted is None else round(granted * 2**30))

@@ -1,14 +1,20 @@
 """What a study's trials have in common: their options, and the content of their files, tokenizers and labels."""
 
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from jsonargparse import Namespace
 
 from lightning_bge.callbacks.torch_backends import choose_precision
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.space.parameter_sets import complete_parameter_set, ends
 from lightning_bge.hpo.space.search_space import Space
 from lightning_bge.hpo.study import CONTENT
+from lightning_bge.hpo.trial.text_setup import TextTrialSetup
+from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.runtime.callback_kinds import NOT_IN_TRIALS, acting_callbacks
 from lightning_bge.runtime.dotted_config import BY_CONTENT, comparable
 
@@ -16,7 +22,30 @@ TOKENIZER_OPTIONS = ("model.name_or_path", "model.revision", "model.trust_remote
 HASH_DIGITS = 16  # hexadecimal ones, which a message can show
 
 
-def study_identity(experiment: Experiment, hpo: StudyConfig, space: Space) -> dict[str, Any]:
+class TextStudy(Protocol):
+    """What is needed of a `TextExperiment`, whose attributes these are."""
+
+    @property
+    def config(self) -> Namespace:
+        """All options."""
+
+    @property
+    def plain(self) -> Callable[[Namespace], dict[str, Any]]:
+        """Turns options into plain data."""
+
+    @property
+    def monitor(self) -> MonitorConfig:
+        """The metric."""
+
+    @property
+    def datamodule(self) -> TextDataModule:
+        """Set up for `fit`."""
+
+    def build(self, overrides: dict[str, Any]) -> TextTrialSetup:
+        """Fresh objects."""
+
+
+def text_identity(experiment: TextStudy, hpo: StudyConfig, space: Space) -> dict[str, Any]:
     """The options that must be equal for trials to be comparable, and what is read, by content.
 
     A searched option is only among them if it is conditional. A file that was moved or copied is the same one.
@@ -46,7 +75,7 @@ def study_identity(experiment: Experiment, hpo: StudyConfig, space: Space) -> di
     return options | _content(experiment, hpo, space)
 
 
-def _content(experiment: Experiment, hpo: StudyConfig, space: Space) -> dict[str, Any]:
+def _content(experiment: TextStudy, hpo: StudyConfig, space: Space) -> dict[str, Any]:
     """What is read, with the configured options and with each searched one that changes what is read."""
     configured = _content_of(experiment.datamodule, hpo)
     found = configured | _tokenizer_of(experiment.datamodule)

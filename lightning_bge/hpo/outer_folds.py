@@ -11,9 +11,10 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.analysis.journal import shared_storage_of
 from lightning_bge.hpo.analysis.winner import describe_price
 from lightning_bge.hpo.config import OUTER_FOLDS, StudyConfig
-from lightning_bge.hpo.experiment import Experiment, inner_options
+from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.run import check_study, prepare_study, run_hpo
 from lightning_bge.hpo.study import study_storage
+from lightning_bge.hpo.text_experiment import TextExperiment, inner_options
 from lightning_bge.runtime.run_folder import create_run_dir
 
 Found = tuple[optuna.Study, dict[str, Any] | None]
@@ -48,6 +49,7 @@ def run_studies(experiment: Experiment, hpo: StudyConfig, *, run: RunStudy = run
     experiment, hpo = _with_name(experiment, hpo)
     if hpo.outer_folds is None:
         return run(experiment, hpo, joins=joins)
+    assert isinstance(experiment, TextExperiment)  # no other one has outer folds
     inner = _inner_experiments(experiment, hpo.outer_folds)
     space, steps = check_study(experiment, hpo)
     create_run_dir(experiment.run_dir)
@@ -81,7 +83,7 @@ def _with_name(experiment: Experiment, hpo: StudyConfig) -> tuple[Experiment, St
     return replace(experiment, plain=plain), replace(hpo, study_name=name)
 
 
-def _inner_experiments(experiment: Experiment, n_outer_folds: int) -> list[Experiment]:
+def _inner_experiments(experiment: TextExperiment, n_outer_folds: int) -> list[TextExperiment]:
     data = experiment.datamodule
     if isinstance(experiment.monitor.metric, dict):
         raise ConfigError(

@@ -10,16 +10,13 @@ import optuna
 
 from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.analysis.journal import SUMMARY
-from lightning_bge.hpo.config import BEST, PREDICTIONS, StudyConfig
-from lightning_bge.hpo.evaluation.nested import finish_nested
-from lightning_bge.hpo.experiment import Experiment
+from lightning_bge.hpo.config import BEST, StudyConfig
+from lightning_bge.hpo.experiment import Ending, Experiment
 from lightning_bge.hpo.finish.baseline import run_baseline
 from lightning_bge.hpo.finish.published import publish_results
-from lightning_bge.hpo.finish.refit import check_end
-from lightning_bge.hpo.finish.results import describe_study, finish_study
+from lightning_bge.hpo.finish.results import describe_study
 from lightning_bge.hpo.finish.seed_replicates import run_seed_replicates
 from lightning_bge.hpo.forecast.preview import describe_pruner
-from lightning_bge.hpo.identity import study_identity
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.pruning.config import build_pruner
 from lightning_bge.hpo.scheduling.study_queue import StudyQueue
@@ -34,7 +31,7 @@ from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.hpo.study import open_study, study_storage
 from lightning_bge.hpo.tracked_study import complete_runs, mark_tracked, track
 from lightning_bge.hpo.trackers.config import check_trackers
-from lightning_bge.hpo.trial.objective import Objective, TrialFiles
+from lightning_bge.hpo.trial.objective import Objective
 from lightning_bge.hpo.trials import N_TRIALS
 from lightning_bge.hpo.versions import other_versions, used_versions
 from lightning_bge.runtime.run_folder import create_run_dir, record_run
@@ -58,11 +55,10 @@ def check_study(experiment: Experiment, hpo: StudyConfig) -> tuple[Space, Steps]
     if hpo.sampler.name == "grid":
         check_grid(space)
     experiment.check_space(hpo, space)
-    data = experiment.datamodule
-    data.setup("fit")
-    steps = Steps(data.num_folds, experiment.most_epochs(space), hpo.reports_per_epoch)
+    experiment.set_up()
+    steps = Steps(experiment.num_folds, experiment.most_epochs(space), hpo.reports_per_epoch)
     build_pruner(hpo.pruner, n_parameter_sets(hpo.n_trials, space), steps)  # raises where it could never prune
-    check_end(hpo, data, lambda: experiment.setups_of_models(space))
+    experiment.check_end(hpo, space)
     if hpo.terminator and steps.folds == 1:
         raise ConfigError("hpo.terminator: expected two folds or more, as it compares with the error between folds")
     return space, steps
@@ -92,7 +88,6 @@ def prepare_study(
     Raises:
         UserError: options, or the folder's content, are wrong.
     """
-    data = experiment.datamodule
     if not joins:
         _print_head(experiment, hpo, space, steps)
     run_dir = experiment.run_dir
@@ -105,7 +100,7 @@ def prepare_study(
             hpo,
             experiment.monitor.direction,
             steps,
-            study_identity(experiment, hpo, space),
+            experiment.identity(hpo, space),
             dict(experiment.config.items()),
             worker=this.id,
             versions=versions,
@@ -121,7 +116,7 @@ def prepare_study(
             # a process that joins others may ask for more trials; an older one that comes again does not ask for fewer
             if known is None or hpo.n_trials > known or not place.workers.living() - {this.id}:
                 study.set_user_attr(N_TRIALS, hpo.n_trials)
-            record_run(run_dir, experiment.plain(experiment.config), data.data_hash)
+            record_run(run_dir, experiment.plain(experiment.config), experiment.data_hash)
         if not is_held():
             raise StudyError(
                 f"this process gave no sign of life for more than {place.workers.timeout:.0f} s while it opened the "
@@ -180,24 +175,16 @@ def run_hpo(
 
 
 def _objective(experiment: Experiment, queue: StudyQueue, steps: Steps, request: StopRequest) -> Objective:
-    hpo = queue.config
     return Objective(
         build=experiment.build,
         space=queue.space,
         monitor=experiment.monitor,
         steps=steps,
-        files=TrialFiles(
-            out_of_fold=queue.files / "oof",
-            checkpoints=queue.checkpoints,
-            predictions=queue.files / PREDICTIONS,
-            predictions_limit=round(hpo.predictions_gb * 2**30),
-        ),
         n_trials=queue.n_trials,
-        compile=experiment.compile,
-        encoder=experiment.encoder_cache(hpo),
-        cost=hpo.cost,
+        cost=queue.config.cost,
         request=request,
-        tracking=track(queue.study, hpo, queue.run_dir),
+        tracking=track(queue.study, queue.config, queue.run_dir),
+        **experiment.parts_of_objective(queue),
     )
 
 
@@ -217,6 +204,8 @@ def _print_head(experiment: Experiment, hpo: StudyConfig, space: Space, steps: S
         print(f"seed replicates at the end: {hpo.n_seed_replicates} of each of the best trials, up to {BEST}")
     if hpo.baseline:
         print("at the end the configured hyperparameters are trained too, to say what the search has gained")
+    for line in experiment.notes(hpo):
+        print(line)
 
 
 def _leave_to_others(queue: StudyQueue, request: StopRequest) -> bool:
@@ -243,7 +232,7 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
     replicates = run_seed_replicates(
         queue, objective, metric=metric, seed=config.seed_everything, until=until, request=request
     )
-    configured = {name: config[name] for name in objective.space}
+    configured = experiment.configured(objective.space)
     configured["trainer.max_epochs"] = config["trainer.max_epochs"] or objective.steps.epochs
     baseline = run_baseline(queue, objective, configured=configured, metric=metric, until=until, request=request)
     if not request.signal and time.monotonic() >= until and _leave_to_others(queue, request):
@@ -255,23 +244,10 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
     # the epochs of a trial that has not drawn a number of them
     epochs = config["trainer.max_epochs"] if "trainer.max_epochs" in objective.space.when else objective.steps.epochs
     baseline_steps = replace(objective.steps, epochs=configured["trainer.max_epochs"])
-    outer_folds, schema = queue.config.outer_folds, experiment.datamodule.schema
+    ending = Ending(epochs, replicates, None if baseline is None else (baseline, baseline_steps))
     with queue.place.end_lock(queue.worker, lambda: request.signal) as is_held:
-        assert schema is not None
         complete_runs(objective.tracking, queue.study)
-        nested = None if outer_folds is None else finish_nested(queue.run_dir, outer_folds, schema, metric)
-        summary = finish_study(
-            queue.study,
-            queue.run_dir,
-            build=experiment.build,
-            monitor=experiment.monitor,
-            epochs=epochs,
-            config=queue.config,
-            replicates=replicates,
-            baseline=None if baseline is None else (baseline, baseline_steps),
-            nested=nested,
-            request=request,
-        )
+        summary = experiment.finish(queue, objective, ending)
         if not is_held():
             print("this process gave no sign of life for too long, so that another one ends the study")
             return None

@@ -55,7 +55,8 @@ def with_overrides(config: Namespace, overrides: dict[str, Any]) -> Namespace:
             check_option(config, name)
         config[name] = value
     for source, target in LINKS:
-        config[target] = config[source]
+        if source in config and target in config:  # a module of another project has none of them
+            config[target] = config[source]
     return config
 
 

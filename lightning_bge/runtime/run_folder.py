@@ -127,7 +127,8 @@ def record_run(
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     calls = (read_json(folder / "run.json") or {}).get("calls", [])
     model = config["model"]
-    entry = describe_run(config["seed_everything"], data_hash, model["name_or_path"], model["revision"])
+    name = model["name_or_path"] if "name_or_path" in model else model["class_path"]
+    entry = describe_run(config["seed_everything"], data_hash, name, model.get("revision"))
     calls.append(entry | dict(more or {}))
     write_json(folder / "run.json", {"calls": calls})
 
@@ -185,7 +186,7 @@ def _git_commit() -> str | None:
 
 def hub_commit(model: str, revision: str | None) -> str | None:
     """The commit behind a branch or tag of a model that the hub's cache holds; None for a folder."""
-    if Path(model).expanduser().exists():
+    if Path(model).expanduser().exists() or "/" not in model:
         return None
     from huggingface_hub import try_to_load_from_cache
 

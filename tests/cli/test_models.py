@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from lightning_bge.cli import main as cli
 from lightning_bge.data.datamodule import TextDataModule
-from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.storage.journal import open_storage
-from lightning_bge.hpo.trial.objective import TrialSetup
+from lightning_bge.hpo.text_experiment import TextExperiment
+from lightning_bge.hpo.trial.text_setup import TextTrialSetup
 from lightning_bge.models.encoder import load_classifier
 from lightning_bge.models.tiny_bert import build_tiny_bert
 from tests.helpers.cli_sample import write_small_sample
@@ -197,15 +197,15 @@ def test_alternating_models_have_the_values_that_each_has_alone(
 
 def test_every_trial_has_its_own_hyperparameters(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[dict[str, Any]] = []
-    build = Experiment.build
+    build = TextExperiment.build
 
-    def record(experiment: Experiment, overrides: dict[str, Any]) -> TrialSetup:
+    def record(experiment: TextExperiment, overrides: dict[str, Any]) -> TextTrialSetup:
         setup = build(experiment, overrides)
         found.append(dict(setup.model.hparams))
         assert setup.datamodule.hparams["batch_size"] == overrides.get("data.batch_size", 32)
         return setup
 
-    monkeypatch.setattr(Experiment, "build", record)
+    monkeypatch.setattr(TextExperiment, "build", record)
     space = {"model.optimizer.lr": LR, "model.dropout": {"low": 0.0, "high": 0.3}, "data.batch_size": {"choices": [16]}}
     status, _, err = search(options, n_trials=3, space=space)
     assert status == 0, err

@@ -12,7 +12,8 @@ from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.tables.splits import SplitConfig
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.trial.objective import Objective, TrialFiles, TrialSetup
+from lightning_bge.hpo.trial.objective import Objective, TrialFiles
+from lightning_bge.hpo.trial.text_setup import TextTrialSetup
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.models.optimizer import OptimizerConfig
@@ -49,7 +50,7 @@ def make(  # with oof_dir, paused_dir, predictions_dir, epochs and per_epoch bes
 ) -> Objective:
     epochs = changes.get("epochs", 2)
 
-    def build(params: dict[str, Any]) -> TrialSetup:
+    def build(params: dict[str, Any]) -> TextTrialSetup:
         data = small_data(folder, split=SplitConfig(folds=2))
         data.setup("fit")
         model = BGEClassifier(
@@ -64,7 +65,7 @@ def make(  # with oof_dir, paused_dir, predictions_dir, epochs and per_epoch bes
             "accelerator": "cpu",
             "callbacks": list(extra),
         }
-        return TrialSetup(model, data, lambda **more: quiet_trainer(settings, **more), dict)
+        return TextTrialSetup(model, data, lambda **more: quiet_trainer(settings, **more), dict)
 
     steps = Steps(2, changes.pop("epochs", 2), changes.pop("per_epoch", 1))
     files = TrialFiles(

@@ -12,9 +12,9 @@ from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.micro_batch.finder import MemoryConfig
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.space.search_space import parse_space
-from lightning_bge.hpo.trial.objective import TrialSetup
+from lightning_bge.hpo.text_experiment import TextExperiment
+from lightning_bge.hpo.trial.text_setup import TextTrialSetup
 from lightning_bge.models.metrics.config import MonitorConfig
 
 OPTIONS = {
@@ -35,19 +35,19 @@ class Data:
         pass
 
 
-def make(created: list[Namespace], metric: str = "f1", **changes: Any) -> Experiment:
+def make(created: list[Namespace], metric: str = "f1", **changes: Any) -> TextExperiment:
     def validate(config: Namespace) -> None:
         if config["model.dropout"] is not None and config["model.dropout"] > 1:
             raise ValueError("dropout above 1")
 
-    def create(config: Namespace) -> TrialSetup:
+    def create(config: Namespace) -> TextTrialSetup:
         created.append(config)
-        return TrialSetup(None, Data(config["data.rows"]), None, None)  # type: ignore[arg-type]
+        return TextTrialSetup(None, Data(config["data.rows"]), None, None)  # type: ignore[arg-type]
 
     config = dict_to_namespace(OPTIONS)
     for name, value in changes.items():
         config[name] = value
-    return Experiment(
+    return TextExperiment(
         config=config,
         create=create,
         validate=validate,

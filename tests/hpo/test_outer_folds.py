@@ -21,8 +21,8 @@ from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError, DataError, StudyError
 from lightning_bge.hpo import outer_folds
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.outer_folds import run_studies
+from lightning_bge.hpo.text_experiment import TextExperiment
 from lightning_bge.hpo.trial.outer_fold import OUTER_ROWS
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.runtime.locations import file_sizes
@@ -231,7 +231,7 @@ def test_each_study_has_its_part_of_the_time_and_what_is_left(monkeypatch: pytes
 def test_an_inner_study_that_others_still_run_leaves_the_rest_to_them(files: Path, tmp_path: Path) -> None:
     asked: list[tuple[str, bool]] = []
 
-    def run(experiment: Experiment, hpo: StudyConfig, *, joins: bool) -> tuple[optuna.Study, dict[str, Any] | None]:
+    def run(experiment: TextExperiment, hpo: StudyConfig, *, joins: bool) -> tuple[optuna.Study, dict[str, Any] | None]:
         asked.append((experiment.run_dir.name, joins))
         return optuna.create_study(), None if len(asked) == 2 else {}
 

@@ -23,6 +23,7 @@ from lightning_bge.hpo.storage.retrying import Retries, RetryingStorage
 from lightning_bge.hpo.storage.shared import StorageWorkers
 from lightning_bge.hpo.storage.study_storage import StudyStorage, open_study_storage
 from lightning_bge.hpo.storage.workers import Worker
+from lightning_bge.hpo.text_experiment import TextExperiment
 from lightning_bge.hpo.trials import N_TRIALS
 from lightning_bge.runtime.stop import StopRequest
 from tests.helpers.small_experiment import DOTTED_SPACE, small_experiment
@@ -74,7 +75,7 @@ Prepare = Callable[..., optuna.Study]
 def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
     """Prepares a study with some options, as one more process."""
     monkeypatch.setattr(run_module, "record_run", lambda *_: None)
-    monkeypatch.setattr(run_module, "study_identity", lambda *_: {"monitor.metric": "loss"})
+    monkeypatch.setattr(TextExperiment, "identity", lambda *_: {"monitor.metric": "loss"})
     monkeypatch.setattr(run_module, "used_versions", lambda _: {})
     experiment = small_experiment(tmp_path, 1)
     experiment = replace(experiment, config=experiment.config.clone())

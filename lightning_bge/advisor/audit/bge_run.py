@@ -20,7 +20,7 @@ from lightning_bge.data.batches.loader import BatchLoader
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.trial.objective import TrialSetup
+from lightning_bge.hpo.trial.text_setup import TextTrialSetup
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder_cache import EncoderCache
 
@@ -40,7 +40,7 @@ class BGERun:
         encoder: loads the encoder once for all runs.
     """
 
-    build: Callable[[dict[str, Any]], TrialSetup]
+    build: Callable[[dict[str, Any]], TextTrialSetup]
     hpo: StudyConfig
     steps: Steps
     compile: CompileConfig

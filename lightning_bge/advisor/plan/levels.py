@@ -11,7 +11,7 @@ from lightning_bge.advisor.plan.predict import Prediction, Scenario, StudyCosts
 from lightning_bge.advisor.plan.short_study import InEffect, StepTimer, seconds_of, tokens_of
 from lightning_bge.callbacks.compile.policy import CompileConfig, Findings, probe_time_limit, too_short
 from lightning_bge.callbacks.torch_backends import TorchBackends
-from lightning_bge.hpo.trial.objective import Build
+from lightning_bge.hpo.trial.text_setup import TextBuild
 from lightning_bge.runtime.memory import release
 
 LEAST, MOST, ENOUGH_S = 2, 10, 2.0  # steps to measure of each variant: those of two seconds
@@ -51,7 +51,7 @@ class Variants(NamedTuple):
     fp32: float | None = None
 
 
-def measure_variants(build: Build, trial: MeasuredTrial, in_effect: InEffect, seconds: float) -> Variants:
+def measure_variants(build: TextBuild, trial: MeasuredTrial, in_effect: InEffect, seconds: float) -> Variants:
     """Train a few steps without packing, and a few without packing and bf16, if they are in effect and there is time.
 
     Args:
@@ -80,7 +80,7 @@ def measure_variants(build: Build, trial: MeasuredTrial, in_effect: InEffect, se
     return Variants(*found)
 
 
-def _token_seconds(build: Build, params: dict[str, Any], steps: int, warmup: int, callbacks: list[Any]) -> float:
+def _token_seconds(build: TextBuild, params: dict[str, Any], steps: int, warmup: int, callbacks: list[Any]) -> float:
     """Seconds of a token in a short training, after a warm-up if the epoch has enough steps."""
     setup, timer = build(params), StepTimer()
     limits = {"limit_train_batches": warmup + steps, "limit_val_batches": 0, "max_epochs": 1}

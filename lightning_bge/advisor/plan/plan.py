@@ -40,10 +40,10 @@ from lightning_bge.advisor.plan.what_if import (
     check_study,
 )
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets, parameter_sets_to_check, parse_enqueued
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
+from lightning_bge.hpo.text_experiment import TextExperiment
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ DRAWN = 256  # parameter sets, from which those of the trials are drawn
 ENDS = 0.15  # seconds in which a process ends, over those in which it starts: 0.14 to 0.18 were measured
 
 
-def make_plan(experiment: Experiment, hpo: StudyConfig, options: PlanConfig, process_s: float = 0.0) -> Plan:
+def make_plan(experiment: TextExperiment, hpo: StudyConfig, options: PlanConfig, process_s: float = 0.0) -> Plan:
     """Measure trials of a study, predict its hours, and find what would change them.
 
     Args:
@@ -221,7 +221,7 @@ def make_plan(experiment: Experiment, hpo: StudyConfig, options: PlanConfig, pro
 
 
 def _measure(
-    experiment: Experiment, hpo: StudyConfig, options: PlanConfig, sets: ParameterSets
+    experiment: TextExperiment, hpo: StudyConfig, options: PlanConfig, sets: ParameterSets
 ) -> tuple[Calibration, InEffect, Variants]:
     """Measure on this machine; the start is that of a process besides its imports."""
     experiment.build({})  # reads what later calls find in memory

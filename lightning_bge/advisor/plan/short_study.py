@@ -30,7 +30,8 @@ from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import open_study, study_storage
-from lightning_bge.hpo.trial.objective import Build, Objective, TrialFiles, TrialSetup
+from lightning_bge.hpo.trial.objective import Objective, TrialFiles
+from lightning_bge.hpo.trial.text_setup import TextBuild, TextTrialSetup
 from lightning_bge.hpo.trials import PARAMETER_SET, RESUMES
 from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.metrics.config import MonitorConfig
@@ -265,7 +266,7 @@ class ShortStudy:
 
     def __init__(
         self,
-        build: Build,
+        build: TextBuild,
         hpo: StudyConfig,
         objective: Literal["best", "last"],
         compile: CompileConfig,
@@ -300,7 +301,7 @@ class ShortStudy:
         """Set the optimizer steps of an epoch; 2 until then."""
         self._steps = steps
 
-    def shorten(self, params: dict[str, Any]) -> TrialSetup:
+    def shorten(self, params: dict[str, Any]) -> TextTrialSetup:
         """Build a trial with short epochs and few rows to validate; the timer starts."""
         self.timer.start()
         setup = self.build(params)

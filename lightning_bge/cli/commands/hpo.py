@@ -5,7 +5,8 @@ from functools import partial
 
 from lightning_bge.advisor.report.report import write_report
 from lightning_bge.cli.lightning_cli import BGECLI, running
-from lightning_bge.cli.search_options import add_hpo, check_one_device, starting_again, within_time
+from lightning_bge.cli.module_cli import ModuleCLI
+from lightning_bge.cli.search_options import check_one_device, options_of_study, starting_again, study_cli
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.finish.published import fetch_results, publish_report
@@ -22,7 +23,7 @@ from lightning_bge.hpo.space.draw import n_parameter_sets
 from lightning_bge.hpo.storage.files import study_files
 from lightning_bge.hpo.study import study_storage
 from lightning_bge.hpo.tracked_study import attach_report
-from lightning_bge.preflight import preflight
+from lightning_bge.preflight import check_places, preflight
 from lightning_bge.runtime.run_folder import create_run_dir, read_json
 
 DESCRIPTION = """Search for the best hyperparameters over folds, prune bad trials, refit the best ones on all rows of
@@ -34,13 +35,17 @@ the training file, and export the model. An interrupted study continues when the
 def run(args: list[str]) -> None:
     """Run the study of the run folder, or what is missing of it."""
     quiet_optuna()
-    cli = BGECLI("hpo", args, description=DESCRIPTION, add_arguments=add_hpo)
+    cli = study_cli(args, description=DESCRIPTION)
     with starting_again(), running(cli.trainer):
         check_one_device(cli, "To use more, set hpo.workers: one process for each device shares the study")
-        preflight("hpo", cli.experiment, cli.config_init.hpo)
+        hpo = options_of_study(cli)
+        if isinstance(cli, BGECLI):
+            preflight("hpo", cli.experiment, hpo)
+        else:
+            check_places(hpo)
         launcher = _launcher(cli)
         run = run_hpo if launcher is None else partial(_run_pool, launcher)
-        study, summary = run_studies(cli.experiment, within_time(cli.config_init.hpo), run=run)
+        study, summary = run_studies(cli.experiment, hpo, run=run)
         if summary is not None:
             report = write_report(cli.run_dir)
             publish_report(report, cli.config_init.hpo.files)
@@ -48,7 +53,7 @@ def run(args: list[str]) -> None:
             print(f"  {report.name:<14}the whole study on one page, for a browser")
 
 
-def _launcher(cli: BGECLI) -> Launcher | None:
+def _launcher(cli: BGECLI | ModuleCLI) -> Launcher | None:
     """What starts the study's workers; None: this process is the only one."""
     if cli.config_init.launcher == "ray":
         return RayLauncher(cli.config_init.ray, cli.config_init.hpo)

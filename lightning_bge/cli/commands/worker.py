@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from lightning_bge.cli.arguments import PlainParser, check_run
-from lightning_bge.cli.lightning_cli import BGECLI, running
-from lightning_bge.cli.search_options import add_hpo, starting_again, within_time
+from lightning_bge.cli.lightning_cli import running
+from lightning_bge.cli.search_options import options_of_study, starting_again, study_cli
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.analysis.journal import shared_storage_of
 from lightning_bge.hpo.outer_folds import run_studies
@@ -40,9 +40,9 @@ def run(args: list[str]) -> None:
     quiet_optuna()
     options = ["-c", str(config), "--run_dir", str(folder), *_memory(chosen.share)]
     options += [] if chosen.timeout is None else ["--hpo.timeout", str(chosen.timeout)]
-    cli = BGECLI("hpo", options, description=DESCRIPTION, add_arguments=add_hpo)
+    cli = study_cli(options, description=DESCRIPTION)
     with starting_again(), running(cli.trainer):
-        hpo = within_time(cli.config_init.hpo)
+        hpo = options_of_study(cli)
         if chosen.parent is None:
             run_studies(cli.experiment, hpo, joins=True)
         else:  # that process starts workers for one study after the other

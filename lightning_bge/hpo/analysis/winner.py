@@ -62,7 +62,9 @@ def describe_notes(summary: dict[str, Any]) -> list[str]:
     """What the corrected score does not correct, and what it lacks, one sentence a line, without a full stop."""
     estimate, sampler = summary.get("estimate") or {}, summary["sampler"]
     lines = []
-    if summary["metric"] == "loss":
+    if summary.get("out_of_fold", {}) is None:
+        lines.append("no corrected score: a module of another project keeps no predictions")
+    elif summary["metric"] == "loss":
         lines.append("no corrected score: monitor another metric than the loss")
     elif summary.get("metric_class"):
         lines.append("no corrected score: a metric by class_path is not computed on resamples; monitor one with a name")

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lightning_bge.data.datamodule import TextDataModule
-from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.hpo.trial.out_of_fold import load_predictions
+from lightning_bge.hpo.trial.text_setup import TextTrialSetup
 from lightning_bge.models.checkpoint_head import Outputs
 from lightning_bge.models.encoder import TextClassifier, load_classifier
 from lightning_bge.models.output.calibration import (
@@ -85,7 +85,7 @@ def calibrate_out_of_fold(path: Location, task: Task) -> Calibration:
     return Calibration(temperature, before, after, note)
 
 
-def check_calibration(setups: Iterable[TrialSetup]) -> None:
+def check_calibration(setups: Iterable[TextTrialSetup]) -> None:
     """Check that a temperature can be built into each model, before the first trial. Each is read once.
 
     Raises:

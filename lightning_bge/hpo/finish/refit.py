@@ -15,8 +15,9 @@ from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.finish.calibration import check_calibration, output_layer
-from lightning_bge.hpo.trial.objective import Build, StopOnRequest, TrialSetup
+from lightning_bge.hpo.trial.objective import StopOnRequest
 from lightning_bge.hpo.trial.outer_fold import save_if_outer_fold
+from lightning_bge.hpo.trial.text_setup import TextBuild, TextTrialSetup
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.names import HAS_THRESHOLD
 from lightning_bge.models.output.output_layer import divide_logits
@@ -26,7 +27,7 @@ from lightning_bge.runtime.stop import StopRequest
 from lightning_bge.types import Schema
 
 
-def check_end(config: StudyConfig, data: TextDataModule, setups: Callable[[], Iterable[TrialSetup]]) -> None:
+def check_end(config: StudyConfig, data: TextDataModule, setups: Callable[[], Iterable[TextTrialSetup]]) -> None:
     """Check the options of a study's end before its first trial.
 
     Args:
@@ -59,7 +60,7 @@ class Winner:
     """
 
     trial: FrozenTrial
-    build: Build
+    build: TextBuild
     epochs: int
     schema: Schema
     temperature: float = 1.0
@@ -76,7 +77,7 @@ class Winner:
         """The mean of the epochs that were scored in the folds."""
         return max(1, round(float(np.mean(self.trial.user_attrs["fold_epochs"]))))
 
-    def fit(self, setup: TrialSetup, epochs: int) -> Trainer:
+    def fit(self, setup: TextTrialSetup, epochs: int) -> Trainer:
         """Train the model on the selected rows for so many epochs, without a validation; scale its logits."""
         callbacks = [] if self.request is None else [StopOnRequest(self.request)]
         trainer = setup.make_trainer(callbacks=callbacks, max_epochs=epochs, limit_val_batches=0)
@@ -130,7 +131,7 @@ def write_test(run_dir: Path, model: BGEClassifier, trainer: Trainer) -> dict[st
     return {name.removeprefix("test_"): float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def _describe(winner: Winner, config: StudyConfig, setup: TrialSetup) -> dict[str, Any]:
+def _describe(winner: Winner, config: StudyConfig, setup: TextTrialSetup) -> dict[str, Any]:
     """What is trained on, and how, before any row is added."""
     data, left_out = setup.datamodule, 0
     if data.val_file is not None:
@@ -148,13 +149,13 @@ def _describe(winner: Winner, config: StudyConfig, setup: TrialSetup) -> dict[st
     }
 
 
-def describe_schedule(setup: TrialSetup, epochs: int) -> dict[str, Any]:
+def describe_schedule(setup: TextTrialSetup, epochs: int) -> dict[str, Any]:
     """Name, length and warm-up of the learning-rate schedule; `epochs` is its length where it has none of its own."""
     schedule = setup.model.schedule_config
     return {"name": schedule.name, "epochs": schedule.epochs or epochs, "warmup": schedule.warmup}
 
 
-def describe_threshold(winner: Winner, setup: TrialSetup) -> dict[str, Any]:
+def describe_threshold(winner: Winner, setup: TextTrialSetup) -> dict[str, Any]:
     """The decision threshold and where it comes from; None where the task has none."""
     has_threshold = winner.schema.task in HAS_THRESHOLD
     source = "out-of-fold" if setup.datamodule.num_folds > 1 else "validation"

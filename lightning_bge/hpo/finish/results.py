@@ -1,18 +1,13 @@
 """What a study ends with: the best hyperparameters, the model refitted with them, and their metrics."""
 
-import csv
-import io
 import math
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import optuna
-import yaml
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bge.errors import StudyError
 from lightning_bge.hpo.analysis.exported import describe_exported
 from lightning_bge.hpo.analysis.winner import describe_scores
 from lightning_bge.hpo.config import PREDICTIONS, StudyConfig
@@ -26,32 +21,23 @@ from lightning_bge.hpo.finish.ensemble import export_ensemble
 from lightning_bge.hpo.finish.published import fetch_results
 from lightning_bge.hpo.finish.refit import Winner, refit
 from lightning_bge.hpo.finish.seed_replicates import SeedReplicates, describe_seed_replicates
-from lightning_bge.hpo.progress import count, ended_early, finished
-from lightning_bge.hpo.ranking import cost_of, front, ranked, score_of
+from lightning_bge.hpo.finish.summary import best_yaml, check_any_complete, study_summary, trials_table
+from lightning_bge.hpo.progress import count, finished
+from lightning_bge.hpo.ranking import ranked, score_of
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.storage.files import study_files
 from lightning_bge.hpo.storage.journal import JOURNAL
-from lightning_bge.hpo.trial.objective import Build, TrialSetup
 from lightning_bge.hpo.trial.out_of_fold import (
     OutOfFold,
     drop_predictions,
     judge_out_of_fold,
     predictions_file,
 )
+from lightning_bge.hpo.trial.text_setup import TextBuild
 from lightning_bge.hpo.trials import (
-    COMPUTED_WITH,
     ENDED,
-    ERROR,
-    INTERRUPTED,
-    NOT_TRAINED,
-    PARAMETER_SET,
-    RESUMES,
-    RETRY_OF,
-    WORKER_LOST,
-    attempts,
-    has_failed,
 )
-from lightning_bge.hpo.versions import count_versions, describe_versions
+from lightning_bge.hpo.versions import describe_versions
 from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.models.metrics.constants import majority_baseline, warn_of_constants
 from lightning_bge.models.metrics.names import HAS_THRESHOLD
@@ -68,7 +54,7 @@ def finish_study(
     study: optuna.Study,
     run_dir: Path,
     *,
-    build: Build,
+    build: TextBuild,
     monitor: MonitorConfig,
     epochs: int,
     config: StudyConfig,
@@ -98,7 +84,7 @@ def finish_study(
         StudyError: no trial ran to its end.
         Stopped: as requested; the next call does what is missing.
     """
-    _check_any_complete(study, run_dir)
+    check_any_complete(study, run_dir)
     best = ranked(study)[0] if replicates is None else study.get_trials(deepcopy=False)[replicates.winner]
     write_text(run_dir / "trials.csv", trials_table(study))
     setup = build(best.params)
@@ -117,8 +103,9 @@ def finish_study(
     oof = judge_out_of_fold(path, schema, monitor, temperature)
     schema = replace(schema, threshold=oof.threshold)
     write_predictions(run_dir / "oof.csv", schema, oof.predictions, {"fold": oof.fold.tolist()})
-    write_text(run_dir / "best.yaml", _best_yaml(setup, best, run_dir))
-    summary = _summary(study, best, monitor, schema, oof) | key | {"nested": nested, "baseline": baseline_score}
+    write_text(run_dir / "best.yaml", best_yaml(setup, best, run_dir))
+    summary = study_summary(study, best, monitor) | _judged(best, monitor, schema, oof)
+    summary |= key | {"nested": nested, "baseline": baseline_score}
     summary["calibration"] = None if calibration is None else calibration.as_dict()
     if known is not None:  # the same model: its test file was scored
         summary |= {name: known[name] for name in (*EXPORTED, "nested") if name in known}
@@ -207,95 +194,20 @@ def _estimate(
         )
 
 
-def _check_any_complete(study: optuna.Study, run_dir: Path) -> None:
-    if count(study, TrialState.COMPLETE) == 0:
-        raise StudyError(
-            f"{run_dir}: none of {len(study.trials)} trials ran to its end, so that there is no best one. Continue the "
-            "study with a longer hpo.timeout or more hpo.n_trials, or prune less (hpo.pruner)"
-        )
-
-
-def trials_table(study: optuna.Study) -> str:
-    """All trials as CSV: number, state, value, cost, seconds, reports, where they ended, folds' scores, parameters."""
-    names = sorted({name for trial in study.get_trials(deepcopy=False) for name in trial.params})
-    attributes = [
-        *("pruned_at", "paused_at", RESUMES, "oom_where", "oom_requested", "oom_free"),
-        *("fold_scores", "fold_epochs", PARAMETER_SET, RETRY_OF, WORKER_LOST, INTERRUPTED, ERROR, NOT_TRAINED),
-        COMPUTED_WITH,
-    ]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")  # it writes None as an empty field
-    writer.writerow(["number", "state", "value", "cost", "seconds", "reports", *attributes, *names])
-    for trial in study.get_trials(deepcopy=False):
-        seconds = round(trial.duration.total_seconds(), 3) if trial.duration else None
-        row = [trial.number, trial.state.name, score_of(trial), cost_of(trial), seconds, len(trial.intermediate_values)]
-        writer.writerow(row + [trial.user_attrs.get(name) for name in attributes] + [*map(trial.params.get, names)])
-    return text.getvalue()
-
-
-def _best_yaml(setup: TrialSetup, best: FrozenTrial, run_dir: Path) -> str:
-    config = {**setup.config(), "run_dir": str(run_dir / "fit")}
-    head = f"# The best hyperparameters of the study {run_dir.name}, those of trial {best.number}\n"
-    return head + "# Train with them: lightning-bge fit -c THIS_FILE\n" + yaml.safe_dump(config, sort_keys=False)
-
-
-def _summary(
-    study: optuna.Study, best: FrozenTrial, monitor: MonitorConfig, schema: Schema, oof: OutOfFold
-) -> dict[str, Any]:
-    failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+def _judged(best: FrozenTrial, monitor: MonitorConfig, schema: Schema, oof: OutOfFold) -> dict[str, Any]:
+    """What the out-of-fold predictions of the best trial say."""
     value, baseline = score_of(best), majority_baseline(schema, oof.predictions, monitor)
     assert value is not None
-    n_failed = sum(has_failed(tries) for tries in attempts(study.get_trials(deepcopy=False)).values())
-    found: dict[str, Any] = {
-        "study": study.study_name,
+    return {
         "task": schema.task,
-        "n_complete": count(study, TrialState.COMPLETE),
-        "n_pruned": len(ended_early(study)),
-        "n_out_of_memory": sum("oom_where" in trial.user_attrs for trial in study.get_trials(deepcopy=False)),
-        "n_failed": n_failed,
-        "n_interrupted": sum(bool({WORKER_LOST, INTERRUPTED} & trial.user_attrs.keys()) for trial in failed),
-        "metric": monitor.name,
         "metric_class": monitor.metric if isinstance(monitor.metric, dict) else None,
-        "objective": monitor.objective,
-        "sampler": study.user_attrs["methods"]["hpo.sampler"]["name"],
         "positive_label": schema.positive_label,
-        "best_value": value,
         "majority_baseline": baseline if math.isfinite(baseline) else None,
         "warnings": warn_of_constants(schema, oof.predictions, monitor, value, baseline),
-        "best_trial": best.number,
-        "best_params": best.params,
-        "fold_scores": best.user_attrs["fold_scores"],
-        "fold_epochs": best.user_attrs["fold_epochs"],
         "threshold": oof.threshold if schema.task in HAS_THRESHOLD else None,
         "threshold_note": oof.threshold_note,
         "out_of_fold": oof.metrics,
-        "wall_seconds": round(wall_seconds(study), 1),
-        "computed_with": count_versions(study),
-        "model_dir": None,
-        "refit": None,
-        "ensemble": None,
     }
-    if len(study.directions) == 1:
-        return found
-    optimal = [
-        {"number": trial.number, "score": score_of(trial), "cost": cost_of(trial), "params": trial.params}
-        for trial in front(study)
-    ]
-    return {**found, "cost": study.user_attrs["settings"]["hpo.cost"], "front": optimal}
-
-
-def wall_seconds(study: optuna.Study) -> float:
-    """Seconds in which at least one trial was running, of all processes and calls together."""
-    spans = sorted(
-        (trial.datetime_start, trial.datetime_complete)
-        for trial in study.get_trials(deepcopy=False)
-        if trial.datetime_start and trial.datetime_complete
-    )
-    total, end = 0.0, datetime.min
-    for start, stop in spans:
-        total += max(0.0, (stop - max(start, end)).total_seconds())
-        end = max(end, stop)
-    return total
 
 
 def describe_study(run_dir: Path, summary: dict[str, Any], files: Location | None = None) -> str:
@@ -336,7 +248,7 @@ def describe_study(run_dir: Path, summary: dict[str, Any], files: Location | Non
         "summary.json": "these results",
         "best.yaml": "the best hyperparameters, for lightning-bge fit",
         "trials.csv": "all trials",
-        "oof.csv": "out-of-fold predictions",
+        **({"oof.csv": "out-of-fold predictions"} if summary["out_of_fold"] else {}),
         **({"nested.csv": "predictions for the rows of the outer folds"} if summary["nested"] else {}),
         "run.json": "how to repeat the study",
         **({JOURNAL: "the study's storage"} if (run_dir / JOURNAL).is_file() else {}),

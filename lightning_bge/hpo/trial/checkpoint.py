@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.steps import Report
+from lightning_bge.models.effective_batch import EffectiveBatchModule
 from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.runtime.locations import Location, file_sizes, local_copy
 from lightning_bge.runtime.run_folder import create_folder, write_atomically
@@ -27,17 +28,17 @@ class FoldResult:
         score: the fold's part of the trial's value.
         epochs: the epoch it comes from, from 1.
         predictions: of that epoch.
-        rows: number of validation rows.
+        rows: number of validation rows; None: it is not known.
     """
 
     score: float
     epochs: int
     predictions: Predictions | None
-    rows: int
+    rows: int | None
 
 
 class ScoredEpoch(Callback):
-    """Keeps which epoch a fold's score comes from, its predictions, and the logits of all validations.
+    """Keeps which epoch a fold's score comes from, and of an `EffectiveBatchModule` its predictions and all logits.
 
     Args:
         monitor: the logged metric.
@@ -62,13 +63,15 @@ class ScoredEpoch(Callback):
         """Keep the logits, and the predictions where this epoch is the one to be scored so far."""
         if trainer.sanity_checking:
             return
-        self.logits.append(pl_module.predictions.logits)  # type: ignore[union-attr,arg-type]
+        found = pl_module.predictions if isinstance(pl_module, EffectiveBatchModule) else None
+        if found is not None:
+            self.logits.append(found.logits)
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # a validation within an epoch
         value = self.sign * float(trainer.callback_metrics.get(self.monitor, float("nan")))
         if self.objective == "last" or value > self.best:
             self.best, self.epochs = value, trainer.current_epoch + 1
-            self.predictions = pl_module.predictions  # type: ignore[assignment]
+            self.predictions = found
 
     def state(self) -> dict[str, Any]:
         """Plain data and tensors, for `restore`."""

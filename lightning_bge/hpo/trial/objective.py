@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pickle import UnpicklingError
 from typing import Any
 
 import optuna
@@ -16,10 +17,9 @@ from lightning.pytorch.callbacks import EarlyStopping
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from lightning_bge.callbacks.compile.callback import CompileLayers
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.oom import OOMHandler
-from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.errors import ConfigError, first_line
 from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.pruning.oom import prune_out_of_memory
@@ -31,11 +31,10 @@ from lightning_bge.hpo.trackers.tracking import Tracking
 from lightning_bge.hpo.trial.checkpoint import FoldResult, OpenFold, SavedTrial, ScoredEpoch, save_trial
 from lightning_bge.hpo.trial.kept_predictions import KeptPredictions, limit_predictions
 from lightning_bge.hpo.trial.out_of_fold import drop_predictions, save_predictions
+from lightning_bge.hpo.trial.score import Monitor
+from lightning_bge.hpo.trial.setup import Build, TrialSetup
 from lightning_bge.hpo.trials import ENDED, PARAMETER_SET, RESUMES
-from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder_cache import EncoderCache
-from lightning_bge.models.metrics.config import MonitorConfig
-from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.runtime.locations import Location, local_copy
 from lightning_bge.runtime.memory import release
 from lightning_bge.runtime.oom import find_oom
@@ -43,26 +42,6 @@ from lightning_bge.runtime.stop import Stopped, StopRequest
 
 SEED = "seed_everything"
 log = logging.getLogger("lightning_bge")
-
-
-@dataclass(frozen=True)
-class TrialSetup:
-    """Fresh objects for one trial.
-
-    Attributes:
-        model: not yet built: it loads its encoder when it is first trained.
-        datamodule: set up for `fit`.
-        make_trainer: called with `callbacks` and any of the trainer's arguments.
-        config: returns all options, as plain data that `fit` reads.
-    """
-
-    model: BGEClassifier
-    datamodule: TextDataModule
-    make_trainer: Callable[..., Trainer]
-    config: Callable[[], dict[str, Any]]
-
-
-Build = Callable[[dict[str, Any]], TrialSetup]  # called with options by their dotted names, and `seed_everything`
 
 
 @dataclass(frozen=True)
@@ -89,18 +68,6 @@ class TrialFiles:
         return TrialFiles(None, checkpoints, predictions, self.predictions_limit)
 
 
-class ReleaseEncoder(Callback):
-    """Takes the encoder out of the module when training ends, so that Lightning does not move it off its device."""
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Training has ended as planned."""
-        pl_module.release_encoder()  # type: ignore[operator]
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The trial was pruned, has failed or was interrupted."""
-        pl_module.release_encoder()  # type: ignore[operator]
-
-
 class LiveCurve(Callback):
     """Calls a function after each validation that does not end the trial.
 
@@ -118,15 +85,21 @@ class LiveCurve(Callback):
 
 
 class StopOnRequest(Callback):
-    """Ends training on request, where it can be continued: after a batch, or after a validation.
+    """Ends training on request: after a batch, or after a validation.
 
     Args:
         request: whether to stop.
-        save: called with the trainer before.
+        save: called with the trainer before; None: nothing is saved.
+        within_epochs: whether it is called after a batch too.
     """
 
-    def __init__(self, request: StopRequest, save: Callable[[Trainer], None] | None = None) -> None:
-        self.request, self.save = request, save
+    def __init__(
+        self,
+        request: StopRequest,
+        save: Callable[[Trainer], None] | None = None,
+        within_epochs: bool = True,
+    ) -> None:
+        self.request, self.save, self.within_epochs = request, save, within_epochs
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -134,16 +107,16 @@ class StopOnRequest(Callback):
         """A batch was trained. Where its validation follows, that comes first: Lightning would not make it up."""
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if not (last or (batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0):
-            self._stop(trainer)
+            self._stop(trainer, self.within_epochs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The validation was reported; the callbacks before this one have ended the trial if it was to end."""
         if not trainer.sanity_checking:
-            self._stop(trainer)
+            self._stop(trainer, saves=True)
 
-    def _stop(self, trainer: Trainer) -> None:
+    def _stop(self, trainer: Trainer, saves: bool) -> None:
         if self.request.signal:
-            if self.save is not None:
+            if saves and self.save is not None:
                 self.save(trainer)
             raise Stopped(signal.Signals(self.request.signal).name)
 
@@ -164,6 +137,7 @@ class Objective:
         n_trials: how many trials the study has in all.
         compile: when the encoder's layers are compiled.
         encoder: loads the encoders of all trials of this process.
+        weights_only: whether checkpoints hold tensors and plain data alone.
         cost: what is minimised besides the score; None: nothing.
         request: whether to stop; a trial is then saved in the middle of a fold.
         tracking: the runs of the trials in experiment trackers.
@@ -171,12 +145,13 @@ class Objective:
 
     build: Build
     space: Space
-    monitor: MonitorConfig
+    monitor: Monitor
     steps: Steps
     files: TrialFiles = TrialFiles()
     n_trials: int = 1
     compile: CompileConfig = CompileConfig()  # noqa: RUF009 - frozen
     encoder: EncoderCache = field(default_factory=EncoderCache)
+    weights_only: bool = True
     cost: CostName | None = None
     request: StopRequest = field(default_factory=StopRequest)
     tracking: Tracking = field(default_factory=Tracking)
@@ -229,7 +204,9 @@ class Objective:
             predictions = [fold.predictions for fold in folds if fold.predictions]
             save_predictions(predictions, self.files.out_of_fold, trial.number)
             drop_predictions(trial.study, self.files.out_of_fold)
-        return value if self.cost is None else (value, cost(self.cost, curve, [fold.rows for fold in folds]))
+        return (
+            value if self.cost is None else (value, cost(self.cost, curve, [fold.rows for fold in folds if fold.rows]))
+        )
 
     def _folder(self, trial: optuna.Trial) -> Location | None:
         """Where the trial is saved; None: nowhere."""
@@ -283,25 +260,35 @@ class Objective:
             reports.restore(opened.reports, opened.curve)
             scored.restore(opened.scored)
         setup = self.build(params)
-        setup.datamodule.select_fold(len(done))
-        if earlier := [fold.predictions for fold in done if fold.predictions is not None]:
-            setup.model.tune_threshold_on(Predictions.collect(earlier))
+        setup.begin_fold(len(done), [fold.predictions for fold in done if fold.predictions is not None])
         if not reports.closed:
-            steps_left = self._steps_left(later, setup.datamodule, len(done))
-            compiler = CompileLayers(self.compile, steps_left=steps_left)
-            stop = StopOnRequest(self.request, save)
+            stop = StopOnRequest(self.request, save, setup.resumes_within_epochs)
             live = LiveCurve(lambda: self.tracking.report(trial, curve))
-            callbacks = [OOMHandler(), compiler, scored, *early_stopping(self.monitor), reports, live, stop]
-            setup.model.load_encoder_with(self.encoder.load)
+            steps_left = self._steps_left(later, setup, len(done))
+            callbacks = [
+                OOMHandler(),
+                *setup.first_callbacks(self.compile, self.encoder, steps_left),
+                *[scored, *early_stopping(self.monitor), reports, live, stop],
+                *setup.last_callbacks(),
+            ]
             saved = None if opened is None else opened.checkpoint
             try:
                 with nullcontext() if saved is None else local_copy(saved) as checkpoint:
-                    setup.make_trainer(callbacks=[*callbacks, ReleaseEncoder()]).fit(
-                        setup.model, datamodule=setup.datamodule, ckpt_path=checkpoint, weights_only=True
+                    setup.make_trainer(callbacks=callbacks).fit(
+                        setup.model,
+                        datamodule=setup.datamodule,
+                        ckpt_path=checkpoint,
+                        weights_only=self.weights_only,
                     )
+            except UnpicklingError as error:
+                raise ConfigError(
+                    f"hpo.weights_only: the checkpoint of trial {trial.number} holds objects that its module has added "
+                    f"({first_line(error)}). Set hpo.weights_only to false if you trust all who can write into the run "
+                    "folder, or hpo.pruner.name to median, which does not pause trials"
+                ) from error
             finally:
                 keep()
-        return FoldResult(reports.close_fold(), scored.epochs, scored.predictions, len(setup.datamodule.val_rows))
+        return FoldResult(reports.close_fold(), scored.epochs, scored.predictions, setup.n_validation_rows)
 
     def _reports(
         self, trial: optuna.Trial, done: list[FoldResult], save: Callable[[Trainer | None], None]
@@ -327,10 +314,10 @@ class Objective:
             pause=save_paused if isinstance(pruner, AshaPruner) else None,
         )
 
-    def _steps_left(self, later: float, data: TextDataModule, fold: int) -> int:
+    def _steps_left(self, later: float, setup: TrialSetup, fold: int) -> int | None:
         """Optimizer steps that this process will still make, if trials are pruned as often as they were so far."""
-        steps = -(-len(data.train_rows) // data.batch_size) * self.steps.epochs
-        return round(steps * (self.steps.folds - fold + later))
+        epoch = setup.steps_per_epoch
+        return None if epoch is None else round(epoch * self.steps.epochs * (self.steps.folds - fold + later))
 
     def _later_folds(self, study: optuna.Study) -> float:
         """How many folds this process will train after this trial."""
@@ -346,7 +333,7 @@ class MonitorEarlyStopping(EarlyStopping):
     """That of the monitored metric, whose state is kept apart from that of the user's callbacks."""
 
 
-def early_stopping(monitor: MonitorConfig) -> list[Callback]:
+def early_stopping(monitor: Monitor) -> list[Callback]:
     """Lightning's early stopping, where a patience is set."""
     if monitor.patience is None:
         return []

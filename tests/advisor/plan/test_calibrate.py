@@ -22,7 +22,7 @@ from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets
 from lightning_bge.hpo.space.search_space import parse_space
-from lightning_bge.hpo.trial.objective import Build, TrialSetup
+from lightning_bge.hpo.trial.text_setup import TextBuild, TextTrialSetup
 from lightning_bge.models.encoder_cache import EncoderCache
 from tests.helpers.small_search import SPACE, make, write_files
 
@@ -89,11 +89,11 @@ class SlowToRead(EncoderCache):
         return net
 
 
-def slow_build(tmp_path: Path, clock: Clock, batch_size: int = 4) -> Build:
+def slow_build(tmp_path: Path, clock: Clock, batch_size: int = 4) -> TextBuild:
     """20 rows in each fold: five steps with batches of 4."""
     build = make(write_files(tmp_path), (Spend(clock),)).build
 
-    def slow(params: dict[str, Any]) -> TrialSetup:
+    def slow(params: dict[str, Any]) -> TextTrialSetup:
         clock.now += BUILD
         setup = build(params)
         setup.datamodule.batch_size = batch_size
@@ -102,7 +102,7 @@ def slow_build(tmp_path: Path, clock: Clock, batch_size: int = 4) -> Build:
     return slow
 
 
-def study_of(tmp_path: Path, clock: Clock, build: Build, pruner: str = "asha") -> ShortStudy:
+def study_of(tmp_path: Path, clock: Clock, build: TextBuild, pruner: str = "asha") -> ShortStudy:
     hpo = StudyConfig(12, SPACE, pruner=PrunerConfig(pruner), sampler=SamplerConfig("random"))  # type: ignore[arg-type]
     folder = tmp_path / "calibration"
     folder.mkdir()
@@ -151,10 +151,10 @@ class Fails(Callback):
         raise MemoryError("can't allocate memory")
 
 
-def failing(build: Build, rates: tuple[float, ...]) -> Build:
+def failing(build: TextBuild, rates: tuple[float, ...]) -> TextBuild:
     """Trials with these rates of dropout run out of memory."""
 
-    def some(params: dict[str, Any]) -> TrialSetup:
+    def some(params: dict[str, Any]) -> TextTrialSetup:
         setup = build(params)
         if params["dropout"] not in rates:
             return setup

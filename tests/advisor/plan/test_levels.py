@@ -23,7 +23,7 @@ from lightning_bge.advisor.plan.short_study import InEffect
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.trial.objective import TrialSetup
+from lightning_bge.hpo.trial.text_setup import TextTrialSetup
 from tests.helpers.small_search import make, write_files
 
 NONE = PrunerConfig("none")
@@ -122,7 +122,7 @@ def test_variants_are_measured_where_there_is_time_for_them(tmp_path: Path) -> N
     build, asked = make(write_files(tmp_path)).build, []
     params = {"lr": 1e-3, "dropout": 0.1}
 
-    def spied(changed: dict[str, Any]) -> TrialSetup:
+    def spied(changed: dict[str, Any]) -> TextTrialSetup:
         asked.append({name: value for name, value in changed.items() if name not in params})
         return build(changed)
 

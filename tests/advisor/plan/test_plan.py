@@ -16,10 +16,10 @@ from lightning_bge.advisor.plan.config import GivenFigures, PlanConfig
 from lightning_bge.advisor.plan.cost_model import HOUR
 from lightning_bge.advisor.plan.plan import make_plan
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.space.draw import SamplerConfig
+from lightning_bge.hpo.text_experiment import TextExperiment
 from tests.helpers.paths import CONFIGS
 from tests.helpers.small_experiment import DOTTED_SPACE, small_experiment
 
@@ -30,7 +30,7 @@ GIVEN = PlanConfig(given=GivenFigures(step_ms=1000.0, start_s=60.0))
 
 
 @pytest.fixture(scope="module")
-def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> TextExperiment:
     """20 rows in each of two folds, in batches of 8: three steps; three epochs."""
     return small_experiment(tmp_path_factory.mktemp("plan"), epochs=3)
 
@@ -42,7 +42,7 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("steady")
-def test_with_given_figures_the_hours_are_plain_arithmetic(experiment: Experiment) -> None:
+def test_with_given_figures_the_hours_are_plain_arithmetic(experiment: TextExperiment) -> None:
     found = make_plan(experiment, HPO, GIVEN)
     trial = 2 * (1 + 3 * (3 * 1.0 + 1))
     assert found.prediction.mid == 12 * trial + 60
@@ -57,7 +57,7 @@ def test_with_given_figures_the_hours_are_plain_arithmetic(experiment: Experimen
 
 
 @pytest.mark.usefixtures("steady")
-def test_workers_and_trials(experiment: Experiment) -> None:
+def test_workers_and_trials(experiment: TextExperiment) -> None:
     found = make_plan(experiment, HPO, replace(GIVEN, workers=4))
     trial = 2 * (1 + 3 * 4)
     assert found.prediction.mid == 3 * trial + 60
@@ -71,7 +71,7 @@ def test_workers_and_trials(experiment: Experiment) -> None:
     assert changes["pruner asha"] < found.prediction.mid
 
 
-def test_parts_that_are_not_given_are_rough_estimates(experiment: Experiment) -> None:
+def test_parts_that_are_not_given_are_rough_estimates(experiment: TextExperiment) -> None:
     found = make_plan(experiment, HPO, PlanConfig(given=GivenFigures(step_ms=1000.0)), process_s=7.0)
     [trial] = found.calibration.trials
     assert trial.cost.validation == pytest.approx(1.0)  # as many rows as are trained on, for a third of their time
@@ -80,7 +80,7 @@ def test_parts_that_are_not_given_are_rough_estimates(experiment: Experiment) ->
     assert found.assumptions[0].endswith("parts that were not given are rough estimates")
 
 
-def test_a_plan_that_misses_its_deadline_names_the_changes_that_meet_it(experiment: Experiment) -> None:
+def test_a_plan_that_misses_its_deadline_names_the_changes_that_meet_it(experiment: TextExperiment) -> None:
     found = make_plan(experiment, HPO, replace(GIVEN, deadline=0.075))
     assert found.late
     assert found.prediction.mid / HOUR == pytest.approx(0.1033, rel=0.1)
@@ -96,21 +96,21 @@ def test_a_plan_that_misses_its_deadline_names_the_changes_that_meet_it(experime
     assert text.index("start hpo 2 times") < text.index(f"--hpo.n_trials {trials}")
 
 
-def test_a_deadline_that_is_met_and_one_that_no_change_meets(experiment: Experiment) -> None:
+def test_a_deadline_that_is_met_and_one_that_no_change_meets(experiment: TextExperiment) -> None:
     assert "deadline 2.00 h: met" in str(make_plan(experiment, HPO, replace(GIVEN, deadline=2.0)))
     missed = make_plan(experiment, HPO, replace(GIVEN, deadline=0.01))
     assert missed.fixes == ()
     assert "No number of trials or workers meets it" in str(missed)
 
 
-def test_a_pruner_that_can_never_prune_is_a_warning(experiment: Experiment) -> None:
+def test_a_pruner_that_can_never_prune_is_a_warning(experiment: TextExperiment) -> None:
     found = make_plan(experiment, replace(HPO, pruner=PrunerConfig("wilcoxon")), GIVEN)
     assert "'wilcoxon' could never prune with 12 trials of 6 steps" in found.warnings[0]
     assert found.prediction.share == (1.0, 1.0, 1.0)
     assert str(found).startswith("WARNING: hpo.pruner: 'wilcoxon' could never prune")
 
 
-def test_a_plan_is_plain_data(experiment: Experiment) -> None:
+def test_a_plan_is_plain_data(experiment: TextExperiment) -> None:
     found = make_plan(experiment, replace(HPO, pruner=PrunerConfig()), GIVEN)
     plain = json.loads(json.dumps(found.as_dict()))
     assert plain["calibration"]["trials"][0]["cost"]["fold"] == 1.0

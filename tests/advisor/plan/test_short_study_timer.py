@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 
 from lightning_bge.advisor.plan import short_study
 from lightning_bge.advisor.plan.short_study import Step, StepTimer, seconds_of, tokens_of
-from lightning_bge.hpo.trial.objective import TrialSetup
+from lightning_bge.hpo.trial.text_setup import TextTrialSetup
 from tests.helpers.small_search import make, write_files
 
 PARAMS = {"lr": 1e-3, "dropout": 0.1}
@@ -50,11 +50,11 @@ class Spend(Callback):
 
 
 @pytest.fixture
-def setup(tmp_path: Path) -> TrialSetup:
+def setup(tmp_path: Path) -> TextTrialSetup:
     return make(write_files(tmp_path)).build(PARAMS)
 
 
-def timed(setup: TrialSetup, *callbacks: Callback, **limits: Any) -> StepTimer:
+def timed(setup: TextTrialSetup, *callbacks: Callback, **limits: Any) -> StepTimer:
     timer = StepTimer()
     trainer = setup.make_trainer(callbacks=[*callbacks, timer], max_epochs=1, **limits)
     timer.start()
@@ -62,7 +62,7 @@ def timed(setup: TrialSetup, *callbacks: Callback, **limits: Any) -> StepTimer:
     return timer
 
 
-def test_each_part_of_a_run_gets_its_seconds(setup: TrialSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_part_of_a_run_gets_its_seconds(setup: TextTrialSetup, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(short_study, "_clock", clock)
     setup.datamodule.select_fold(0)
@@ -76,7 +76,7 @@ def test_each_part_of_a_run_gets_its_seconds(setup: TrialSetup, monkeypatch: pyt
     assert (found.began, found.steps, found.validations, found.ready) == (found.last, [], 0, None)
 
 
-def test_tokens_are_those_of_the_batches(setup: TrialSetup) -> None:
+def test_tokens_are_those_of_the_batches(setup: TextTrialSetup) -> None:
     data = setup.datamodule
     data.select_fold(1)
     data.set_micro_batch_size(24)

@@ -20,7 +20,8 @@ from lightning_bge.hpo.scheduling.trial_loop import MemoryKeptError
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.trial.objective import Objective, TrialFiles, TrialSetup
+from lightning_bge.hpo.trial.objective import Objective, TrialFiles
+from lightning_bge.hpo.trial.text_setup import TextTrialSetup
 from lightning_bge.hpo.trials import ERROR
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import TextClassifier
@@ -56,12 +57,12 @@ EAGER = CompileConfig("never")
 
 
 def search(folder: Path, compiling: CompileConfig = EAGER, trials: int = 3) -> optuna.Study:
-    def build(params: dict[str, Any]) -> TrialSetup:
+    def build(params: dict[str, Any]) -> TextTrialSetup:
         data = small_data(folder, split=SplitConfig(folds=2))
         data.setup("fit")
         model = BGEClassifier(str(folder / "model"), optimizer=OptimizerConfig(lr=params["lr"]))
         settings = {"max_epochs": 2, "precision": "32-true", "accelerator": "cpu"}
-        return TrialSetup(model, data, lambda **more: quiet_trainer(settings, **more), dict)
+        return TextTrialSetup(model, data, lambda **more: quiet_trainer(settings, **more), dict)
 
     objective = Objective(
         build=build,

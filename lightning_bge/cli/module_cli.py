@@ -1,0 +1,160 @@
+"""The options of a command for a module that is not ours, as LightningCLI reads them, and the objects built of them."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.seed import seed_everything
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lightning_bge.cli.arguments import named_values
+from lightning_bge.cli.lightning_cli import AddArguments, fit_options, quiet_libraries
+from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.module_experiment import LoggedMetric, ModuleExperiment
+from lightning_bge.hpo.trial.module_setup import ModuleTrialSetup
+from lightning_bge.hpo.trial.setup import TrialSetup
+from lightning_bge.runtime.callback_kinds import NOT_IN_TRIALS, without_kinds
+from lightning_bge.runtime.dotted_config import plain_config
+from lightning_bge.runtime.option_errors import describe_option_error
+from lightning_bge.trainer import warn_of_unused_callbacks
+
+TWIN = "pytorch_lightning"  # the package of the same content under an older name, with classes of its own
+
+# Lightning's own are 1000 epochs, all devices, and a sanity check in each fold
+DEFAULTS = {"max_epochs": 3, "devices": 1, "num_sanity_val_steps": 0}
+
+
+def names_a_class(args: list[str]) -> bool:
+    """Whether arguments or YAML files name the class of the module or of the data module, as for LightningCLI."""
+    return any(True for _ in _class_paths(args))
+
+
+def _class_paths(args: list[str]) -> Iterator[str]:
+    for name, value in named_values(args):
+        if name in ("-c", "--config"):
+            content = yaml.safe_load(Path(value).expanduser().read_text(encoding="utf-8"))
+            for section in ("model", "data"):
+                found = content.get(section) if isinstance(content, dict) else None
+                path = found.get("class_path") if isinstance(found, dict) else found
+                if isinstance(path, str):
+                    yield path
+        elif name in ("--model", "--data", "--model.class_path", "--data.class_path") and not value.startswith("{"):
+            yield value
+
+
+def _package(args: list[str]) -> str:
+    """The package that the classes are of: `lightning.pytorch`, or its twin."""
+    for path in _class_paths(args):
+        module, _, name = path.rpartition(".")
+        try:
+            kind = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError):
+            continue  # the parser says what is wrong
+        if any(one.__module__.partition(".")[0] == TWIN for one in getattr(kind, "__mro__", ())):
+            return TWIN
+    return "lightning.pytorch"
+
+
+class ModuleCLI:
+    """Reads the options of one command, and builds what they name.
+
+    Args:
+        command: its name, for `--help`.
+        args: its arguments.
+        description: what it does, for `--help`.
+        add_arguments: adds the command's own options to the parser.
+
+    Attributes:
+        config: the options.
+        config_init: the same with objects in the place of their options.
+        trainer: of the command.
+
+    Raises:
+        ConfigError: an option is wrong.
+    """
+
+    def __init__(self, command: str, args: list[str], *, description: str, add_arguments: AddArguments) -> None:
+        quiet_libraries()
+        self.command = command
+        package = _package(args)
+        if package == TWIN:
+            kind, trainer = importlib.import_module(f"{TWIN}.cli").LightningCLI, importlib.import_module(TWIN).Trainer
+        else:
+            kind, trainer = LightningCLI, Trainer
+        self._trainer_class = trainer
+
+        class CLI(kind):  # type: ignore[misc,valid-type]
+            def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+                self.config = parser.parse_args(args)  # without the warning that `sys.argv` holds arguments as well
+
+            def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+                text = "Folder of all that a run writes."
+                parser.add_argument("--run_dir", type=str, default="runs/default", help=text)
+                parser.add_argument("--monitor", type=LoggedMetric, default=LoggedMetric(), help="The metric of a run.")
+                add_arguments(parser)
+
+        try:
+            self._cli = CLI(
+                trainer_class=trainer,
+                trainer_defaults=DEFAULTS,
+                seed_everything_default=42,
+                save_config_callback=None,
+                load_from_checkpoint_support=False,
+                args=args,
+                run=False,
+                parser_kwargs={
+                    "prog": f"lightning-bge {command}",
+                    "description": description,
+                    "exit_on_error": False,
+                },
+            )
+        except (ArgumentError, ValueError) as error:
+            raise ConfigError(f"{describe_option_error(str(error))}. See `lightning-bge {command} --help`") from error
+        self.config: Namespace = self._cli.config
+        self.config_init: Namespace = self._cli.config_init
+        self.trainer = self._cli.trainer
+        warn_of_unused_callbacks(self.config_init.trainer.callbacks, command)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder, which may not exist yet."""
+        return Path(self.config_init.run_dir).expanduser()
+
+    @property
+    def experiment(self) -> ModuleExperiment:
+        """The options of a study's trials, and how objects are made of them."""
+        return ModuleExperiment(
+            config=self.config,
+            create=self._create,
+            validate=self._cli.parser.validate,
+            plain=partial(plain_config, self._cli.parser),
+            monitor=self.config_init.monitor,
+            run_dir=self.run_dir,
+        )
+
+    def _create(self, config: Namespace) -> TrialSetup:
+        """Fresh objects of these options, with all random number generators seeded."""
+        seed_everything(config.seed_everything, workers=True, verbose=False)
+        cli = copy.copy(self._cli)  # whose `instantiate_classes` adds optimizers and schedulers of the options too
+        cli.config = config
+        cli.instantiate_classes()
+        options = fit_options(self._cli.parser, config)
+        return ModuleTrialSetup(cli.model, cli.datamodule, partial(self._make_trainer, cli), lambda: options)
+
+    def _make_trainer(self, cli: Any, callbacks: list[Any], **changes: Any) -> Trainer:
+        """A trainer for one fold: as `quiet_trainer`, of the package of the module."""
+        config = {**cli.config_init.trainer.as_dict(), **changes}
+        config |= dict.fromkeys(
+            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+        )
+        given = without_kinds(config["callbacks"], NOT_IN_TRIALS)
+        trainer: Trainer = self._trainer_class(**{**config, "callbacks": [*given, *callbacks]})
+        return trainer
