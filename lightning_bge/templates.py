@@ -101,12 +101,12 @@ def study_of_templates(
     Raises:
         ConfigError: an argument is wrong; names of options of the study begin with `hpo.`.
     """
-    given = _checked(options)
+    given = checked_options(options, CONFIGS)
     own = {name: given.pop(name, kind()) for name, kind in CONFIGS.items() if name not in ("pruner", "sampler")}
     _check_templates(model, data)
     monitor = replace(own["monitor"], metric=metric or own["monitor"].metric)
     own["monitor"] = check_monitor(monitor, model.hparams["task"], has_groups(data.hparams))
-    hpo = StudyConfig(n_trials=n_trials, space=_parse(space), **given)
+    hpo = StudyConfig(n_trials=n_trials, space=parse_spaces(space), **given)
     template = _Template(model=model, data=data, hpo=hpo, **own)
     return template.experiment(template.config(run_dir, seed, trainer)), hpo
 
@@ -177,10 +177,11 @@ class _Template:
                 section = section[folder]
             del section[name]
         options |= {name: asdict(getattr(self, name)) for name in ("monitor", "compile", "memory", "hpo")}
-        return json.loads(json.dumps(as_plain(options), default=_class_path))
+        return json.loads(json.dumps(as_plain(options), default=class_path))
 
 
-def _class_path(value: Any) -> dict[str, str]:
+def class_path(value: Any) -> dict[str, str]:
+    """What stands for an object in plain data."""
     return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}"}
 
 
@@ -204,8 +205,8 @@ def _check_templates(model: Any, data: Any) -> None:
             raise ConfigError(f"{name}: expected a {kind.__name__}, got {value!r}")
 
 
-def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, with dicts turned into configs."""
+def checked_options(options: Mapping[str, Any], configs: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with dicts turned into configs: name of the option -> class of its config."""
     known = sorted(StudyOptions.__annotations__)
     unknown = [name for name in options if name not in known]
     if unknown:
@@ -213,11 +214,12 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
             f"there is no argument {', '.join(unknown)}; further options of a study are {', '.join(known)}"
         )
     return {
-        name: as_config(CONFIGS[name], value, name) if name in CONFIGS else value for name, value in options.items()
+        name: as_config(configs[name], value, name) if name in configs else value for name, value in options.items()
     }
 
 
-def _parse(space: SpaceLike) -> dict[str, dict[str, Any]]:
+def parse_spaces(space: SpaceLike) -> dict[str, dict[str, Any]]:
+    """The search space as in a YAML file."""
     if not isinstance(space, Mapping):
         raise ConfigError(
             "hpo.space: expected a dict from dotted names to distributions of optuna.distributions, got "

@@ -2,6 +2,7 @@
 
 import logging
 import zipfile
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +47,8 @@ HARMLESS_WARNINGS = (
     ".*`srun` command is available.*",  # on a machine of a Slurm cluster: no process here needs to be started by it
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6.6 under torch 2.13
 )
+
+SILENT = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")  # arguments
 
 Precision = Literal["auto", "bf16-mixed", "32-true"]
 
@@ -209,12 +212,26 @@ def newest_checkpoint(run_dir: Path) -> str | None:
     return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 
 
+def module_trainer(kind: type[Any], config: Mapping[str, Any], callbacks: list[Callback], **changes: Any) -> Trainer:
+    """A trainer for one fold of a module that is not ours, with the user's arguments, and as silent as `quiet_trainer`.
+
+    Args:
+        kind: the class of the trainer, of the package that the module's classes are of.
+        config: the user's arguments.
+        callbacks: what a trial needs besides the user's.
+        changes: further arguments.
+    """
+    given = without_kinds(config.get("callbacks"), NOT_IN_TRIALS)
+    off = dict.fromkeys(SILENT, False)
+    trainer: Trainer = kind(**{**config, **off, **changes, "callbacks": [*given, *callbacks]})
+    return trainer
+
+
 def quiet_trainer(config: dict[str, Any], memory: MicroBatchFinder | None = None, **changes: Any) -> Trainer:
     """A trainer for one fold: no logger, checkpoints or progress bar, which cost more than a small model's epoch."""
-    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     callbacks = [
         *without_kinds(config.get("callbacks"), NOT_IN_TRIALS),
         *changes.pop("callbacks", []),
         *([] if memory is None else [memory]),
     ]
-    return BGETrainer(**{**config, **dict.fromkeys(off, False), "callbacks": callbacks, **changes})
+    return BGETrainer(**{**config, **dict.fromkeys(SILENT, False), "callbacks": callbacks, **changes})

@@ -1,23 +1,29 @@
 """`tune` and `plan`: a study and its hours from Python or a notebook, as by `lightning-bge hpo` and `plan`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 import optuna
+from lightning.pytorch import LightningModule
 
 from lightning_bge.advisor.plan.config import GivenFigures, PlanConfig
 from lightning_bge.advisor.plan.plan import Plan, make_plan
 from lightning_bge.advisor.report.report import write_report
+from lightning_bge.build_study import BuildModule, study_of_function
 from lightning_bge.data.datamodule import TextDataModule
+from lightning_bge.errors import ConfigError
+from lightning_bge.hpo.config import StudyConfig
+from lightning_bge.hpo.experiment import Experiment
 from lightning_bge.hpo.finish.published import publish_report
 from lightning_bge.hpo.outer_folds import run_studies
 from lightning_bge.hpo.ranking import ranked, score_of
+from lightning_bge.hpo.text_experiment import TextExperiment
 from lightning_bge.hpo.tracked_study import attach_report
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.names import Metric
-from lightning_bge.preflight import preflight
+from lightning_bge.preflight import check_places, preflight
 from lightning_bge.runtime.nested_config import as_config
 from lightning_bge.templates import SpaceLike, StudyOptions, errors_of_arguments, quiet_libraries, study_of_templates
 
@@ -76,39 +82,72 @@ class TuneResult:
         return ranked(self.study)[0] if self.summary is None else self.study.trials[self.summary["best_trial"]]
 
 
+@overload
 def tune(
     model: BGEClassifier,
     data: TextDataModule,
     space: SpaceLike,
+    /,
     *,
+    run_dir: str | Path,
+    n_trials: int = ...,
+    max_epochs: int = ...,
+    metric: Metric | None = ...,
+    seed: int = ...,
+    trainer: Mapping[str, Any] | None = ...,
+    **options: Unpack[StudyOptions],
+) -> TuneResult: ...
+@overload
+def tune(
+    build: BuildModule,
+    space: SpaceLike,
+    /,
+    *,
+    run_dir: str | Path,
+    n_trials: int = ...,
+    max_epochs: int = ...,
+    metric: str | None = ...,
+    seed: int = ...,
+    trainer: Mapping[str, Any] | None = ...,
+    **options: Unpack[StudyOptions],
+) -> TuneResult: ...
+def tune(
+    *what: Any,
     run_dir: str | Path,
     n_trials: int = 100,
     max_epochs: int = 3,
-    metric: Metric | None = None,
+    metric: Any = None,
     seed: int = 42,
     trainer: Mapping[str, Any] | None = None,
     **options: Unpack[StudyOptions],
 ) -> TuneResult:
-    """Run a study with Optuna, refit the best hyperparameters on all training rows, export the model.
+    """Run a study with Optuna: `tune(model, data, space, ...)` of texts, `tune(build, space, ...)` of any module.
 
-    Equal arguments and seeds give the trials of `lightning-bge hpo`. The same call continues an interrupted study, and
-    one with a higher `n_trials` a finished one; several processes may call it at once with one `run_dir`.
+    `tune(model, data, space, run_dir=...)` refits the best hyperparameters on all training rows, and exports the model.
+    Equal arguments and seeds give the trials of `lightning-bge hpo`. `model` and `data` are templates: each trial makes
+    new objects from their `hparams`. As on the command line, the data module gets the tokenizer, task, revision and
+    `trust_remote_code` of the model, and both get the `seed`.
 
-    `model` and `data` are templates: each trial makes new objects from their `hparams`. As on the command line, the
-    data module gets the tokenizer, task, revision and `trust_remote_code` of the model, and both get the `seed`.
+    `tune(build, space, run_dir=...)` calls `build(params)` for each fold of each trial. It returns a LightningModule
+    and its data module, or None where the module has loaders of its own, of `lightning.pytorch` or `pytorch_lightning`.
+    The metric is what the module logs in validation. A data module with `num_folds` and `select_fold(k)` is trained
+    fold by fold. All random number generators are seeded before each call. Nothing is refitted or exported.
+
+    The same call continues an interrupted study, and one with a higher `n_trials` a finished one; several processes may
+    call it at once with one `run_dir`.
 
     Args:
-        model: the template of the model.
-        data: the template of the data module, with a `train_file`.
-        space: the search space: dotted name -> distribution of `optuna.distributions`, such as
-            `{"model.optimizer.lr": FloatDistribution(1e-5, 3e-4, log=True)}`. Names begin with `model.`, `data.` or
-            `trainer.`. A dict like `{"low": 0.5, "high": 5.0, "when": {"model.loss.name": "focal"}}` is accepted as
-            well, with conditions as in a YAML file.
+        what: `model`, the template of the model, `data`, that of the data module, with a `train_file`, and `space`; or
+            `build` and `space`. The search space: name -> distribution of `optuna.distributions`, such as
+            `{"model.optimizer.lr": FloatDistribution(1e-5, 3e-4, log=True)}`. Of templates, names begin with `model.`,
+            `data.` or `trainer.`; a function gets them as they are. A dict like `{"low": 0.5, "high": 5.0, "when":
+            {"model.loss.name": "focal"}}` is accepted as well, with conditions as in a YAML file.
         run_dir: the run's folder; it is created.
         n_trials: how many trials the study has in all.
         max_epochs: of each fold of each trial.
-        metric: the metric that is optimized; None: the task's usual one, f1, or spearman for a regression. A metric of
-            torchmetrics is given by its class, as a dict of `class_path` and `init_args`.
+        metric: the metric that is optimized; None: the task's usual one, f1, or spearman for a regression; val_loss for
+            a function. A metric of torchmetrics is given by its class, as a dict of `class_path` and `init_args`. For a
+            function the name that its module logs; `monitor={"mode": "max"}` says that more is better.
         seed: of the model's head, of dropout and of the order of rows.
         trainer: further arguments of the trainer, such as `{"precision": "32-true"}`.
         **options: fields of `StudyConfig`, such as `pruner`, `timeout` or `refit`, and `monitor`, `compile` and
@@ -123,8 +162,8 @@ def tune(
         KeyboardInterrupt: the study was interrupted; finished trials are kept.
     """
     with errors_of_arguments("finished trials are kept: the same call continues the study"), quiet_libraries():
-        experiment, hpo = study_of_templates(
-            *(model, data, space),
+        experiment, hpo = _study_of(what)(
+            *what,
             run_dir=Path(run_dir),
             n_trials=n_trials,
             metric=metric,
@@ -132,7 +171,7 @@ def tune(
             trainer={"max_epochs": max_epochs, **(trainer or {})},
             options=options,
         )
-        preflight("hpo", experiment, hpo)
+        preflight("hpo", experiment, hpo) if isinstance(experiment, TextExperiment) else check_places(hpo)
         study, summary = run_studies(experiment, hpo)
         if summary is not None:
             report = write_report(Path(run_dir))
@@ -140,6 +179,18 @@ def tune(
             attach_report(study, hpo, Path(run_dir), summary, report)
             print(f"  {report.name:<14}the whole study on one page, for a browser")
         return TuneResult(study, Path(run_dir), summary)
+
+
+def _study_of(what: tuple[Any, ...]) -> Callable[..., tuple[Experiment, StudyConfig]]:
+    """The function that reads the arguments of `tune`."""
+    if len(what) == 3:
+        return study_of_templates
+    if len(what) == 2 and callable(what[0]) and not isinstance(what[0], LightningModule):
+        return study_of_function
+    raise ConfigError(
+        "tune: expected tune(model, data, space, ...) with a BGEClassifier and a TextDataModule, or tune(build, space, "
+        f"...) with a function, got {', '.join(type(one).__name__ for one in what) or 'nothing'}"
+    )
 
 
 def plan(

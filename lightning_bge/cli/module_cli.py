@@ -12,8 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.seed import seed_everything
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_bge.cli.arguments import named_values
 from lightning_bge.cli.lightning_cli import AddArguments, fit_options, quiet_libraries
@@ -21,12 +20,10 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.module_experiment import LoggedMetric, ModuleExperiment
 from lightning_bge.hpo.trial.module_setup import ModuleTrialSetup
 from lightning_bge.hpo.trial.setup import TrialSetup
-from lightning_bge.runtime.callback_kinds import NOT_IN_TRIALS, without_kinds
+from lightning_bge.runtime.compat.lightning import package_of
 from lightning_bge.runtime.dotted_config import plain_config
 from lightning_bge.runtime.option_errors import describe_option_error
-from lightning_bge.trainer import warn_of_unused_callbacks
-
-TWIN = "pytorch_lightning"  # the package of the same content under an older name, with classes of its own
+from lightning_bge.trainer import module_trainer, warn_of_unused_callbacks
 
 # Lightning's own are 1000 epochs, all devices, and a sanity check in each fold
 DEFAULTS = {"max_epochs": 3, "devices": 1, "num_sanity_val_steps": 0}
@@ -51,16 +48,15 @@ def _class_paths(args: list[str]) -> Iterator[str]:
 
 
 def _package(args: list[str]) -> str:
-    """The package that the classes are of: `lightning.pytorch`, or its twin."""
+    """The package that the classes are of."""
+    found = "lightning.pytorch"
     for path in _class_paths(args):
         module, _, name = path.rpartition(".")
         try:
-            kind = getattr(importlib.import_module(module), name)
+            found = package_of(getattr(importlib.import_module(module), name))
         except (ImportError, AttributeError, ValueError):
             continue  # the parser says what is wrong
-        if any(one.__module__.partition(".")[0] == TWIN for one in getattr(kind, "__mro__", ())):
-            return TWIN
-    return "lightning.pytorch"
+    return found
 
 
 class ModuleCLI:
@@ -85,13 +81,10 @@ class ModuleCLI:
         quiet_libraries()
         self.command = command
         package = _package(args)
-        if package == TWIN:
-            kind, trainer = importlib.import_module(f"{TWIN}.cli").LightningCLI, importlib.import_module(TWIN).Trainer
-        else:
-            kind, trainer = LightningCLI, Trainer
-        self._trainer_class = trainer
+        kind: Any = importlib.import_module(f"{package}.cli").LightningCLI
+        self._trainer_class = importlib.import_module(package).Trainer
 
-        class CLI(kind):  # type: ignore[misc,valid-type]
+        class CLI(kind):
             def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
                 self.config = parser.parse_args(args)  # without the warning that `sys.argv` holds arguments as well
 
@@ -103,7 +96,7 @@ class ModuleCLI:
 
         try:
             self._cli = CLI(
-                trainer_class=trainer,
+                trainer_class=self._trainer_class,
                 trainer_defaults=DEFAULTS,
                 seed_everything_default=42,
                 save_config_callback=None,
@@ -146,15 +139,5 @@ class ModuleCLI:
         cli = copy.copy(self._cli)  # whose `instantiate_classes` adds optimizers and schedulers of the options too
         cli.config = config
         cli.instantiate_classes()
-        options = fit_options(self._cli.parser, config)
-        return ModuleTrialSetup(cli.model, cli.datamodule, partial(self._make_trainer, cli), lambda: options)
-
-    def _make_trainer(self, cli: Any, callbacks: list[Any], **changes: Any) -> Trainer:
-        """A trainer for one fold: as `quiet_trainer`, of the package of the module."""
-        config = {**cli.config_init.trainer.as_dict(), **changes}
-        config |= dict.fromkeys(
-            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-        )
-        given = without_kinds(config["callbacks"], NOT_IN_TRIALS)
-        trainer: Trainer = self._trainer_class(**{**config, "callbacks": [*given, *callbacks]})
-        return trainer
+        trainer = partial(module_trainer, self._trainer_class, cli.config_init.trainer.as_dict())
+        return ModuleTrialSetup(cli.model, cli.datamodule, trainer, partial(fit_options, self._cli.parser, config))

@@ -126,8 +126,8 @@ def record_run(
     """
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     calls = (read_json(folder / "run.json") or {}).get("calls", [])
-    model = config["model"]
-    name = model["name_or_path"] if "name_or_path" in model else model["class_path"]
+    model = config.get("model", {})
+    name = next((model[key] for key in ("name_or_path", "class_path") if key in model), config.get("build", ""))
     entry = describe_run(config["seed_everything"], data_hash, name, model.get("revision"))
     calls.append(entry | dict(more or {}))
     write_json(folder / "run.json", {"calls": calls})

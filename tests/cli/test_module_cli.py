@@ -20,6 +20,8 @@ SPACE = {
     "data.init_args.batch_size": {"choices": [5, 8]},
 }
 
+EPOCHS = {"trainer.max_epochs": {"choices": [1]}}
+
 
 def options(**changes: Any) -> dict[str, Any]:
     given = {
@@ -123,9 +125,7 @@ def test_objects_in_a_checkpoint_need_an_option(search: Run) -> None:
         (options(monitor={"metric": "loss"}), "the metric 'loss' is not logged in validation; logged are: val_loss"),
         (options(data={"class_path": f"{HERE}.NoSelection"}), "NoSelection has num_folds=2, and no method select_fold"),
         (
-            options(
-                data={"class_path": f"{HERE}.WrongNumber"}, hpo={"space": {"trainer.max_epochs": {"choices": [1]}}}
-            ),
+            options(data={"class_path": f"{HERE}.WrongNumber"}, hpo={"space": EPOCHS}),
             "num_folds of WrongNumber to be a number, 1 or more, got 'two'",
         ),
         (options(hpo={"space": {"model.init_args.nope": {"choices": [1, 2]}}}), "no option model.init_args.nope"),

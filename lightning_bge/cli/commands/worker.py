@@ -15,7 +15,7 @@ from lightning_bge.hpo.outer_folds import run_studies
 from lightning_bge.hpo.run import run_hpo
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.storage.journal import JOURNAL
-from lightning_bge.runtime.run_folder import read_json
+from lightning_bge.runtime.run_folder import read_config, read_json
 
 DESCRIPTION = """Join the study of a run folder with one more process, with the options that `lightning-bge hpo` has
 written there. It runs trials until nothing is left to do; whichever process is the last ends the study."""
@@ -36,6 +36,11 @@ def run(args: list[str]) -> None:
     config = folder / "config.yaml"
     if not config.is_file() or not ((folder / JOURNAL).is_file() or shared_storage_of(folder)):
         raise ConfigError(f"{chosen.run}: expected the run folder of a study that `lightning-bge hpo` has started")
+    if "build" in read_config(folder):
+        raise ConfigError(
+            f"{chosen.run}: expected a study of `lightning-bge hpo`, got one that `tune` has started with a function. "
+            "Call tune in one more process"
+        )
     _enter(folder)
     quiet_optuna()
     options = ["-c", str(config), "--run_dir", str(folder), *_memory(chosen.share)]

@@ -66,9 +66,12 @@ def trials_table(study: optuna.Study) -> str:
 
 def best_yaml(setup: TrialSetup, best: FrozenTrial, run_dir: Path) -> str:
     """The content of `best.yaml`: the options of the best trial, for `lightning-bge fit`."""
-    config = {**setup.config(), "run_dir": str(run_dir / "fit")}
+    config = setup.config()
     head = f"# The best hyperparameters of the study {run_dir.name}, those of trial {best.number}\n"
-    return head + "# Train with them: lightning-bge fit -c THIS_FILE\n" + yaml.safe_dump(config, sort_keys=False)
+    if "trainer" not in config:  # a function has made the module
+        return head + yaml.safe_dump(config, sort_keys=False)
+    head += "# Train with them: lightning-bge fit -c THIS_FILE\n"
+    return head + yaml.safe_dump({**config, "run_dir": str(run_dir / "fit")}, sort_keys=False)
 
 
 def study_summary(study: optuna.Study, best: FrozenTrial, monitor: Monitor) -> dict[str, Any]:

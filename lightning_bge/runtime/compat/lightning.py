@@ -45,6 +45,12 @@ def _nothing(*_: Any, **__: Any) -> None:
     """In the place of `log`."""
 
 
+def package_of(kind: type) -> str:
+    """The package that a class of a module is of: `lightning.pytorch`, or its twin, whose classes are others."""
+    names = [one.__module__.partition(".")[0] for one in kind.__mro__]
+    return "pytorch_lightning" if "pytorch_lightning" in names else "lightning.pytorch"
+
+
 def sync_module_states(module: nn.Module) -> None:
     """Give all ranks rank 0's parameters and buffers, as Lightning's DDP does where it wraps the module."""
     _sync_module_states(module)
