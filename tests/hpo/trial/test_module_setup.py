@@ -1,0 +1,69 @@
+"""Trials of a module that is not ours, and the checkpoints that continue them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+from lightning_bge.hpo.trial.module_setup import ModuleTrialSetup, ResumableTrial
+from lightning_bge.trainer import SILENT
+from tests.helpers.other_project import Folds, Net, Split
+
+
+class PausedError(Exception):
+    """Raised at the end of an epoch."""
+
+
+class Pause(Callback):
+    """Notes the values of the epochs, and stops after one of them with a checkpoint."""
+
+    def __init__(self, path: Path, epoch: int | None) -> None:
+        self.path, self.epoch = path, epoch
+        self.values: list[float] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
+        self.values.append(float(trainer.callback_metrics["val_loss"]))
+        if trainer.current_epoch == self.epoch:
+            trainer.save_checkpoint(self.path)
+            raise PausedError
+
+
+def values(path: Path, *, pause: int | None = None, resumes: bool = False) -> list[float]:
+    seed_everything(1, verbose=False)
+    module, seen = Net(note=object()), Pause(path, pause)
+    off: dict[str, Any] = dict.fromkeys(SILENT, False)
+    trainer = Trainer(max_epochs=3, accelerator="cpu", callbacks=[seen, ResumableTrial()], **off)
+    try:
+        trainer.fit(module, Folds(), ckpt_path=path if resumes else None, weights_only=True)
+    except PausedError:
+        torch.rand(3)  # other trials draw meanwhile
+    return seen.values
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_paused_trial_goes_on_as_if_it_had_not_been(tmp_path: Path, epoch: int) -> None:
+    whole = values(tmp_path / "none.ckpt")
+    before = values(tmp_path / "paused.ckpt", pause=epoch)
+    after = values(tmp_path / "paused.ckpt", resumes=True)
+    assert before + after == whole
+
+
+def test_a_checkpoint_holds_no_hyperparameters(tmp_path: Path) -> None:
+    values(tmp_path / "paused.ckpt", pause=0)
+    assert not any("hyper" in name for name in torch.load(tmp_path / "paused.ckpt", weights_only=True))
+
+
+def test_folds_are_selected_where_the_data_module_has_them() -> None:
+    data = Folds()
+    setup = ModuleTrialSetup(Net(), data, Trainer, dict)
+    setup.begin_fold(1, [])
+    assert data.fold == 1
+    ModuleTrialSetup(Net(), Split(), Trainer, dict).begin_fold(1, [])
+    ModuleTrialSetup(Net(), None, Trainer, dict).begin_fold(1, [])
+    assert (setup.steps_per_epoch, setup.n_validation_rows, setup.resumes_within_epochs) == (None, None, False)
