@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Unpack, overload
 
 import optuna
-from lightning.pytorch import LightningModule
 
 from lightning_bge.advisor.plan.config import GivenFigures, PlanConfig
 from lightning_bge.advisor.plan.plan import Plan, make_plan
@@ -24,6 +23,7 @@ from lightning_bge.hpo.tracked_study import attach_report
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.names import Metric
 from lightning_bge.preflight import check_places, preflight
+from lightning_bge.runtime.compat.lightning import is_module
 from lightning_bge.runtime.nested_config import as_config
 from lightning_bge.templates import SpaceLike, StudyOptions, errors_of_arguments, quiet_libraries, study_of_templates
 
@@ -185,7 +185,7 @@ def _study_of(what: tuple[Any, ...]) -> Callable[..., tuple[Experiment, StudyCon
     """The function that reads the arguments of `tune`."""
     if len(what) == 3:
         return study_of_templates
-    if len(what) == 2 and callable(what[0]) and not isinstance(what[0], LightningModule):
+    if len(what) == 2 and callable(what[0]) and not is_module(what[0]):
         return study_of_function
     raise ConfigError(
         "tune: expected tune(model, data, space, ...) with a BGEClassifier and a TextDataModule, or tune(build, space, "

@@ -133,6 +133,12 @@ class ModuleCLI:
             run_dir=self.run_dir,
         )
 
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """The arguments of the trainer."""
+        arguments: dict[str, Any] = self.config_init.trainer.as_dict()
+        return arguments
+
     def _create(self, config: Namespace) -> TrialSetup:
         """Fresh objects of these options, with all random number generators seeded."""
         seed_everything(config.seed_everything, workers=True, verbose=False)

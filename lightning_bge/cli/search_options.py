@@ -55,7 +55,7 @@ def add_hpo_and(options: type) -> Any:
     return add
 
 
-def own_options(cli: BGECLI, kind: type[Options]) -> Options:
+def own_options(cli: BGECLI | ModuleCLI, kind: type[Options]) -> Options:
     """The command's own options, as `add_hpo_and` added them."""
     return kind(**{name: cli.config_init[name] for name in kind.__dataclass_fields__})
 

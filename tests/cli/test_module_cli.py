@@ -177,3 +177,30 @@ def test_a_yaml_file_may_name_it(tmp_path: Path) -> None:
     ):
         path.write_text(text)
         assert names_a_class(["-c", str(path)]) == expected
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_an_audit(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    pytest.importorskip(package, reason="newer versions of lightning bring it")
+    monkeypatch.chdir(tmp_path)
+    name = f"{HERE}.Net" if package == "lightning.pytorch" else f"{package}.demos.boring_classes.BoringModel"
+    data = ["--data", f"{HERE}.Split"] if package == "lightning.pytorch" else []
+    args = ["--model", name, *data, "--trainer.accelerator", "cpu", "--run_dir", "run", "--rounds", "0"]
+    status, out, err = run("audit", *args)
+    assert status == 0, err
+    rows = {row["name"] for row in json.loads(Path("run/audit.json").read_text())["rows"]}
+    assert len(rows) > 10
+    assert "audit.html" in out
+
+
+def test_a_module_of_the_package_pytorch_lightning(search: Run) -> None:
+    pytest.importorskip("pytorch_lightning", reason="newer versions of lightning bring it")
+    given = {
+        "model": {"class_path": "pytorch_lightning.demos.boring_classes.BoringModel"},
+        "trainer": {"max_epochs": 2, "accelerator": "cpu", "limit_train_batches": 4, "limit_val_batches": 2},
+        "monitor": {"metric": "x", "mode": "min"},
+        "hpo": {"n_trials": 2, "space": {"trainer.max_epochs": {"choices": [1, 2]}}, "baseline": False},
+    }
+    status, _, err = search({"run_dir": "run", **given})
+    assert status == 2
+    assert "the metric 'x' is not logged in validation; logged are: none" in err.splitlines()[-1]

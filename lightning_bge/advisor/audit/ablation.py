@@ -1,5 +1,6 @@
 """Repeats a training run from the same state, and measures what an option saves: with it on and off, in turns."""
 
+import importlib
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,9 @@ from lightning_bge.advisor.audit.observe import StepObserver
 from lightning_bge.advisor.audit.requested import ObservedRun
 from lightning_bge.advisor.audit.result import TimeSaved
 from lightning_bge.callbacks.torch_backends import choose_precision
-from lightning_bge.runtime.compat.lightning import remove_callbacks
+from lightning_bge.runtime.callback_kinds import without_kinds
+from lightning_bge.runtime.compat.lightning import package_of, remove_callbacks
+from lightning_bge.runtime.compat.torch import uncompiled
 
 # Trains from the same weights with changed options (by their dotted names), with an observer as the last callback and
 # its `profiler` as the trainer's, and with arguments of the trainer that end it early.
@@ -99,14 +102,12 @@ def module_run(module: LightningModule, data: Any, arguments: Mapping[str, Any],
         state: restores the module's state when the next run begins.
     """
     kept = {name: value for name, value in arguments.items() if name not in REPLACED}
-    given = arguments.get("callbacks") or []
-    given = [given] if isinstance(given, Callback) else given
-    callbacks = [callback for callback in given if not isinstance(callback, REMOVED_CALLBACKS)]
-    devices = arguments.get("devices")
+    callbacks, devices = without_kinds(arguments.get("callbacks"), REMOVED_CALLBACKS), arguments.get("devices")
+    make_trainer = importlib.import_module(package_of(type(uncompiled(module)))).Trainer
 
     def run(options: dict[str, Any], observer: StepObserver, limits: dict[str, Any]) -> tuple[LightningModule, Trainer]:
         changed = {name.removeprefix("trainer."): value for name, value in options.items()}
-        trainer = Trainer(
+        trainer: Trainer = make_trainer(
             **{**kept, **QUIET, **limits, **changed},
             devices=devices[:1] if isinstance(devices, list) else 1,
             profiler=observer.profiler,

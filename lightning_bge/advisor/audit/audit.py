@@ -29,6 +29,7 @@ from lightning_bge.advisor.audit.requested import ObservedRun, Requested, reques
 from lightning_bge.advisor.audit.result import CATEGORIES, Audit, AuditConfig, Fix, Row, TimeSaved
 from lightning_bge.callbacks.torch_backends import choose_precision
 from lightning_bge.errors import ConfigError
+from lightning_bge.runtime.compat.lightning import is_module
 from lightning_bge.runtime.compat.torch import uncompiled
 
 BATCHES = 7  # of each observed epoch: a prime, so that steps of several batches leave some over
@@ -63,7 +64,7 @@ def audit(
     Raises:
         ConfigError: an argument has the wrong type.
     """
-    if not isinstance(uncompiled(module), LightningModule):
+    if not is_module(uncompiled(module)):
         raise ConfigError(f"module must be a LightningModule, got {type(module).__name__}")
     if trainer is not None and not isinstance(trainer, Mapping):
         raise ConfigError(

@@ -51,6 +51,12 @@ def package_of(kind: type) -> str:
     return "pytorch_lightning" if "pytorch_lightning" in names else "lightning.pytorch"
 
 
+def is_module(found: Any) -> bool:
+    """Whether an object is a LightningModule of either package."""
+    kinds = [one for one in type(found).__mro__ if one.__name__ == "LightningModule"]
+    return any(one.__module__.partition(".")[0] in ("lightning", "pytorch_lightning") for one in kinds)
+
+
 def sync_module_states(module: nn.Module) -> None:
     """Give all ranks rank 0's parameters and buffers, as Lightning's DDP does where it wraps the module."""
     _sync_module_states(module)
