@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from lightning_bge.hpo.space.parameter_sets import (
 from lightning_bge.hpo.space.search_space import Space
 from lightning_bge.hpo.trial.objective import TrialSetup
 from lightning_bge.models.encoder_cache import EncoderCache
+from lightning_bge.models.losses import Loss
 from lightning_bge.models.metrics.config import MonitorConfig
-from lightning_bge.runtime.dotted_config import check_option, with_overrides
+from lightning_bge.models.tried_classes import ThreeLayers, try_classes
+from lightning_bge.runtime.dotted_config import check_option, configured_value, with_overrides
 from lightning_bge.runtime.option_errors import describe_option_error
 
+TRIED_STEPS = 10  # of a schedule, before a study starts
 # options of `hpo` that the inner studies of a nested cross-validation have: each is scored, its gain is not asked for
 FOR_INNER_STUDIES: dict[str, Any] = {"outer_folds": None, "refit": True, "baseline": False}
 
@@ -84,8 +88,19 @@ class Experiment:
         except (TypeError, ValueError, KeyError) as error:
             reason = describe_option_error(str(error))
             raise ConfigError(f"{where}: these options do not accept the values {overrides}: {reason}") from error
-        found = self.build(overrides).datamodule.validation_hash
+        setup = self.build(overrides)
+        self._check_classes(setup)
+        found = setup.datamodule.validation_hash
         check_validation(found, self.datamodule.validation_hash, overrides, where)
+
+    def _check_classes(self, setup: TrialSetup) -> None:
+        """Try what a trial names by the path of a class."""
+        model, data = setup.model, setup.datamodule
+        assert data.schema is not None
+        if model.loss_config.class_path is not None:
+            Loss(model.loss_config, data.schema.task, data.schema.num_outputs)
+        steps = TRIED_STEPS
+        try_classes(ThreeLayers(), model.optimizer_config, model.schedule_config, total_steps=steps, steps=steps)
 
     def check_space(self, hpo: StudyConfig, space: Space) -> None:
         """Try the ends of the search space and the enqueued parameter sets, before a study exists.
@@ -99,10 +114,11 @@ class Experiment:
         for name in space:
             check_option(self.config, name)
         self.datamodule.setup("fit")
-        for values in parameter_sets_to_check(space, self.config.get):
+        configured = partial(configured_value, self.config)
+        for values in parameter_sets_to_check(space, configured):
             self.check(values)
         for values in enqueued:
-            self.check(complete_parameter_set(space, values, self.config.get), "hpo.enqueue")
+            self.check(complete_parameter_set(space, values, configured), "hpo.enqueue")
 
     def setups_of_models(self, space: Space) -> Iterator[TrialSetup]:
         """Fresh objects for each model that trials may have, one after the other."""

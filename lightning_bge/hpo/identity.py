@@ -1,5 +1,6 @@
 """What a study's trials have in common: their options, and the content of their files, tokenizers and labels."""
 
+from functools import partial
 from typing import Any
 
 from lightning_bge.callbacks.torch_backends import choose_precision
@@ -10,7 +11,7 @@ from lightning_bge.hpo.space.parameter_sets import complete_parameter_set, ends
 from lightning_bge.hpo.space.search_space import Space
 from lightning_bge.hpo.study import CONTENT
 from lightning_bge.runtime.callback_kinds import NOT_IN_TRIALS, acting_callbacks
-from lightning_bge.runtime.dotted_config import BY_CONTENT, comparable
+from lightning_bge.runtime.dotted_config import BY_CONTENT, comparable, configured_value
 
 TOKENIZER_OPTIONS = ("model.name_or_path", "model.revision", "model.trust_remote_code")
 HASH_DIGITS = 16  # hexadecimal ones, which a message can show
@@ -50,11 +51,12 @@ def _content(experiment: Experiment, hpo: StudyConfig, space: Space) -> dict[str
     """What is read, with the configured options and with each searched one that changes what is read."""
     configured = _content_of(experiment.datamodule, hpo)
     found = configured | _tokenizer_of(experiment.datamodule)
+    configured_options = partial(configured_value, experiment.config)
     for name in space:
         if not (name.startswith("data.") or name in TOKENIZER_OPTIONS):
             continue
         for value in ends(space[name]):
-            data = experiment.build(complete_parameter_set(space, {name: value}, experiment.config.get)).datamodule
+            data = experiment.build(complete_parameter_set(space, {name: value}, configured_options)).datamodule
             changed = {key: content for key, content in _content_of(data, hpo).items() if content != configured[key]}
             found |= {key.replace(CONTENT, f" with {name}={value}{CONTENT}"): one for key, one in changed.items()}
             found |= _tokenizer_of(data)

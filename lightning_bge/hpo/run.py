@@ -37,6 +37,7 @@ from lightning_bge.hpo.trackers.config import check_trackers
 from lightning_bge.hpo.trial.objective import Objective, TrialFiles
 from lightning_bge.hpo.trials import N_TRIALS
 from lightning_bge.hpo.versions import other_versions, used_versions
+from lightning_bge.runtime.dotted_config import configured_value
 from lightning_bge.runtime.run_folder import create_run_dir, record_run
 from lightning_bge.runtime.stop import Stopped, StopRequest
 
@@ -243,7 +244,7 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
     replicates = run_seed_replicates(
         queue, objective, metric=metric, seed=config.seed_everything, until=until, request=request
     )
-    configured = {name: config[name] for name in objective.space}
+    configured = {name: configured_value(config, name) for name in objective.space}
     configured["trainer.max_epochs"] = config["trainer.max_epochs"] or objective.steps.epochs
     baseline = run_baseline(queue, objective, configured=configured, metric=metric, until=until, request=request)
     if not request.signal and time.monotonic() >= until and _leave_to_others(queue, request):
