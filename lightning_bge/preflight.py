@@ -239,6 +239,7 @@ def _model_sizes(experiment: Experiment, hpo: StudyConfig | None) -> list[ModelS
             trust_remote_code=config["trust_remote_code"],
             frozen_layers=config["frozen_layers"],
             lora=_config(LoRAConfig, lora),
+            pooling=config["pooling"],
         )
         for name in names
     ]

@@ -27,6 +27,7 @@ from lightning_bge.models.optimizer import (
 from lightning_bge.models.optimizer_class import LENGTHS
 from lightning_bge.models.output.export import export_classifier
 from lightning_bge.models.output.inference import Text, TextPredictions, predict_texts, tokenizer_of
+from lightning_bge.models.pooling import TokenPooling
 from lightning_bge.models.tried_classes import try_classes
 from lightning_bge.runtime.compat.lightning import estimated_steps
 from lightning_bge.runtime.nested_config import as_config, as_plain
@@ -35,7 +36,7 @@ from lightning_bge.types import TASKS, Schema, Task
 CHECKPOINT_KEY = "lightning_bge"  # of what `load_from_checkpoint` needs besides weights and arguments
 ENCODER_OPTIONS = (
     *("attention", "dropout", "seed", "revision", "trust_remote_code"),
-    *("gradient_checkpointing", "frozen_layers", "lora"),
+    *("gradient_checkpointing", "frozen_layers", "lora", "pooling"),
 )  # arguments that the function that loads the encoder gets
 
 
@@ -63,6 +64,9 @@ class BGEClassifier(EffectiveBatchModule):
         frozen_layers: null: everything trains; 0: all but the embeddings; n: all but the embeddings and the n lowest
             layers.
         lora: low-rank factors that train in place of the weights.
+        pooling: what the head reads of a sequence: cls (its first token), mean or max of its tokens; auto: as the
+            checkpoint. What transformers' model does not have (mean and max, but for ModernBERT's mean) is exported
+            in a form that this package alone loads.
 
     Attributes:
         hparams: the arguments as plain data; `BGEClassifier(**hparams)` is an equal module.
@@ -91,6 +95,7 @@ class BGEClassifier(EffectiveBatchModule):
         gradient_checkpointing: bool = False,
         frozen_layers: int | None = None,
         lora: LoRAConfig = LoRAConfig(),  # noqa: B008
+        pooling: TokenPooling = "auto",
     ) -> None:
         loss = as_config(LossConfig, loss, "loss")
         optimizer = as_config(OptimizerConfig, optimizer, "optimizer")
@@ -314,6 +319,7 @@ def _check_arguments(
     frozen_layers: int | None,
     lora: LoRAConfig,
     attention: str,
+    pooling: str,
     **_: Any,
 ) -> None:
     if task not in TASKS:
@@ -321,6 +327,8 @@ def _check_arguments(
     loss.name_for(task)
     if attention not in get_args(Attention):
         raise ConfigError(f"attention must be one of {', '.join(get_args(Attention))}, got {attention!r}")
+    if pooling not in get_args(TokenPooling):
+        raise ConfigError(f"pooling must be one of {', '.join(get_args(TokenPooling))}, got {pooling!r}")
     if dropout is not None and not 0 <= dropout < 1:
         raise ConfigError(f"dropout must be from 0 to below 1, or null, got {dropout}")
     if frozen_layers is not None and frozen_layers < 0:
