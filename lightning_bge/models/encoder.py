@@ -202,8 +202,7 @@ def load_classifier(
     try:
         config = read_config(name_or_path, **source)
         before = set_pooling(config, pooling)
-        changes = (dropout, pooling)
-        model, untrained = _load_with_head(name_or_path, config, outputs, changes, seed, source)
+        model, untrained = _load_with_head(name_or_path, config, outputs, (dropout, pooling), seed, source)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(why_not_loaded(name_or_path, error)) from error
     net = prepare_classifier(
