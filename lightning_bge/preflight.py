@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -25,7 +25,9 @@ from lightning_bge.models.memory_saving.lora import LoRAConfig
 from lightning_bge.models.metrics.class_path import try_class
 from lightning_bge.models.metrics.computable import check_computable
 from lightning_bge.models.model_size import ModelSize, check_model, measure_model
+from lightning_bge.models.optimizer import OptimizerConfig, ScheduleConfig
 from lightning_bge.models.output.export import check_replaceable
+from lightning_bge.models.tried_classes import ThreeLayers, try_classes
 from lightning_bge.runtime.cache_dir import default_cache_dir
 from lightning_bge.runtime.locations import RemotePath
 from lightning_bge.runtime.paths import check_folder, check_output, nearest_folder
@@ -41,6 +43,8 @@ FILES = ("config.yaml", "run.json", "summary.json", "report.html", "audit.json",
 PREDICTIONS = ("validation.csv", "test.csv", "oof.csv", "nested.csv", "trials.csv", "best.yaml")
 
 log = logging.getLogger("lightning_bge")
+
+T = TypeVar("T")
 
 
 def preflight(
@@ -86,8 +90,10 @@ def preflight(
     _check_rows(command, experiment)
     if command == "fit":
         _check_val_interval(trainer, data)
-    if command != "hpo" or "model.loss.name" not in (hpo.space if hpo is not None else {}):
+    searched = set(hpo.space) if command == "hpo" and hpo is not None and hpo.space else set()
+    if searched.isdisjoint(("model.loss.name", "model.loss.class_path")):
         _check_loss(experiment)
+    _check_optimizer(experiment)
 
 
 def check_places(hpo: StudyConfig) -> None:
@@ -206,8 +212,24 @@ def _check_loss(experiment: TextExperiment) -> None:
     data, config = experiment.datamodule, experiment.config["model.loss"]
     assert data.schema is not None
     counts = None if data.class_counts is None else data.class_counts.tolist()
-    config = config if isinstance(config, LossConfig) else LossConfig(**config.as_dict())
-    Loss(config, data.schema.task, data.schema.num_outputs, counts)
+    Loss(_config(LossConfig, config), data.schema.task, data.schema.num_outputs, counts)
+
+
+def _check_optimizer(experiment: TextExperiment) -> None:
+    """Try an optimizer and a schedule that are named by their class."""
+    options, data, trainer = experiment.config["model"], experiment.datamodule, experiment.config["trainer"]
+    optimizer = _config(OptimizerConfig, options["optimizer"])
+    schedule = _config(ScheduleConfig, options["schedule"])
+    an_epoch, epochs = -(-len(data.train_rows) // data.batch_size), trainer["max_epochs"] or -1
+    steps = an_epoch * epochs if epochs > 0 else trainer["max_steps"]
+    total = steps if schedule.epochs is None else an_epoch * schedule.epochs
+    # a bound on what is tried here: a module tries its own schedule over the exact number of its steps
+    try_classes(ThreeLayers(), optimizer, schedule, total_steps=total, steps=min(steps, total))
+
+
+def _config(kind: type[T], options: Any) -> T:
+    """A config of a dataclass, which the options of the command line or of `tune` have as a namespace."""
+    return options if isinstance(options, kind) else kind(**options.as_dict())
 
 
 # ---------------------------------------------------------------------- the model, and room for it
@@ -226,7 +248,8 @@ def _model_sizes(experiment: TextExperiment, hpo: StudyConfig | None) -> list[Mo
             revision=config["revision"],
             trust_remote_code=config["trust_remote_code"],
             frozen_layers=config["frozen_layers"],
-            lora=lora if isinstance(lora, LoRAConfig) else LoRAConfig(**lora.as_dict()),
+            lora=_config(LoRAConfig, lora),
+            pooling=config["pooling"],
         )
         for name in names
     ]

@@ -76,6 +76,18 @@ def test_a_metric_by_its_class(model: BGEClassifier, data: TextDataModule, tmp_p
         short(model, data, tmp_path / "other", metric={"class_path": "torchmetrics.AUROC", "init_args": {"x": 1}})
 
 
+def test_an_optimizer_by_its_class(files: Path, data: TextDataModule, tmp_path: Path) -> None:
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    model = BGEClassifier(str(files / "model"), optimizer=optimizer)  # type: ignore[arg-type]
+    space = {"model.optimizer.init_args.momentum": FloatDistribution(0.0, 0.9)}
+    found = short(model, data, tmp_path / "study", space=space, pruner={"name": "none"})
+    assert found.best_params.keys() == space.keys()
+    with pytest.raises(ConfigError, match=r"does not accept .*Invalid momentum value"):
+        short(model, data, tmp_path / "other", space=dict.fromkeys(space, FloatDistribution(-1.0, 0.9)))
+    with pytest.raises(ConfigError, match=r"there is no option model\.optimizer\.arguments\.lr"):
+        short(model, data, tmp_path / "other", space={"model.optimizer.arguments.lr": FloatDistribution(0.0, 0.9)})
+
+
 def test_the_trials_and_the_model_are_those_of_the_command_line(
     run: Callable[..., tuple[int, str, str]], files: Path, model: BGEClassifier, data: TextDataModule, tmp_path: Path
 ) -> None:

@@ -61,7 +61,7 @@ def start_more_epochs(cli: BGECLI, run_dir: Path, epochs: tuple[int, int]) -> No
     """Make a finished run one to be continued, and say what that means.
 
     Raises:
-        StudyError: its checkpoints are gone.
+        StudyError: its checkpoints are gone, or its schedule can't be made longer.
     """
     old, new = epochs
     summary = read_json(run_dir / "summary.json")
@@ -71,6 +71,11 @@ def start_more_epochs(cli: BGECLI, run_dir: Path, epochs: tuple[int, int]) -> No
             f"another run with --model.name_or_path {run_dir / 'model'}"
         )
     schedule = cli.model.schedule_config
+    if schedule.class_path is not None and schedule.epochs is None:
+        raise StudyError(
+            f"{run_dir} has a schedule by its class, {schedule.class_path}, whose length of {old} epochs is in the "
+            f"checkpoint. To train its model further, start another run with --model.name_or_path {run_dir / 'model'}"
+        )
     if schedule.epochs is not None and schedule.name != "constant":
         rate = f"the schedule of {schedule.epochs} epochs (model.schedule.epochs), at the end of which it is 0"
     else:

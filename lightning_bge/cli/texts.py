@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -15,11 +15,16 @@ from lightning_bge.errors import ConfigError
 
 @dataclass(frozen=True)
 class TextForm:
-    """What an option accepts: one text, a list of texts, or either; and null."""
+    """What an option accepts: one text, a list of texts, or either; and null.
+
+    `beside` is another field of a dataclass that has `class_path` and `init_args`, with its default: the parser would
+    take a mapping of these two alone for one that names another class than the dataclass.
+    """
 
     one: bool = False
     several: bool = False
     null: bool = False
+    beside: tuple[str, Any] | None = None
 
     def __or__(self, other: "TextForm") -> "TextForm":
         return TextForm(self.one or other.one, self.several or other.several, self.null or other.null)
@@ -40,6 +45,9 @@ def text_options(owners: Mapping[str, type]) -> dict[str, TextForm]:
             form = _form(hint)
             if is_dataclass(hint):
                 found |= text_options({f"{prefix}.{name}": hint})  # type: ignore[dict-item]
+                of_class, first = f"{prefix}.{name}.class_path", fields(hint)[0]
+                if of_class in found:
+                    found[of_class] = replace(found[of_class], beside=(first.name, first.default))
             elif form is not None and (form.one or form.several):
                 found[f"{prefix}.{name}"] = form
     return found
@@ -131,6 +139,9 @@ def _replaced(plain: dict[Any, Any], texts: dict[str, Any], forms: Mapping[str, 
             found[key] = _replaced(value, text, forms, f"{name}.")
         else:
             found[key] = value
+    if "class_path" in found and found.keys() <= {"class_path", "init_args"}:
+        form = forms.get(f"{prefix}class_path")
+        found |= dict([form.beside]) if form is not None and form.beside is not None else {}
     return found
 
 

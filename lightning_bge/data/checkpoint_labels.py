@@ -3,11 +3,10 @@
 import logging
 import re
 
-from transformers import AutoConfig
-
 from lightning_bge.data.tables.labels import positive_last
 from lightning_bge.errors import ConfigError
 from lightning_bge.runtime.log_once import log_once
+from lightning_bge.runtime.model_config import read_config
 from lightning_bge.types import Task
 
 log = logging.getLogger(__name__)
@@ -30,7 +29,7 @@ def checkpoint_labels(name_or_path: str, task: Task, revision: str | None, trust
         ConfigError: two outputs have the same name.
     """
     try:
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        config = read_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):  # a tokenizer without a model; where there should be one, loading it says so
         return ()
     names = tuple(str(name) for _, name in sorted((config.id2label or {}).items()))

@@ -1,6 +1,5 @@
 """Objects of Optuna that YAML names by the path of their class."""
 
-import importlib
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from typing import Any
 from optuna.exceptions import ExperimentalWarning
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.runtime.class_path import find_class
 
 
 def build_from_path(
@@ -33,7 +33,8 @@ def build_from_path(
     Raises:
         ConfigError: there is no such class, it does not inherit from `base`, or it does not accept the arguments.
     """
-    kind = _find(f"{option}.name: expected one of {names}, or the path of a class", path, base)
+    expected = f"{option}.name: expected one of {names}, or the path of a class that inherits from {base.__name__}"
+    kind = find_class(path, base, expected)
     known = inspect.signature(kind).parameters
     arguments = {name: value for name, value in (defaults or {}).items() if name in known} | dict(init_args)
     try:
@@ -42,14 +43,3 @@ def build_from_path(
             return kind(**arguments)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"{option}.init_args: {path} does not accept {dict(init_args)}: {error}") from error
-
-
-def _find(expected: str, path: str, base: type) -> Any:
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name) if module else None
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{expected}, got {path}: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"{expected} that inherits from {base.__name__}, got {path}")
-    return found

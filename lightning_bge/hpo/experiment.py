@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.trial.objective import Objective
 from lightning_bge.hpo.trial.score import Monitor
 from lightning_bge.hpo.trial.setup import TrialSetup
-from lightning_bge.runtime.dotted_config import check_option, with_overrides
+from lightning_bge.runtime.dotted_config import check_option, configured_value, with_overrides
 from lightning_bge.runtime.option_errors import describe_option_error
 
 
@@ -106,7 +107,7 @@ class Experiment(ABC):
 
     def configured(self, space: Space) -> dict[str, Any]:
         """The configured values of what is searched."""
-        return {name: self.config[name] for name in space}
+        return {name: configured_value(self.config, name) for name in space}
 
     def check(self, overrides: dict[str, Any], where: str = "hpo.space") -> None:
         """Raise `ConfigError`, which begins with `where`, if the options do not accept such values."""
@@ -127,10 +128,11 @@ class Experiment(ABC):
         for name in space:
             check_option(self.config, name)
         self.set_up()
-        for values in parameter_sets_to_check(space, self.config.get):
+        configured = partial(configured_value, self.config)
+        for values in parameter_sets_to_check(space, configured):
             self.check(values)
         for values in enqueued:
-            self.check(complete_parameter_set(space, values, self.config.get), "hpo.enqueue")
+            self.check(complete_parameter_set(space, values, configured), "hpo.enqueue")
 
     def most_epochs(self, space: Space) -> int:
         """The most epochs that any trial trains a fold for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from jsonargparse import Namespace
@@ -16,7 +17,7 @@ from lightning_bge.hpo.study import CONTENT
 from lightning_bge.hpo.trial.text_setup import TextTrialSetup
 from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.runtime.callback_kinds import NOT_IN_TRIALS, acting_callbacks
-from lightning_bge.runtime.dotted_config import BY_CONTENT, comparable
+from lightning_bge.runtime.dotted_config import BY_CONTENT, comparable, configured_value
 
 TOKENIZER_OPTIONS = ("model.name_or_path", "model.revision", "model.trust_remote_code")
 HASH_DIGITS = 16  # hexadecimal ones, which a message can show
@@ -79,11 +80,12 @@ def _content(experiment: TextStudy, hpo: StudyConfig, space: Space) -> dict[str,
     """What is read, with the configured options and with each searched one that changes what is read."""
     configured = _content_of(experiment.datamodule, hpo)
     found = configured | _tokenizer_of(experiment.datamodule)
+    configured_options = partial(configured_value, experiment.config)
     for name in space:
         if not (name.startswith("data.") or name in TOKENIZER_OPTIONS):
             continue
         for value in ends(space[name]):
-            data = experiment.build(complete_parameter_set(space, {name: value}, experiment.config.get)).datamodule
+            data = experiment.build(complete_parameter_set(space, {name: value}, configured_options)).datamodule
             changed = {key: content for key, content in _content_of(data, hpo).items() if content != configured[key]}
             found |= {key.replace(CONTENT, f" with {name}={value}{CONTENT}"): one for key, one in changed.items()}
             found |= _tokenizer_of(data)

@@ -24,9 +24,12 @@ from lightning_bge.hpo.space.search_space import Space
 from lightning_bge.hpo.trial.objective import Objective, TrialFiles
 from lightning_bge.hpo.trial.text_setup import TextTrialSetup
 from lightning_bge.models.encoder_cache import EncoderCache
+from lightning_bge.models.losses import Loss
 from lightning_bge.models.metrics.config import MonitorConfig
+from lightning_bge.models.tried_classes import ThreeLayers, try_classes
 from lightning_bge.runtime.dotted_config import with_overrides
 
+TRIED_STEPS = 10  # of a schedule, before a study starts
 # options of `hpo` that the inner studies of a nested cross-validation have: each is scored, its gain is not asked for
 FOR_INNER_STUDIES: dict[str, Any] = {"outer_folds": None, "refit": True, "baseline": False}
 
@@ -84,7 +87,9 @@ class TextExperiment(Experiment):
     def check(self, overrides: dict[str, Any], where: str = "hpo.space") -> None:
         """As `Experiment.check`; or other rows, labels or groups are validated on with the values."""
         super().check(overrides, where)
-        found = self.build(overrides).datamodule.validation_hash
+        setup = self.build(overrides)
+        _check_classes(setup)
+        found = setup.datamodule.validation_hash
         check_validation(found, self.datamodule.validation_hash, overrides, where)
 
     def check_space(self, hpo: StudyConfig, space: Space) -> None:
@@ -164,3 +169,13 @@ class TextExperiment(Experiment):
         """What the study loads its encoders with."""
         granted = self.memory.limit_gb
         return EncoderCache(hpo.encoder_cache_bytes, None if granted is None else round(granted * 2**30))
+
+
+def _check_classes(setup: TextTrialSetup) -> None:
+    """Try what a trial names by the path of a class."""
+    model, data = setup.model, setup.datamodule
+    assert data.schema is not None
+    if model.loss_config.class_path is not None:
+        Loss(model.loss_config, data.schema.task, data.schema.num_outputs)
+    steps = TRIED_STEPS
+    try_classes(ThreeLayers(), model.optimizer_config, model.schedule_config, total_steps=steps, steps=steps)

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
@@ -23,8 +24,11 @@ from lightning_bge.models.optimizer import (
     build_optimizer,
     build_schedule,
 )
+from lightning_bge.models.optimizer_class import LENGTHS
 from lightning_bge.models.output.export import export_classifier
 from lightning_bge.models.output.inference import Text, TextPredictions, predict_texts, tokenizer_of
+from lightning_bge.models.pooling import TokenPooling
+from lightning_bge.models.tried_classes import try_classes
 from lightning_bge.runtime.compat.lightning import estimated_steps
 from lightning_bge.runtime.nested_config import as_config, as_plain
 from lightning_bge.types import TASKS, Schema, Task
@@ -32,7 +36,7 @@ from lightning_bge.types import TASKS, Schema, Task
 CHECKPOINT_KEY = "lightning_bge"  # of what `load_from_checkpoint` needs besides weights and arguments
 ENCODER_OPTIONS = (
     *("attention", "dropout", "seed", "revision", "trust_remote_code"),
-    *("gradient_checkpointing", "frozen_layers", "lora"),
+    *("gradient_checkpointing", "frozen_layers", "lora", "pooling"),
 )  # arguments that the function that loads the encoder gets
 
 
@@ -48,8 +52,8 @@ class BGEClassifier(EffectiveBatchModule):
         name_or_path: name on the hub or folder of any encoder: `BAAI/bge-small-en-v1.5`, `BAAI/bge-reranker-base`...
         task: binary (yes/no), multiclass, multilabel or regression.
         loss: which loss, class weights, label smoothing. This, the next two and `lora` may be dicts of their fields,
-            such as `optimizer={"lr": 1e-4}`.
-        optimizer: options of AdamW, clipping, layer-wise decay of the learning rate.
+            such as `optimizer={"lr": 1e-4}`, and name a class by `class_path` and `init_args`.
+        optimizer: options of AdamW, or another optimizer; clipping, layer-wise decay of the learning rate.
         schedule: the learning rate over the optimizer steps.
         dropout: overrides all of the model's dropout probabilities; null keeps the checkpoint's.
         attention: packed (no padding), padded, or auto: packed where the architecture allows.
@@ -60,6 +64,9 @@ class BGEClassifier(EffectiveBatchModule):
         frozen_layers: null: everything trains; 0: all but the embeddings; n: all but the embeddings and the n lowest
             layers.
         lora: low-rank factors that train in place of the weights.
+        pooling: what the head reads of a sequence: cls (its first token), mean or max of its tokens; auto: as the
+            checkpoint. What transformers' model does not have (mean and max, but for ModernBERT's mean) is exported
+            in a form that this package alone loads.
 
     Attributes:
         hparams: the arguments as plain data; `BGEClassifier(**hparams)` is an equal module.
@@ -88,6 +95,7 @@ class BGEClassifier(EffectiveBatchModule):
         gradient_checkpointing: bool = False,
         frozen_layers: int | None = None,
         lora: LoRAConfig = LoRAConfig(),  # noqa: B008
+        pooling: TokenPooling = "auto",
     ) -> None:
         loss = as_config(LossConfig, loss, "loss")
         optimizer = as_config(OptimizerConfig, optimizer, "optimizer")
@@ -106,6 +114,8 @@ class BGEClassifier(EffectiveBatchModule):
         self.load: Callable[..., TextClassifier] = load_classifier
         self.class_counts: Sequence[float] | None = None
         self._untrained = ""  # why the head was never trained; empty: it was
+        self._imports = True  # what `class_path` names; False: the arguments come from a checkpoint
+        self._filled: dict[str, int] = {}  # lengths that a schedule by its class was given
 
     # ------------------------------------------------------------------ building
 
@@ -129,8 +139,9 @@ class BGEClassifier(EffectiveBatchModule):
             self.net, self._untrained = net, net.untrained
             if isinstance(self.monitored, dict):
                 try_class(self.monitored, self.schema)
-        if self.loss is None:
-            self.loss = Loss(self.loss_config, self.task, self.schema.num_outputs, self.class_counts)
+        if self.loss is None and self._needs_loss():
+            counts = self.class_counts
+            self.loss = Loss(self.loss_config, self.task, self.schema.num_outputs, counts, imports=self._imports)
 
     def set_schema(self, schema: Schema) -> None:
         """Set labels, text columns, length limit and threshold of the predictions.
@@ -151,12 +162,22 @@ class BGEClassifier(EffectiveBatchModule):
         """Hold the encoder no longer, so that its cache can hand it out to the next trial on the same device."""
         self.net = None
 
+    def _attached_trainer(self) -> Trainer | None:
+        try:
+            return self.trainer
+        except RuntimeError:  # the module is not attached to a trainer
+            return None
+
+    def _needs_loss(self) -> bool:
+        """False where a model of a checkpoint predicts: a class path in the checkpoint is not even looked up."""
+        if self._imports or self.loss_config.class_path is None:
+            return True
+        trainer = self._attached_trainer()
+        return trainer is not None and trainer.state.fn != TrainerFn.PREDICTING
+
     def _find_schema(self) -> None:
         """From the trainer's data module, else the one that was set, else the one beside an exported model."""
-        try:
-            trainer = self.trainer
-        except RuntimeError:  # the module is not attached to a trainer
-            trainer = None
+        trainer = self._attached_trainer()
         datamodule = getattr(trainer, "datamodule", None)
         schema = getattr(datamodule, "schema", None)
         if schema is not None:
@@ -191,6 +212,7 @@ class BGEClassifier(EffectiveBatchModule):
         if self.net is not None or saved is None:
             self._untrained = ""  # a trainer loads the weights
             return
+        self._imports = False  # the arguments are those of the checkpoint
         self.schema, self.class_counts = Schema.from_plain(saved["schema"]), saved["class_counts"]
         if saved["encoder"] is not None:
             names = inspect.signature(build_classifier).parameters
@@ -200,22 +222,36 @@ class BGEClassifier(EffectiveBatchModule):
         self._untrained = ""
 
     def configure_optimizers(self) -> Any:
-        """Fused AdamW and a schedule over all optimizer steps of the run."""
+        """Fused AdamW, or the optimizer by its class, and a schedule over all optimizer steps of the run."""
         assert self.net is not None
-        optimizer = build_optimizer(self.net, self.optimizer_config)
         steps = estimated_steps(self.trainer)
         if math.isinf(steps):
             raise ConfigError("trainer.max_epochs: a schedule needs to know its length; set it, or trainer.max_steps")
+        total = int(steps)
         if self.schedule_config.epochs is not None and self.trainer.max_epochs:
-            steps = round(steps / self.trainer.max_epochs * self.schedule_config.epochs)
-        return [optimizer], [build_schedule(optimizer, self.schedule_config, int(steps))]
+            total = round(steps / self.trainer.max_epochs * self.schedule_config.epochs)
+        configs, imports = (self.optimizer_config, self.schedule_config), self._imports
+        try_classes(self.net, *configs, total_steps=total, steps=int(steps), imports=imports)
+        optimizer = build_optimizer(self.net, self.optimizer_config, imports)
+        schedule = build_schedule(optimizer, self.schedule_config, total, imports)
+        if self.schedule_config.class_path is not None:
+            self._filled = {name: total for name in LENGTHS if vars(schedule).get(name) == total}
+        return [optimizer], [schedule]
 
     # ------------------------------------------------------------------ inference and export
 
     def on_train_start(self) -> None:
-        """The head is trained from here on."""
+        """The head is trained from here on; a schedule of another length, from a checkpoint, is refused."""
         super().on_train_start()
         self._untrained = ""
+        held = vars(self.lr_schedulers())
+        for name, total in self._filled.items():
+            if held[name] != total:
+                raise ConfigError(
+                    f"model.schedule.class_path: the checkpoint's schedule has {name}={held[name]}, and this run "
+                    f"{total} optimizer steps. Resume with the epochs and rows of its run, or train its model in a new "
+                    "run"
+                )
 
     def on_validation_start(self) -> None:
         """Refuse to score with a head that was never trained; a checkpoint's weights are there by now."""
@@ -283,6 +319,7 @@ def _check_arguments(
     frozen_layers: int | None,
     lora: LoRAConfig,
     attention: str,
+    pooling: str,
     **_: Any,
 ) -> None:
     if task not in TASKS:
@@ -290,6 +327,8 @@ def _check_arguments(
     loss.name_for(task)
     if attention not in get_args(Attention):
         raise ConfigError(f"attention must be one of {', '.join(get_args(Attention))}, got {attention!r}")
+    if pooling not in get_args(TokenPooling):
+        raise ConfigError(f"pooling must be one of {', '.join(get_args(TokenPooling))}, got {pooling!r}")
     if dropout is not None and not 0 <= dropout < 1:
         raise ConfigError(f"dropout must be from 0 to below 1, or null, got {dropout}")
     if frozen_layers is not None and frozen_layers < 0:

@@ -18,7 +18,7 @@ from lightning_bge.models.metrics.compute import compute_metrics
 from lightning_bge.models.metrics.names import HAS_THRESHOLD, Metric
 from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.models.metrics.threshold import tuned_metrics
-from lightning_bge.models.optimizer import materialize_state
+from lightning_bge.models.optimizer import change_detector, materialize_state
 from lightning_bge.runtime.micro_batch import batch_source
 from lightning_bge.types import Batch, Schema
 
@@ -153,14 +153,10 @@ class EffectiveBatchModule(LightningModule):
                 torch.nn.utils.clip_grad_norm_(self.net.parameters(), norm, foreach=True)  # type: ignore[union-attr]
             optimizer.step()
 
-        def has_changed() -> bool:
-            # the fused kernel changes no version counter; its own count of steps does
-            return any(float(state.get("step", 0)) > self.global_step for state in optimizer.state.values())
-
         if self._trial_steps:
             update()
         else:
-            self.oom_retry.step(update, has_changed)
+            self.oom_retry.step(update, change_detector(optimizer, self.global_step))
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean loss: one log call an epoch, as each one costs more than a small model's step."""

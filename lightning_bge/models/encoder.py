@@ -29,9 +29,10 @@ from lightning_bge.models.heads import PACKED_HEADS
 from lightning_bge.models.memory_saving.freezing import freeze_layers
 from lightning_bge.models.memory_saving.gradient_checkpointing import set_gradient_checkpointing
 from lightning_bge.models.memory_saving.lora import LoRAConfig, add_lora
+from lightning_bge.models.pooling import TokenPooling, is_native, pool_tokens, pool_windows, pooling_of, set_pooling
 from lightning_bge.runtime.compat.transformers import attention_implementation
 from lightning_bge.runtime.log_once import log_once
-from lightning_bge.tokenization import Pooling
+from lightning_bge.runtime.model_config import read_config
 from lightning_bge.types import ENSEMBLE_FILE, MicroBatch
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class TextClassifier(nn.Module):
     Attributes:
         packed: whether sequences are computed without padding.
         untrained: why the head was never trained, to follow the model's name in a sentence; empty: it was.
+        pooling: how token vectors are pooled: see `set_pooling`.
         token_bucket: round a packed micro-batch's tokens up to a multiple of this with dummy sequences, as CUDA graphs
             need few shapes; None, the default, does not round.
 
@@ -66,6 +68,7 @@ class TextClassifier(nn.Module):
             )
         use_cheap_dropout(model)
         self.model = model
+        self.pooling = pooling_of(model.config)
         self.packed = can_pack and attention != "padded"
         self.untrained = ""
         self.token_bucket: int | None = None
@@ -73,7 +76,7 @@ class TextClassifier(nn.Module):
             register_packed_attention()
             model.set_attn_implementation(PACKED)
             if model.config.model_type in BERT_LIKE:
-                use_packed_layers(model.base_model.encoder.layer, first_tokens_only=True)
+                use_packed_layers(model.base_model.encoder.layer, first_tokens_only=self.pooling == "cls")
 
     @property
     def attention(self) -> str:
@@ -117,17 +120,19 @@ class TextClassifier(nn.Module):
         if config.model_type != "modernbert":
             inputs["token_type_ids"] = self._token_types(fed)[None]
         hidden = self.model.base_model(**inputs).last_hidden_state[0]
-        pooled = self._pool(hidden, micro)
+        return self._head(self._pool(hidden, micro))
+
+    def _head(self, pooled: Tensor) -> Tensor:
         # the head in full precision: bf16 logits have 8 bits, so that the scores of many rows would be the same
         with torch.autocast(pooled.device.type, enabled=False):
-            return PACKED_HEADS[config.model_type](self.model, pooled.to(self.model.dtype))
+            return PACKED_HEADS[self.model.config.model_type](self.model, pooled.to(self.model.dtype))
 
     def _pool(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
-        """What the layers gave -> [N, hidden]: each sequence's first token, or the mean where the model is made so."""
+        """What the layers gave -> [S, hidden]: each sequence's first token, or the mean or maximum of its tokens."""
+        if self.pooling != "cls":
+            return pool_tokens(hidden, micro.lengths, self.pooling)
         if self.model.config.model_type in BERT_LIKE:
             return hidden[: len(micro.lengths)]  # the last layer gave the first tokens alone
-        if self.model.config.classifier_pooling == "mean":
-            return torch.stack([part.mean(dim=0) for part in hidden[: sum(micro.lengths)].split(micro.lengths)])
         return hidden.index_select(0, micro.cu_seqlens[:-1])
 
     def _token_types(self, micro: MicroBatch) -> Tensor:
@@ -145,24 +150,11 @@ class TextClassifier(nn.Module):
         }
         if micro.token_type_ids is not None and getattr(self.model.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = pad(micro.token_type_ids, 0)
-        return self.model(**inputs).logits
-
-
-def pool_windows(logits: Tensor, windows: tuple[int, ...], pooling: Pooling) -> Tensor:
-    """Logits of sequences, [S, outputs] -> logits of rows, [N, outputs], at least in fp32.
-
-    Nothing waits for the device, and the order of all sums is fixed, so that a resumed run repeats them.
-
-    Args:
-        logits: the windows of a row follow each other.
-        windows: number of windows of each row.
-        pooling: their mean, or their maximum for each output.
-    """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if max(windows) == 1:
-        return wide
-    parts = wide.split(windows)
-    return torch.stack([part.mean(dim=0) if pooling == "mean" else part.amax(dim=0) for part in parts])
+        if is_native(self.model.config):
+            return self.model(**inputs).logits
+        hidden = self.model.base_model(**inputs).last_hidden_state
+        flat = torch.cat([row[:length] for row, length in zip(hidden, micro.lengths, strict=True)])
+        return self._head(pool_tokens(flat, micro.lengths, self.pooling))
 
 
 def load_classifier(
@@ -177,6 +169,7 @@ def load_classifier(
     gradient_checkpointing: bool = False,
     frozen_layers: int | None = None,
     lora: LoRAConfig = LoRAConfig(),  # noqa: B008 - frozen
+    pooling: TokenPooling = "auto",
 ) -> TextClassifier:
     """Load an encoder with a classification head from the hub or a folder, in fp32 and in train mode.
 
@@ -195,6 +188,7 @@ def load_classifier(
         gradient_checkpointing: see `set_gradient_checkpointing`.
         frozen_layers: see `freeze_layers`; None freezes nothing.
         lora: see `LoRAConfig`.
+        pooling: see `set_pooling`. A head that was trained with another one is kept, as a start.
 
     Returns:
         The classifier; where its head is new, `untrained` says why, and one line was logged.
@@ -206,7 +200,9 @@ def load_classifier(
     name_or_path = expand_home(name_or_path)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        model, untrained = _load_with_head(name_or_path, outputs, dropout, seed, source)
+        config = read_config(name_or_path, **source)
+        before = set_pooling(config, pooling)
+        model, untrained = _load_with_head(name_or_path, config, outputs, (dropout, pooling), seed, source)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(why_not_loaded(name_or_path, error)) from error
     net = prepare_classifier(
@@ -217,21 +213,27 @@ def load_classifier(
         frozen_layers=frozen_layers,
         lora=lora,
     )
+    if before and not untrained:
+        untrained = f"has a head that was trained with {before} pooling. Set model.pooling to auto or {before}"
     net.untrained = untrained
     return net
 
 
 def _load_with_head(
-    name_or_path: str, outputs: int | Outputs, dropout: float | None, seed: int, source: dict[str, Any]
+    name_or_path: str,
+    config: PretrainedConfig,
+    outputs: int | Outputs,
+    changes: tuple[float | None, TokenPooling],
+    seed: int,
+    source: dict[str, Any],
 ) -> tuple[PreTrainedModel, str]:
     """The model with the wanted outputs, and why its head was never trained; empty: it was."""
     match = None
     if isinstance(outputs, Outputs):
-        config = AutoConfig.from_pretrained(name_or_path, **source)
         match, outputs = match_head(config, outputs) if has_head(config) else None, outputs.count
     if match is not None and match.matrix is not None:
         width = match.matrix.shape[1]
-        model, new = _load(name_or_path, width, dropout, seed, source)
+        model, new = _load(name_or_path, width, changes, seed, source)
         if not new:
             rearrange_outputs(model, match.matrix)
             if match.note:
@@ -239,7 +241,7 @@ def _load_with_head(
             return model, ""
         if width == outputs:
             return model, _log_new_weights(name_or_path, new)
-    model, new = _load(name_or_path, outputs, dropout, seed, source)
+    model, new = _load(name_or_path, outputs, changes, seed, source)
     if match is None or match.matrix is not None:
         return model, _log_new_weights(name_or_path, new) if new else ""
     with torch.random.fork_rng(devices=[]):
@@ -250,12 +252,18 @@ def _load_with_head(
 
 
 def _load(
-    name_or_path: str, num_outputs: int, dropout: float | None, seed: int, source: dict[str, Any]
+    name_or_path: str,
+    num_outputs: int,
+    changes: tuple[float | None, TokenPooling],
+    seed: int,
+    source: dict[str, Any],
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model with a head of that width, and the names of weights that are not in the checkpoint."""
     with torch.random.fork_rng(devices=[]), quiet_transformers():
-        config = AutoConfig.from_pretrained(name_or_path, num_labels=num_outputs, **source)
+        config = read_config(name_or_path, num_labels=num_outputs, **source)
+        dropout, pooling = changes
         _set_dropout(config, dropout)
+        set_pooling(config, pooling)
         torch.manual_seed(seed)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name_or_path,

@@ -1,14 +1,16 @@
 """Losses as sums over sequences, so that an effective batch can be cut into micro-batches without changing its mean."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.models.loss_class import build_loss, row_losses
+from lightning_bge.runtime.class_path import check_class_option
 from lightning_bge.types import Task
 
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -30,14 +32,26 @@ class LossConfig:
         label_smoothing: fraction of the target distributed evenly over the classes, 0 to below 1.
         class_weights: `balanced` (n / (classes * count), from the training rows), or a weight for each class in the
             order of the labels (binary: negative, positive), or null. Multi-label: weights of the positives.
+        class_path: a loss by its class in place of `name`, such as torch.nn.HuberLoss, or a torch.nn.Module of your
+            own. It is called with logits (fp32) and labels of a micro-batch and returns a value for each row:
+            binary and regression [N] and float [N], multi-class [N, C] and int64 [N], multi-label [N, L] and float
+            [N, L], for which it may also return [N, L]. The loss is the mean of these values.
+        init_args: arguments of the class; `reduction` is none where it is not given.
+        signed_labels: give the class labels -1 and 1 in place of 0 and 1, as torch.nn.SoftMarginLoss takes them.
     """
 
     name: Literal["auto", "bce", "focal", "cross_entropy", "mse"] = "auto"
     focal_gamma: float = 2.0
     label_smoothing: float = 0.0
     class_weights: Literal["balanced"] | list[float] | None = None
+    class_path: str | None = None
+    init_args: dict[str, Any] = field(default_factory=dict)
+    signed_labels: bool = False
 
     def __post_init__(self) -> None:
+        check_class_option(self, "model.loss", kept=("signed_labels",))
+        if self.signed_labels and self.class_path is None:
+            raise ConfigError("model.loss.signed_labels: has no effect without model.loss.class_path: leave it out")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"model.loss.label_smoothing: expected 0 to below 1, got {self.label_smoothing}")
         if isinstance(self.class_weights, list) and min(self.class_weights, default=1) <= 0:
@@ -48,6 +62,10 @@ class LossConfig:
     def name_for(self, task: Task) -> str:
         """The loss for a task; raises `ConfigError` where the two do not go together."""
         allowed = ALLOWED[task]
+        if self.signed_labels and task not in ("binary", "multilabel"):
+            raise ConfigError(
+                f"model.loss.signed_labels: expected false, as a {task} task has no labels 0 and 1, got true"
+            )
         if self.name not in ("auto", *allowed):
             raise ConfigError(f"model.loss.name: a {task} task takes {' or '.join(allowed)}, got {self.name}")
         return allowed[0] if self.name == "auto" else self.name
@@ -61,25 +79,40 @@ class Loss(nn.Module):
         task: decides which losses are allowed and the labels' form.
         num_outputs: width of the logits.
         class_counts: rows of each class among the training rows, for `balanced`.
+        imports: whether the module of `class_path` may be imported; see `find_class`.
 
     Raises:
-        ConfigError: the loss does not go with the task, or the weights do not go with the labels.
+        ConfigError: the loss does not go with the task, or the weights do not go with the labels; a class can't serve:
+            see `build_loss`.
     """
 
     weight: Tensor | None
 
     def __init__(
-        self, config: LossConfig, task: Task, num_outputs: int, class_counts: Sequence[float] | None = None
+        self,
+        config: LossConfig,
+        task: Task,
+        num_outputs: int,
+        class_counts: Sequence[float] | None = None,
+        imports: bool = True,
     ) -> None:
         super().__init__()
         self.name = config.name_for(task)
         self.config = config
+        # in a tuple: it is made of `config`, so that checkpoints need not hold its buffers
+        self._own: tuple[nn.Module, ...] = ()
+        if config.class_path is not None:
+            options = (config.init_args, task, num_outputs, config.signed_labels, imports)
+            self._own = (build_loss(config.class_path, *options),)
         self.register_buffer("weight", _class_weights(config, task, num_outputs, class_counts), persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Sum of the weighted losses: logits [N, outputs], labels as in `MicroBatch`; computed in fp32 or wider."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
         smoothing = self.config.label_smoothing
+        for own in self._own:
+            path, signed = str(self.config.class_path), self.config.signed_labels
+            return row_losses(own.to(logits.device), path, logits, labels, signed).sum()
         if self.name == "cross_entropy":
             weight = None if self.weight is None else self.weight.to(logits)
             return F.cross_entropy(logits, labels, weight, reduction="sum", label_smoothing=smoothing)

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.encoder import expand_home, prepare_classifier, quiet_transformers, why_not_loaded
 from lightning_bge.models.memory_saving.lora import LoRAConfig
+from lightning_bge.models.pooling import TokenPooling, set_pooling
+from lightning_bge.runtime.model_config import read_config
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # and each with an index, for weights in several files
 
@@ -55,7 +57,7 @@ def check_model(name_or_path: str, *, revision: str | None = None, trust_remote_
         raise ConfigError(why_not_loaded(name, FileNotFoundError()))
     try:
         with quiet_transformers():
-            AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+            read_config(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(why_not_loaded(name, error)) from error
 
@@ -67,6 +69,7 @@ def measure_model(
     trust_remote_code: bool = False,
     frozen_layers: int | None = None,
     lora: LoRAConfig = LoRAConfig(),  # noqa: B008 - frozen
+    pooling: TokenPooling = "auto",
 ) -> ModelSize:
     """Size of a classifier as `load_classifier` would load it; the arguments have the same meaning.
 
@@ -77,7 +80,8 @@ def measure_model(
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(name_or_path, num_labels=1, **source)
+            config = read_config(name_or_path, num_labels=1, **source)
+        set_pooling(config, pooling)
         _check_weights(Path(name_or_path))
         with torch.random.fork_rng(devices=[]), quiet_transformers(), torch.device("meta"):
             kind = AutoModelForSequenceClassification

@@ -63,6 +63,10 @@ def with_overrides(config: Namespace, overrides: dict[str, Any]) -> Namespace:
 def check_option(config: Namespace, name: str) -> None:
     """Raise `ConfigError` unless `name` is an option of model, data or trainer, and not the target of a link."""
     linked = [target for _, target in LINKS]
+    # arguments of a class are any names, of which those that are not given have the class's own defaults
+    option, of_class, argument = name.partition(".init_args.")
+    if of_class and argument.isidentifier() and f"{option}.class_path" in config:
+        name = f"{option}.class_path"
     if name in config and name not in linked and name.split(".")[0] in ("model", "data", "trainer"):
         return
     known = [key for key, _ in config.items() if key not in linked]
@@ -71,6 +75,16 @@ def check_option(config: Namespace, name: str) -> None:
         f"hpo.space: there is no option {name}. "
         + (f"Options with such a beginning: {', '.join(near)}" if near else "Expected model.*, data.* or trainer.*")
     )
+
+
+def configured_value(config: Namespace, name: str) -> Any:
+    """The value of an option; None for an argument of a class that is not given, as the class has its own default.
+
+    Raises:
+        KeyError: there is no such option.
+    """
+    option, of_class, argument = name.partition(".init_args.")
+    return dict(config[f"{option}.init_args"]).get(argument) if of_class else config[name]
 
 
 def plain_config(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.text_experiment import TextExperiment
 from lightning_bge.hpo.trial.text_setup import TextTrialSetup
+from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.config import MonitorConfig
+from lightning_bge.types import Schema
 
 OPTIONS = {
     "seed_everything": 42,
@@ -27,6 +29,8 @@ OPTIONS = {
 
 class Data:
     """Validates on other rows where the options say so."""
+
+    schema = Schema("binary", ("no", "yes"), ("text",), 32)
 
     def __init__(self, rows: Any = None) -> None:
         self.validation_hash = str(rows)
@@ -42,7 +46,7 @@ def make(created: list[Namespace], metric: str = "f1", **changes: Any) -> TextEx
 
     def create(config: Namespace) -> TextTrialSetup:
         created.append(config)
-        return TextTrialSetup(None, Data(config["data.rows"]), None, None)  # type: ignore[arg-type]
+        return TextTrialSetup(BGEClassifier("m"), Data(config["data.rows"]), None, None)  # type: ignore[arg-type]
 
     config = dict_to_namespace(OPTIONS)
     for name, value in changes.items():

@@ -12,8 +12,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.models.classifier import BGEClassifier
-from lightning_bge.models.encoder import load_classifier, pool_windows
+from lightning_bge.models.encoder import load_classifier
 from lightning_bge.models.output.inference import encode_texts
+from lightning_bge.models.pooling import pool_windows
 from lightning_bge.tokenization import Pooling, WindowConfig
 from lightning_bge.types import Batch, MicroBatch, Schema
 from tests.helpers.small_models import quiet_trainer, save_model, word_tokenizer

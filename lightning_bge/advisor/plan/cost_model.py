@@ -126,6 +126,7 @@ def format_hours(value: float) -> str:
 # Hyperparameters that change what a step computes, but not how long it takes.
 FREE = (
     *(f"model.optimizer.{name}" for name in ("lr", "weight_decay", "beta1", "beta2", "eps", "layer_decay")),
+    *(f"model.optimizer.init_args.{name}" for name in ("lr", "weight_decay", "eps")),
     *("model.loss", "model.schedule", "model.seed", "trainer.max_epochs"),
 )
 NEAR = 0.1  # trials that differ in no hyperparameter weigh 100 times as much as those that differ in one

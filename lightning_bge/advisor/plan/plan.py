@@ -6,6 +6,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -44,6 +45,7 @@ from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets, paramete
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.text_experiment import TextExperiment
+from lightning_bge.runtime.dotted_config import configured_value
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,8 @@ def _measure(
     experiment.build({})  # reads what later calls find in memory
     since = time.perf_counter()
     experiment.build({})
-    checks = sum(1 for _ in parameter_sets_to_check(sets.space, experiment.config.get)) + sets.enqueued
+    configured = partial(configured_value, experiment.config)
+    checks = sum(1 for _ in parameter_sets_to_check(sets.space, configured)) + sets.enqueued
     start = checks * (time.perf_counter() - since)
     run_dir, encoder = experiment.run_dir, experiment.encoder_cache(hpo)
     near = next((p for p in (run_dir, *run_dir.absolute().parents) if os.access(p, os.W_OK)), None)

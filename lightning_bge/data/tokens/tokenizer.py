@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_bge.errors import ConfigError, DataError
+from lightning_bge.runtime.model_config import read_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -17,8 +18,6 @@ def load_tokenizer(name_or_path: str, revision: str | None = None, trust_remote_
     Raises:
         DataError: no such folder or name, a folder without tokenizer files, or a tokenizer without a fast version.
     """
-    from transformers import AutoTokenizer  # slow to import, and not needed where the cache holds everything
-
     name = str(Path(name_or_path).expanduser()) if name_or_path.startswith("~") else name_or_path
     folder = Path(name)
     if not name:
@@ -27,7 +26,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None, trust_remote_
         raise DataError(f"tokenizer folder {name} does not exist")
     remedy = f"Save the tokenizer there (tokenizer.save_pretrained({name!r})), or name another model"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = read_tokenizer(name, revision, trust_remote_code)
     except Exception as error:  # transformers and tokenizers raise many types, bare Exception among them
         if folder.is_dir():
             raise DataError(f"folder {name} holds no usable tokenizer ({_first_line(error)}). {remedy}") from error

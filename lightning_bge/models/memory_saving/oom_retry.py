@@ -136,10 +136,10 @@ class OOMRetry:
 
         Args:
             update: clips the gradients and steps.
-            has_changed: whether a weight has been updated.
+            has_changed: whether a weight may have been updated.
 
         Raises:
-            OutOfMemoryError: some weights are updated and others not, or it did not fit the second time either.
+            OutOfMemoryError: some weights may be updated and others not, or it did not fit the second time either.
         """
         self.at("optimizer")
         for last in (False, True):
@@ -156,8 +156,8 @@ class OOMRetry:
             clean_up()
             if has_changed():
                 raise OutOfMemoryError(
-                    f"{failed}; some weights are updated and others not: continue from the last checkpoint. To fix it, "
-                    f"{REMEDIES}",
+                    f"{failed}; some weights may be updated and others not: continue from the last checkpoint. "
+                    f"To fix it, {REMEDIES}",
                     failed,
                 )
             if last:

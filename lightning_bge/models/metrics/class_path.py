@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric as TorchMetric
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.runtime.class_path import find_class, first_line
 from lightning_bge.types import Schema, Task
 
 OPTION = "monitor.metric"
@@ -77,7 +77,9 @@ def build_metric(metric: Mapping[str, Any], task: Task, num_labels: int) -> Torc
         try:
             return kind(**{name: value for name, value in own.items() if name in known} | dict(given))
         except (TypeError, ValueError, ImportError, ModuleNotFoundError) as error:
-            raise ConfigError(f"{OPTION}: {path} does not accept init_args {dict(given)}: {_first(error)}") from error
+            raise ConfigError(
+                f"{OPTION}: {path} does not accept init_args {dict(given)}: {first_line(error)}"
+            ) from error
 
 
 def compute_class(
@@ -103,7 +105,7 @@ def compute_class(
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError, UserWarning) as error:
         raise ConfigError(
             f"{OPTION}: {path} can't be computed of the scores {list(score.shape)} and labels {list(labels.shape)} "
-            f"of a {schema.task} task: {_first(error)}"
+            f"of a {schema.task} task: {first_line(error)}"
         ) from error
     if not isinstance(value, Tensor) or value.numel() != 1:
         what = f"{value.numel()} numbers" if isinstance(value, Tensor) else f"a {type(value).__name__}"
@@ -147,15 +149,8 @@ def _ranks_groups(metric: TorchMetric) -> bool:
 
 
 def _find(path: str) -> Any:
-    module, _, name = path.rpartition(".")
     expected = f"{OPTION}: expected the path of a class that inherits from torchmetrics.Metric"
-    try:
-        found = getattr(importlib.import_module(module), name) if module else None
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{expected}, got {path}: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, TorchMetric)):
-        raise ConfigError(f"{expected}, got {path}")
-    return found
+    return find_class(path, TorchMetric, expected)
 
 
 @contextmanager
@@ -164,7 +159,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*will save all .* in buffer.*")
         yield
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -1,6 +1,7 @@
 """A trained classifier as a folder that transformers and sentence-transformers load without this package."""
 
 import copy
+import json
 import os
 import shutil
 import tempfile
@@ -13,6 +14,8 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.models.encoder import TextClassifier, quiet_transformers
 from lightning_bge.models.memory_saving.lora import merged_weights
 from lightning_bge.models.output.model_card import write_model_card
+from lightning_bge.models.pooling import is_native
+from lightning_bge.runtime.model_config import as_exported
 from lightning_bge.types import SCHEMA_FILE, Schema
 
 
@@ -27,6 +30,8 @@ def export_classifier(
 
     The tokenizer's length limit is set to the one trained with, so that texts are truncated as in training. The folder
     appears whole or not at all; an older one is replaced. LoRA's factors are merged into the weights that are written.
+    With a pooling that transformers' model does not have, `config.json` names an architecture of this package, which
+    transformers and sentence-transformers refuse: they would compute other scores.
 
     Args:
         net: the encoder with its head.
@@ -51,9 +56,13 @@ def export_classifier(
         _describe_outputs(net.model.config, schema)
         with quiet_transformers():
             net.model.save_pretrained(draft, state_dict=merged_weights(net.model))
+        native = is_native(net.model.config)
+        if not native:
+            path = draft / "config.json"
+            path.write_text(json.dumps(as_exported(json.loads(path.read_text())), indent=2) + "\n")
         save_tokenizer(tokenizer, schema, draft)
         schema.save(draft)
-        write_model_card(draft, schema, base_model)
+        write_model_card(draft, schema, base_model, peers=native)
         replace_folder(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

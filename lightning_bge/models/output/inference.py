@@ -6,12 +6,13 @@ from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lightning_bge.errors import ConfigError, DataError
 from lightning_bge.models.encoder import TextClassifier, expand_home
 from lightning_bge.models.metrics.predictions import scores
 from lightning_bge.models.output.prediction_file import decide
+from lightning_bge.runtime.model_config import read_tokenizer
 from lightning_bge.tokenization import tokenize_rows
 from lightning_bge.types import MicroBatch, Schema
 
@@ -77,7 +78,7 @@ def tokenizer_of(name_or_path: str, revision: str | None, trust_remote_code: boo
     """
     name = expand_home(name_or_path)
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return read_tokenizer(name, revision, trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name} holds no tokenizer that can be loaded: pass `tokenizer` to predict") from error
 

@@ -27,7 +27,9 @@ _SCORES: dict[Task, str] = {
 }
 
 
-def write_model_card(folder: Path, schema: Schema, base_model: str | None = None, members: int = 0) -> None:
+def write_model_card(
+    folder: Path, schema: Schema, base_model: str | None = None, members: int = 0, peers: bool = True
+) -> None:
     """Write `README.md`: task, labels, limits, how to use the model, and what becomes of longer texts.
 
     It names no file or folder of this machine, and contains no text of the data.
@@ -37,18 +39,27 @@ def write_model_card(folder: Path, schema: Schema, base_model: str | None = None
         schema: what the model reads and predicts.
         base_model: what was fine-tuned, as the user named it; it is in the card if it came from the hub.
         members: number of models in the folder, for an ensemble, which only this package loads; 0: it is one model.
+        peers: whether transformers and sentence-transformers can load the model.
     """
-    front: dict[str, Any] = {"library_name": "lightning-bge" if members else "transformers"}
+    front: dict[str, Any] = {"library_name": "transformers" if peers and not members else "lightning-bge"}
     if base_model is not None and _is_from_hub(base_model):
         front = {"base_model": base_model, **front}
     pairs = len(schema.text_columns) == 2
-    peers = [] if members else ["sentence-transformers", "cross-encoder"] * pairs
-    front |= {"pipeline_tag": "text-classification", "tags": ["lightning-bge", *peers, schema.task]}
+    tags = ["sentence-transformers", "cross-encoder"] * (pairs and peers and not members)
+    front |= {"pipeline_tag": "text-classification", "tags": ["lightning-bge", *tags, schema.task]}
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    usage = [_ensemble(schema, members)] if members else [_lightning_bge(schema), _transformers(schema)]
-    if not members:
-        usage.append(_sentence_transformers(schema))
-    parts = [_facts(schema), "## How to use it", *usage, "## Longer texts", _longer_texts(schema, bool(members))]
+    usage = [_ensemble(schema, members)] if members else [_lightning_bge(schema)]
+    if not members and peers:
+        usage += [_transformers(schema), _sentence_transformers(schema)]
+    elif not members:
+        usage.append("transformers and sentence-transformers can't load it, as they have no such pooling of tokens.")
+    parts = [
+        _facts(schema),
+        "## How to use it",
+        *usage,
+        "## Longer texts",
+        _longer_texts(schema, bool(members) or not peers),
+    ]
     title = "Text-pair model" if pairs else "Text model"
     content = f"---\n{head}---\n\n# {title}: {schema.task}\n\n" + "\n\n".join(parts) + "\n"
     (folder / CARD_FILE).write_text(content, encoding="utf-8")

@@ -1,7 +1,7 @@
 """What this package needs of torch that has no public name: one function each, with its reason."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,11 @@ def _no_step(closure: Callable[[], Any] | None = None, **_: Any) -> Any:
 
 
 _no_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each tensor was changed in place, but for fused kernels; autograd counts it, with no public name."""
+    return [tensor._version for tensor in tensors]
 
 
 def forget_interrupted_step(scaler: torch.amp.GradScaler) -> None:

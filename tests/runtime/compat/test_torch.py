@@ -147,3 +147,11 @@ def test_the_flash_operators_have_the_arguments_that_they_are_called_with() -> N
         needs(getattr(torch.ops.aten, name).default, "_schema")
     found = "torch.ops.aten._flash_attention_forward and _backward with the arguments of `FORWARD_ARGUMENTS`"
     assert compat.has_flash_attention(), MISSING.format(torch.__version__, found)
+
+
+def test_changes_in_place_are_counted() -> None:
+    held = [torch.zeros(3), torch.zeros(3)]
+    needs(torch.Tensor, "_version")
+    before = compat.versions(held)
+    held[1].add_(1)
+    assert [new - old for new, old in zip(compat.versions(held), before, strict=True)] == [0, 1]

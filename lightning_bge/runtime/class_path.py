@@ -1,0 +1,93 @@
+"""Classes that YAML names by their path: `class_path` and `init_args`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, fields
+from typing import Any, Protocol
+
+from lightning_bge.errors import ConfigError
+
+FIELDS = ("class_path", "init_args")
+
+
+class ClassOption(Protocol):
+    """A config of which one choice is a class of the user's own."""
+
+    @property
+    def class_path(self) -> str | None:
+        """The path of the class; None: there is none."""
+
+    @property
+    def init_args(self) -> dict[str, Any]:
+        """Arguments of the class."""
+
+
+def check_class_option(config: ClassOption, option: str, kept: Collection[str] = ()) -> None:
+    """Refuse what has no effect: other options beside `class_path`, and `init_args` without it. Nothing is imported.
+
+    Args:
+        config: a dataclass.
+        option: its dotted name.
+        kept: fields that are in effect beside `class_path`.
+
+    Raises:
+        ConfigError: names the option that has no effect, and where its value belongs.
+    """
+    if not isinstance(config.init_args, Mapping) or not all(isinstance(name, str) for name in config.init_args):
+        raise ConfigError(f"{option}.init_args: expected names and values, got {config.init_args!r}")
+    if config.class_path is None:
+        if config.init_args:
+            raise ConfigError(
+                f"{option}.init_args: expected nothing without {option}.class_path, got {dict(config.init_args)}"
+            )
+        return
+    for field in fields(config):  # type: ignore[arg-type]
+        default, value = field.default, getattr(config, field.name)
+        if field.name not in (*FIELDS, *kept) and default is not MISSING and value != default:
+            raise ConfigError(
+                f"{option}.{field.name}: has no effect beside {option}.class_path: expected its default, "
+                f"{'null' if default is None else default}, got {value}. Give {config.class_path} what it needs under "
+                f"{option}.init_args"
+            )
+
+
+def find_class(path: str, base: type, expected: str, *, imports: bool = True) -> Any:
+    """The class at a path such as `torch.optim.SGD`.
+
+    Args:
+        path: module and name.
+        base: what it has to inherit from.
+        expected: begins error messages: the option, and that the path of such a class was expected.
+        imports: whether its module may be imported, which runs the module's code. False, for a path that comes from a
+            checkpoint, which someone else may have written: only among the modules that the program has imported.
+
+    Raises:
+        ConfigError: there is no such class, it does not inherit from `base`, or its module may not be imported.
+    """
+    module, _, name = path.rpartition(".")
+    if not imports and module not in sys.modules:
+        raise ConfigError(
+            f"{expected}: {path} comes from a checkpoint, and nothing is imported that a checkpoint names, as that "
+            f"runs code. If you trust it, write `import {module or path}` in your program before this call"
+        )
+    try:
+        found = getattr(importlib.import_module(module), name) if module else None
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{expected}, got {path}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(f"{expected}, got {path}")
+    return found
+
+
+def parameters_of(kind: Any) -> Mapping[str, inspect.Parameter]:
+    """The named arguments of a class's constructor."""
+    return inspect.signature(kind).parameters
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
