@@ -60,6 +60,8 @@ class Search:
         default: speed is not measured below so many units.
         step: the size of a unit: the reason names `units * step`.
         noise: bytes by which a measured peak may be wrong; it is added where a limit must not be tried.
+        largest: units beyond which nothing is of use.
+        shortest_s: speed is not measured where a step takes fewer seconds.
 
     Attributes:
         tried: (units, peak, seconds) of all trial steps; peak and seconds are None where it failed.
@@ -75,9 +77,12 @@ class Search:
         default: int,
         step: int = 1,
         noise: int = 0,
+        largest: int = MAX_UNITS,
+        shortest_s: float = 0.0,
     ) -> None:
         self.attempt, self.measure_free, self.margin, self.min_speedup = attempt, measure_free, margin, min_speedup
         self.default, self.step, self.noise = max(default, 1), step, noise
+        self.largest, self.shortest_s = largest, shortest_s
         self.free = measure_free()
         self.tried: list[tuple[int, int | None, float | None]] = []
         self._fitted: dict[int, TrialStep] = {}
@@ -88,7 +93,7 @@ class Search:
         units: int | None = 1
         before: tuple[int, float] | None = None
         while units is not None:
-            if self._try(units) and self.min_speedup is not None and self._failed is None and units >= self.default:
+            if self._try(units) and self.min_speedup is not None and self._is_timed(units):
                 rate = self._rate(units)
                 if rate is not None:
                     if before is not None and units == 2 * before[0] and rate / before[1] - 1 < self.min_speedup:
@@ -99,11 +104,17 @@ class Search:
         low = self._low
         if low == 0:
             return Answer(0, f"not even {self.step:,} fits")
+        if self._failed is None and low >= self.largest:
+            return self._answer(low, f"nothing larger than {low * self.step:,} is of use")
         if self._failed is None:
             reason = f"as much as the limit is predicted to allow, less {self.margin:.0%} of the activations"
             return self._answer(low, reason)
         reason = f"the largest that fitted is {low * self.step:,}, and {self.margin:.0%} of its activations"
         return self._answer(self._with_margin(low), f"{reason} are left free")
+
+    def _is_timed(self, units: int) -> bool:
+        long = units >= self.default and self._fitted[units].seconds >= self.shortest_s
+        return long and self._failed is None
 
     def _answer(self, units: int, reason: str) -> Answer:
         known = self._fitted.get(units)
@@ -137,10 +148,11 @@ class Search:
             if high <= max(low + 1, CLOSE * low):
                 return None
             units = max(math.isqrt(low * high), low + 1)
-        elif low >= MAX_UNITS:
+        elif low >= self.largest:
             return None
         else:  # the first two sizes give the line
             units = min(MAX_EXTRAPOLATION * low, self.default) if 2 <= low < self.default else 2 * low
+            units = min(units, self.largest)
         if self.free is not None:
             last, slope = self._line(self.noise)
             allowed = last.units + (self.free - last.peak - self.noise) / slope
