@@ -1,5 +1,6 @@
 """What this package needs of Lightning that has no public name: one function each, with its reason."""
 
+import importlib.util
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -169,18 +170,29 @@ def count_fits() -> Iterator[Callable[[], int]]:
     Yields:
         A function that returns the number of calls so far.
     """
-    fit, total = Trainer.fit, 0
+    total = 0
 
-    def counted(self: Trainer, *args: Any, **options: Any) -> Any:
-        nonlocal total
-        total += 1
-        return fit(self, *args, **options)
+    def counting(fit: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **options: Any) -> Any:
+            nonlocal total
+            total += 1
+            return fit(*args, **options)
 
-    Trainer.fit = counted  # type: ignore[method-assign]
+        return counted
+
+    before = [(trainer, trainer.fit) for trainer in _trainer_classes()]
+    for trainer, fit in before:
+        trainer.fit = counting(fit)
     try:
         yield lambda: total
     finally:
-        Trainer.fit = fit  # type: ignore[method-assign]
+        for trainer, fit in before:
+            trainer.fit = fit
+
+
+def _trainer_classes() -> list[Any]:
+    """Lightning's class, and that of the package `pytorch_lightning`, where it is installed."""
+    return [importlib.import_module(name).Trainer for name in PACKAGES if importlib.util.find_spec(name) is not None]
 
 
 def estimated_steps(trainer: Trainer) -> float:
