@@ -115,8 +115,9 @@ def note(record: dict[str, Any]) -> str:
         [
             "# Batch size finders",
             "",
-            f"Written {record['written']} at commit {record['git_commit']} by `examples/benchmarks/batch_size_finder.py`.",
-            "Each run is a process whose address space is limited to so many MiB more than it has with module and data.",
+            f"Written {record['written']} at commit {record['git_commit']} by "
+            "`examples/benchmarks/batch_size_finder.py`. Each run is a process whose address space is limited to so "
+            "many MiB more than it has with module and data.",
             f"`MicroBatchFinder` (ours), {len(record['alone'])} runs: {record['unfinished']} did not finish.",
             "",
             markdown_table([*header, "ratio"], rows),

@@ -176,6 +176,8 @@ class DataLoaderSource:
     def set_micro_batch_size(self, size: int) -> None:
         """Have Lightning make its loaders anew, with that batch size, and accumulate the same effective batches."""
         self.micro_batch_size = size
+        if size == self._asked:
+            return
         lightning_setattr(self.module, self.name, size)
         self.trainer.accumulate_grad_batches = self.effective // size
         for option, rows in self._ends.items():
