@@ -82,11 +82,16 @@ class DataLoaderSource:
 
     def _checked(self, loader: Any, size: int) -> DataLoader[Any]:
         """A loader whose batches have so many rows."""
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            got = "an iterable dataset" if isinstance(loader, DataLoader) else type(loader).__name__
+        if not isinstance(loader, DataLoader):
+            got: str | None = type(loader).__name__
+        elif isinstance(loader.dataset, IterableDataset):
+            got = "an iterable dataset"
+        else:
+            got = None if hasattr(loader.sampler, "__len__") else f"the sampler {type(loader.sampler).__name__}"
+        if got is not None:
             raise ConfigError(
-                f"MicroBatchFinder: expected train_dataloader to return one DataLoader of a dataset with a length, got "
-                f"{got}; make the data module a batch source with the methods of SupportsMicroBatchSize"
+                "MicroBatchFinder: expected train_dataloader to return one DataLoader whose dataset and sampler have "
+                f"lengths, got {got}; make the data module a batch source with the methods of SupportsMicroBatchSize"
             )
         if loader.batch_size != size:
             raise ConfigError(

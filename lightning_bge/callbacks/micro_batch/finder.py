@@ -104,8 +104,8 @@ class MicroBatchFinder(Callback):
             return
         if not lightning_hasattr(pl_module, self.batch_arg_name):
             return
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.reason = "trainer.fast_dev_run: the batch size stays"
+        if _is_skipped(trainer):
+            self.reason = "trainer.fast_dev_run, or no training batches: the batch size stays"
             return
         loaders = DataLoaderSource(trainer, pl_module, self.batch_arg_name)
         if trainer.ckpt_path is None:
@@ -123,7 +123,7 @@ class MicroBatchFinder(Callback):
             return
         source = batch_source(trainer, pl_module)
         if source is None or not _is_own_source(trainer, pl_module):
-            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if not _is_skipped(trainer):
                 self._reset(
                     "no micro-batch size: neither data module nor module is a batch source (see "
                     f"SupportsMicroBatchSize), or optimized automatically with an attribute {self.batch_arg_name}"
@@ -273,6 +273,11 @@ class MicroBatchFinder(Callback):
 def _is_own_source(trainer: Trainer, module: LightningModule) -> bool:
     """Whether data module or module make worst-case batches themselves."""
     return hasattr(batch_source(trainer, module), "worst_case_batch")
+
+
+def _is_skipped(trainer: Trainer) -> bool:
+    """Whether there is nothing to search a size for."""
+    return bool(trainer.fast_dev_run) or trainer.limit_train_batches == 0  # type: ignore[attr-defined]
 
 
 def _source_options(config: MemoryConfig, step: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from lightning_bge.callbacks.micro_batch import finder as finder_module
 from lightning_bge.callbacks.micro_batch.config import MemoryConfig
@@ -343,6 +343,27 @@ def test_speed_decides_too(measured: Any) -> None:
     assert "over half of it" in finder.reason
 
 
+@pytest.mark.parametrize(("largest", "size"), [(11, 6), (12, 6), (13, 6), (14, 12), (1000, 12)])
+def test_the_whole_effective_batch_is_taken_where_the_margin_is_left_too(
+    largest: int, size: int, measured: Any
+) -> None:
+    measured(module := Ordinary(largest=largest))
+    finder = MicroBatchFinder(MemoryConfig(min_speedup=None, safety_margin=0.1, cache=False))
+    fit(module, finder, max_epochs=1)
+    assert finder.micro_batch_size == size
+    assert max(rows for rows, *_ in finder.tried) <= 14
+
+
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"limit_train_batches": 0}])
+def test_nothing_is_searched_where_little_or_nothing_is_trained(options: dict[str, Any], measured: Any) -> None:
+    measured(module := Ordinary(largest=100))
+    finder, seen = MicroBatchFinder(NO_MARGIN), Gradients()
+    fit(module, finder, seen, **options)
+    assert (finder.micro_batch_size, finder.tried) == (None, [])
+    assert "the batch size stays" in finder.reason
+    assert len(seen.seen) == (1 if "fast_dev_run" in options else 0)
+
+
 def test_without_a_limit_the_batch_size_stays() -> None:
     finder, seen = MicroBatchFinder(), Gradients()
     with pytest.MonkeyPatch.context() as patch:
@@ -350,6 +371,11 @@ def test_without_a_limit_the_batch_size_stays() -> None:
         fit(Ordinary(largest=12), finder, seen)
     assert (finder.micro_batch_size, seen.options, finder.tried) == (12, [12, 1], [])
     assert finder.reason.startswith("no limit on memory is stated")
+
+
+class NoLength(Sampler[int]):
+    def __iter__(self) -> Any:
+        return iter((0, 1))
 
 
 class Endless(IterableDataset[Any]):
@@ -363,6 +389,11 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"rows": 0}, {}, "expected a dataset of 1 sample or more"),
     ({}, {"train_dataloader": lambda self: DataLoader(self.data, batch_size=3)}, "which is 12, got batch_size 3"),
     ({}, {"train_dataloader": lambda self: DataLoader(Endless(), batch_size=12)}, "got an iterable dataset"),
+    (
+        {},
+        {"train_dataloader": lambda self: DataLoader(self.data, batch_size=12, sampler=NoLength())},
+        "got the sampler NoLength",
+    ),
     ({}, {"train_dataloader": lambda self: [self.val_dataloader()]}, "got list"),
     ({}, {"val_dataloader": lambda self: [[1]]}, "expected val_dataloader to return a DataLoader"),
 ]

@@ -148,3 +148,22 @@ def test_better_of_two_steps_is_timed_unless_they_are_long(scale: float, is_long
 def test_sizes_that_never_fail_are_not_doubled_for_ever() -> None:
     answer = Search(lambda units, _: TrialStep(units, 100, 1.0), lambda: None, margin=0.1, min_speedup=None, default=1)
     assert answer.run().units == 2**30
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_nothing_larger_than_what_is_of_use_is_tried(raises: bool) -> None:
+    machine = Machine(10_000) if raises else Machine(killing=10_000)
+    answer = Search(
+        machine, lambda: machine.killing, margin=0.1, min_speedup=None, default=1, step=4, largest=100
+    ).run()
+    assert (answer.units, max(machine.tried)) == (100, 100)
+    assert answer.reason == "nothing larger than 400 is of use"
+
+
+@pytest.mark.parametrize(("shortest_s", "units"), [(0.0, 1), (0.003, 32), (10.0, 100)])
+def test_speed_is_not_judged_by_steps_that_are_too_short(shortest_s: float, units: int) -> None:
+    machine = Machine(10_000)  # as many units a second whatever the size
+    answer = Search(
+        machine, lambda: None, margin=0.1, min_speedup=0.05, default=1, largest=100, shortest_s=shortest_s
+    ).run()
+    assert answer.units == units
