@@ -107,7 +107,8 @@ def test_growth_ends_where_speed_does(limits: tuple[float, int | None], constant
     assert gain(2 * answer.units, constant) < 0.05
     assert answer.reason.endswith("units a second over half of it")
     assert machine.tried[:3] == [1, 2, 16]  # the default is the first that is timed
-    assert all(machine.tried.count(units) == 2 for units in machine.tried[2:])
+    most = max(machine.tried)  # it and half of it are made 3 more times before the search ends
+    assert all(machine.tried.count(units) == (5 if units >= most // 2 else 2) for units in machine.tried[2:])
 
 
 @pytest.mark.parametrize("limits", [(1_500, None), (math.inf, 1_500)])
@@ -158,6 +159,24 @@ def test_nothing_larger_than_what_is_of_use_is_tried(raises: bool) -> None:
     ).run()
     assert (answer.units, max(machine.tried)) == (100, 100)
     assert answer.reason == "nothing larger than 400 is of use"
+
+
+@pytest.mark.parametrize("slow", [1, 2, 3, 4])
+def test_a_machine_that_is_busy_for_a_few_steps_does_not_end_the_search(slow: int) -> None:
+    machine, made = Machine(10**6, constant=50.0), 0
+
+    def attempt(units: int, validate: bool) -> TrialStep | None:
+        nonlocal made
+        made += units == 64
+        step = machine(units, validate)
+        if step is None or units != 64 or made > slow:
+            return step
+        return TrialStep(step.units, step.peak, 3 * step.seconds)
+
+    def search(steps: object) -> Answer:
+        return Search(steps, lambda: None, margin=0.1, min_speedup=0.05, default=1).run()  # type: ignore[arg-type]
+
+    assert search(attempt).units == search(Machine(10**6, constant=50.0)).units > 64
 
 
 @pytest.mark.parametrize(("shortest_s", "units"), [(0.0, 1), (0.003, 32), (10.0, 100)])
