@@ -27,6 +27,7 @@ from lightning_bge.runtime.callback_kinds import (
     UNUSABLE,
     Given,
     callback_list,
+    is_kind,
     without_kinds,
 )
 from lightning_bge.runtime.distributed import choose_strategy
@@ -132,7 +133,7 @@ def warn_of_unused_callbacks(callbacks: Given, command: str, *, evaluates: bool 
     reasons: dict[str, str] = {}  # one for several of a name
     for callback in callback_list(callbacks):
         if isinstance(callback, kinds):
-            unusable = [fix for kind, fix in UNUSABLE.items() if isinstance(callback, kind) and not evaluates]
+            unusable = [fix for kind, fix in UNUSABLE.items() if is_kind(type(callback), (kind,)) and not evaluates]
             reasons[type(callback).__name__] = unusable[0] if unusable else f"{command} {reason}"
     for name, why in reasons.items():
         log.info("trainer.callbacks: %s is left out, as %s", name, why)

@@ -28,8 +28,9 @@ class OOMHandler(Callback):
     A callback can't repeat a step: the error comes out of `fit` unchanged, after this callback has noted where it
     happened, dropped gradients and the locals of the frames that failed, given memory back, and halved the micro-batch
     size of the batch source (see `SupportsMicroBatchSize`), if there is one, so that the next `fit` begins with less. A
-    `MicroBatchFinder` in the same trainer keeps the lower size, whichever of the two comes first. A module that repeats
-    its steps itself, as `BGEClassifier` does, lets errors out only when nothing else helps.
+    `MicroBatchFinder` in the same trainer keeps the lower size, whichever of the two comes first, and that of an
+    ordinary module too. A module that repeats its steps itself, as `BGEClassifier` does, lets errors out only when
+    nothing else helps.
 
     Attributes:
         records: the out-of-memory error that ended the last `fit`; empty where none did.
@@ -51,14 +52,24 @@ class OOMHandler(Callback):
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
         clean_up(exception)
-        source = batch_source(trainer, pl_module)
-        if source is None or source.micro_batch_size <= 1 or record.kind != "device":
-            return
-        source.set_micro_batch_size(source.micro_batch_size // 2)
-        log.warning("%s: the micro-batch size is %d from now on", record, source.micro_batch_size)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, MicroBatchFinder):
-                callback.lower(source.micro_batch_size)
+        if record.kind == "device":
+            _halve(trainer, pl_module, record)
+
+
+def _halve(trainer: Trainer, module: LightningModule, record: OutOfMemory) -> None:
+    """Halve the micro-batch size of the batch source, or what a `MicroBatchFinder` has found for an ordinary module."""
+    finders = [one for one in trainer.callbacks if isinstance(one, MicroBatchFinder)]  # type: ignore[attr-defined]
+    source = batch_source(trainer, module)
+    before = (
+        max((one.micro_batch_size or 0 for one in finders), default=0) if source is None else source.micro_batch_size
+    )
+    if before <= 1:
+        return
+    if source is not None:
+        source.set_micro_batch_size(before // 2)
+    log.warning("%s: the micro-batch size is %d from now on", record, before // 2)
+    for finder in finders:
+        finder.lower(before // 2)
 
 
 def _find_place(error: BaseException) -> str:

@@ -6,7 +6,9 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_bge.cli.arguments import nearest
 from lightning_bge.errors import ConfigError
-from lightning_bge.runtime.callback_kinds import UNUSABLE, Given, callback_list
+from lightning_bge.runtime.callback_kinds import UNUSABLE, Given, callback_list, is_kind
+
+KNOWN = ("lightning", "pytorch_lightning", "lightning_bge")  # packages whose callbacks log nothing by unknown names
 
 
 def check_callbacks(callbacks: Given, logged: Sequence[str]) -> None:
@@ -23,12 +25,13 @@ def check_callbacks(callbacks: Given, logged: Sequence[str]) -> None:
     given = callback_list(callbacks)
     for callback in given:
         for kind, fix in UNUSABLE.items():
-            if isinstance(callback, kind):
+            if is_kind(type(callback), (kind,)):
                 raise ConfigError(f"trainer.callbacks: {type(callback).__name__} can't be used, as {fix}")
-    if any(type(callback).__module__.partition(".")[0] not in ("lightning", "lightning_bge") for callback in given):
+    if any(type(callback).__module__.partition(".")[0] not in KNOWN for callback in given):
         return
     for callback in given:
-        monitored = callback.monitor if isinstance(callback, EarlyStopping | ModelCheckpoint) else None
+        monitors = is_kind(type(callback), (EarlyStopping, ModelCheckpoint))
+        monitored = getattr(callback, "monitor", None) if monitors else None
         # `Throughput` logs names with `train_` as well, which depend on the machine
         if monitored is not None and monitored not in logged and not monitored.startswith("train_"):
             near = nearest(monitored, logged, cutoff=0.4)

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
@@ -22,6 +22,8 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
+
+from lightning_bge.runtime.compat.lightning import PACKAGES
 
 Given = Callback | Sequence[Callback] | None
 
@@ -51,18 +53,29 @@ NEEDS_TRAINING = (
 
 def callback_list(callbacks: Given) -> list[Callback]:
     """The callbacks of a trainer's argument."""
-    return [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, list | tuple) else [cast(Callback, callbacks)]
+
+
+def is_kind(found: type, kinds: tuple[type, ...]) -> bool:
+    """Whether a class is one of Lightning's callbacks, or derived from one.
+
+    By name, as the package `pytorch_lightning` has classes of its own.
+    """
+    bases = [base.__name__ for base in found.__mro__ if base.__module__.partition(".")[0] in PACKAGES]
+    return issubclass(found, kinds) or not {kind.__name__ for kind in kinds}.isdisjoint(bases)
 
 
 def without_kinds(callbacks: Given, kinds: tuple[type, ...]) -> list[Callback]:
     """The callbacks that are of none of these kinds."""
-    return [callback for callback in callback_list(callbacks) if not isinstance(callback, kinds)]
+    return [callback for callback in callback_list(callbacks) if not is_kind(type(callback), kinds)]
 
 
 def acting_callbacks(options: Any, kinds: tuple[type, ...] = OBSERVERS) -> list[Any]:
     """The callbacks of options as plain data (`class_path`, `init_args`) that are of none of these kinds."""
     given = [options] if isinstance(options, dict) else options or []
-    return [one for one in given if not (isinstance(one, dict) and issubclass(_class(one), kinds))]
+    return [one for one in given if not (isinstance(one, dict) and is_kind(_class(one), kinds))]
 
 
 def _class(option: dict[str, Any]) -> type:

@@ -9,9 +9,11 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning_bge.runtime.callback_kinds import (
     NEEDS_FIT,
     NEEDS_TRAINING,
+    NOT_IN_TRIALS,
     OBSERVERS,
     acting_callbacks,
     callback_list,
+    is_kind,
     without_kinds,
 )
 
@@ -44,6 +46,18 @@ def test_one_callback_several_or_none_are_a_list() -> None:
 def test_which_serve_where(callback: Callback, in_study: bool, in_evaluation: bool) -> None:
     assert without_kinds(callback, NEEDS_FIT) == [callback] * in_study
     assert without_kinds([callback], NEEDS_TRAINING) == [callback] * in_evaluation
+
+
+@pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint", "BatchSizeFinder", "Timer"])
+def test_callbacks_of_the_package_pytorch_lightning_are_of_the_same_kinds(name: str) -> None:
+    twin = pytest.importorskip("pytorch_lightning.callbacks", reason="newer versions of lightning bring it")
+    callback = getattr(twin, name)(**({"monitor": "a"} if name == "EarlyStopping" else {}))
+    assert not isinstance(callback, Callback)
+    assert callback_list(callback) == [callback]
+    assert without_kinds([callback], NOT_IN_TRIALS) == [callback] * (name == "Timer")
+    assert is_kind(type(callback), NEEDS_TRAINING)
+    assert not is_kind(type(callback), OBSERVERS) or name == "ModelCheckpoint"
+    assert acting_callbacks({"class_path": f"pytorch_lightning.callbacks.{name}"}, NEEDS_TRAINING) == []
 
 
 LIGHTNING = "lightning.pytorch.callbacks"

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bge.callbacks.micro_batch.search import TrialStep
 from lightning_bge.callbacks.micro_batch.state import Kept
-from lightning_bge.runtime.compat.lightning import on_before_batch_transfer
+from lightning_bge.runtime.compat.lightning import is_strategy, on_before_batch_transfer
 from lightning_bge.runtime.memory import process_bytes, release
 from lightning_bge.runtime.oom import find_oom
 
@@ -97,7 +96,7 @@ def make_meter(trainer: Trainer, device: torch.device, address_space: bool = Fal
         device: the training device.
         address_space: whether the host's address space is limited.
     """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+    if not is_strategy(trainer.strategy, "SingleDeviceStrategy", "DDPStrategy"):
         return f"a step can't be tried alone under {type(trainer.strategy).__name__}"
     if device.type == "cuda":
         return CudaMeter(device)
@@ -123,15 +122,22 @@ class Probe:
         module: its module; with DistributedDataParallel the one inside.
         make_batch: makes a worst-case batch of so many units, for training or not, on the host.
         meter: measures.
+        prefetched: batches that Lightning's loop holds while a training step runs, besides its own.
 
     Attributes:
         failure: a description of the last failed allocation; None: nothing failed.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, make_batch: Callable[[int, bool], Any], meter: Meter
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        make_batch: Callable[[int, bool], Any],
+        meter: Meter,
+        prefetched: int = 0,
     ) -> None:
         self.trainer, self.module, self.make_batch, self.meter = trainer, module, make_batch, meter
+        self.prefetched = prefetched
         self.failure: str | None = None
         self._with_gradients: list[Tensor] = []
         self._validates = trainer.enable_validation
@@ -191,6 +197,7 @@ class Probe:
         trainer, meter = self.trainer, self.meter
         meter.start()
         batch = self._move(self.make_batch(units, True))
+        prefetched = [self.make_batch(units, True) for _ in range(self.prefetched)]
         for parameter in self._with_gradients:
             # written, as a page of zeros that was never written takes no memory
             parameter.grad = torch.empty_like(parameter).zero_()
@@ -204,7 +211,7 @@ class Probe:
                 with trainer.precision_plugin.train_step_context():
                     _call(self.module.training_step, batch)
         seconds = meter.now() - begin
-        del batch
+        del batch, prefetched
         if validate and self._validates:
             self._validate(self._move(self.make_batch(units, False)))
         meter.now()

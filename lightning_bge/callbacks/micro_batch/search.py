@@ -9,6 +9,7 @@ log = logging.getLogger(__name__)
 
 MAX_EXTRAPOLATION = 8  # a line through measured sizes is used up to so many times the largest of them
 CLOSE = 1.05  # the search ends where the smallest size that failed is no more than this above the largest that fitted
+SHORT_S, CONFIRM = 0.5, 3  # steps up to so long are made so many times more before a size is said not to pay
 LONG_S = 2.0  # what disturbs the first step of a size is small compared with a step that takes longer
 MAX_UNITS = 2**30  # should nothing ever fail, as with batches that do not grow with the size
 
@@ -60,6 +61,8 @@ class Search:
         default: speed is not measured below so many units.
         step: the size of a unit: the reason names `units * step`.
         noise: bytes by which a measured peak may be wrong; it is added where a limit must not be tried.
+        largest: units beyond which nothing is of use.
+        shortest_s: speed is not measured where a step takes fewer seconds.
 
     Attributes:
         tried: (units, peak, seconds) of all trial steps; peak and seconds are None where it failed.
@@ -75,50 +78,71 @@ class Search:
         default: int,
         step: int = 1,
         noise: int = 0,
+        largest: int = MAX_UNITS,
+        shortest_s: float = 0.0,
     ) -> None:
         self.attempt, self.measure_free, self.margin, self.min_speedup = attempt, measure_free, margin, min_speedup
         self.default, self.step, self.noise = max(default, 1), step, noise
+        self.largest, self.shortest_s = largest, shortest_s
         self.free = measure_free()
         self.tried: list[tuple[int, int | None, float | None]] = []
         self._fitted: dict[int, TrialStep] = {}
         self._failed: int | None = None
+        self._seconds: dict[int, float] = {}  # the shortest time of each size that fitted
 
     def run(self) -> Answer:
         """The largest size that pays and leaves the margin."""
         units: int | None = 1
-        before: tuple[int, float] | None = None
+        before: int | None = None
         while units is not None:
-            if self._try(units) and self.min_speedup is not None and self._failed is None and units >= self.default:
-                rate = self._rate(units)
-                if rate is not None:
-                    if before is not None and units == 2 * before[0] and rate / before[1] - 1 < self.min_speedup:
-                        gain = f"{units * self.step:,} brought {rate / before[1] - 1:+.0%} units a second"
-                        return self._answer(min(before[0], self._with_margin(units)), f"{gain} over half of it")
-                    before = units, rate
+            if self._try(units) and self.min_speedup is not None and self._is_timed(units):
+                if before is not None and units == 2 * before and not self._pays(before, units):
+                    gain = f"{units * self.step:,} brought {self._gain(before, units):+.0%} units a second"
+                    return self._answer(min(before, self._with_margin(units)), f"{gain} over half of it")
+                before = units
             units = self._next()
         low = self._low
         if low == 0:
             return Answer(0, f"not even {self.step:,} fits")
+        if self._failed is None and low >= self.largest:
+            return self._answer(low, f"nothing larger than {low * self.step:,} is of use")
         if self._failed is None:
             reason = f"as much as the limit is predicted to allow, less {self.margin:.0%} of the activations"
             return self._answer(low, reason)
         reason = f"the largest that fitted is {low * self.step:,}, and {self.margin:.0%} of its activations"
         return self._answer(self._with_margin(low), f"{reason} are left free")
 
+    def _is_timed(self, units: int) -> bool:
+        """Whether the speed of a size counts that has just fitted; a short step is made a second time."""
+        if self._failed is not None or units < self.default:
+            return False
+        if self._seconds[units] <= LONG_S and not self._time(units):
+            return False
+        return self._seconds[units] >= self.shortest_s
+
+    def _pays(self, half: int, units: int) -> bool:
+        """Whether a size is faster than half of it; where it seems not to be, short steps of both are made again."""
+        assert self.min_speedup is not None
+        for _ in range(CONFIRM if self._seconds[units] <= SHORT_S else 0):
+            if self._gain(half, units) >= self.min_speedup or not (self._time(half) and self._time(units)):
+                break
+        return units not in self._fitted or self._gain(half, units) >= self.min_speedup
+
+    def _gain(self, half: int, units: int) -> float:
+        return 2 * self._seconds[half] / max(self._seconds[units], 1e-9) - 1
+
+    def _time(self, units: int) -> bool:
+        """Make another step of a size, and note its time if it is the shortest; False: it does not fit after all."""
+        again = self.attempt(units, False)
+        if again is None:
+            self._drop(units)
+            return False
+        self._seconds[units] = min(self._seconds[units], again.seconds)
+        return True
+
     def _answer(self, units: int, reason: str) -> Answer:
         known = self._fitted.get(units)
         return Answer(units, reason, max(0, round(self._predict(units))) if known is None else known.peak)
-
-    def _rate(self, units: int) -> float | None:
-        """Units a second, the better of two steps unless they are long; None: it does not fit after all."""
-        seconds = self._fitted[units].seconds
-        if seconds <= LONG_S:
-            second = self.attempt(units, False)
-            if second is None:
-                self._drop(units)
-                return None
-            seconds = min(seconds, second.seconds)
-        return units / max(seconds, 1e-9)
 
     # ------------------------------------------------------------------ sizes
 
@@ -137,10 +161,11 @@ class Search:
             if high <= max(low + 1, CLOSE * low):
                 return None
             units = max(math.isqrt(low * high), low + 1)
-        elif low >= MAX_UNITS:
+        elif low >= self.largest:
             return None
         else:  # the first two sizes give the line
             units = min(MAX_EXTRAPOLATION * low, self.default) if 2 <= low < self.default else 2 * low
+            units = min(units, self.largest)
         if self.free is not None:
             last, slope = self._line(self.noise)
             allowed = last.units + (self.free - last.peak - self.noise) / slope
@@ -159,7 +184,7 @@ class Search:
         if found is None or (self.free is not None and found.peak > self.free):
             self._drop(units)
             return False
-        self._fitted[units] = found
+        self._fitted[units], self._seconds[units] = found, found.seconds
         return True
 
     def _drop(self, units: int) -> None:

@@ -10,6 +10,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm  # type: ignore[import-un
 
 from lightning_bge.callbacks.throughput.flops import Work
 from lightning_bge.callbacks.throughput.monitor import Throughput
+from lightning_bge.errors import ConfigError
 
 STRETCH_S = 1.0  # figures of shorter stretches change too fast to be read
 
@@ -30,6 +31,9 @@ class ThroughputProgressBar(TQDMProgressBar):
         refresh_rate: batches between two refreshes; 0: no bar and no lines.
         process_position: of the bar, where several stand below each other.
         leave: leave each epoch's bar where it is.
+
+    Raises:
+        ConfigError: at the start of a run of `pytorch_lightning`'s Trainer, which would draw its own bar beside it.
     """
 
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
@@ -42,6 +46,15 @@ class ThroughputProgressBar(TQDMProgressBar):
         self._pace: dict[str, str] = {}
         self._judged: dict[str, float] = {}
         self._ended: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check whose trainer it is."""
+        if type(trainer).__module__.startswith("pytorch_lightning."):
+            raise ConfigError(
+                "ThroughputProgressBar: expected a Trainer of lightning.pytorch, got one of pytorch_lightning, which "
+                "takes its own progress bars alone; import lightning.pytorch, or leave the bar out"
+            )
+        super().setup(trainer, pl_module, stage)
 
     @property
     def is_enabled(self) -> bool:

@@ -1,5 +1,6 @@
 """What this package needs of Lightning that has no public name: one function each, with its reason."""
 
+import importlib.util
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,13 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _get_sigkill_signal
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
+
+from lightning_bge.errors import ConfigError
+
+PACKAGES = ("lightning", "pytorch_lightning")  # the same library under two names, with classes of their own
 
 
 def on_before_batch_transfer(module: LightningModule, batch: Any) -> Any:
@@ -19,6 +26,46 @@ def on_before_batch_transfer(module: LightningModule, batch: Any) -> Any:
     Lightning applies it where a loader yields a batch; no public function does it for a batch made elsewhere.
     """
     return module._on_before_batch_transfer(batch)
+
+
+def train_loader(trainer: Trainer) -> Any:
+    """The training loader as the module or data module makes it, with the sampler of a distributed run.
+
+    The trainer's own one exists later only, and has been iterated then, which draws random numbers.
+
+    Raises:
+        ConfigError: it was passed to `fit`, so that no other can be made.
+    """
+    source = trainer.fit_loop._data_source
+    if not source.is_module():
+        raise ConfigError(
+            "MicroBatchFinder: expected a method train_dataloader of the module or data module, got a loader passed to "
+            "fit, which can't be made anew with another batch size"
+        )
+    loader = source.dataloader()
+    return trainer._data_connector._prepare_dataloader(loader, shuffle=True, mode=RunningStage.TRAINING)
+
+
+def validation_loaders(trainer: Trainer) -> list[Any]:
+    """The loaders of validation as they were passed to `fit`, or as the module or data module makes them."""
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    found = source.dataloader() if source.is_defined() else None
+    return [] if found is None else CombinedLoader(found, "sequential").flattened
+
+
+def drop_loaders(trainer: Trainer) -> None:
+    """Have the trainer make its training and validation loaders anew, before it needs them."""
+    trainer.fit_loop._combined_loader = None
+    trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
+
+
+def is_strategy(strategy: Any, *names: str) -> bool:
+    """Whether a strategy is one of those classes of Lightning, or derived from one; DeepSpeed is none of them.
+
+    By name, as the package `pytorch_lightning` has classes of its own.
+    """
+    bases = {base.__name__ for base in type(strategy).__mro__ if base.__module__.partition(".")[0] in PACKAGES}
+    return not bases.isdisjoint(names) and "DeepSpeedStrategy" not in bases
 
 
 @contextmanager
@@ -135,18 +182,29 @@ def count_fits() -> Iterator[Callable[[], int]]:
     Yields:
         A function that returns the number of calls so far.
     """
-    fit, total = Trainer.fit, 0
+    total = 0
 
-    def counted(self: Trainer, *args: Any, **options: Any) -> Any:
-        nonlocal total
-        total += 1
-        return fit(self, *args, **options)
+    def counting(fit: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **options: Any) -> Any:
+            nonlocal total
+            total += 1
+            return fit(*args, **options)
 
-    Trainer.fit = counted  # type: ignore[method-assign]
+        return counted
+
+    before = [(trainer, trainer.fit) for trainer in _trainer_classes()]
+    for trainer, fit in before:
+        trainer.fit = counting(fit)
     try:
         yield lambda: total
     finally:
-        Trainer.fit = fit  # type: ignore[method-assign]
+        for trainer, fit in before:
+            trainer.fit = fit
+
+
+def _trainer_classes() -> list[Any]:
+    """Lightning's class, and that of the package `pytorch_lightning`, where it is installed."""
+    return [importlib.import_module(name).Trainer for name in PACKAGES if importlib.util.find_spec(name) is not None]
 
 
 def estimated_steps(trainer: Trainer) -> float:

@@ -107,7 +107,8 @@ def test_growth_ends_where_speed_does(limits: tuple[float, int | None], constant
     assert gain(2 * answer.units, constant) < 0.05
     assert answer.reason.endswith("units a second over half of it")
     assert machine.tried[:3] == [1, 2, 16]  # the default is the first that is timed
-    assert all(machine.tried.count(units) == 2 for units in machine.tried[2:])
+    most = max(machine.tried)  # it and half of it are made 3 more times before the search ends
+    assert all(machine.tried.count(units) == (5 if units >= most // 2 else 2) for units in machine.tried[2:])
 
 
 @pytest.mark.parametrize("limits", [(1_500, None), (math.inf, 1_500)])
@@ -148,3 +149,40 @@ def test_better_of_two_steps_is_timed_unless_they_are_long(scale: float, is_long
 def test_sizes_that_never_fail_are_not_doubled_for_ever() -> None:
     answer = Search(lambda units, _: TrialStep(units, 100, 1.0), lambda: None, margin=0.1, min_speedup=None, default=1)
     assert answer.run().units == 2**30
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_nothing_larger_than_what_is_of_use_is_tried(raises: bool) -> None:
+    machine = Machine(10_000) if raises else Machine(killing=10_000)
+    answer = Search(
+        machine, lambda: machine.killing, margin=0.1, min_speedup=None, default=1, step=4, largest=100
+    ).run()
+    assert (answer.units, max(machine.tried)) == (100, 100)
+    assert answer.reason == "nothing larger than 400 is of use"
+
+
+@pytest.mark.parametrize("slow", [1, 2, 3, 4])
+def test_a_machine_that_is_busy_for_a_few_steps_does_not_end_the_search(slow: int) -> None:
+    machine, made = Machine(10**6, constant=50.0), 0
+
+    def attempt(units: int, validate: bool) -> TrialStep | None:
+        nonlocal made
+        made += units == 64
+        step = machine(units, validate)
+        if step is None or units != 64 or made > slow:
+            return step
+        return TrialStep(step.units, step.peak, 3 * step.seconds)
+
+    def search(steps: object) -> Answer:
+        return Search(steps, lambda: None, margin=0.1, min_speedup=0.05, default=1).run()  # type: ignore[arg-type]
+
+    assert search(attempt).units == search(Machine(10**6, constant=50.0)).units > 64
+
+
+@pytest.mark.parametrize(("shortest_s", "units"), [(0.0, 1), (0.003, 32), (10.0, 100)])
+def test_speed_is_not_judged_by_steps_that_are_too_short(shortest_s: float, units: int) -> None:
+    machine = Machine(10_000)  # as many units a second whatever the size
+    answer = Search(
+        machine, lambda: None, margin=0.1, min_speedup=0.05, default=1, largest=100, shortest_s=shortest_s
+    ).run()
+    assert answer.units == units

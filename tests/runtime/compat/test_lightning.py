@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning
+import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -100,6 +101,40 @@ def test_fits_of_all_trainers_are_counted_and_only_meanwhile() -> None:
             quiet_trainer(limit_train_batches=1, limit_val_batches=0, max_epochs=1).fit(BoringModel())
             assert fits() == expected, MISSING.format(lightning.__version__, "Trainer.fit that can be replaced")
     assert lightning.Trainer.fit is fit
+
+
+def test_fits_of_the_package_pytorch_lightning_are_counted_too() -> None:
+    twin = pytest.importorskip("pytorch_lightning", reason="newer versions of lightning bring it")
+    from pytorch_lightning.demos.boring_classes import BoringModel as TwinModel
+
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    fit = twin.Trainer.fit
+    with compat.count_fits() as fits:
+        twin.Trainer(**off, limit_train_batches=1, limit_val_batches=0, max_epochs=1, accelerator="cpu").fit(
+            TwinModel()
+        )
+        assert fits() == 1
+    assert twin.Trainer.fit is fit
+
+
+def test_loaders_are_made_anew_by_lightnings_own_names() -> None:
+    found: list[Any] = []
+
+    class Look(BoringModel):
+        def on_fit_start(self) -> None:
+            source = self.trainer.fit_loop._data_source
+            assert source.is_module(), MISSING.format(lightning.__version__, "FitLoop._data_source")
+            found.append(compat.train_loader(self.trainer))
+            found.extend(compat.validation_loaders(self.trainer))
+            assert self.trainer.train_dataloader is None
+
+        def on_train_start(self) -> None:
+            assert self.trainer.train_dataloader is not None
+            compat.drop_loaders(self.trainer)
+            assert self.trainer.train_dataloader is None, MISSING.format(lightning.__version__, "_combined_loader")
+
+    quiet_trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=1).fit(Look())
+    assert [len(loader) for loader in found] == [64, 64]
 
 
 def test_the_training_loader_made_for_an_estimate_is_dropped() -> None:
