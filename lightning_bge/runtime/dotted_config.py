@@ -54,9 +54,8 @@ def with_overrides(config: Namespace, overrides: dict[str, Any]) -> Namespace:
         if name != "seed_everything":
             check_option(config, name)
         config[name] = value
-    for source, target in LINKS:
-        if source in config and target in config:  # a module of another project has none of them
-            config[target] = config[source]
+    for source, target in LINKS if "model.name_or_path" in config else ():  # another project's module has none of them
+        config[target] = config[source]
     return config
 
 

@@ -128,7 +128,10 @@ def test_objects_in_a_checkpoint_need_an_option(search: Run) -> None:
             options(data={"class_path": f"{HERE}.WrongNumber"}, hpo={"space": EPOCHS}),
             "num_folds of WrongNumber to be a number, 1 or more, got 'two'",
         ),
-        (options(hpo={"space": {"model.init_args.nope": {"choices": [1, 2]}}}), "no option model.init_args.nope"),
+        (
+            options(hpo={"space": {"model.init_args.nope": {"choices": [1, 2]}}}),
+            "class_path tests.helpers.other_project.Net: Option 'nope' is not accepted",
+        ),
         (options(hpo={"space": SPACE, "ensemble": True}), "hpo.ensemble: expected false for a module of another"),
         (options(hpo={"space": SPACE, "outer_folds": 2}), "hpo.outer_folds: expected null for a module of another"),
         (
