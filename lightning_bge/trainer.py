@@ -16,7 +16,7 @@ from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.callbacks.throughput.bar import ThroughputProgressBar
 from lightning_bge.callbacks.throughput.monitor import Throughput
-from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precision
+from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precision, chosen_device
 from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.trial.objective import early_stopping
 from lightning_bge.models.metrics.config import MonitorConfig
@@ -47,7 +47,7 @@ HARMLESS_WARNINGS = (
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6.6 under torch 2.13
 )
 
-Precision = Literal["auto", "bf16-mixed", "32-true"]
+Precision = Literal["auto", "bf16-mixed", "16-mixed", "32-true"]
 
 
 class BGETrainer(Trainer):
@@ -55,7 +55,8 @@ class BGETrainer(Trainer):
 
     Args:
         precision: auto takes bf16-mixed (fp32 weights, bf16 matrix products) where the hardware multiplies bf16
-            matrices, else 32-true, and says which and why.
+            matrices, 16-mixed (fp16 products with loss scaling, for CUDA devices) where a GPU multiplies fp16 matrices
+            alone (V100, T4), else 32-true, and says which and why.
         devices: number of devices, or their indices; each of several has a process and a share of each batch.
         strategy: auto or ddp; both are `UnwrappedDDP` on several devices.
         num_sanity_val_steps: validation batches before the first epoch; 0, as they cost time in every fold.
@@ -90,9 +91,17 @@ class BGETrainer(Trainer):
                 raise ConfigError(f"trainer.{name} is not used, as the module steps by itself: set {instead}")
         if kwargs.get("barebones"):
             raise ConfigError("trainer.barebones: expected false, got true: no metric would be logged. Leave it out")
+        accelerator = str(kwargs.get("accelerator", "auto"))
         if precision == "auto":
             # `TorchBackends` says which, and why
-            precision, _ = choose_precision(str(kwargs.get("accelerator", "auto")))  # type: ignore[assignment]
+            precision, _ = choose_precision(accelerator)  # type: ignore[assignment]
+        if precision == "16-mixed" and (device := chosen_device(accelerator)).type != "cuda":
+            # Lightning would take bf16-mixed on a CPU, after a warning
+            fastest, why = choose_precision(accelerator)
+            raise ConfigError(
+                f"trainer.precision: 16-mixed needs a CUDA device, the run is on {device.type}. Set {fastest} ({why}), "
+                "or auto"
+            )
         callbacks = callback_list(kwargs.pop("callbacks", None))
         if not any(isinstance(callback, TorchBackends) for callback in callbacks):
             callbacks.insert(0, TorchBackends())  # TF32 for what remains in fp32, for the length of a run

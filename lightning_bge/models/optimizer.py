@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.runtime.compat.torch import with_found_inf
 from lightning_bge.runtime.log_once import log_once
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     if config.name == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit  # takes seconds
 
-        return AdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps)
+        return with_found_inf(AdamW8bit)(groups, lr=config.lr, betas=betas, eps=config.eps)
     return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
