@@ -1,13 +1,15 @@
 """The trainer as this program sets it up: for one run that keeps everything, and for a fold that keeps nothing."""
 
+import copy
 import logging
 import zipfile
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.strategies import Strategy
 
 from lightning_bge.callbacks.compile.callback import CompileLayers
@@ -17,9 +19,12 @@ from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.callbacks.throughput.bar import ThroughputProgressBar
 from lightning_bge.callbacks.throughput.monitor import Throughput
 from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precision, chosen_device
+from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.trial.objective import early_stopping
+from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.config import MonitorConfig
+from lightning_bge.models.trainer_options import TrainerOptions
 from lightning_bge.runtime.callback_kinds import (
     NEEDS_TRAINING,
     NOT_IN_TRIALS,
@@ -32,18 +37,13 @@ from lightning_bge.runtime.distributed import choose_strategy
 
 log = logging.getLogger("lightning_bge")
 
-# The trainer's settings that Lightning refuses under manual optimisation, and ours.
-INSTEAD = {
-    "gradient_clip_val": (None, "model.optimizer.max_grad_norm"),
-    "accumulate_grad_batches": (1, "data.batching.max_tokens"),
-}
-
 # Warnings of Lightning on which nobody can act here.
 HARMLESS_WARNINGS = (
     ".*does not have many workers.*",  # rows are tokenized and in memory: 0 workers are the fastest
     ".*Checkpoint directory .* exists and is not empty.*",  # a run folder in which a run continues
     ".*number of training batches.*smaller than the logging interval.*",
     ".*`srun` command is available.*",  # on a machine of a Slurm cluster: no process here needs to be started by it
+    ".*WeightAveraging callback with a model that overrides the configure_model.*",  # about sharded models
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6.6 under torch 2.13
 )
 
@@ -67,7 +67,8 @@ class BGETrainer(Trainer):
         limit_val_batches: the same for validation.
         limit_test_batches: the same for the test file.
         limit_predict_batches: the same for predictions.
-        overfit_batches: train and validate on so many batches, or on such a part, of the training rows: a dry run.
+        overfit_batches: train on the first so many batches, or on such a part, in every epoch, and validate on as many
+            validation batches: a dry run.
         val_check_interval: validate after so many steps, or after such a part of an epoch.
     """
 
@@ -86,9 +87,6 @@ class BGETrainer(Trainer):
         val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, (off, instead) in INSTEAD.items():
-            if kwargs.get(name, off) != off:
-                raise ConfigError(f"trainer.{name} is not used, as the module steps by itself: set {instead}")
         if kwargs.get("barebones"):
             raise ConfigError("trainer.barebones: expected false, got true: no metric would be logged. Leave it out")
         accelerator = str(kwargs.get("accelerator", "auto"))
@@ -123,6 +121,22 @@ class BGETrainer(Trainer):
             val_check_interval=val_check_interval,
             **kwargs,
         )
+
+
+def take_options(trainer: Mapping[str, Any], model: BGEClassifier, data: TextDataModule) -> None:
+    """Check what the module takes over of a trainer's arguments, before a run begins, and count steps accordingly.
+
+    Args:
+        trainer: the arguments.
+        model: as configured.
+        data: learns how many of its batches make an optimizer step.
+
+    Raises:
+        ConfigError: see `TrainerOptions`.
+    """
+    options = TrainerOptions.of(trainer)
+    options.max_grad_norm(model.max_grad_norm)
+    data.accumulated = options.accumulate_grad_batches
 
 
 def warn_of_unused_callbacks(callbacks: Given, command: str, *, evaluates: bool = False) -> None:
@@ -221,8 +235,10 @@ def newest_checkpoint(run_dir: Path) -> str | None:
 def quiet_trainer(config: dict[str, Any], memory: MicroBatchFinder | None = None, **changes: Any) -> Trainer:
     """A trainer for one fold: no logger, checkpoints or progress bar, which cost more than a small model's epoch."""
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    given = without_kinds(config.get("callbacks"), NOT_IN_TRIALS)
     callbacks = [
-        *without_kinds(config.get("callbacks"), NOT_IN_TRIALS),
+        # an average of weights goes on from fold to fold, unless each has a callback of its own
+        *(copy.deepcopy(one) if isinstance(one, WeightAveraging) else one for one in given),
         *changes.pop("callbacks", []),
         *([] if memory is None else [memory]),
     ]

@@ -6,7 +6,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_bge.models.distributed import gather, sum_gradients, sum_over_ranks, without_sync
@@ -19,6 +21,9 @@ from lightning_bge.models.metrics.names import HAS_THRESHOLD, Metric
 from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.models.metrics.threshold import tuned_metrics
 from lightning_bge.models.optimizer import materialize_state
+from lightning_bge.models.trainer_options import OptionsInEffect
+from lightning_bge.runtime.callback_kinds import check_usable
+from lightning_bge.runtime.compat.lightning import average_parameters_alone
 from lightning_bge.runtime.micro_batch import batch_source
 from lightning_bge.types import Batch, Schema
 
@@ -43,7 +48,8 @@ class EffectiveBatchModule(LightningModule):
 
     Args:
         seed: of dropout.
-        max_grad_norm: gradients are clipped to this norm; None switches clipping off.
+        max_grad_norm: gradients are clipped to this norm; None switches clipping off. A trainer's `gradient_clip_val`
+            takes its place.
 
     Attributes:
         schema: what the model reads and predicts.
@@ -71,6 +77,20 @@ class EffectiveBatchModule(LightningModule):
         self._losses: list[Tensor] = []
 
     # ------------------------------------------------------------------ training
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Refuse callbacks that can't work here; take over `gradient_clip_val` and `accumulate_grad_batches`.
+
+        Lightning calls this before it checks what manual optimization does not support.
+        """
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return []
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        check_usable(callbacks)
+        for callback in callbacks:
+            if isinstance(callback, WeightAveraging):
+                average_parameters_alone(callback)
+        return [OptionsInEffect(self.trainer, self)]
 
     def on_fit_start(self) -> None:
         """Refuse what would train wrongly; put every module into train mode."""

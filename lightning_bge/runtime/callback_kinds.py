@@ -23,6 +23,8 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
+from lightning_bge.errors import ConfigError
+
 Given = Callback | Sequence[Callback] | None
 
 # those that write or show, and change no weight
@@ -38,6 +40,8 @@ UNUSABLE: dict[type, str] = {
     "data.batch_size to the rows of an optimizer step",
     BaseFinetuning: "the encoder is loaded after its setup. Leave it out, and set model.frozen_layers",
     ModelPruning: "the encoder is loaded after its setup. Leave it out",
+    StochasticWeightAveraging: "it copies the model before the encoder is loaded, so that nothing would be averaged, "
+    "and replaces the schedule of the learning rate. Leave it out, and take WeightAveraging or EMAWeightAveraging",
     SpikeDetection: "no loss is returned by a step. Leave it out: model.optimizer.max_grad_norm limits gradients",
 }
 # those that a study's trials do not have
@@ -45,13 +49,21 @@ NOT_IN_TRIALS = (*NEEDS_FIT, *UNUSABLE)
 # those for which a command that only evaluates has no use
 NEEDS_TRAINING = (
     *NOT_IN_TRIALS,
-    *(Timer, StochasticWeightAveraging, WeightAveraging),
+    *(Timer, WeightAveraging),
 )
 
 
 def callback_list(callbacks: Given) -> list[Callback]:
     """The callbacks of a trainer's argument."""
     return [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+
+
+def check_usable(callbacks: Sequence[Callback]) -> None:
+    """Raise `ConfigError` for a callback that can't work with this program's module."""
+    for callback in callbacks:
+        for kind, fix in UNUSABLE.items():
+            if isinstance(callback, kind):
+                raise ConfigError(f"trainer.callbacks: {type(callback).__name__} can't be used, as {fix}")
 
 
 def without_kinds(callbacks: Given, kinds: tuple[type, ...]) -> list[Callback]:

@@ -206,7 +206,17 @@ MISTAKES = {
     "type": (("--hpo.space", '{"data.batch_size": {"choices": ["many"]}}'), "many"),
     "empty space": (("--hpo.space", "{}"), "at least one parameter"),
     "never prunes": (("--hpo.pruner.min_resource", "50"), "could never prune"),
-    "clipping": (("--trainer.gradient_clip_val", "1.0"), "set model.optimizer.max_grad_norm"),
+    "clipping": (
+        ("--trainer.gradient_clip_val", "0.5", "--model.optimizer.max_grad_norm", "2"),
+        "trainer.gradient_clip_val=0.5 and model.optimizer.max_grad_norm=2.0 contradict each other",
+    ),
+    "searched clipping": (
+        (
+            *("--trainer.gradient_clip_val", "0.5"),
+            *("--hpo.space", '{"model.optimizer.max_grad_norm": {"choices": [1.0, 3.0]}}'),
+        ),
+        "trainer.gradient_clip_val=0.5 and model.optimizer.max_grad_norm=3.0 contradict each other",
+    ),
     "cost": (("--hpo.cost", "train_seconds"), "Set hpo.pruner.name to none, or hpo.cost to null"),
     "seed_replicates": (("--hpo.seed_replicates", "-1"), "hpo.seed_replicates: expected 0 or more"),
     "folds": (("--data.split.folds", "0"), "data.split.folds"),

@@ -86,7 +86,7 @@ def test_what_a_run_can_not_do_without(fit: Run, folder: Path, args: list[str], 
 
 
 def test_a_callback_with_a_device_is_written_and_read_again(fit: Run, tmp_path: Path, folder: Path) -> None:
-    ok(fit(*callbacks(tmp_path, ("StochasticWeightAveraging", {"swa_lrs": 0.01, "device": "cpu"}))))
+    ok(fit(*callbacks(tmp_path, ("EMAWeightAveraging", {"decay": 0.5, "device": "cpu"}))))
     assert "is finished" in ok(fit("-c", str(folder / "config.yaml")))
 
 
@@ -135,8 +135,8 @@ OTHER = [
     (["--trainer.max_time", "01:00:00:00"], "trainer.max_time: None in the folder"),  # it may end a run earlier
     (["--data.batch_size", "8"], "data.batch_size: 32 in the folder, 8 requested"),
     (["--trainer.max_epochs", "1"], "trainer.max_epochs: 2 in the folder, 1 requested"),
-    (["--trainer.callbacks", '[{"class_path": "lightning.pytorch.callbacks.StochasticWeightAveraging",'
-      ' "init_args": {"swa_lrs": 0.1}}]'], "trainer.callbacks: [] in the folder"),
+    (["--trainer.callbacks", '[{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging",'
+      ' "init_args": {"decay": 0.5}}]'], "trainer.callbacks: [] in the folder"),
 ]  # fmt: skip
 
 

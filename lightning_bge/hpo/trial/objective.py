@@ -329,7 +329,7 @@ class Objective:
 
     def _steps_left(self, later: float, data: TextDataModule, fold: int) -> int:
         """Optimizer steps that this process will still make, if trials are pruned as often as they were so far."""
-        steps = -(-len(data.train_rows) // data.batch_size) * self.steps.epochs
+        steps = -(-len(data.train_rows) // data.rows_per_step) * self.steps.epochs
         return round(steps * (self.steps.folds - fold + later))
 
     def _later_folds(self, study: optuna.Study) -> float:
