@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, Timer
 from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.trainer import BGETrainer
+from lightning_bge.trainer import BGETrainer, quiet_trainer
 
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
@@ -29,3 +30,12 @@ def test_auto_on_an_older_gpu_asks_lightning_for_loss_scaling(monkeypatch: pytes
     BGETrainer(**QUIET)
     assert found["precision"] == "16-mixed"
     assert MixedPrecision("16-mixed", "cpu").scaler is not None  # what Lightning makes of it
+
+
+def test_each_fold_has_an_average_of_its_own() -> None:
+    average, timer = EMAWeightAveraging(), Timer()
+    given = {"callbacks": [average, timer], "precision": "32-true", "accelerator": "cpu"}
+    found = [quiet_trainer(given).callbacks for _ in range(2)]  # type: ignore[attr-defined]
+    averages = [one for callbacks in found for one in callbacks if isinstance(one, EMAWeightAveraging)]
+    assert len({id(one) for one in (average, *averages)}) == 3
+    assert all(timer in callbacks for callbacks in found)
