@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.strategies import Strategy
 
@@ -57,6 +58,8 @@ class BGETrainer(Trainer):
         precision: auto takes bf16-mixed (fp32 weights, bf16 matrix products) where the hardware multiplies bf16
             matrices, 16-mixed (fp16 products with loss scaling, for CUDA devices) where a GPU multiplies fp16 matrices
             alone (V100, T4), else 32-true, and says which and why.
+        accelerator: cpu, gpu, mps ..., or auto.
+        callbacks: further callbacks; `TorchBackends` and a progress bar are added where there is none.
         devices: number of devices, or their indices; each of several has a process and a share of each batch.
         strategy: auto or ddp; both are `UnwrappedDDP` on several devices.
         num_sanity_val_steps: validation batches before the first epoch; 0, as they cost time in every fold.
@@ -76,6 +79,8 @@ class BGETrainer(Trainer):
         self,
         *args: Any,
         precision: Precision = "auto",
+        accelerator: str | Accelerator = "auto",
+        callbacks: list[Callback] | Callback | None = None,
         devices: int | list[int] | str = 1,
         strategy: str | Strategy = "auto",
         num_sanity_val_steps: int = 0,
@@ -89,18 +94,17 @@ class BGETrainer(Trainer):
     ) -> None:
         if kwargs.get("barebones"):
             raise ConfigError("trainer.barebones: expected false, got true: no metric would be logged. Leave it out")
-        accelerator = str(kwargs.get("accelerator", "auto"))
         if precision == "auto":
             # `TorchBackends` says which, and why
-            precision, _ = choose_precision(accelerator)  # type: ignore[assignment]
-        if precision == "16-mixed" and (device := chosen_device(accelerator)).type != "cuda":
+            precision, _ = choose_precision(str(accelerator))  # type: ignore[assignment]
+        if precision == "16-mixed" and (device := chosen_device(str(accelerator))).type != "cuda":
             # Lightning would take bf16-mixed on a CPU, after a warning
-            fastest, why = choose_precision(accelerator)
+            fastest, why = choose_precision(str(accelerator))
             raise ConfigError(
                 f"trainer.precision: 16-mixed needs a CUDA device, the run is on {device.type}. Set {fastest} ({why}), "
                 "or auto"
             )
-        callbacks = callback_list(kwargs.pop("callbacks", None))
+        callbacks = callback_list(callbacks)
         if not any(isinstance(callback, TorchBackends) for callback in callbacks):
             callbacks.insert(0, TorchBackends())  # TF32 for what remains in fp32, for the length of a run
         silent = kwargs.get("enable_progress_bar") is False
@@ -108,10 +112,11 @@ class BGETrainer(Trainer):
             callbacks.append(ThroughputProgressBar())
         super().__init__(
             *args,
+            accelerator=accelerator,
             callbacks=callbacks,
             precision=precision,  # type: ignore[arg-type]
             devices=devices,
-            strategy=choose_strategy(strategy, devices, kwargs.get("num_nodes", 1), kwargs.get("accelerator", "auto")),
+            strategy=choose_strategy(strategy, devices, kwargs.get("num_nodes", 1), accelerator),
             num_sanity_val_steps=num_sanity_val_steps,
             limit_train_batches=limit_train_batches,
             limit_val_batches=limit_val_batches,
