@@ -199,7 +199,7 @@ def _check_epochs(trainer: Mapping[str, Any]) -> None:
 
 
 def _check_val_interval(trainer: Mapping[str, Any], data: TextDataModule) -> None:
-    interval, steps = trainer["val_check_interval"], -(-len(data.train_rows) // data.batch_size)
+    interval, steps = trainer["val_check_interval"], -(-len(data.train_rows) // data.rows_per_step)
     if isinstance(interval, int) and trainer["check_val_every_n_epoch"] is not None and interval > steps:
         raise ConfigError(
             f"trainer.val_check_interval: expected at most the {steps} steps of an epoch, got {interval}. Lower it, or "

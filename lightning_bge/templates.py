@@ -37,7 +37,7 @@ from lightning_bge.models.metrics.config import MonitorConfig, check_monitor
 from lightning_bge.models.metrics.names import Metric
 from lightning_bge.runtime.dotted_config import LINKS, with_overrides
 from lightning_bge.runtime.nested_config import as_config, as_plain
-from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, warn_of_unused_callbacks
+from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, take_options, warn_of_unused_callbacks
 
 CONFIGS: dict[str, Any] = {
     "pruner": PrunerConfig,
@@ -157,6 +157,7 @@ class _Template:
     def _create(self, config: Namespace) -> TextTrialSetup:
         model, data = type(self.model)(**config.as_dict()["model"]), self._datamodule(config)
         model.monitored = self.monitor.metric
+        take_options(config.as_dict()["trainer"], model, data)
         data.setup("fit")
         finder = MicroBatchFinder(self.memory, data.cache_dir)
         trainer = partial(quiet_trainer, config.as_dict()["trainer"], finder)

@@ -1,5 +1,6 @@
 """The trainer as this program sets it up: for one run that keeps everything, and for a fold that keeps nothing."""
 
+import copy
 import logging
 import zipfile
 from collections.abc import Mapping
@@ -8,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.strategies import Strategy
 
 from lightning_bge.callbacks.compile.callback import CompileLayers
@@ -17,10 +19,13 @@ from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.callbacks.throughput.bar import ThroughputProgressBar
 from lightning_bge.callbacks.throughput.monitor import Throughput
-from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precision
+from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precision, chosen_device
+from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.trial.objective import early_stopping
+from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.config import MonitorConfig
+from lightning_bge.models.trainer_options import TrainerOptions
 from lightning_bge.runtime.callback_kinds import (
     NEEDS_TRAINING,
     NOT_IN_TRIALS,
@@ -34,24 +39,19 @@ from lightning_bge.runtime.distributed import choose_strategy
 
 log = logging.getLogger("lightning_bge")
 
-# The trainer's settings that Lightning refuses under manual optimisation, and ours.
-INSTEAD = {
-    "gradient_clip_val": (None, "model.optimizer.max_grad_norm"),
-    "accumulate_grad_batches": (1, "data.batching.max_tokens"),
-}
-
 # Warnings of Lightning on which nobody can act here.
 HARMLESS_WARNINGS = (
     ".*does not have many workers.*",  # rows are tokenized and in memory: 0 workers are the fastest
     ".*Checkpoint directory .* exists and is not empty.*",  # a run folder in which a run continues
     ".*number of training batches.*smaller than the logging interval.*",
     ".*`srun` command is available.*",  # on a machine of a Slurm cluster: no process here needs to be started by it
+    ".*WeightAveraging callback with a model that overrides the configure_model.*",  # about sharded models
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6.6 under torch 2.13
 )
 
 SILENT = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")  # arguments
 
-Precision = Literal["auto", "bf16-mixed", "32-true"]
+Precision = Literal["auto", "bf16-mixed", "16-mixed", "32-true"]
 
 
 class BGETrainer(Trainer):
@@ -59,7 +59,10 @@ class BGETrainer(Trainer):
 
     Args:
         precision: auto takes bf16-mixed (fp32 weights, bf16 matrix products) where the hardware multiplies bf16
-            matrices, else 32-true, and says which and why.
+            matrices, 16-mixed (fp16 products with loss scaling, for CUDA devices) where a GPU multiplies fp16 matrices
+            alone (V100, T4), else 32-true, and says which and why.
+        accelerator: cpu, gpu, mps ..., or auto.
+        callbacks: further callbacks; `TorchBackends` and a progress bar are added where there is none.
         devices: number of devices, or their indices; each of several has a process and a share of each batch.
         strategy: auto or ddp; both are `UnwrappedDDP` on several devices.
         num_sanity_val_steps: validation batches before the first epoch; 0, as they cost time in every fold.
@@ -70,7 +73,8 @@ class BGETrainer(Trainer):
         limit_val_batches: the same for validation.
         limit_test_batches: the same for the test file.
         limit_predict_batches: the same for predictions.
-        overfit_batches: train and validate on so many batches, or on such a part, of the training rows: a dry run.
+        overfit_batches: train on the first so many batches, or on such a part, in every epoch, and validate on as many
+            validation batches: a dry run.
         val_check_interval: validate after so many steps, or after such a part of an epoch.
     """
 
@@ -78,6 +82,8 @@ class BGETrainer(Trainer):
         self,
         *args: Any,
         precision: Precision = "auto",
+        accelerator: str | Accelerator = "auto",
+        callbacks: list[Callback] | Callback | None = None,
         devices: int | list[int] | str = 1,
         strategy: str | Strategy = "auto",
         num_sanity_val_steps: int = 0,
@@ -89,15 +95,19 @@ class BGETrainer(Trainer):
         val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, (off, instead) in INSTEAD.items():
-            if kwargs.get(name, off) != off:
-                raise ConfigError(f"trainer.{name} is not used, as the module steps by itself: set {instead}")
         if kwargs.get("barebones"):
             raise ConfigError("trainer.barebones: expected false, got true: no metric would be logged. Leave it out")
         if precision == "auto":
             # `TorchBackends` says which, and why
-            precision, _ = choose_precision(str(kwargs.get("accelerator", "auto")))  # type: ignore[assignment]
-        callbacks = callback_list(kwargs.pop("callbacks", None))
+            precision, _ = choose_precision(str(accelerator))  # type: ignore[assignment]
+        if precision == "16-mixed" and (device := chosen_device(str(accelerator))).type != "cuda":
+            # Lightning would take bf16-mixed on a CPU, after a warning
+            fastest, why = choose_precision(str(accelerator))
+            raise ConfigError(
+                f"trainer.precision: 16-mixed needs a CUDA device, the run is on {device.type}. Set {fastest} ({why}), "
+                "or auto"
+            )
+        callbacks = callback_list(callbacks)
         if not any(isinstance(callback, TorchBackends) for callback in callbacks):
             callbacks.insert(0, TorchBackends())  # TF32 for what remains in fp32, for the length of a run
         silent = kwargs.get("enable_progress_bar") is False
@@ -105,10 +115,11 @@ class BGETrainer(Trainer):
             callbacks.append(ThroughputProgressBar())
         super().__init__(
             *args,
+            accelerator=accelerator,
             callbacks=callbacks,
             precision=precision,  # type: ignore[arg-type]
             devices=devices,
-            strategy=choose_strategy(strategy, devices, kwargs.get("num_nodes", 1), kwargs.get("accelerator", "auto")),
+            strategy=choose_strategy(strategy, devices, kwargs.get("num_nodes", 1), accelerator),
             num_sanity_val_steps=num_sanity_val_steps,
             limit_train_batches=limit_train_batches,
             limit_val_batches=limit_val_batches,
@@ -118,6 +129,22 @@ class BGETrainer(Trainer):
             val_check_interval=val_check_interval,
             **kwargs,
         )
+
+
+def take_options(trainer: Mapping[str, Any], model: BGEClassifier, data: TextDataModule) -> None:
+    """Check what the module takes over of a trainer's arguments, before a run begins, and count steps accordingly.
+
+    Args:
+        trainer: the arguments.
+        model: as configured.
+        data: learns how many of its batches make an optimizer step.
+
+    Raises:
+        ConfigError: see `TrainerOptions`.
+    """
+    options = TrainerOptions.of(trainer)
+    options.max_grad_norm(model.max_grad_norm)
+    data.accumulated = options.accumulate_grad_batches
 
 
 def warn_of_unused_callbacks(callbacks: Given, command: str, *, evaluates: bool = False) -> None:
@@ -230,8 +257,10 @@ def module_trainer(kind: type[Any], config: Mapping[str, Any], callbacks: list[C
 
 def quiet_trainer(config: dict[str, Any], memory: MicroBatchFinder | None = None, **changes: Any) -> Trainer:
     """A trainer for one fold: no logger, checkpoints or progress bar, which cost more than a small model's epoch."""
+    given = without_kinds(config.get("callbacks"), NOT_IN_TRIALS)
     callbacks = [
-        *without_kinds(config.get("callbacks"), NOT_IN_TRIALS),
+        # an average of weights goes on from fold to fold, unless each has a callback of its own
+        *(copy.deepcopy(one) if isinstance(one, WeightAveraging) else one for one in given),
         *changes.pop("callbacks", []),
         *([] if memory is None else [memory]),
     ]

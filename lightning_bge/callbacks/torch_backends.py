@@ -15,6 +15,7 @@ from lightning_bge.runtime.compat.torch import cpu_bf16_units
 
 log = logging.getLogger(__name__)
 
+VOLTA = (7, 0)  # the first compute capability with matrix units, for fp16 alone
 AMPERE = (8, 0)  # the first compute capability with bf16, TF32 and flash attention
 CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -26,17 +27,16 @@ SdpaKernel = Literal["flash", "mem_efficient", "cudnn", "math"]
 def choose_precision(accelerator: str = "auto") -> tuple[str, str]:
     """The trainer's precision for this machine, and why.
 
-    bf16 autocast over fp32 weights where the hardware multiplies bf16 matrices, fp32 elsewhere: without such units
-    bf16 is emulated and slower.
+    bf16 autocast over fp32 weights where the hardware multiplies bf16 matrices: without such units bf16 is emulated and
+    slower. fp16 autocast with loss scaling on CUDA devices whose matrix units take fp16 alone (V100, T4). Else fp32.
 
     Args:
         accelerator: the trainer's `accelerator`; `auto` takes CUDA where it is.
 
     Returns:
-        `bf16-mixed` or `32-true`, and the reason.
+        `bf16-mixed`, `16-mixed` or `32-true`, and the reason.
     """
-    able, reason = _bf16_units(chosen_device(accelerator))
-    return "bf16-mixed" if able else "32-true", reason
+    return _precision_for(chosen_device(accelerator))
 
 
 def chosen_device(accelerator: str = "auto") -> torch.device:
@@ -48,20 +48,23 @@ def chosen_device(accelerator: str = "auto") -> torch.device:
     return torch.device("cpu")
 
 
-def _bf16_units(device: torch.device) -> tuple[bool, str]:
+def _precision_for(device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        if torch.cuda.get_device_capability(device) >= AMPERE:
-            return True, f"{name} multiplies bf16 matrices"
-        return False, f"{name} has no bf16 matrix units (they come with compute capability 8.0)"
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        if capability >= AMPERE:
+            return "bf16-mixed", f"{name} multiplies bf16 matrices"
+        lacks = f"{name} has no bf16 matrix units (they come with compute capability 8.0)"
+        if capability >= VOLTA:
+            return "16-mixed", f"{lacks}, and multiplies fp16 matrices"
+        return "32-true", f"{lacks}, and none for fp16 (7.0)"
     if device.type == "mps":
-        return False, "on Apple's GPUs bf16 autocast is not measured yet"
+        return "32-true", "on Apple's GPUs 16-bit autocast is not measured yet"
     if device.type != "cpu":
-        return False, f"on {device.type} devices bf16 autocast is not measured yet"
+        return "32-true", f"on {device.type} devices 16-bit autocast is not measured yet"
     units = cpu_bf16_units()
     if units:
-        return True, f"this CPU multiplies bf16 matrices ({', '.join(units)})"
-    return False, "this CPU has neither AVX512-BF16 nor AMX"
+        return "bf16-mixed", f"this CPU multiplies bf16 matrices ({', '.join(units)})"
+    return "32-true", "this CPU has neither AVX512-BF16 nor AMX"
 
 
 class Setting(NamedTuple):
@@ -163,7 +166,7 @@ class TorchBackends(Callback):
 
     def _settings(self, trainer: Trainer, module: LightningModule) -> tuple[Setting, ...]:
         device = trainer.strategy.root_device
-        able, bf16_reason = _bf16_units(device)
+        fastest, why = _precision_for(device)
         left = "unchanged"
         if device.type != "cuda":
             benchmark_reason = "no effect: cuDNN is for CUDA"
@@ -172,7 +175,7 @@ class TorchBackends(Callback):
         else:
             benchmark_reason = left if self.cudnn_benchmark is None else "requested"
         return (
-            Setting("precision", trainer.precision, f"{'bf16-mixed' if able else '32-true'} pays: {bf16_reason}"),
+            Setting("precision", trainer.precision, f"{fastest} pays: {why}"),
             Setting("fp32 matrix products", _describe_fp32(device), self._tf32_reason),
             Setting("cuDNN benchmark", "on" if torch.backends.cudnn.benchmark else "off", benchmark_reason),
             Setting("SDPA kernels allowed", ", ".join(_get_kernels()), left if self.sdpa is None else "requested"),

@@ -35,7 +35,7 @@ from lightning_bge.runtime.dotted_config import LINKS, OF_STUDIES, plain_config
 from lightning_bge.runtime.memory import limit_malloc
 from lightning_bge.runtime.option_errors import describe_option_error
 from lightning_bge.runtime.paths import check_path
-from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, warn_of_unused_callbacks
+from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, take_options, warn_of_unused_callbacks
 from lightning_bge.types import Schema
 
 EVALUATES = ("validate", "test", "predict")  # commands that train nothing
@@ -133,6 +133,7 @@ class BGECLI(LightningCLI):
                 raise
             raise ConfigError(describe_option_error(str(error))) from error
         self.model.monitored = self.config_init.monitor.metric
+        take_options(self.config_init.trainer, self.model, self.datamodule)
 
     @property
     def run_dir(self) -> Path:
@@ -162,6 +163,7 @@ class BGECLI(LightningCLI):
         """Fresh objects of these options; the data are set up."""
         init = self.parser.instantiate_classes(config)
         init.model.monitored = init.monitor.metric
+        take_options(init.trainer, init.model, init.data)
         init.data.setup("fit")
         memory = MicroBatchFinder(init.memory, config.data.cache_dir)
         trainer = partial(quiet_trainer, dict(init.trainer), memory)

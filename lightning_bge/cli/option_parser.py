@@ -28,7 +28,7 @@ A_SEED = "expected 0 ... 2**32 - 1"
 _MODE = "yaml_with_texts"
 set_loader(_MODE, text_loader(TEXTS, get_loader("yaml")), (yaml.YAMLError,))
 
-# the default of an argument of StochasticWeightAveraging, written into the run's config.yaml and read from there
+# the type of an argument of WeightAveraging, written into the run's config.yaml and read from there
 register_type(torch.device, serializer=str, deserializer=torch.device)
 
 

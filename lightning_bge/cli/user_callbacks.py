@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_bge.cli.arguments import nearest
 from lightning_bge.errors import ConfigError
-from lightning_bge.runtime.callback_kinds import UNUSABLE, Given, callback_list, is_kind
+from lightning_bge.runtime.callback_kinds import Given, callback_list, check_usable, is_kind
 
 KNOWN = ("lightning", "pytorch_lightning", "lightning_bge")  # packages whose callbacks log nothing by unknown names
 
@@ -23,10 +23,7 @@ def check_callbacks(callbacks: Given, logged: Sequence[str]) -> None:
         ConfigError: there is such a callback; the message names it and the remedy.
     """
     given = callback_list(callbacks)
-    for callback in given:
-        for kind, fix in UNUSABLE.items():
-            if is_kind(type(callback), (kind,)):
-                raise ConfigError(f"trainer.callbacks: {type(callback).__name__} can't be used, as {fix}")
+    check_usable(given)
     if any(type(callback).__module__.partition(".")[0] not in KNOWN for callback in given):
         return
     for callback in given:

@@ -10,7 +10,6 @@ import numpy as np
 from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.batches.loader import BatchLoader
 from lightning_bge.data.batches.micro_batches import EncodedDataset, concatenate_datasets
-from lightning_bge.data.batches.samplers import EffectiveBatchSampler
 from lightning_bge.data.encoded_data_module import EncodedDataModule, Split
 from lightning_bge.data.encoded_file import CheckedFile, Source, check_file, load_file, load_training_file
 from lightning_bge.data.sources import exported_schema, known_schema, labels_origin, make_source, training_source
@@ -50,7 +49,8 @@ class TextDataModule(EncodedDataModule):
         group_column: rows of a group stay on one side of a split. Unset: rows are independent.
         max_length: longest sequence in tokens, special tokens counted; longer ones are truncated, the longer text
             first.
-        batch_size: rows of an effective batch: those of one optimizer step.
+        batch_size: rows of an effective batch: those of one optimizer step, unless trainer.accumulate_grad_batches is
+            more than 1, which multiplies it.
         cache_dir: folder for token ids. Unset: the environment variable LIGHTNING_BGE_CACHE, else
             ~/.cache/lightning-bge.
         cache_gb: what the tokenized texts in it may take, in units of 2**30 bytes, which is checked after each
@@ -383,8 +383,7 @@ class TextDataModule(EncodedDataModule):
         dataset, rows = self._dataset("train"), self.train_rows
         dataset.set_rank(*self._rank())
         classes = self.train_labels[rows] if self.batching.balanced and self.train_labels is not None else None
-        sampler = EffectiveBatchSampler(rows, self.batch_size, self.batching.seed, classes)
-        return BatchLoader(dataset, sampler, self.batching)
+        return BatchLoader(dataset, self._sampler(rows, classes), self.batching)
 
     def val_dataloader(self) -> BatchLoader | list[Any]:
         """Micro-batches of the validation rows; empty while all rows train."""

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 from lightning_bge.data.batches.config import BatchingConfig
 from lightning_bge.data.batches.loader import BatchLoader
 from lightning_bge.data.batches.micro_batches import EncodedDataset
-from lightning_bge.data.batches.samplers import eval_batches
+from lightning_bge.data.batches.samplers import EffectiveBatchSampler, eval_batches
 from lightning_bge.types import Batch, Schema
 
 Split = Literal["train", "val", "test", "predict"]
@@ -26,16 +26,26 @@ class EncodedDataModule(LightningDataModule):
     Attributes:
         batching: as given.
         schema: what the model reads and predicts, after `setup`.
+        batch_size: as given to the subclass.
+        accumulated: how many batches of `batch_size` rows make an optimizer step; the trainer's
+            `accumulate_grad_batches`.
     """
 
     schema: Schema | None
+    batch_size: int
 
     def __init__(self, batching: BatchingConfig) -> None:
         super().__init__()
         self.batching = batching
         self.schema = None
+        self.accumulated = 1
         self._micro_batch_size = batching.initial_max_tokens
         self._datasets: dict[str, EncodedDataset] = {}
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an effective batch."""
+        return self.batch_size * self.accumulated
 
     @property
     def micro_batch_size(self) -> int:
@@ -104,6 +114,11 @@ class EncodedDataModule(LightningDataModule):
         limit = self.batching.eval_limit(self.batching.initial_max_tokens)
         batches = eval_batches(rows, dataset.tokens.lengths, limit, *self._rank())
         return BatchLoader(dataset, batches, self.batching)
+
+    def _sampler(self, rows: np.ndarray, classes: np.ndarray | None) -> EffectiveBatchSampler:
+        """Effective batches of training rows; with `trainer.overfit_batches` the same ones in each epoch."""
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        return EffectiveBatchSampler(rows, self.rows_per_step, self.batching.seed, classes, same_order=overfits)
 
     def _dataset(self, name: Split) -> EncodedDataset:
         if name not in self._datasets:

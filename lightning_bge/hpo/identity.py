@@ -64,7 +64,7 @@ def text_identity(experiment: TextStudy, hpo: StudyConfig, space: Space) -> dict
     options["trainer.callbacks"] = acting_callbacks(
         options["trainer.callbacks"], NOT_IN_TRIALS
     )  # a study has none of them
-    # else workers with and without bf16 would share a study
+    # else workers in bf16, fp16 and fp32 would share a study
     precision = choose_precision(str(experiment.config.get("trainer.accelerator", "auto")))[0]
     if options.get("trainer.precision") == "auto":
         options["trainer.precision"] = precision

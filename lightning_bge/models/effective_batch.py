@@ -6,12 +6,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_bge.errors import ConfigError
 from lightning_bge.models.distributed import gather, sum_gradients, sum_over_ranks, without_sync
 from lightning_bge.models.encoder import TextClassifier
+from lightning_bge.models.loss_scaling import LossScaling, check_precision, loss_scaler, steps_made
 from lightning_bge.models.losses import Loss
 from lightning_bge.models.memory_saving.oom_retry import OOMRetry
 from lightning_bge.models.metrics.compute import compute_metrics
@@ -19,6 +21,9 @@ from lightning_bge.models.metrics.names import HAS_THRESHOLD, Metric
 from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.models.metrics.threshold import tuned_metrics
 from lightning_bge.models.optimizer import change_detector, materialize_state
+from lightning_bge.models.trainer_options import OptionsInEffect
+from lightning_bge.runtime.callback_kinds import check_usable
+from lightning_bge.runtime.compat.lightning import average_parameters_alone
 from lightning_bge.runtime.micro_batch import batch_source
 from lightning_bge.types import Batch, Schema
 
@@ -35,11 +40,16 @@ class EffectiveBatchModule(LightningModule):
     steps once. Loss and gradient are the mean over the effective batch, however it was cut. Random numbers are drawn
     anew from the seed and the step's number at every step, so that a resumed run continues exactly where it stopped.
 
+    In fp16 (`16-mixed`) a step whose gradients are not finite is skipped, on all ranks: weights and the optimizer's
+    state stay as they are, and the loss scale is halved. `global_step` and the schedule count it, as Lightning does
+    (transformers' Trainer counts it too, but not in its schedule): only the device knows of it, and is not waited for.
+
     A subclass sets `schema`, `net` and `loss` in `configure_model`, and makes the optimizer.
 
     Args:
         seed: of dropout.
-        max_grad_norm: gradients are clipped to this norm; None switches clipping off.
+        max_grad_norm: gradients are clipped to this norm; None switches clipping off. A trainer's `gradient_clip_val`
+            takes its place.
 
     Attributes:
         schema: what the model reads and predicts.
@@ -61,22 +71,40 @@ class EffectiveBatchModule(LightningModule):
         self.monitored: Metric | None = None
         self.oom_retry = OOMRetry()
         self._trial_steps = False
+        self._scaling: LossScaling | None = None
         self._threshold_rows: Predictions | None = None
         self._parts: list[Predictions] = []
         self._losses: list[Tensor] = []
 
     # ------------------------------------------------------------------ training
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Refuse callbacks that can't work here; take over `gradient_clip_val` and `accumulate_grad_batches`.
+
+        Lightning calls this before it checks what manual optimization does not support.
+        """
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return []
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        check_usable(callbacks)
+        for callback in callbacks:
+            if isinstance(callback, WeightAveraging):
+                average_parameters_alone(callback)
+        return [OptionsInEffect(self.trainer, self)]
+
     def on_fit_start(self) -> None:
         """Refuse what would train wrongly; put every module into train mode."""
-        if self.trainer.precision not in ("32-true", "bf16-mixed"):
-            raise ConfigError(f"trainer.precision: expected bf16-mixed, 32-true or auto, got {self.trainer.precision}")
+        check_precision(self.trainer)
         self.train()
 
     def on_train_start(self) -> None:
         """Make the optimizer's state, so that a step has nothing to allocate, and can't fail half-way."""
         for optimizer in self.trainer.optimizers:
             materialize_state(optimizer)
+        scaler = loss_scaler(self.trainer)
+        self._scaling = None
+        if scaler is not None:
+            self._scaling = LossScaling(scaler, self.trainer.optimizers[0], self.device, self.global_step)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits, [N, outputs], in the order of the batch's micro-batches."""
@@ -101,8 +129,11 @@ class EffectiveBatchModule(LightningModule):
         scheduler.step()  # type: ignore[union-attr]
         self._losses.append(total)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.trainer.loggers and every and self.global_step % every == 0:
-            self.log("train_loss_step", total, batch_size=batch.size)
+        if every and self.global_step % every == 0 and not self._trial_steps:
+            if self._scaling is not None:
+                self._scaling.check()
+            if self.trainer.loggers:
+                self.log("train_loss_step", total, batch_size=batch.size)
 
     @property
     def _ranks(self) -> int:
@@ -146,23 +177,34 @@ class EffectiveBatchModule(LightningModule):
         return total
 
     def _update(self, optimizer: Any) -> None:
-        """Clip and step; a step that ran out of memory before any weight has changed is repeated."""
+        """Unscale, clip and step; a step that ran out of memory before any weight has changed is repeated."""
+        scaler, raw, unscaled = loss_scaler(self.trainer), optimizer.optimizer, False
+        if scaler is not None and self._trial_steps:
+            materialize_state(raw)  # a step that is skipped would make none
 
         def update() -> None:
+            nonlocal unscaled
+            if scaler is not None and not unscaled:
+                scaler.unscale_(raw)
+                unscaled = True  # also where the rest is repeated
             if (norm := self.max_grad_norm) is not None:
                 torch.nn.utils.clip_grad_norm_(self.net.parameters(), norm, foreach=True)  # type: ignore[union-attr]
             optimizer.step()
 
         if self._trial_steps:
             update()
-        else:
-            self.oom_retry.step(update, change_detector(optimizer, self.global_step))
+            return
+        made = self.global_step if scaler is None else steps_made(raw)
+        self.oom_retry.step(update, change_detector(optimizer, made))
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean loss: one log call an epoch, as each one costs more than a small model's step."""
         if self._losses:  # none where a run was resumed at an epoch's very end
             self.log("train_loss", torch.stack(self._losses).mean(), prog_bar=True, sync_dist=self._ranks > 1)
             self._losses.clear()
+        if self._scaling is not None:
+            found = self._scaling.end_epoch(self.trainer.optimizers[0], self.global_step)
+            self.log_dict(found, sync_dist=self._ranks > 1)  # the same on all ranks
 
     # ------------------------------------------------------------------ evaluation
 

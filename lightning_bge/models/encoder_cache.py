@@ -52,6 +52,10 @@ class EncoderCache:
         capacity: the most bytes that are held once an encoder is returned, unless a single one is larger.
     """
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> EncoderCache:
+        """A copy of a module, such as the average of its weights, loads from the same cache."""
+        return self
+
     def __init__(self, limit: int | None = 0, granted: int | None = None) -> None:
         self.loads = 0
         self.load_seconds = 0.0

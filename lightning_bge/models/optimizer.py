@@ -22,7 +22,7 @@ from transformers import (
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.optimizer_class import group_defaults, make_optimizer, make_schedule
 from lightning_bge.runtime.class_path import check_class_option
-from lightning_bge.runtime.compat.torch import versions
+from lightning_bge.runtime.compat.torch import versions, with_found_inf
 from lightning_bge.runtime.log_once import log_once
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, imports: bool = T
     if config.name == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit  # takes seconds
 
-        return AdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps)
+        return with_found_inf(AdamW8bit)(groups, lr=config.lr, betas=betas, eps=config.eps)
     return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
@@ -170,14 +170,14 @@ def materialize_state(optimizer: Optimizer) -> None:
                 optimizer.init_state(group, parameter, number, index)
 
 
-def change_detector(optimizer: Optimizer, steps: int) -> Callable[[], bool]:
+def change_detector(optimizer: Optimizer, steps: float | torch.Tensor) -> Callable[[], bool]:
     """A function that says whether a step, which failed, may have changed weights or state since this call.
 
     Where that is not known, it says yes: a step that is repeated over half of its changes trains wrongly in silence.
 
     Args:
         optimizer: one that is about to step.
-        steps: that it has made.
+        steps: that it has made; a 0-d tensor, which may be on a device, is read where a step has failed.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # within Lightning's
     fused = any(group.get("fused") for group in optimizer.param_groups)

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
+from lightning_bge.errors import ConfigError
 from lightning_bge.runtime.compat.lightning import PACKAGES
 
 Given = Callback | Sequence[Callback] | None
@@ -40,6 +41,8 @@ UNUSABLE: dict[type, str] = {
     "data.batch_size to the rows of an optimizer step",
     BaseFinetuning: "the encoder is loaded after its setup. Leave it out, and set model.frozen_layers",
     ModelPruning: "the encoder is loaded after its setup. Leave it out",
+    StochasticWeightAveraging: "it copies the model before the encoder is loaded, so that nothing would be averaged, "
+    "and replaces the schedule of the learning rate. Leave it out, and take WeightAveraging or EMAWeightAveraging",
     SpikeDetection: "no loss is returned by a step. Leave it out: model.optimizer.max_grad_norm limits gradients",
 }
 # those that a study's trials do not have
@@ -47,7 +50,7 @@ NOT_IN_TRIALS = (*NEEDS_FIT, *UNUSABLE)
 # those for which a command that only evaluates has no use
 NEEDS_TRAINING = (
     *NOT_IN_TRIALS,
-    *(Timer, StochasticWeightAveraging, WeightAveraging),
+    *(Timer, WeightAveraging),
 )
 
 
@@ -65,6 +68,14 @@ def is_kind(found: type, kinds: tuple[type, ...]) -> bool:
     """
     bases = [base.__name__ for base in found.__mro__ if base.__module__.partition(".")[0] in PACKAGES]
     return issubclass(found, kinds) or not {kind.__name__ for kind in kinds}.isdisjoint(bases)
+
+
+def check_usable(callbacks: Sequence[Callback]) -> None:
+    """Raise `ConfigError` for a callback that can't work with this program's module."""
+    for callback in callbacks:
+        for kind, fix in UNUSABLE.items():
+            if is_kind(type(callback), (kind,)):
+                raise ConfigError(f"trainer.callbacks: {type(callback).__name__} can't be used, as {fix}")
 
 
 def without_kinds(callbacks: Given, kinds: tuple[type, ...]) -> list[Callback]:

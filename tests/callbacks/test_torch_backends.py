@@ -44,11 +44,13 @@ def test_gpu_with_bf16_units(machine: pytest.MonkeyPatch) -> None:
         assert choose_precision(accelerator) == ("bf16-mixed", "Some GPU multiplies bf16 matrices")
 
 
-def test_older_gpu(machine: pytest.MonkeyPatch) -> None:
-    give_gpu(machine, (7, 5))
+@pytest.mark.parametrize(("capability", "expected"), [((7, 0), "16-mixed"), ((7, 5), "16-mixed"), ((6, 1), "32-true")])
+def test_older_gpu(machine: pytest.MonkeyPatch, capability: tuple[int, int], expected: str) -> None:
+    give_gpu(machine, capability)
     precision, reason = choose_precision()
-    assert precision == "32-true"
+    assert precision == expected
     assert "compute capability 8.0" in reason
+    assert ("and multiplies fp16 matrices" in reason) == (expected == "16-mixed")
 
 
 def test_gpu_that_is_not_used(machine: pytest.MonkeyPatch) -> None:

@@ -250,12 +250,16 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "endless epochs": (("--trainer.max_epochs", "-1"), r"max_epochs"),
     "epochs of words": (("--trainer.max_epochs", "three"), r"trainer\.max_epochs.*three"),
     "clipping": (
-        ("--trainer.gradient_clip_val", "1.0"),
+        ("--trainer.gradient_clip_val", "0.5", "--model.optimizer.max_grad_norm", "null"),
         r"trainer\.gradient_clip_val.*model\.optimizer\.max_grad_norm",
     ),
+    "clipping by value": (
+        ("--trainer.gradient_clip_val", "0.5", "--trainer.gradient_clip_algorithm", "value"),
+        r"trainer\.gradient_clip_algorithm: expected norm",
+    ),
     "accumulation": (
-        ("--trainer.accumulate_grad_batches", "4"),
-        r"accumulate_grad_batches.*data\.batching\.max_tokens",
+        ("--trainer.accumulate_grad_batches", "0"),
+        r"accumulate_grad_batches: expected 1 or more",
     ),
     "callback": (("--trainer.callbacks", "Nothing"), r"callbacks.*Nothing"),
     "seed": (("--seed_everything", "word"), r"seed_everything.*word"),

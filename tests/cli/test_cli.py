@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from lightning_bge.hpo import run as hpo_run
 from lightning_bge.hpo.finish.seed_replicates import run_seed_replicates
 from lightning_bge.hpo.storage.journal import open_storage
+from lightning_bge.models.effective_batch import EffectiveBatchModule
 from lightning_bge.trainer import BGETrainer
 from tests.helpers.cli_processes import trials
 from tests.helpers.paths import CONFIGS
@@ -194,6 +195,26 @@ def test_a_space_of_fewer_parameter_sets_than_trials_ends_with_them_and_says_so_
     assert sorted(trial.params["model.dropout"] for trial in trials(tmp_path / "study")) == [0.0, 0.1]
 
 
+def test_a_study_clips_and_accumulates_as_the_trainer_says(
+    run: Run, search: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    step = EffectiveBatchModule.training_step
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> None:
+        found.append((self.max_grad_norm, batch.size))
+        step(self, batch, batch_idx)
+
+    monkeypatch.setattr(EffectiveBatchModule, "training_step", training_step)
+    options = ("--trainer.gradient_clip_val", "0.5", "--trainer.accumulate_grad_batches", "3", "--data.batch_size", "4")
+    average = "[{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.5}}]"
+    status, out, err = run(*search, *options, "--trainer.callbacks", average, "--hpo.n_trials", "1")
+    assert status == 0, err
+    assert " 0 failed" in out
+    assert {norm for norm, _ in found} == {0.5}
+    assert max(size for _, size in found) == 12
+
+
 MISTAKES = {
     "train file": (("--data.train_file", "nowhere.csv"), "nowhere.csv does not exist"),
     "column": (("--data.text_columns", "[text, question]"), "its columns are 'post_id', 'text', 'criterion', 'label'"),
@@ -206,7 +227,17 @@ MISTAKES = {
     "type": (("--hpo.space", '{"data.batch_size": {"choices": ["many"]}}'), "many"),
     "empty space": (("--hpo.space", "{}"), "at least one parameter"),
     "never prunes": (("--hpo.pruner.min_resource", "50"), "could never prune"),
-    "clipping": (("--trainer.gradient_clip_val", "1.0"), "set model.optimizer.max_grad_norm"),
+    "clipping": (
+        ("--trainer.gradient_clip_val", "0.5", "--model.optimizer.max_grad_norm", "2"),
+        "trainer.gradient_clip_val=0.5 and model.optimizer.max_grad_norm=2.0 contradict each other",
+    ),
+    "searched clipping": (
+        (
+            *("--trainer.gradient_clip_val", "0.5"),
+            *("--hpo.space", '{"model.optimizer.max_grad_norm": {"choices": [1.0, 3.0]}}'),
+        ),
+        "trainer.gradient_clip_val=0.5 and model.optimizer.max_grad_norm=3.0 contradict each other",
+    ),
     "cost": (("--hpo.cost", "train_seconds"), "Set hpo.pruner.name to none, or hpo.cost to null"),
     "seed_replicates": (("--hpo.seed_replicates", "-1"), "hpo.seed_replicates: expected 0 or more"),
     "folds": (("--data.split.folds", "0"), "data.split.folds"),

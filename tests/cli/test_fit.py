@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -86,8 +87,35 @@ def test_what_a_run_can_not_do_without(fit: Run, folder: Path, args: list[str], 
 
 
 def test_a_callback_with_a_device_is_written_and_read_again(fit: Run, tmp_path: Path, folder: Path) -> None:
-    ok(fit(*callbacks(tmp_path, ("StochasticWeightAveraging", {"swa_lrs": 0.01, "device": "cpu"}))))
+    ok(fit(*callbacks(tmp_path, ("EMAWeightAveraging", {"decay": 0.5, "device": "cpu"}))))
     assert "is finished" in ok(fit("-c", str(folder / "config.yaml")))
+
+
+def test_scores_are_those_of_the_averaged_weights_that_are_exported(fit: Run, tmp_path: Path, folder: Path) -> None:
+    """Also where the best epoch is not the last one, whose average the callback still holds."""
+    wild = ("--model.optimizer.lr", "0.05", "--monitor.metric", "loss")
+    given = callbacks(tmp_path, ("EMAWeightAveraging", {"decay": 0.5}))
+    ok(fit(*given, *wild, "--trainer.max_epochs", "4"))
+    summary = summary_of(folder)
+    assert summary["epoch"] < 4
+    best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    exported = weights(folder)
+    assert all(torch.equal(value, best[f"net.model.{name}"]) for name, value in exported.items())
+    with (folder / "logs" / "version_0" / "metrics.csv").open(newline="") as file:
+        losses = [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
+    assert summary["validation"]["loss"] == pytest.approx(losses[summary["epoch"] - 1], rel=1e-5)
+
+
+def test_clipping_and_accumulation_of_the_trainer(fit: Run, folder: Path) -> None:
+    def steps() -> int:
+        return int(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"])
+
+    ok(fit("--data.batch_size", "8", "--trainer.max_epochs", "1"))
+    before = steps()
+    shutil.rmtree(folder)
+    options = ("--trainer.accumulate_grad_batches", "2", "--trainer.gradient_clip_val", "0.5")
+    ok(fit("--data.batch_size", "8", "--trainer.max_epochs", "1", *options))
+    assert steps() == -(-before // 2)
 
 
 def test_a_checkpoint_among_those_of_the_run_is_refused(fit: Run, tmp_path: Path, folder: Path) -> None:
@@ -135,8 +163,8 @@ OTHER = [
     (["--trainer.max_time", "01:00:00:00"], "trainer.max_time: None in the folder"),  # it may end a run earlier
     (["--data.batch_size", "8"], "data.batch_size: 32 in the folder, 8 requested"),
     (["--trainer.max_epochs", "1"], "trainer.max_epochs: 2 in the folder, 1 requested"),
-    (["--trainer.callbacks", '[{"class_path": "lightning.pytorch.callbacks.StochasticWeightAveraging",'
-      ' "init_args": {"swa_lrs": 0.1}}]'], "trainer.callbacks: [] in the folder"),
+    (["--trainer.callbacks", '[{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging",'
+      ' "init_args": {"decay": 0.5}}]'], "trainer.callbacks: [] in the folder"),
 ]  # fmt: skip
 
 

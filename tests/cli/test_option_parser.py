@@ -141,7 +141,7 @@ def test_a_section_of_a_later_file_that_is_empty_changes_nothing(tmp_path: Path)
         (["--trainer.devices", "0"], "trainer: `Trainer(devices=0)` value is not a valid input"),
         (["--trainer.devices", "x"], "trainer.devices: expected a number of devices, or their indices, got 'x'"),
         (["--trainer.accelerator", "cpu", "--trainer.devices", "[9]"], "trainer: `devices` selected with `CPUAccel"),
-        (["--trainer.precision", "7"], "trainer.precision: expected one of auto, bf16-mixed, 32-true, got 7"),
+        (["--trainer.precision", "7"], "trainer.precision: expected one of auto, bf16-mixed, 16-mixed, 32-true, got 7"),
         (["--trainer.profiler", "xyz"], "trainer: When passing string value for the `profiler`"),
         (["--trainer.limit_train_batches", "2.5"], "trainer: You have passed invalid value 2.5 for limit_train"),
         (["--trainer.logger", "lightning.pytorch.loggers.CometLogger"], "class_path lightning.pytorch.loggers.Comet"),

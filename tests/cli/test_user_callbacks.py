@@ -17,7 +17,11 @@ from lightning_bge.models.metrics.logged import logged_names
 from lightning_bge.runtime.callback_kinds import UNUSABLE
 
 Run = Callable[..., tuple[int, str, str]]
-ARGUMENTS = {"GradientAccumulationScheduler": "{scheduling: {0: 2}}", "ModelPruning": "{pruning_fn: l1_unstructured}"}
+ARGUMENTS = {
+    "GradientAccumulationScheduler": "{scheduling: {0: 2}}",
+    "ModelPruning": "{pruning_fn: l1_unstructured}",
+    "StochasticWeightAveraging": "{swa_lrs: 0.01}",
+}
 NAMES = ["BackboneFinetuning" if kind.__name__ == "BaseFinetuning" else kind.__name__ for kind in UNUSABLE]
 
 

@@ -358,7 +358,7 @@ def test_values_out_of_range_are_refused(options: dict[str, Any], message: str) 
 
 
 def test_half_precision_weights_are_refused(folder: str) -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.precision: expected bf16-mixed, 32-true or auto, got bf16-true"):
+    with pytest.raises(ConfigError, match=r"16-mixed, 32-true or auto, got bf16-true: .* Set bf16-mixed"):
         quiet_trainer(precision="bf16-true").fit(
             BGEClassifier(folder), datamodule=Batches(BINARY, learnable(), learnable())
         )
@@ -377,7 +377,7 @@ def test_bf16_autocast_keeps_fp32_weights(folder: str) -> None:
 
 def test_a_precision_that_does_not_work_is_refused(folder: str) -> None:
     module = BGEClassifier(folder, optimizer=FAST)
-    with pytest.raises(ConfigError, match="expected bf16-mixed, 32-true or auto, got 64-true"):
+    with pytest.raises(ConfigError, match="expected bf16-mixed, 16-mixed, 32-true or auto, got 64-true"):
         quiet_trainer(precision="64-true").fit(module, datamodule=Batches(BINARY, learnable(), learnable()))
 
 

@@ -82,7 +82,7 @@ def default_sync_mode() -> Iterator[None]:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.usefixtures("default_sync_mode")
-@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "32-true"])
 def test_gpu_neither_a_batch_s_copy_nor_its_step_waits_for_the_device(tmp_path: Path, precision: Any) -> None:
     module = NoWaiting(save_model(tmp_path, dropout=0.2), optimizer=OptimizerConfig(lr=1e-2))
     trainer: Trainer = quiet_trainer(accelerator="gpu", devices=1, precision=precision, limit_val_batches=0)

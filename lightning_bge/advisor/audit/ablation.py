@@ -165,14 +165,14 @@ class Ablation:
 
 
 def precision_ablation(run: ObservedRun) -> list[Ablation]:
-    """The other precision, of bf16 and fp32; none where the hardware would emulate bf16, which takes minutes."""
-    current = str(run.trainer.precision)
-    bf16, supported = current == "bf16-mixed", choose_precision(run.device.type)[0] == "bf16-mixed"
-    if not bf16 and (current != "32-true" or not supported):
+    """The other precision, of 16 bits and fp32; none where the hardware would emulate 16 bits, which takes minutes."""
+    current, fastest = str(run.trainer.precision), choose_precision(run.device.type)[0]
+    mixed = current if current in ("bf16-mixed", "16-mixed") else fastest
+    if (current != mixed and current != "32-true") or mixed == "32-true":
         return []
-    options = {"trainer.precision": "32-true" if bf16 else "bf16-mixed"}
-    text = "bf16 autocast with fp32 weights against fp32"
-    return [Ablation("bf16 matrix products", options, bf16, text, "trainer.precision: bf16-mixed")]
+    options = {"trainer.precision": "32-true" if current == mixed else mixed}
+    text = f"{'fp16' if mixed == '16-mixed' else 'bf16'} autocast with fp32 weights against fp32"
+    return [Ablation(run.sixteen_bit_row, options, current == mixed, text, f"trainer.precision: {mixed}")]
 
 
 def measure(

@@ -89,7 +89,7 @@ def audit_bge_run(run: BGERun, config: AuditConfig) -> Audit:
         return Additions(rows, ablations, fixed, savings)
 
     requested = Requested(
-        effective_batch=run.build({}).datamodule.batch_size, compile=run.compile.policy == "always" or None
+        effective_batch=run.build({}).datamodule.rows_per_step, compile=run.compile.policy == "always" or None
     )
     return audit_run(run.train, requested, config, additions=additions)
 

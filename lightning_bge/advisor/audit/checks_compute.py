@@ -28,10 +28,11 @@ CONVOLUTIONS = (
 
 
 def compute_rows(run: ObservedRun) -> list[Row]:
-    """bf16, TF32, optimizer, torch.compile, attention, dropout, zero_grad, cuDNN benchmark, channels-last, memory."""
-    asked = run.requested
+    """16-bit products, TF32, optimizer, compiling, attention, dropout, zero_grad, cuDNN, channels-last, memory."""
+    asked, products = run.requested, run.sixteen_bit_row
+    on = asked.fp16 if products.startswith("fp16") else asked.bf16
     traced = {
-        bf16: Row("compute", "bf16 matrix products", on_off(asked.bf16)),
+        sixteen_bit: Row("compute", products, on_off(on)),
         fused_optimizer: Row("compute", "fused optimizer", on_off(asked.fused)),
         compiled: Row("compute", "torch.compile", on_off(asked.compile)),
         attention: Row("compute", "attention kernel", on_off(asked.sdpa)),
@@ -49,21 +50,21 @@ def compute_rows(run: ObservedRun) -> list[Row]:
     return [rows[0], tf32(run), *rows[1:], zero_grad(run), no_effect, images, peak_memory(run)]
 
 
-def bf16(row: Row, run: ObservedRun, trace: StepTrace) -> Row:
-    """Matrices are multiplied in bf16, by the dtype of their inputs."""
-    total = trace.flops.total()
+def sixteen_bit(row: Row, run: ObservedRun, trace: StepTrace) -> Row:
+    """Matrices are multiplied in bf16, or in fp16, by the dtype of their inputs."""
+    total, kind = trace.flops.total(), row.name[:4]
     if not total:
         return row.unknown(NO_PRODUCT)
-    share = trace.flops["bf16"] / total
+    share = trace.flops[kind] / total
     shares = ", ".join(f"{name} {value / total:.1%}" for name, value in trace.flops.most_common())
     evidence = f"floating-point operations of one step by the dtype of their inputs: {shares}"
     row = replace(row, in_effect=f"{share:.0%} of the matrix products", evidence=evidence)
-    if run.requested.bf16 and share < MIN_SHARE:
+    if row.requested == on_off(True) and share < MIN_SHARE:
         text = "find what runs in fp32: a region without autocast, inputs cast to fp32, a custom autograd function"
         return replace(row, verdict="mismatch", fix=Fix(text))
     precision, why = choose_precision(run.device.type)
     if not share and precision == "32-true":
-        return replace(row, verdict="not applicable", evidence=f"{why}: bf16 would be emulated")
+        return replace(row, verdict="not applicable", evidence=f"{why}: {kind} would be emulated")
     return row
 
 

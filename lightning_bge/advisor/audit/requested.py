@@ -13,12 +13,14 @@ from torch import nn
 
 from lightning_bge.advisor.audit.observation import Observation
 from lightning_bge.advisor.audit.result import NOT_STATED
+from lightning_bge.callbacks.torch_backends import choose_precision
 from lightning_bge.runtime.compat.torch import compiled_call
 from lightning_bge.runtime.compat.transformers import attention_implementation
 
 # Names of hyperparameters that ask for an optimization, as they are common in other projects.
 PATTERNS = {
     "bf16": re.compile(r"bf16|bfloat16"),
+    "fp16": re.compile(r"(?<!b)f(p|loat)16"),
     "tf32": re.compile(r"tf32"),
     "fused": re.compile(r"fused"),
     "compile": re.compile(r"compile"),
@@ -34,6 +36,7 @@ class Requested:
 
     Attributes:
         bf16: matrices are multiplied in bf16.
+        fp16: matrices are multiplied in fp16.
         tf32: fp32 matrices are multiplied in TF32.
         fused: the optimizer's fused kernel runs.
         compile: the model is compiled.
@@ -45,6 +48,7 @@ class Requested:
     """
 
     bf16: bool | None = None
+    fp16: bool | None = None
     tf32: bool | None = None
     fused: bool | None = None
     compile: bool | None = None
@@ -76,6 +80,7 @@ def requested_by(module: LightningModule, trainer: Trainer, seen: Observation, d
     fused = any(optimizer.defaults.get("fused") for optimizer in trainer.optimizers)
     return Requested(
         bf16="bf16" in str(trainer.precision) or named.get("bf16"),
+        fp16=str(trainer.precision) == "16-mixed" or named.get("fp16"),
         tf32=tf32 or named.get("tf32"),
         fused=fused or named.get("fused"),
         compile=any(is_compiled(part) for part in module.modules()) or named.get("compile"),
@@ -150,6 +155,13 @@ class ObservedRun:
     def device(self) -> torch.device:
         """Where the training ran."""
         return self.trainer.strategy.root_device
+
+    @property
+    def sixteen_bit_row(self) -> str:
+        """The name of the row on 16-bit products: of those that are requested, else of those that the hardware has."""
+        asked = self.requested
+        fp16 = asked.fp16 or (not asked.bf16 and choose_precision(self.device.type)[0] == "16-mixed")
+        return f"{'fp16' if fp16 else 'bf16'} matrix products"
 
 
 def on_off(value: bool | None) -> str:

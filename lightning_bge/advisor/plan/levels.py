@@ -15,7 +15,8 @@ from lightning_bge.hpo.trial.text_setup import TextBuild
 from lightning_bge.runtime.memory import release
 
 LEAST, MOST, ENOUGH_S = 2, 10, 2.0  # steps to measure of each variant: those of two seconds
-ASSUMED_BF16 = 2.0  # speed-up of bf16 where there is no time to measure it
+MIXED = {"bf16-mixed": "+bf16", "16-mixed": "+fp16"}  # the level of each precision with 16-bit products
+ASSUMED_16_BIT = 2.0  # speed-up of 16-bit products where there is no time to measure it
 Basis = Literal["measured", "predicted", "in effect", "off", "not available", "unknown"]
 
 
@@ -44,7 +45,7 @@ class Variants(NamedTuple):
 
     Attributes:
         padded: without packing.
-        fp32: without packing, bf16 and TF32.
+        fp32: without packing, 16-bit products and TF32.
     """
 
     padded: float | None = None
@@ -52,7 +53,7 @@ class Variants(NamedTuple):
 
 
 def measure_variants(build: TextBuild, trial: MeasuredTrial, in_effect: InEffect, seconds: float) -> Variants:
-    """Train a few steps without packing, and a few without packing and bf16, if they are in effect and there is time.
+    """Train a few steps without packing, and a few in fp32 too, if the planned study has both and there is time.
 
     Args:
         build: makes the objects of a trial.
@@ -66,7 +67,7 @@ def measure_variants(build: TextBuild, trial: MeasuredTrial, in_effect: InEffect
     padded = {"model.attention": "padded"}
     for wanted, slower, changes in (
         (in_effect.attention == "packed", 2, padded),
-        (in_effect.precision == "bf16-mixed", 4, {**padded, "trainer.precision": "32-true"}),
+        (in_effect.precision in MIXED, 4, {**padded, "trainer.precision": "32-true"}),
     ):
         likely = trial.step_s * (steps + warmup) * slower
         if not wanted or likely > seconds:
@@ -140,7 +141,7 @@ def optimization_levels(
 
 
 def _compute_levels(compute: float, rest: float, variants: Variants, in_effect: InEffect | None) -> list[Level]:
-    """No optimization, bf16, TF32 and packing.
+    """No optimization, 16-bit products, TF32 and packing.
 
     Args:
         compute: hours of steps and validations with all of them.
@@ -151,18 +152,18 @@ def _compute_levels(compute: float, rest: float, variants: Variants, in_effect: 
     if in_effect is None:
         text = "as on the machine of given.step_ms: included in the row above"
         return [Level(name, compute + rest, text, "unknown") for name in ("none", "+bf16", "+TF32", "+packing")]
-    bf16, packed = in_effect.precision == "bf16-mixed", in_effect.attention == "packed"
+    mixed, packed = in_effect.precision in MIXED, in_effect.attention == "packed"
     padded = 1.0 if variants.padded is None else variants.padded
     none: tuple[str, Basis] = (f"trainer.precision is {in_effect.precision}", "off")
     tf32: tuple[str, Basis] = ("matrix products that remain in fp32: included in the row above", "in effect")
     packing: tuple[str, Basis] = (f"steps x {1 / padded:.3f}", "measured")
     fp32, precision = padded, none
     basis: Basis = "unknown" if packed and variants.padded is None else "measured"
-    if bf16 and variants.fp32 is not None:
+    if mixed and variants.fp32 is not None:
         fp32, precision, basis = variants.fp32, (f"steps x {padded / variants.fp32:.3f}", "measured"), "measured"
-    elif bf16:
-        text = f"steps x {1 / ASSUMED_BF16:.3f}: not measured, assumed to be twice as fast"
-        fp32, precision, basis = padded * ASSUMED_BF16, (text, "predicted"), "predicted"
+    elif mixed:
+        text = f"steps x {1 / ASSUMED_16_BIT:.3f}: not measured, assumed to be twice as fast"
+        fp32, precision, basis = padded * ASSUMED_16_BIT, (text, "predicted"), "predicted"
     if in_effect.device != "cuda" or torch.cuda.get_device_capability() < (8, 0):
         tf32 = (f"needs an NVIDIA GPU of compute capability 8.0; the device is {in_effect.device}", "not available")
     elif not in_effect.tf32:
@@ -174,7 +175,7 @@ def _compute_levels(compute: float, rest: float, variants: Variants, in_effect: 
     hours = compute * padded + rest
     return [
         Level("none", compute * fp32 + rest, "", basis),
-        Level("+bf16", hours, *precision),
+        Level(MIXED.get(in_effect.precision, "+bf16"), hours, *precision),
         Level("+TF32", hours, *tf32),
         Level("+packing", compute + rest, *packing),
     ]

@@ -204,7 +204,7 @@ class DataSize:
             data.select_fold(fold)
             train.append(lengths[data.train_rows].sum())
             validation.append(data.lengths("val")[data.val_rows].sum())
-        steps = math.ceil(len(data.train_rows) / data.batch_size)
+        steps = math.ceil(len(data.train_rows) / data.rows_per_step)
         return cls(float(np.mean(train)), float(np.mean(validation)), float(lengths.sum()), steps)
 
 
@@ -308,7 +308,7 @@ class ShortStudy:
         data = self._data = setup.datamodule
         limits = {"limit_train_batches": self._steps, "limit_test_batches": 1, "max_epochs": self._epochs}
         if data.folds:
-            data.limit_validation(max(VALIDATED, 2 * data.batch_size))
+            data.limit_validation(max(VALIDATED, 2 * data.rows_per_step))
         else:
             limits["limit_val_batches"] = 1
 

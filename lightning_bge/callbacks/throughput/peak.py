@@ -26,7 +26,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
     Args:
         device: where to multiply.
-        dtype: of the matrices: bfloat16 for a run in bf16-mixed.
+        dtype: of the matrices: bfloat16 for a run in bf16-mixed, float16 in 16-mixed.
     """
     key = (str(device), dtype, torch.get_num_threads(), torch.backends.cuda.matmul.fp32_precision)
     if key not in _peaks:

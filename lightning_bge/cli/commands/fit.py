@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_bge.advisor.report.report import write_report
@@ -86,6 +87,8 @@ def _fit(cli: FitCLI) -> None:
                 print(f"resuming from {checkpoint}", flush=True)
             record_run(run_dir, cli.plain_config(), datamodule.data_hash, contents(datamodule))
         trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+        # it would validate with the last average in place of the weights that are loaded next
+        trainer.callbacks = without_kinds(trainer.callbacks, (WeightAveraging,))  # type: ignore[attr-defined]
         summary = _finish(cli, run_dir)
     elif first:
         print(f"{run_dir} is finished; a higher trainer.max_epochs goes on with it, another --run_dir begins anew")

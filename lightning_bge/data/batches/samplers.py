@@ -19,12 +19,21 @@ class EffectiveBatchSampler(Sampler[list[int]]):
         batch_size: rows of a batch.
         seed: of the order.
         classes: the class of each row, [N], for balanced drawing; None: every row comes once.
+        same_order: every epoch has the order of the first one.
 
     Attributes:
         epoch: set by `set_epoch`, which Lightning calls.
     """
 
-    def __init__(self, rows: np.ndarray, batch_size: int, seed: int, classes: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        rows: np.ndarray,
+        batch_size: int,
+        seed: int,
+        classes: np.ndarray | None = None,
+        same_order: bool = False,
+    ) -> None:
+        self.same_order = same_order
         self.rows, self.batch_size, self.seed = np.asarray(rows, dtype=np.int64), batch_size, seed
         self.epoch = 0
         self.weights: np.ndarray | None = None
@@ -37,7 +46,7 @@ class EffectiveBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        random = np.random.default_rng((self.seed, self.epoch))
+        random = np.random.default_rng((self.seed, 0 if self.same_order else self.epoch))
         if self.weights is None:
             order = random.permutation(self.rows)
         else:

@@ -32,7 +32,7 @@ class TextTrialSetup(TrialSetup):
     @property
     def steps_per_epoch(self) -> int:
         """Effective batches of the selected rows."""
-        return -(-len(self.datamodule.train_rows) // self.datamodule.batch_size)
+        return -(-len(self.datamodule.train_rows) // self.datamodule.rows_per_step)
 
     @property
     def n_validation_rows(self) -> int:

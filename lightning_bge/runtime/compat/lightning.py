@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -140,6 +141,15 @@ def end_after_exception(trainer: Trainer, exception: BaseException) -> None:
         logger.finalize("failed")
     trainer._teardown()
     trainer.state.stage = None
+
+
+def average_parameters_alone(callback: WeightAveraging) -> None:
+    """Let an average of weights leave out buffers, which are the default of a private attribute.
+
+    A moving average of whole numbers is rounded down: after a few steps position 3 of an encoder is position 2.
+    Encoders have no buffers that training changes.
+    """
+    callback._use_buffers = False
 
 
 # ---------------------------------------------------------------------- what an audit observes

@@ -99,6 +99,30 @@ def forget_interrupted_step(scaler: torch.amp.GradScaler) -> None:
     scaler._per_optimizer_states.clear()
 
 
+def takes_found_inf(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler tells an optimizer in its attribute `found_inf` that a step is to be skipped.
+
+    Lightning unscales the gradients of any other optimizer itself, a second time where a module has done it to clip
+    them.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def with_found_inf(kind: type[Any]) -> type[Any]:
+    """A class of optimizers that leave out a step when a gradient scaler says so: see `takes_found_inf`."""
+
+    class Skipping(kind):
+        _step_supports_amp_scaling = True
+
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            if (found := getattr(self, "found_inf", None)) is not None and found.item():
+                return None
+            return super().step(closure)
+
+    Skipping.__name__ = Skipping.__qualname__ = kind.__name__
+    return Skipping
+
+
 # ---------------------------------------------------------------------- memory and hardware
 
 

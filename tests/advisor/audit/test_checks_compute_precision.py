@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from lightning_bge.advisor.audit.audit import audit
 from lightning_bge.advisor.audit.requested import Requested
@@ -53,6 +55,17 @@ def test_bf16_is_requested_but_custom_layers_multiply_in_fp32() -> None:
         for owner, name in ((layer.intermediate, "dense"), (layer.output, "dense")):
             getattr(owner, name).__class__ = OwnLinear
     assert "fp32" in expect_alarm(module, "bf16 matrix products", precision="bf16-mixed")
+
+
+def fp16() -> dict[str, Any]:
+    """Lightning makes no such plugin on a CPU."""
+    return {"plugins": MixedPrecision("16-mixed", "cpu", scaler=GradScaler("cpu"))}
+
+
+def test_fp16_is_requested_and_in_effect_or_not() -> None:
+    found = audit(Classifier(), loader(), {"accelerator": "cpu", **fp16()}, None, OBSERVE).row("fp16 matrix products")
+    assert (found.requested, found.verdict) == ("on", "ok")
+    assert "fp32" in expect_alarm(Island(), "fp16 matrix products", **fp16())
 
 
 @pytest.mark.gpu

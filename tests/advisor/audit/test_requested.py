@@ -33,6 +33,8 @@ def read(module: Classifier, **options: Any) -> Requested:
         ({"optimizer": {"fused": True}}, "fused", True),
         ({"precision": "bf16-mixed"}, "bf16", True),
         ({"bf16": False}, "bf16", None),
+        ({"fp16": True}, "fp16", True),
+        ({"bfloat16": True}, "fp16", None),
     ],
 )
 def test_requests_are_read_from_the_names_of_hyperparameters(

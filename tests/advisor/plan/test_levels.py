@@ -72,6 +72,11 @@ def test_what_was_not_measured_is_predicted_or_unknown() -> None:
     assert [elsewhere[name].basis for name in ("none", "+bf16", "+TF32", "+packing")] == ["unknown"] * 4
 
 
+def test_fp16_has_a_level_of_its_own() -> None:
+    found = table(in_effect=InEffect("cpu", "16-mixed", "packed"))
+    assert (found["+fp16"].how, "+bf16" in found) == ("steps x 0.500", False)
+
+
 def test_max_autotune_is_in_effect_only_where_layers_are_compiled() -> None:
     tuned = CompileConfig("auto", mode="max-autotune")
     assert table(compile=tuned)["+max-autotune"][2:] == ("compile.policy auto, compile.mode max-autotune", "off")

@@ -117,7 +117,8 @@ def test_an_empty_batch_can_be_moved_and_split(dataset: EncodedDataset) -> None:
 
 
 def trainer(rank: int, ranks: int) -> Any:
-    return SimpleNamespace(global_rank=rank, world_size=ranks, state=SimpleNamespace(fn=TrainerFn.FITTING))
+    state = SimpleNamespace(fn=TrainerFn.FITTING)
+    return SimpleNamespace(global_rank=rank, world_size=ranks, state=state, overfit_batches=0)
 
 
 @pytest.fixture

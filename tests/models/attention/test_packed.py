@@ -115,6 +115,22 @@ def test_dropout_hits_the_attention_weights_in_forward_and_backward_alike() -> N
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_half_precision_is_that_of_fp32_rounded(window: int | None) -> None:
+    generator, lengths = torch.Generator().manual_seed(0), (7, 5, 5, 5, 1)
+    exact = [torch.randn(sum(lengths), HEADS, DIM, generator=generator, requires_grad=True) for _ in range(3)]
+    half = [x.detach().half().requires_grad_() for x in exact]
+    found = []
+    for qkv in (exact, half):
+        torch.manual_seed(1)
+        out = CpuAttention.apply(*qkv, lengths, 0.0, 0.7, window)
+        out.backward(torch.ones_like(out))
+        found.append([out, *(x.grad for x in qkv)])
+    for one, other in zip(*found, strict=True):
+        assert other.dtype == torch.float16
+        assert (other.float() - one).norm() < 2e-3 * one.norm() + 1e-3
+
+
 @pytest.mark.parametrize("lengths", [(7, 5, 5, 5, 1), (4, 2)], ids=str)
 def test_first_tokens_alone_are_the_first_rows_of_all(lengths: tuple[int, ...]) -> None:
     packing = _packing(lengths)

@@ -8,6 +8,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -150,3 +151,25 @@ def test_the_training_loader_made_for_an_estimate_is_dropped() -> None:
 
     quiet_trainer(max_epochs=3, limit_train_batches=4, limit_val_batches=0).fit(Look())
     assert found == [(12, None)]
+
+
+def test_an_average_of_weights_leaves_out_buffers() -> None:
+    """Else position 3 of a moving average is position 2 after a few steps."""
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.register_buffer("positions", torch.arange(8))
+
+    found = []
+    for wanted in (False, True):
+        callback, module = EMAWeightAveraging(decay=0.9), Module()
+        if wanted:
+            compat.average_parameters_alone(callback)
+        assert callback._use_buffers is not wanted, MISSING.format(lightning.__version__, "use_buffers")
+        callback.setup(quiet_trainer(), module, "fit")
+        for _ in range(10):
+            callback._average_model.update_parameters(module)  # type: ignore[union-attr]
+        found.append(dict(callback._average_model.module.named_buffers())["positions"].tolist())  # type: ignore[union-attr]
+    assert found[0] != list(range(8)) == found[1]
