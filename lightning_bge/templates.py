@@ -35,6 +35,7 @@ from lightning_bge.hpo.trial.text_setup import TextTrialSetup
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.config import MonitorConfig, check_monitor
 from lightning_bge.models.metrics.names import Metric
+from lightning_bge.runtime.compat.lightning import LOGGERS
 from lightning_bge.runtime.dotted_config import LINKS, with_overrides
 from lightning_bge.runtime.nested_config import as_config, as_plain
 from lightning_bge.trainer import HARMLESS_WARNINGS, BGETrainer, quiet_trainer, take_options, warn_of_unused_callbacks
@@ -252,7 +253,7 @@ def errors_of_arguments(kept: str) -> Iterator[None]:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Of the libraries' messages only those on which a user can act, for the length of a call."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     levels, verbosity = [logger.level for logger in loggers], optuna.logging.get_verbosity()
     try:
         with warnings.catch_warnings():

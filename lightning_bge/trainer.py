@@ -23,6 +23,7 @@ from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precisi
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.trial.objective import early_stopping
+from lightning_bge.hpo.trial.score import Monitor
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.models.trainer_options import TrainerOptions
@@ -192,15 +193,20 @@ class RecentCheckpoint(RunCheckpoint):
 def fit_callbacks(
     run_dir: Path, monitor: MonitorConfig, compile_config: CompileConfig, memory: MicroBatchFinder
 ) -> list[Callback]:
-    """The largest micro-batch, early stopping, tokens per second, compiling where it pays, and checkpoints.
+    """The largest micro-batch, early stopping, tokens per second, compiling where it pays, and checkpoints."""
+    return [
+        *[OOMHandler(), memory, *early_stopping(monitor), Throughput(), CompileLayers(compile_config)],
+        *run_checkpoints(run_dir, monitor),
+    ]
 
-    Kept are the best epoch, the last one, and one every ten minutes.
-    """
+
+def run_checkpoints(run_dir: Path, monitor: Monitor) -> list[Callback]:
+    """The checkpoints of a run: the best epoch, the last one, and one every ten minutes."""
     mode = "max" if monitor.direction == "maximize" else "min"
     folder = run_dir / "checkpoints"
     best = BestCheckpoint(folder, "best", monitor=monitor.logged, mode=mode, save_last=True)
     recent = RecentCheckpoint(folder, "recent", train_time_interval=timedelta(minutes=10), enable_version_counter=False)
-    return [OOMHandler(), memory, *early_stopping(monitor), Throughput(), CompileLayers(compile_config), best, recent]
+    return [best, recent]
 
 
 def check_checkpoints(arguments: dict[str, Any], run_dir: Path) -> None:

@@ -30,6 +30,7 @@ from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.config import MonitorConfig, check_monitor
 from lightning_bge.prediction.progress import RowProgressBar
 from lightning_bge.runtime.callback_kinds import NEEDS_TRAINING, NOT_IN_TRIALS, without_kinds
+from lightning_bge.runtime.compat.lightning import LOGGERS
 from lightning_bge.runtime.distributed import AnotherRankFailed, end_ranks
 from lightning_bge.runtime.dotted_config import LINKS, OF_STUDIES, plain_config
 from lightning_bge.runtime.memory import limit_malloc
@@ -216,7 +217,7 @@ def quiet_libraries() -> None:
     rank = rank_zero_only.rank  # type: ignore[attr-defined]
     logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: " * (rank > 0) + "%(message)s", force=True)
     logging.getLogger("lightning_bge").setLevel(logging.WARNING if rank else logging.INFO)
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", pattern)

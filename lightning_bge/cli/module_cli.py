@@ -37,6 +37,8 @@ def names_a_class(args: list[str]) -> bool:
 def _class_paths(args: list[str]) -> Iterator[str]:
     for name, value in named_values(args):
         if name in ("-c", "--config"):
+            if not Path(value).expanduser().is_file():
+                continue  # the parser says what is wrong
             content = yaml.safe_load(Path(value).expanduser().read_text(encoding="utf-8"))
             for section in ("model", "data"):
                 found = content.get(section) if isinstance(content, dict) else None

@@ -43,7 +43,7 @@ def check_same_run(cli: BGECLI, run_dir: Path, datamodule: TextDataModule) -> tu
         found = contents(datamodule) | {"data_hash": datamodule.data_hash}
         for name in ("data_hash", "val_hash", "labels"):
             old[name], new[name] = last.get(name), found[name]
-    epochs = _more_epochs(old.get(EPOCHS), new[EPOCHS])
+    epochs = more_epochs(old.get(EPOCHS), new[EPOCHS])
     if epochs is not None:
         old[EPOCHS] = new[EPOCHS]
     if different := differences(old, new):
@@ -92,7 +92,8 @@ def _comparable(config: dict[str, Any], start: str = ".") -> dict[str, Any]:
     return found
 
 
-def _more_epochs(old: Any, new: Any) -> tuple[int, int] | None:
+def more_epochs(old: Any, new: Any) -> tuple[int, int] | None:
+    """The epochs that a run had and those that it shall have, where these are more; else None."""
     known = isinstance(old, int) and isinstance(new, int)
     return (old, new) if known and 0 < old < new else None
 

@@ -16,7 +16,7 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.launchers.config import LauncherName, RayConfig
 from lightning_bge.hpo.module_experiment import without_refit
-from lightning_bge.hpo.scheduling.trial_loop import MemoryKeptError
+from lightning_bge.hpo.scheduling.trial_loop import StartAgainError
 from lightning_bge.runtime.output_file import write_output_text
 from lightning_bge.runtime.run_folder import json_text
 
@@ -65,7 +65,7 @@ def starting_again() -> Iterator[None]:
     """Start the process again where it holds memory of a trial that ran out of it."""
     try:
         yield
-    except MemoryKeptError as error:
+    except StartAgainError as error:
         print(f"lightning-bge: {error}. The process starts itself again", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os.chdir(_STARTED_IN)  # the paths of the command line are relative to it

@@ -24,7 +24,7 @@ from lightning_bge.hpo.space.parameter_sets import (
 )
 from lightning_bge.hpo.space.search_space import Space
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.trial.objective import Objective
+from lightning_bge.hpo.trial.objective import Objective, TrialFiles
 from lightning_bge.hpo.trial.score import Monitor
 from lightning_bge.hpo.trial.setup import TrialSetup
 from lightning_bge.runtime.dotted_config import check_option, configured_value, with_overrides
@@ -94,8 +94,12 @@ class Experiment(ABC):
         """The options that must be equal for trials to be comparable, by dotted names, as plain data."""
 
     @abstractmethod
-    def parts_of_objective(self, queue: StudyQueue) -> dict[str, Any]:
-        """Arguments of `Objective`: the files that trials leave, and what they share."""
+    def parts_of_objective(self, hpo: StudyConfig) -> dict[str, Any]:
+        """Arguments of `Objective`: what its trials share."""
+
+    @abstractmethod
+    def trial_files(self, queue: StudyQueue) -> TrialFiles:
+        """What trials leave on the disk."""
 
     @abstractmethod
     def finish(self, queue: StudyQueue, objective: Objective, ending: Ending) -> dict[str, Any]:

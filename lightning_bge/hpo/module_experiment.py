@@ -133,9 +133,13 @@ class ModuleExperiment(Experiment):
         """What such a study does not do."""
         return [f"no refit and no export at the end, which {OURS}: train with best.yaml"]
 
-    def parts_of_objective(self, queue: StudyQueue) -> dict[str, Any]:
+    def parts_of_objective(self, hpo: StudyConfig) -> dict[str, Any]:
+        """How checkpoints are read."""
+        return {"weights_only": hpo.weights_only}
+
+    def trial_files(self, queue: StudyQueue) -> TrialFiles:
         """Checkpoints of trials alone: such modules keep no predictions."""
-        return {"files": TrialFiles(checkpoints=queue.checkpoints), "weights_only": queue.config.weights_only}
+        return TrialFiles(checkpoints=queue.checkpoints)
 
     def finish(self, queue: StudyQueue, objective: Objective, ending: Ending) -> dict[str, Any]:
         """Write the results: see `finish_module_study`."""

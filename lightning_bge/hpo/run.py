@@ -32,6 +32,7 @@ from lightning_bge.hpo.study import open_study, study_storage
 from lightning_bge.hpo.tracked_study import complete_runs, mark_tracked, track
 from lightning_bge.hpo.trackers.config import check_trackers
 from lightning_bge.hpo.trial.objective import Objective
+from lightning_bge.hpo.trial.ranks import RankGroup
 from lightning_bge.hpo.trials import N_TRIALS
 from lightning_bge.hpo.versions import other_versions, used_versions
 from lightning_bge.runtime.run_folder import create_run_dir, record_run
@@ -126,7 +127,12 @@ def prepare_study(
 
 
 def run_hpo(
-    experiment: Experiment, hpo: StudyConfig, *, joins: bool = False, parent: int | None = None
+    experiment: Experiment,
+    hpo: StudyConfig,
+    *,
+    joins: bool = False,
+    parent: int | None = None,
+    ranks: RankGroup | None = None,
 ) -> tuple[optuna.Study, dict[str, Any] | None]:
     """Run the study of a folder, or what is missing of it, with a printed line after each trial and a summary.
 
@@ -137,6 +143,7 @@ def run_hpo(
         hpo: its options.
         joins: the study is there, and its options are not written again.
         parent: the process without which this one stops; None: there is none.
+        ranks: the processes that train each trial together, of which this is the first; None: it is the only one.
 
     Returns:
         The study, and the content of `summary.json`; None while other processes still run trials: the last writes it.
@@ -154,7 +161,7 @@ def run_hpo(
         place.stop_when(lambda: request.signal)
         study = prepare_study(experiment, hpo, space, steps, place, worker=worker, joins=joins)
         queue = StudyQueue(study, place, worker, hpo, space, parse_enqueued(hpo.enqueue, space))
-        objective = _objective(experiment, queue, steps, request)
+        objective = _objective(experiment, queue, steps, request, ranks)
         progress = Progress(replace(hpo, n_trials=queue.n_trials), experiment.monitor.name, steps.total)
         summary = None
         try:
@@ -174,7 +181,9 @@ def run_hpo(
     return study, summary
 
 
-def _objective(experiment: Experiment, queue: StudyQueue, steps: Steps, request: StopRequest) -> Objective:
+def _objective(
+    experiment: Experiment, queue: StudyQueue, steps: Steps, request: StopRequest, ranks: RankGroup | None
+) -> Objective:
     return Objective(
         build=experiment.build,
         space=queue.space,
@@ -184,7 +193,9 @@ def _objective(experiment: Experiment, queue: StudyQueue, steps: Steps, request:
         cost=queue.config.cost,
         request=request,
         tracking=track(queue.study, queue.config, queue.run_dir),
-        **experiment.parts_of_objective(queue),
+        files=experiment.trial_files(queue),
+        ranks=ranks,
+        **experiment.parts_of_objective(queue.config),
     )
 
 
@@ -206,6 +217,20 @@ def _print_head(experiment: Experiment, hpo: StudyConfig, space: Space, steps: S
         print("at the end the configured hyperparameters are trained too, to say what the search has gained")
     for line in experiment.notes(hpo):
         print(line)
+
+
+def follow(experiment: Experiment, hpo: StudyConfig, ranks: RankGroup) -> None:
+    """Train the folds of another process's trials with it, until it has no more."""
+    space, steps = check_study(experiment, hpo)
+    objective = Objective(
+        build=experiment.build,
+        space=space,
+        monitor=experiment.monitor,
+        steps=steps,
+        **experiment.parts_of_objective(hpo),
+    )
+    while (task := ranks.receive()) is not None:
+        objective.follow(task)
 
 
 def _leave_to_others(queue: StudyQueue, request: StopRequest) -> bool:

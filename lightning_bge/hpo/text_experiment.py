@@ -105,16 +105,18 @@ class TextExperiment(Experiment):
         """The options that must be equal for trials to be comparable, and what is read, by content."""
         return text_identity(self, hpo, space)
 
-    def parts_of_objective(self, queue: StudyQueue) -> dict[str, Any]:
-        """The files that trials leave, compilation, and the encoder cache."""
-        hpo = queue.config
-        files = TrialFiles(
+    def parts_of_objective(self, hpo: StudyConfig) -> dict[str, Any]:
+        """Compilation, and the encoder cache."""
+        return {"compile": self.compile, "encoder": self.encoder_cache(hpo)}
+
+    def trial_files(self, queue: StudyQueue) -> TrialFiles:
+        """Checkpoints, and the predictions of all validations."""
+        return TrialFiles(
             out_of_fold=queue.files / "oof",
             checkpoints=queue.checkpoints,
             predictions=queue.files / PREDICTIONS,
-            predictions_limit=round(hpo.predictions_gb * 2**30),
+            predictions_limit=round(queue.config.predictions_gb * 2**30),
         )
-        return {"files": files, "compile": self.compile, "encoder": self.encoder_cache(hpo)}
 
     def finish(self, queue: StudyQueue, objective: Objective, ending: Ending) -> dict[str, Any]:
         """Judge the study, refit its winner and export it: see `finish_study`."""

@@ -20,6 +20,13 @@ def check_port(host: str, port: int) -> None:
         raise port_error(host, port, error.strerror or str(error)) from error
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens at now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
 def port_error(host: str, port: int, reason: str) -> ConfigError:
     """The error of a server that can't listen."""
     return ConfigError(

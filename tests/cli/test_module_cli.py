@@ -143,7 +143,6 @@ def test_objects_in_a_checkpoint_need_an_option(search: Run) -> None:
             "hpo.val_check_interval: expected 1 for a module of another project, got 0.5",
         ),
         (options(trainer={"max_epochs": -1}), "trainer.max_epochs: a study needs 1 or more, got -1"),
-        (options(trainer={"devices": 2, "accelerator": "cpu"}), "trainer.devices: expected 1 for lightning-bge hpo"),
     ],
 )
 def test_what_is_wrong_is_one_message(search: Run, given: dict[str, Any], message: str) -> None:
@@ -207,3 +206,51 @@ def test_a_module_of_the_package_pytorch_lightning(search: Run) -> None:
     status, _, err = search({"run_dir": "run", **given})
     assert status == 2
     assert "the metric 'x' is not logged in validation; logged are: none" in err.splitlines()[-1]
+
+
+@pytest.fixture
+def fit(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Runs `fit` with some options, given as YAML."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(folder: str, epochs: int, *args: str) -> tuple[int, str, str]:
+        given = {name: value for name, value in options().items() if name != "hpo"}
+        given |= {"run_dir": folder, "trainer": {"max_epochs": epochs, "accelerator": "cpu"}}
+        Path("my.yaml").write_text(yaml.safe_dump(given))
+        return run("fit", "-c", "my.yaml", *args)
+
+    return call
+
+
+def test_a_fit_that_goes_on_is_one_that_was_never_interrupted(fit: Run) -> None:
+    assert fit("whole", 3)[0] == 0
+    assert fit("parts", 2)[0] == 0
+    status, out, err = fit("parts", 2)
+    assert status == 0
+    assert "parts is finished" in out
+    status, out, err = fit("parts", 3)
+    assert status == 0, err
+    assert "going on from 2 to 3 epochs" in out
+    assert "resuming from parts/checkpoints/last.ckpt" in out
+    whole, parts = summary("whole"), summary("parts")
+    assert parts["last"] == whole["last"]
+    assert (parts["value"], parts["epochs"], parts["metric"]) == (whole["value"], 3, "val_loss")
+    assert Path(parts["checkpoint"]).is_file()
+    page = Path("parts/report.html").read_text()
+    assert "val_loss" in page
+    status, _, err = fit("parts", 3, "--model.init_args.dropout", "0.5")
+    assert status == 2
+    assert "model.init_args.dropout: 0.1 in the folder, 0.5 requested" in err
+
+
+def test_a_dry_run_of_fit_writes_nothing(fit: Run) -> None:
+    status, out, err = fit("run", 2, "--trainer.fast_dev_run", "true")
+    assert status == 0, err
+    assert "dry run (trainer.fast_dev_run=" in out
+    assert not Path("run").exists()
+
+
+def test_a_metric_that_fit_does_not_find_is_one_message(fit: Run) -> None:
+    status, _, err = fit("run", 1, "--monitor.metric", "f1", "--monitor.mode", "max")
+    assert status == 2
+    assert "f1" in err.splitlines()[-1]

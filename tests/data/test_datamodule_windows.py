@@ -91,7 +91,8 @@ def test_shards_and_evaluation_give_each_row_to_one_rank(options: dict[str, Any]
     assert data.train_labels is not None
     shards = []
     for rank in range(2):
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=2, state=SimpleNamespace(fn=TrainerFn.FITTING))
+        state = SimpleNamespace(fn=TrainerFn.FITTING)
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2, state=state, overfit_batches=0)
         shards.append([list(loader) for loader in (data.train_dataloader(), data.val_dataloader())])
     for step, batch in enumerate(alone[0]):
         parts: list[Batch] = [own[0][step] for own in shards]

@@ -12,7 +12,8 @@ import pytest
 
 from lightning_bge.errors import ConfigError, StudyError
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.finish.results import describe_study, trials_table
+from lightning_bge.hpo.finish.results import describe_study
+from lightning_bge.hpo.finish.summary import trials_table
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from tests.helpers.fake_study import open_fake, run_fake
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 
 from lightning_bge.errors import UserError
 from lightning_bge.models import encoder_cache as module
@@ -212,7 +214,8 @@ def test_they_are_dropped_in_the_optimizer_too(folder: Folder, monkeypatch: pyte
     monkeypatch.setattr("lightning_bge.runtime.oom.shrink_caches", lambda: called.append(True))
     model = BGEClassifier(folder())
     model.net = load_classifier(folder(), 1)
-    optimizer = torch.optim.AdamW(model.net.parameters())
+    model.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    optimizer = LightningOptimizer(torch.optim.AdamW(model.net.parameters()))
     failing = iter([MemoryError(), None])
 
     def step() -> None:

@@ -29,7 +29,7 @@ from lightning_bge.advisor.audit.requested import ObservedRun, Requested, reques
 from lightning_bge.advisor.audit.result import CATEGORIES, Audit, AuditConfig, Fix, Row, TimeSaved
 from lightning_bge.callbacks.torch_backends import choose_precision
 from lightning_bge.errors import ConfigError
-from lightning_bge.runtime.compat.lightning import is_module
+from lightning_bge.runtime.compat.lightning import LOGGERS, is_module
 from lightning_bge.runtime.compat.torch import uncompiled
 
 BATCHES = 7  # of each observed epoch: a prime, so that steps of several batches leave some over
@@ -197,7 +197,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Leave random numbers unchanged, and log nothing of the many short runs but errors."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning_bge")]
+    loggers = [logging.getLogger(name) for name in (*LOGGERS, "lightning_bge")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

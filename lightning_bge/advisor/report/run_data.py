@@ -56,6 +56,8 @@ class RunData:
     @property
     def logged(self) -> str:
         """The name under which the monitored value of a training run is logged."""
+        if "class_path" in (self.config.get("model") or {}):  # of another project
+            return str(self.metric)
         tuned = (self.config.get("monitor") or {}).get("threshold") == "tuned"  # written where the metric has one alone
         return f"val_{'tuned_' if tuned else ''}{self.metric}"
 
@@ -115,7 +117,9 @@ def read_run(run_dir: Path) -> RunData:
         config=options,
         summary=hide_secrets(read_json(run_dir / "summary.json")),
         calls=[{**hide_secrets(call), "command": hide_secrets_in_command(call["command"])} for call in calls],
-        epochs=read_epochs(run_dir / "logs"),
+        epochs=read_epochs(
+            run_dir / "logs", trained="train_" if "class_path" not in (options.get("model") or {}) else ""
+        ),
         audit=read_json(run_dir / "audit.json", AUDIT_SCHEMA),
         best=hide_secrets_in_yaml(best.read_text(encoding="utf-8")) if best.is_file() else None,
     )
@@ -155,12 +159,13 @@ def read_shared_run(url: str, name: str) -> RunData:
     )
 
 
-def read_epochs(logs: Path) -> list[dict[str, float]]:
+def read_epochs(logs: Path, trained: str = "train_") -> list[dict[str, float]]:
     """Read the metrics of training and validation that Lightning's CSVLogger wrote.
 
     Args:
         logs: folder with `version_0`, `version_1`..., one for each start of the run. Where two starts trained the same
             epoch, the later one counts.
+        trained: begins the name of what a trained epoch logs; empty: anything.
 
     Returns:
         The logged values of each epoch by name; an epoch that has not ended is left out.
@@ -173,7 +178,7 @@ def read_epochs(logs: Path) -> list[dict[str, float]]:
                 if "epoch" in logged and not any(name.startswith("test_") for name in logged):
                     found.setdefault(int(logged["epoch"]), {}).update(logged)
     # the validation of the best checkpoint at the end is logged under an epoch that was not trained
-    return [found[epoch] for epoch in sorted(found) if any(name.startswith("train_") for name in found[epoch])]
+    return [found[epoch] for epoch in sorted(found) if any(name.startswith(trained) for name in found[epoch])]
 
 
 def _is_number(text: str) -> bool:

@@ -15,6 +15,8 @@ from lightning_bge.advisor.report.report import write_report
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.cli.evaluate import without_prefix
 from lightning_bge.cli.lightning_cli import BGECLI, running
+from lightning_bge.cli.module_cli import names_a_class
+from lightning_bge.cli.module_fit import fit_module
 from lightning_bge.cli.run_record import check_same_run, contents, start_more_epochs
 from lightning_bge.cli.user_callbacks import check_callbacks
 from lightning_bge.data.sources import has_groups
@@ -32,6 +34,9 @@ from lightning_bge.trainer import BestCheckpoint, check_checkpoints, fit_callbac
 DESCRIPTION = """Train one model, choose its decision threshold, export it, and score the test file once.
 An interrupted run continues from its last checkpoint when the same command is run again, and a finished one with a
 higher trainer.max_epochs. With trainer.fast_dev_run or a limit on batches nothing is written."""
+
+MODULE_DESCRIPTION = """Train a module of another project, as LightningCLI reads it. An interrupted run continues from
+its last checkpoint when the same command is run again, and a finished one with a higher trainer.max_epochs."""
 
 
 class FitCLI(BGECLI):
@@ -63,6 +68,9 @@ class FitCLI(BGECLI):
 
 def run(args: list[str]) -> None:
     """Train, or continue a run that was interrupted; a finished one is only reported."""
+    if names_a_class(args):
+        fit_module(args, MODULE_DESCRIPTION)
+        return
     cli = FitCLI("fit", args, description=DESCRIPTION)
     with running(cli.trainer):
         _fit(cli)

@@ -37,7 +37,8 @@ def run(args: list[str]) -> None:
     quiet_optuna()
     cli = study_cli(args, description=DESCRIPTION)
     with starting_again(), running(cli.trainer):
-        check_one_device(cli, "To use more, set hpo.workers: one process for each device shares the study")
+        if cli.config_init.launcher == "ray":
+            check_one_device(cli, "With --launcher ray each trial has one device, and ray.num_gpus says which part")
         hpo = options_of_study(cli)
         if isinstance(cli, BGECLI):
             preflight("hpo", cli.experiment, hpo)
@@ -57,8 +58,9 @@ def _launcher(cli: BGECLI | ModuleCLI) -> Launcher | None:
     """What starts the study's workers; None: this process is the only one."""
     if cli.config_init.launcher == "ray":
         return RayLauncher(cli.config_init.ray, cli.config_init.hpo)
-    found = slots(cli.config_init.hpo)
-    return LocalLauncher(found) if len(found) > 1 else None
+    ranks = cli.trainer.world_size
+    found = slots(cli.config_init.hpo, ranks)
+    return LocalLauncher(found) if len(found) > 1 or ranks > 1 else None
 
 
 def _run_pool(launcher: Launcher, experiment: Experiment, hpo: StudyConfig, *, joins: bool) -> Found:

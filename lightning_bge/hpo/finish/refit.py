@@ -80,7 +80,8 @@ class Winner:
     def fit(self, setup: TextTrialSetup, epochs: int) -> Trainer:
         """Train the model on the selected rows for so many epochs, without a validation; scale its logits."""
         callbacks = [] if self.request is None else [StopOnRequest(self.request)]
-        trainer = setup.make_trainer(callbacks=callbacks, max_epochs=epochs, limit_val_batches=0)
+        one = {"devices": 1, "strategy": "auto"}  # where trials have several, the others wait
+        trainer = setup.make_trainer(callbacks=callbacks, max_epochs=epochs, limit_val_batches=0, **one)
         trainer.fit(setup.model, datamodule=setup.datamodule)
         assert setup.model.schema is not None
         if self.temperature != 1:

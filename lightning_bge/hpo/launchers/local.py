@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.launchers.launcher import last_lines, log_of, worker_arguments
 from lightning_bge.hpo.storage.workers import WORKERS
@@ -24,7 +25,7 @@ class Slot:
     """What one worker of several has.
 
     Attributes:
-        device: of CUDA, as CUDA_VISIBLE_DEVICES names it; None: the CPU.
+        device: of CUDA, as CUDA_VISIBLE_DEVICES names it, or several with commas; None: the CPU.
         share: how many workers the device has.
         threads: of a CPU; None: as torch decides.
     """
@@ -34,14 +35,26 @@ class Slot:
     threads: int | None
 
 
-def slots(config: StudyConfig) -> list[Slot]:
-    """The workers of a study on this machine: `hpo.workers`, else `hpo.workers_per_device` for each GPU, else one."""
+def slots(config: StudyConfig, ranks: int = 1) -> list[Slot]:
+    """The workers of a study on this machine: `hpo.workers`, else `hpo.workers_per_device` for each GPU, else one.
+
+    Args:
+        config: the options of the study.
+        ranks: devices of each worker, each with a process.
+
+    Raises:
+        ConfigError: there are not so many GPUs.
+    """
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
+    if devices and len(devices) < ranks:
+        raise ConfigError(f"trainer.devices: expected at most {len(devices)}, as there are no more GPUs, got {ranks}")
+    devices = [",".join(devices[n : n + ranks]) for n in range(0, len(devices) - ranks + 1, ranks)]
     n_workers = config.workers or max(1, len(devices) * config.workers_per_device)
     if not devices:
-        threads = None if "OMP_NUM_THREADS" in os.environ else max(1, len(os.sched_getaffinity(0)) // n_workers)
+        cores = len(os.sched_getaffinity(0))
+        threads = None if "OMP_NUM_THREADS" in os.environ else max(1, cores // (n_workers * ranks))
         return [Slot(None, n_workers, threads)] * n_workers
     share = -(-n_workers // len(devices))
     return [Slot(devices[number % len(devices)], share, None) for number in range(n_workers)]

@@ -36,9 +36,10 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
 
     A study of two objectives, for which Optuna supports neither reports nor a pruner, is trained without reports.
 
-    Works with any LightningModule that logs `monitor` in validation, in one process, of `lightning.pytorch` or
-    `pytorch_lightning`. Between reports of one epoch it sets `trainer.val_check_batch`; early stopping still counts
-    epochs.
+    Works with any LightningModule that logs `monitor` in validation, of `lightning.pytorch` or `pytorch_lightning`.
+    With several processes each has this callback; the first one reports, and what it decides holds for all of them,
+    which have to log the same value (`sync_dist=True`). `pause` is called in each of them. Between reports of one epoch
+    it sets `trainer.val_check_batch`; early stopping still counts epochs.
 
     Args:
         trial: The running trial.
@@ -59,8 +60,8 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         curve: All validations so far, within epochs as well.
 
     Raises:
-        ConfigError: In the constructor for values that contradict each other; in `fit` when the strategy runs several
-            processes, the metric is missing, or validation does not run exactly once an epoch.
+        ConfigError: In the constructor for values that contradict each other; in `fit` when the metric is missing, or
+            validation does not run exactly once an epoch.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         self._parts = 0  # of this fold, reported
         self._within = False  # whether the last of them is within an epoch
         self._since = self._validated = _clocks()
+        self._ranks, self._reports = 1, True  # how many processes there are, and whether this is the first
 
     @property
     def score(self) -> float:
@@ -149,15 +151,11 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         self.curve[:] = curve
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse several processes, and more epochs than the study counts."""
+        """Refuse more epochs than the study counts."""
         if self._plain:
             super().on_fit_start(trainer, pl_module)
             return
-        if trainer.world_size > 1:
-            raise ConfigError(
-                f"a search trains each trial in one process, got the strategy {type(trainer.strategy).__name__}; "
-                "set trainer.strategy to auto and trainer.devices to 1, and start several workers instead."
-            )
+        self._ranks, self._reports = trainer.world_size, trainer.is_global_zero
         if trainer.max_epochs is not None and trainer.max_epochs > self.epochs:
             raise ConfigError(
                 f"trainer.max_epochs: expected at most epochs={self.epochs}, for which the study has steps, "
@@ -216,8 +214,8 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
         self._within = not whole
         if whole:
             self.history.append(value)
-        if not math.isfinite(value):
-            self.trial.set_user_attr("nan", str(value))
+        if self._shared(not math.isfinite(value)):
+            self._note("nan", str(value))
             self._stop(f"{self.monitor} is {value}", self._step(parts))
         seen = self.history if whole or self.objective == "last" else [*self.history, value]
         self._report(parts, value if self.objective == "last" else self._better(seen))
@@ -255,24 +253,36 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
 
     def _report(self, parts: int, score: float) -> None:
         """Report this fold's score so far for all parts up to this one."""
-        for part in range(self._parts + 1, parts + 1) if self._single else ():
+        for part in range(self._parts + 1, parts + 1) if self._single and self._reports else ():
             self.trial.report((math.fsum(self.earlier) + score) / (self.fold + 1), step=self._step(part))
         self._parts = parts
 
     def _ask(self, trainer: pl.Trainer | None = None) -> None:
         step = self._step(self._parts)
-        if step >= self._all or not self._single or not self.trial.should_prune():
+        if step >= self._all or not self._single or not self._shared(self._reports and self.trial.should_prune()):
             return
         if self._pause is not None:
             # first: from here on the trial is known to pause, also if its process dies before the checkpoint is written
-            self.trial.set_user_attr(PAUSED_AT, step)
+            self._note(PAUSED_AT, step)
             self._pause(None if self.closed else trainer)
         self._stop("stopped by the pruner", step)
+
+    def _shared(self, decision: bool) -> bool:
+        """What the first process decides."""
+        found = [decision]
+        if self._ranks > 1:
+            torch.distributed.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def _note(self, name: str, value: Any) -> None:
+        """Write a user attribute of the trial, once."""
+        if self._reports:
+            self.trial.set_user_attr(name, value)
 
     def _stop(self, why: str, step: int) -> None:
         epoch = len(self.history) - 1 + self._within
         for key, value in (("pruned_at", step), ("fold", self.fold), ("epoch", epoch)):
-            self.trial.set_user_attr(key, value)
+            self._note(key, value)
         raise optuna.TrialPruned(f"{why} at step {step} of {self._all}")
 
 

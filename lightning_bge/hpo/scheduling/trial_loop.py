@@ -29,7 +29,11 @@ def quiet_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-class MemoryKeptError(StudyError):
+class StartAgainError(StudyError):
+    """This process can run no further trial; a new one continues the study."""
+
+
+class MemoryKeptError(StartAgainError):
     """Memory of a trial that ran out of it is still held."""
 
 
@@ -72,6 +76,9 @@ def run_trials(
                     f"trial {ended.number} ran out of memory, and {format_bytes(kept)} of what it took are still held. "
                     "Start the study in a new process, which continues it"
                 )
+            ranks = getattr(objective, "ranks", None)
+            if ranks is not None and ranks.is_out_of_step:
+                raise StartAgainError("the processes of the other devices are out of step after a failed trial")
     finally:
         gc.unfreeze()
 

@@ -32,7 +32,8 @@ SIGN = "sign_of_life"  # user attribute of a worker's trial: a number that grows
 HAS_HEARTBEAT = "has_heartbeat"  # user attribute of a worker's trial
 LOCK = "lock"  # user attribute of a ticket: which lock it is for
 POLL_SECONDS, MOST_SECONDS = 0.02, 2.0  # between two looks at a lock; more for those who wait long, or far behind
-CHECK_SECONDS = 1.0  # between two looks of those who wait at who lives
+QUEUE_SECONDS = 0.05  # half of what each of those before one holds the lock for, about
+CHECK_SECONDS = 1.0  # between two looks of those who wait at who lives, for each of those before them
 
 
 def _study_id(storage: RetryingStorage, name: str) -> int:
@@ -199,15 +200,33 @@ class TicketLock:
             before = [trial for trial in same if trial.number < own.number]
             if not before:
                 return True
-            if is_stopping():
-                raise Stopped
             # an earlier one of this process was created by a call whose answer it did not get
             gone = {worker.id}
-            if time.monotonic() - checked > CHECK_SECONDS:
+            if time.monotonic() - checked > CHECK_SECONDS * len(before):  # those who are next look for all of them
                 checked = time.monotonic()
                 gone |= {trial.user_attrs[WORKER]["id"] for trial in before} - self._workers.living()
             for trial in before:
                 if trial.user_attrs[WORKER]["id"] in gone:
                     _end(self._storage, trial_id_of(trial), TrialState.FAIL)
-            waited = time.monotonic() - begun  # as long as a refit takes
-            time.sleep(min(max(POLL_SECONDS * len(before), waited / 20), MOST_SECONDS))
+            self._wait(before, begun, is_stopping)
+
+    def _wait(self, before: list[FrozenTrial], begun: float, is_stopping: Callable[[], object]) -> None:
+        """Wait until the ticket right before this one has ended, for about as long as the queue is expected to take.
+
+        That ticket alone is read: a list of all of them costs each of hundreds of workers a hundred times as much.
+
+        Raises:
+            Stopped: this process is to stop.
+        """
+        last = trial_id_of(max(before, key=lambda trial: trial.number))
+        waited = time.monotonic() - begun  # as long as a refit takes
+        pause = max(POLL_SECONDS, QUEUE_SECONDS * (len(before) - 1), waited / 20 if len(before) == 1 else 0.0)
+        until = time.monotonic() + max(CHECK_SECONDS, 2 * pause)
+        while time.monotonic() < until:
+            if is_stopping():
+                raise Stopped
+            time.sleep(min(pause, MOST_SECONDS))
+            if self._storage.get_trial(last).state.is_finished():
+                return
+            if len(before) > 1:
+                pause = max(pause / 2, POLL_SECONDS)

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_bge.hpo.trial.setup import TrialSetup
+from lightning_bge.runtime.compat.lightning import begin_epoch_anew
 from lightning_bge.runtime.random_state import random_state, set_random_state
 
 RANDOM_STATE = "lightning_bge_random_state"  # key of a checkpoint
@@ -23,20 +24,17 @@ class ModuleTrialSetup(TrialSetup):
         return [ResumableTrial()]
 
 
-class ResumableTrial(Callback):
-    """Lets a checkpoint of a trial be continued as if there had been no pause.
+class SavedRandomState(Callback):
+    """Keeps the state of the random number generators in checkpoints.
 
-    It holds the state of the random number generators. It does not hold the hyperparameters, of which the module is
-    made anew, and which may be objects that `torch.load(weights_only=True)` refuses.
+    A run that goes on from the end of an epoch shuffles and drops out as if it had not been interrupted.
     """
 
     def __init__(self) -> None:
         self._state: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the state, and leave out the hyperparameters."""
-        for name in HYPERPARAMETERS:
-            checkpoint.pop(name, None)
+        """Add the state."""
         checkpoint[RANDOM_STATE] = random_state()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -48,3 +46,18 @@ class ResumableTrial(Callback):
         if self._state is not None:
             set_random_state(self._state)
             self._state = None
+            begin_epoch_anew(trainer)
+
+
+class ResumableTrial(SavedRandomState):
+    """Lets a checkpoint of a trial be continued as if there had been no pause.
+
+    It does not hold the hyperparameters, of which the module is made anew, and which may be objects that
+    `torch.load(weights_only=True)` refuses.
+    """
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the state, and leave out the hyperparameters."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        for name in HYPERPARAMETERS:
+            checkpoint.pop(name, None)

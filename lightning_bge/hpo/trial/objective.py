@@ -31,6 +31,14 @@ from lightning_bge.hpo.trackers.tracking import Tracking
 from lightning_bge.hpo.trial.checkpoint import FoldResult, OpenFold, SavedTrial, ScoredEpoch, save_trial
 from lightning_bge.hpo.trial.kept_predictions import KeptPredictions, limit_predictions
 from lightning_bge.hpo.trial.out_of_fold import drop_predictions, save_predictions
+from lightning_bge.hpo.trial.ranks import (
+    FoldTask,
+    FollowedTrial,
+    RankGroup,
+    as_the_first_decides,
+    pause_with_others,
+    save_with_others,
+)
 from lightning_bge.hpo.trial.score import Monitor
 from lightning_bge.hpo.trial.setup import Build, TrialSetup
 from lightning_bge.hpo.trials import ENDED, PARAMETER_SET, RESUMES
@@ -87,6 +95,8 @@ class LiveCurve(Callback):
 class StopOnRequest(Callback):
     """Ends training on request: after a batch, or after a validation.
 
+    With several processes each has this callback, and the request of the first one counts, after a validation.
+
     Args:
         request: whether to stop.
         save: called with the trainer before; None: nothing is saved.
@@ -105,6 +115,8 @@ class StopOnRequest(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A batch was trained. Where its validation follows, that comes first: Lightning would not make it up."""
+        if trainer.world_size > 1:
+            return
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if not (last or (batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0):
             self._stop(trainer, self.within_epochs)
@@ -115,10 +127,10 @@ class StopOnRequest(Callback):
             self._stop(trainer, saves=True)
 
     def _stop(self, trainer: Trainer, saves: bool) -> None:
-        if self.request.signal:
+        if found := as_the_first_decides(self.request.signal):
             if saves and self.save is not None:
                 self.save(trainer)
-            raise Stopped(signal.Signals(self.request.signal).name)
+            raise Stopped(signal.Signals(found).name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +150,7 @@ class Objective:
         compile: when the encoder's layers are compiled.
         encoder: loads the encoders of all trials of this process.
         weights_only: whether checkpoints hold tensors and plain data alone.
+        ranks: the processes that train each trial together, of which this is the first; None: it is the only one.
         cost: what is minimised besides the score; None: nothing.
         request: whether to stop; a trial is then saved in the middle of a fold.
         tracking: the runs of the trials in experiment trackers.
@@ -152,6 +165,7 @@ class Objective:
     compile: CompileConfig = CompileConfig()  # noqa: RUF009 - frozen
     encoder: EncoderCache = field(default_factory=EncoderCache)
     weights_only: bool = True
+    ranks: RankGroup | None = None
     cost: CostName | None = None
     request: StopRequest = field(default_factory=StopRequest)
     tracking: Tracking = field(default_factory=Tracking)
@@ -274,21 +288,85 @@ class Objective:
             saved = None if opened is None else opened.checkpoint
             try:
                 with nullcontext() if saved is None else local_copy(saved) as checkpoint:
+                    if self.ranks is not None:
+                        path = str(checkpoint) if checkpoint else None
+                        self.ranks.send(self._task(trial, params, done, reports, path, steps_left))
                     setup.make_trainer(callbacks=callbacks).fit(
                         setup.model,
                         datamodule=setup.datamodule,
                         ckpt_path=checkpoint,
                         weights_only=self.weights_only,
                     )
+            except (optuna.TrialPruned, Stopped):
+                raise
             except UnpicklingError as error:
                 raise ConfigError(
                     f"hpo.weights_only: the checkpoint of trial {trial.number} holds objects that its module has added "
                     f"({first_line(error)}). Set hpo.weights_only to false if you trust all who can write into the run "
                     "folder, or hpo.pruner.name to median, which does not pause trials"
                 ) from error
+            except Exception:
+                if self.ranks is not None:
+                    self.ranks.check()
+                raise
             finally:
                 keep()
         return FoldResult(reports.close_fold(), scored.epochs, scored.predictions, setup.n_validation_rows)
+
+    def _task(
+        self,
+        trial: optuna.Trial,
+        params: dict[str, Any],
+        done: list[FoldResult],
+        reports: FoldPruningCallback,
+        checkpoint: str | None,
+        steps_left: int | None,
+    ) -> FoldTask:
+        """What the other processes of this one's trials need to train the fold with it."""
+        return FoldTask(
+            params=params,
+            earlier=[(fold.score, fold.predictions) for fold in done],
+            reports=reports.state(),
+            curve=[tuple(report) for report in reports.curve],
+            checkpoint=checkpoint,
+            steps_left=steps_left,
+            pauses=isinstance(trial.study.pruner, AshaPruner),
+            n_objectives=len(trial.study.directions),
+        )
+
+    def follow(self, task: FoldTask) -> None:
+        """Train a fold with the process that runs the trial: `fit` with the same data, and no report."""
+        scores = [score for score, _ in task.earlier]
+        reports = FoldPruningCallback(
+            FollowedTrial(task.n_objectives),  # type: ignore[arg-type]
+            self.monitor.logged,
+            fold=len(scores),
+            folds=self.steps.folds,
+            epochs=self.steps.epochs,
+            earlier=scores,
+            objective=self.monitor.objective,
+            direction=self.monitor.direction,
+            per_epoch=self.steps.per_epoch,
+            pause=pause_with_others if task.pauses else None,
+        )
+        reports.restore(task.reports, [Report(*one) for one in task.curve])
+        setup = self.build(task.params)
+        setup.begin_fold(len(scores), [found for _, found in task.earlier if found is not None])
+        callbacks = [
+            OOMHandler(),
+            *setup.first_callbacks(self.compile, self.encoder, task.steps_left),
+            *[*early_stopping(self.monitor), reports, StopOnRequest(self.request, save_with_others)],
+            *setup.last_callbacks(),
+        ]
+        try:
+            setup.make_trainer(callbacks=callbacks).fit(
+                setup.model, datamodule=setup.datamodule, ckpt_path=task.checkpoint, weights_only=self.weights_only
+            )
+            reports.close_fold()
+        except (optuna.TrialPruned, Stopped):
+            pass
+        finally:
+            release(host=False)
 
     def _reports(
         self, trial: optuna.Trial, done: list[FoldResult], save: Callable[[Trainer | None], None]
@@ -298,7 +376,8 @@ class Objective:
 
         def save_paused(trainer: Trainer | None) -> None:
             assert isinstance(pruner, AshaPruner)
-            if pruner.can_be_resumed(study, study.get_trials(deepcopy=False)[trial.number], self.n_trials):
+            latest = study.get_trials(deepcopy=False)[trial.number]
+            if as_the_first_decides(pruner.can_be_resumed(study, latest, self.n_trials)):
                 save(trainer)
 
         return FoldPruningCallback(

@@ -19,6 +19,8 @@ from torch import nn
 from lightning_bge.errors import ConfigError
 
 PACKAGES = ("lightning", "pytorch_lightning")  # the same library under two names, with classes of their own
+# of its messages; where both packages are imported, those of either go to the one that was imported last
+LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 
 
 def on_before_batch_transfer(module: LightningModule, batch: Any) -> Any:
@@ -103,6 +105,18 @@ def is_module(found: Any) -> bool:
     """Whether an object is a LightningModule of either package."""
     kinds = [one for one in type(found).__mro__ if one.__name__ == "LightningModule"]
     return any(one.__module__.partition(".")[0] in ("lightning", "pytorch_lightning") for one in kinds)
+
+
+def begin_epoch_anew(trainer: Trainer) -> None:
+    """Let the training loader draw the order of the epoch that begins, in the hook `on_train_epoch_start`.
+
+    The trainer does so itself after this hook, but not in the first epoch that it trains after a checkpoint of a run's
+    end: then it keeps the iterator that it made before. No public name makes another one.
+    """
+    loop = trainer.fit_loop
+    does_itself = not getattr(loop, "is_resuming", False) and not loop.epoch_loop.restarting
+    if trainer.current_epoch == 0 or not does_itself:
+        iter(loop._data_fetcher)  # type: ignore[arg-type]
 
 
 def sync_module_states(module: nn.Module) -> None:

@@ -16,7 +16,8 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from lightning_bge.hpo.analysis.winner import describe_notes
-from lightning_bge.hpo.finish.results import describe_study, trials_table, wall_seconds
+from lightning_bge.hpo.finish.results import describe_study
+from lightning_bge.hpo.finish.summary import trials_table, wall_seconds
 from lightning_bge.hpo.trial.out_of_fold import (
     judge_out_of_fold,
     load_predictions,

@@ -218,14 +218,6 @@ def test_more_epochs_than_counted():
         fit(FoldPruningCallback(trial, "val_score", 0, 1, 2, []), [0.5] * 3)
 
 
-def test_several_processes_are_refused():
-    _, trial = ask()
-    callback = FoldPruningCallback(trial, "val_score", 0, 1, 2, [])
-    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
-    with pytest.raises(ConfigError, match="in one process, got the strategy DDPStrategy"):
-        callback.on_fit_start(trainer, Scripted([0.5]))
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
