@@ -20,7 +20,7 @@ from lightning_bge.hpo.forecast.preview import describe_pruner
 from lightning_bge.hpo.progress import Progress
 from lightning_bge.hpo.pruning.config import build_pruner
 from lightning_bge.hpo.scheduling.study_queue import StudyQueue
-from lightning_bge.hpo.scheduling.trial_loop import run_trials
+from lightning_bge.hpo.scheduling.trial_loop import StartAgainError, run_trials
 from lightning_bge.hpo.space.draw import check_grid, n_parameter_sets, space_size
 from lightning_bge.hpo.space.parameter_sets import parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, parse_space
@@ -173,6 +173,8 @@ def run_hpo(
                     summary = _end(experiment, queue, objective, until)
                 if queue.is_finished() or time.monotonic() >= until:  # else trials were added meanwhile
                     break
+                if ranks is not None and ranks.is_closed:
+                    raise StartAgainError("trials were added to a study that had ended")
         except Stopped:
             summary = None
         finally:
@@ -271,6 +273,8 @@ def _end(experiment: Experiment, queue: StudyQueue, objective: Objective, until:
     baseline_steps = replace(objective.steps, epochs=configured["trainer.max_epochs"])
     ending = Ending(epochs, replicates, None if baseline is None else (baseline, baseline_steps))
     with queue.place.end_lock(queue.worker, lambda: request.signal) as is_held:
+        if objective.ranks is not None:
+            objective.ranks.close()
         complete_runs(objective.tracking, queue.study)
         summary = experiment.finish(queue, objective, ending)
         if not is_held():

@@ -23,6 +23,7 @@ from lightning_bge.runtime.port import free_port
 LOST = 70  # exit status of a process that has lost another one: its trial is continued by others
 OUT_OF_MEMORY = 71  # and of one that ran out of memory
 PATIENCE = timedelta(days=365)  # of those that wait for the next fold: the first one may wait for other workers
+ENVIRONMENT = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK")  # variables that Lightning reads
 Decision = TypeVar("Decision")
 NOTICE_SECONDS = 5.0  # in which the end of a process is known after a connection to it has broken
 POLL_SECONDS = 0.5
@@ -93,12 +94,17 @@ class RankGroup:
         rank: of this process, from 0.
         size: how many there are.
         children: the others, as the first one has started them.
+
+    Attributes:
+        is_out_of_step: whether training has failed, so that no further trial can be trained.
+        is_closed: whether the others have ended.
     """
 
     rank: int
     size: int
     children: Sequence[subprocess.Popen[bytes]] = ()
     is_out_of_step: bool = False
+    is_closed: bool = False
     _control: Any = field(default=None, repr=False)
     _ends: threading.Event = field(default_factory=threading.Event, repr=False)
 
@@ -111,7 +117,7 @@ class RankGroup:
             arguments: of `lightning-bge` for each of them, but for its `--rank`.
             accelerator: where they train, `cuda` or another.
         """
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(size), NODE_RANK="0")
+        os.environ |= dict(zip(ENVIRONMENT, ("127.0.0.1", str(free_port()), str(size), "0", "0"), strict=True))
         command = [sys.executable, "-m", "lightning_bge.cli", *arguments]
         children = [
             subprocess.Popen(
@@ -122,7 +128,6 @@ class RankGroup:
             )
             for rank in range(1, size)
         ]
-        os.environ["LOCAL_RANK"] = "0"
         found = cls(0, size, children)
         threading.Thread(target=found._watch, daemon=True).start()
         found._connect(accelerator)
@@ -152,7 +157,10 @@ class RankGroup:
         return found[0]
 
     def close(self) -> None:
-        """Let the others end."""
+        """Let the others end; this process trains alone from here on."""
+        if self.is_closed:
+            return
+        self.is_closed = True
         self._ends.set()
         if not self.is_out_of_step:
             self.send(None)
@@ -160,6 +168,9 @@ class RankGroup:
             if self.is_out_of_step:
                 child.kill()
             child.wait()
+        dist.destroy_process_group()
+        for name in ENVIRONMENT:  # else Lightning would take the next trainer for one of several
+            del os.environ[name]
 
     def check(self) -> None:
         """Call it where training has failed: it is out of step with the others from here on.
