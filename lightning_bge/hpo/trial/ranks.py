@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,8 +21,7 @@ from lightning.pytorch import Trainer
 from lightning_bge.models.metrics.predictions import Predictions
 from lightning_bge.runtime.port import free_port
 
-LOST = 70  # exit status of a process that has lost another one: its trial is continued by others
-OUT_OF_MEMORY = 71  # and of one that ran out of memory
+OUT_OF_MEMORY = 71  # exit status of a process that ran out of memory
 PATIENCE = timedelta(days=365)  # of those that wait for the next fold: the first one may wait for other workers
 ENVIRONMENT = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK")  # variables that Lightning reads
 Decision = TypeVar("Decision")
@@ -188,18 +188,23 @@ class RankGroup:
         if OUT_OF_MEMORY in states:
             raise torch.OutOfMemoryError("out of memory in another process of the trial")
         if any(state is not None and state < 0 for state in states):
-            os._exit(LOST)
+            _die()
 
     def _watch(self) -> None:
         """End this process where another one has ended, and training has not noticed."""
         while not self._ends.wait(POLL_SECONDS):
             if any(child.poll() is not None for child in self.children):
                 if not self._ends.wait(4 * NOTICE_SECONDS):
-                    os._exit(LOST)
+                    _die()
                 return
+
+
+def _die() -> None:
+    """End at once, whatever is waited for: the trial is continued by others, as after any death of a worker."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
-    os._exit(LOST)
+    _die()
