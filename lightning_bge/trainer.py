@@ -22,7 +22,7 @@ from lightning_bge.callbacks.throughput.monitor import Throughput
 from lightning_bge.callbacks.torch_backends import TorchBackends, choose_precision, chosen_device
 from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError, StudyError
-from lightning_bge.hpo.trial.objective import early_stopping
+from lightning_bge.hpo.trial.fold_callbacks import early_stopping
 from lightning_bge.hpo.trial.score import Monitor
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.config import MonitorConfig

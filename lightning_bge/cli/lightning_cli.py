@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.micro_batch.config import MemoryConfig
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
+from lightning_bge.cli.class_paths import names_a_class
 from lightning_bge.cli.explain import describe_trainer_error, explain
 from lightning_bge.cli.option_parser import A_SEED, OptionParser
 from lightning_bge.data.datamodule import TextDataModule
@@ -58,6 +59,11 @@ class BGECLI(LightningCLI):
     ) -> None:
         quiet_libraries()
         limit_malloc()
+        if names_a_class(args):
+            raise ConfigError(
+                f"model.class_path, data.class_path: expected none for lightning-bge {command}, which needs "
+                "BGEClassifier and TextDataModule. hpo, fit and audit take other classes"
+            )
         self.command = command
         self.add_arguments = add_arguments
         super().__init__(

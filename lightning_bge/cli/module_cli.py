@@ -4,61 +4,26 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_bge.cli.arguments import named_values
+from lightning_bge.cli.class_paths import package_of_classes
 from lightning_bge.cli.lightning_cli import AddArguments, fit_options, quiet_libraries
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.module_experiment import LoggedMetric, ModuleExperiment
 from lightning_bge.hpo.trial.module_setup import ModuleTrialSetup
 from lightning_bge.hpo.trial.setup import TrialSetup
-from lightning_bge.runtime.compat.lightning import package_of
 from lightning_bge.runtime.dotted_config import plain_config
 from lightning_bge.runtime.option_errors import describe_option_error
 from lightning_bge.trainer import module_trainer, warn_of_unused_callbacks
 
 # Lightning's own are 1000 epochs, all devices, and a sanity check in each fold
 DEFAULTS = {"max_epochs": 3, "devices": 1, "num_sanity_val_steps": 0}
-
-
-def names_a_class(args: list[str]) -> bool:
-    """Whether arguments or YAML files name the class of the module or of the data module, as for LightningCLI."""
-    return any(True for _ in _class_paths(args))
-
-
-def _class_paths(args: list[str]) -> Iterator[str]:
-    for name, value in named_values(args):
-        if name in ("-c", "--config"):
-            if not Path(value).expanduser().is_file():
-                continue  # the parser says what is wrong
-            content = yaml.safe_load(Path(value).expanduser().read_text(encoding="utf-8"))
-            for section in ("model", "data"):
-                found = content.get(section) if isinstance(content, dict) else None
-                path = found.get("class_path") if isinstance(found, dict) else found
-                if isinstance(path, str):
-                    yield path
-        elif name in ("--model", "--data", "--model.class_path", "--data.class_path") and not value.startswith("{"):
-            yield value
-
-
-def _package(args: list[str]) -> str:
-    """The package that the classes are of."""
-    found = "lightning.pytorch"
-    for path in _class_paths(args):
-        module, _, name = path.rpartition(".")
-        try:
-            found = package_of(getattr(importlib.import_module(module), name))
-        except (ImportError, AttributeError, ValueError):
-            continue  # the parser says what is wrong
-    return found
 
 
 class ModuleCLI:
@@ -82,7 +47,7 @@ class ModuleCLI:
     def __init__(self, command: str, args: list[str], *, description: str, add_arguments: AddArguments) -> None:
         quiet_libraries()
         self.command = command
-        package = _package(args)
+        package = package_of_classes(args)
         kind: Any = importlib.import_module(f"{package}.cli").LightningCLI
         self._trainer_class = importlib.import_module(package).Trainer
 

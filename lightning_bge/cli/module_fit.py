@@ -18,8 +18,8 @@ from lightning_bge.cli.module_cli import ModuleCLI
 from lightning_bge.cli.run_record import EPOCHS, more_epochs
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.study import differences
+from lightning_bge.hpo.trial.fold_callbacks import early_stopping
 from lightning_bge.hpo.trial.module_setup import SavedRandomState
-from lightning_bge.hpo.trial.objective import early_stopping
 from lightning_bge.preflight import dry_run_options
 from lightning_bge.runtime.callback_kinds import callback_list
 from lightning_bge.runtime.compat.lightning import package_of

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_bge.cli.class_paths import names_a_class
 from lightning_bge.cli.lightning_cli import BGECLI
-from lightning_bge.cli.module_cli import ModuleCLI, names_a_class
+from lightning_bge.cli.module_cli import ModuleCLI
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.launchers.config import LauncherName, RayConfig

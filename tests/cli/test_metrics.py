@@ -12,7 +12,7 @@ import pytest
 import yaml
 from sklearn.metrics import brier_score_loss, matthews_corrcoef
 
-from lightning_bge.hpo.trial.objective import early_stopping
+from lightning_bge.hpo.trial.fold_callbacks import early_stopping
 from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.models.metrics.threshold import best_threshold
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_bge.cli.module_cli import names_a_class
+from lightning_bge.cli.class_paths import names_a_class
 
 Run = Callable[..., tuple[int, str, str]]
 HERE = "tests.helpers.other_project"
@@ -110,7 +110,7 @@ def test_objects_in_a_checkpoint_need_an_option(search: Run) -> None:
     given = options(model={"class_path": f"{HERE}.Objects"})
     status, _, err = search(given)
     assert status == 2
-    assert "hpo.weights_only: the checkpoint of trial" in err.splitlines()[-1]
+    assert "hpo.weights_only: the checkpoint " in err.splitlines()[-1]
     status, _, err = search(given, "--hpo.weights_only", "false")
     assert status == 0, err
     assert summary()["n_failed"] == 0
@@ -254,3 +254,11 @@ def test_a_metric_that_fit_does_not_find_is_one_message(fit: Run) -> None:
     status, _, err = fit("run", 1, "--monitor.metric", "f1", "--monitor.mode", "max")
     assert status == 2
     assert "f1" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["plan", "predict", "validate", "test"])
+def test_the_other_commands_have_our_classes_alone(run: Run, command: str) -> None:
+    status, _, err = run(command, "--model", f"{HERE}.Net")
+    assert status == 2
+    assert f"expected none for lightning-bge {command}" in err
+    assert "hpo, fit and audit take other classes" in err

@@ -6,8 +6,9 @@ from lightning_bge.advisor.audit.audit import audit
 from lightning_bge.advisor.audit.bge_run import BGERun, audit_bge_run
 from lightning_bge.advisor.audit.output import describe_audit, write_audit_page
 from lightning_bge.advisor.audit.result import Audit, AuditConfig
+from lightning_bge.cli.class_paths import names_a_class
 from lightning_bge.cli.lightning_cli import BGECLI, running
-from lightning_bge.cli.module_cli import ModuleCLI, names_a_class
+from lightning_bge.cli.module_cli import ModuleCLI
 from lightning_bge.cli.search_options import add_hpo_and, check_one_device, own_options, write_output
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.space.search_space import Space, parse_space

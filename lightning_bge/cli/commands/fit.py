@@ -13,9 +13,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_bge.advisor.report.report import write_report
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
+from lightning_bge.cli.class_paths import names_a_class
 from lightning_bge.cli.evaluate import without_prefix
 from lightning_bge.cli.lightning_cli import BGECLI, running
-from lightning_bge.cli.module_cli import names_a_class
 from lightning_bge.cli.module_fit import fit_module
 from lightning_bge.cli.run_record import check_same_run, contents, start_more_epochs
 from lightning_bge.cli.user_callbacks import check_callbacks

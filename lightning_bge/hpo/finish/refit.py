@@ -15,7 +15,7 @@ from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.finish.calibration import check_calibration, output_layer
-from lightning_bge.hpo.trial.objective import StopOnRequest
+from lightning_bge.hpo.trial.fold_callbacks import StopOnRequest
 from lightning_bge.hpo.trial.outer_fold import save_if_outer_fold
 from lightning_bge.hpo.trial.text_setup import TextBuild, TextTrialSetup
 from lightning_bge.models.classifier import BGEClassifier

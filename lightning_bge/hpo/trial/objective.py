@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
-import signal
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pickle import UnpicklingError
 from typing import Any
 
 import optuna
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch import Callback, Trainer
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
@@ -29,6 +26,7 @@ from lightning_bge.hpo.steps import Report, Steps
 from lightning_bge.hpo.terminator import report_fold_scores
 from lightning_bge.hpo.trackers.tracking import Tracking
 from lightning_bge.hpo.trial.checkpoint import FoldResult, OpenFold, SavedTrial, ScoredEpoch, save_trial
+from lightning_bge.hpo.trial.fold_callbacks import LiveCurve, StopOnRequest, early_stopping
 from lightning_bge.hpo.trial.kept_predictions import KeptPredictions, limit_predictions
 from lightning_bge.hpo.trial.out_of_fold import drop_predictions, save_predictions
 from lightning_bge.hpo.trial.ranks import (
@@ -74,63 +72,6 @@ class TrialFiles:
             None if folder is None else folder / name for folder in (self.checkpoints, self.predictions)
         )
         return TrialFiles(None, checkpoints, predictions, self.predictions_limit)
-
-
-class LiveCurve(Callback):
-    """Calls a function after each validation that does not end the trial.
-
-    Args:
-        write: the function.
-    """
-
-    def __init__(self, write: Callable[[], None]) -> None:
-        self.write = write
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The validation was reported."""
-        if not trainer.sanity_checking:
-            self.write()
-
-
-class StopOnRequest(Callback):
-    """Ends training on request: after a batch, or after a validation.
-
-    With several processes each has this callback, and the request of the first one counts, after a validation.
-
-    Args:
-        request: whether to stop.
-        save: called with the trainer before; None: nothing is saved.
-        within_epochs: whether it is called after a batch too.
-    """
-
-    def __init__(
-        self,
-        request: StopRequest,
-        save: Callable[[Trainer], None] | None = None,
-        within_epochs: bool = True,
-    ) -> None:
-        self.request, self.save, self.within_epochs = request, save, within_epochs
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """A batch was trained. Where its validation follows, that comes first: Lightning would not make it up."""
-        if trainer.world_size > 1:
-            return
-        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if not (last or (batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0):
-            self._stop(trainer, self.within_epochs)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The validation was reported; the callbacks before this one have ended the trial if it was to end."""
-        if not trainer.sanity_checking:
-            self._stop(trainer, saves=True)
-
-    def _stop(self, trainer: Trainer, saves: bool) -> None:
-        if found := as_the_first_decides(self.request.signal):
-            if saves and self.save is not None:
-                self.save(trainer)
-            raise Stopped(signal.Signals(found).name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,39 +220,42 @@ class Objective:
             stop = StopOnRequest(self.request, save, setup.resumes_within_epochs)
             live = LiveCurve(lambda: self.tracking.report(trial, curve))
             steps_left = self._steps_left(later, setup, len(done))
-            callbacks = [
+            callbacks: list[Callback] = [
                 OOMHandler(),
                 *setup.first_callbacks(self.compile, self.encoder, steps_left),
-                *[scored, *early_stopping(self.monitor), reports, live, stop],
+                scored,
+                *early_stopping(self.monitor),
+                *(reports, live, stop),
                 *setup.last_callbacks(),
             ]
-            saved = None if opened is None else opened.checkpoint
+            task = None if self.ranks is None else self._task(trial, params, done, reports, steps_left)
             try:
-                with nullcontext() if saved is None else local_copy(saved) as checkpoint:
-                    if self.ranks is not None:
-                        path = str(checkpoint) if checkpoint else None
-                        self.ranks.send(self._task(trial, params, done, reports, path, steps_left))
-                    setup.make_trainer(callbacks=callbacks).fit(
-                        setup.model,
-                        datamodule=setup.datamodule,
-                        ckpt_path=checkpoint,
-                        weights_only=self.weights_only,
-                    )
-            except (optuna.TrialPruned, Stopped):
-                raise
-            except UnpicklingError as error:
-                raise ConfigError(
-                    f"hpo.weights_only: the checkpoint of trial {trial.number} holds objects that its module has added "
-                    f"({first_line(error)}). Set hpo.weights_only to false if you trust all who can write into the run "
-                    "folder, or hpo.pruner.name to median, which does not pause trials"
-                ) from error
-            except Exception:
-                if self.ranks is not None:
-                    self.ranks.check()
-                raise
+                self._fit(setup, callbacks, None if opened is None else opened.checkpoint, task)
             finally:
                 keep()
         return FoldResult(reports.close_fold(), scored.epochs, scored.predictions, setup.n_validation_rows)
+
+    def _fit(self, setup: TrialSetup, callbacks: list[Callback], saved: Location | None, task: FoldTask | None) -> None:
+        """Train a fold, with the other processes of the trial where there is a task for them."""
+        try:
+            with nullcontext() if saved is None else local_copy(saved) as checkpoint:
+                if self.ranks is not None and task is not None:
+                    self.ranks.send(replace(task, checkpoint=None if checkpoint is None else str(checkpoint)))
+                setup.make_trainer(callbacks=callbacks).fit(
+                    setup.model, datamodule=setup.datamodule, ckpt_path=checkpoint, weights_only=self.weights_only
+                )
+        except (optuna.TrialPruned, Stopped):
+            raise
+        except UnpicklingError as error:
+            raise ConfigError(
+                f"hpo.weights_only: the checkpoint {saved} holds objects that the module has added "
+                f"({first_line(error)}). Set hpo.weights_only to false if you trust all who can write into the run "
+                "folder, or hpo.pruner.name to median, which does not pause trials"
+            ) from error
+        except Exception:
+            if self.ranks is not None:
+                self.ranks.check()
+            raise
 
     def _task(
         self,
@@ -319,7 +263,6 @@ class Objective:
         params: dict[str, Any],
         done: list[FoldResult],
         reports: FoldPruningCallback,
-        checkpoint: str | None,
         steps_left: int | None,
     ) -> FoldTask:
         """What the other processes of this one's trials need to train the fold with it."""
@@ -328,7 +271,6 @@ class Objective:
             earlier=[(fold.score, fold.predictions) for fold in done],
             reports=reports.state(),
             curve=[tuple(report) for report in reports.curve],
-            checkpoint=checkpoint,
             steps_left=steps_left,
             pauses=isinstance(trial.study.pruner, AshaPruner),
             n_objectives=len(trial.study.directions),
@@ -406,20 +348,6 @@ class Objective:
         share = reports / (len(ended) * self.steps.total) if reports else 1.0
         workers = sum(trial.state == TrialState.RUNNING for trial in trials)
         return max(self.n_trials - len(ended) - 1, 0) * self.steps.folds * share / max(workers, 1)
-
-
-class MonitorEarlyStopping(EarlyStopping):
-    """That of the monitored metric, whose state is kept apart from that of the user's callbacks."""
-
-
-def early_stopping(monitor: Monitor) -> list[Callback]:
-    """Lightning's early stopping, where a patience is set."""
-    if monitor.patience is None:
-        return []
-    mode = "max" if monitor.direction == "maximize" else "min"
-    # a NaN prunes the trial, with its reason: see `FoldPruningCallback`
-    options: dict[str, Any] = {"patience": monitor.patience, "min_delta": monitor.min_delta, "check_finite": False}
-    return [MonitorEarlyStopping(monitor.logged, mode=mode, **options)]
 
 
 def _check_running(trial: optuna.Trial) -> None:

@@ -38,20 +38,20 @@ class FoldTask:
         earlier: of each fold before: its score, and its predictions where the module keeps them.
         reports: `FoldPruningCallback.state` of a fold that is continued, or of a new one.
         curve: its reports so far.
-        checkpoint: of a fold that is continued; None: it is a new one.
         steps_left: optimizer steps that are still to be made; None: it is not known.
         pauses: whether a trial that is pruned may be continued.
         n_objectives: of the study.
+        checkpoint: of a fold that is continued; None: it is a new one.
     """
 
     params: dict[str, Any]
     earlier: list[tuple[float, Predictions | None]]
     reports: dict[str, Any]
     curve: list[tuple[Any, ...]]
-    checkpoint: str | None
     steps_left: int | None
     pauses: bool
     n_objectives: int
+    checkpoint: str | None = None
 
 
 class FollowedTrial:
