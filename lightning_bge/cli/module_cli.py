@@ -77,7 +77,9 @@ class ModuleCLI:
                 },
             )
         except (ArgumentError, ValueError) as error:
-            raise ConfigError(f"{describe_option_error(str(error))}. See `lightning-bge {command} --help`") from error
+            raise ConfigError(
+                f"{describe_option_error(str(error)).rstrip('.')}. See `lightning-bge {command} --help`"
+            ) from error
         self.config: Namespace = self._cli.config
         self.config_init: Namespace = self._cli.config_init
         self.trainer = self._cli.trainer

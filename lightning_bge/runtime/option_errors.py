@@ -13,6 +13,7 @@ NAMES = {
     "<class 'list'>": "a list",
     "<class 'tuple'>": "a list",
 }
+OF_PARSER = ("Expected ", "Not a valid ", "Parser key ", "Problem with ", "Import path ", "Does not validate ")
 _LENGTH = 100  # characters that are shown of a value
 
 
@@ -39,7 +40,9 @@ def _of_class(message: str) -> str:
         return f"class_path {found[1]}: {describe_option_error(found[2])}"
     if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", message):
         return f"expected the class path of a {found[2]}, got {found[1]}"
-    return ""
+    made = re.search(r"Given value: \S*class_path='([^']+)'", message)
+    own = [text for text in re.findall(r"^\s*- (.+)$", message, re.MULTILINE) if not text.startswith(OF_PARSER)]
+    return f"class_path {made[1]}: {own[0]}" if made and own else ""  # what the class's constructor says
 
 
 def _of_type(message: str) -> str:

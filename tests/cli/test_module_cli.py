@@ -121,6 +121,10 @@ def test_objects_in_a_checkpoint_need_an_option(search: Run) -> None:
     [
         (options(model={"class_path": "nope.Net"}), "model: class_path nope.Net: No module named 'nope'"),
         (options(model={"class_path": f"{HERE}.Net", "init_args": {"depth": 3}}), "Option 'depth' is not accepted"),
+        (
+            options(model={"class_path": f"{HERE}.Refusing"}),
+            f"class_path {HERE}.Refusing: width is deprecated, use depth instead",
+        ),
         (options(monitor={"metric": "f1"}), "monitor.mode: expected max or min for the metric f1, got null"),
         (options(monitor={"metric": "loss"}), "the metric 'loss' is not logged in validation; logged are: val_loss"),
         (options(data={"class_path": f"{HERE}.NoSelection"}), "NoSelection has num_folds=2, and no method select_fold"),

@@ -42,6 +42,14 @@ class Plain(Net):
     configure_optimizers = LightningModule.configure_optimizers  # type: ignore[assignment]
 
 
+class Refusing(Net):
+    """Its constructor refuses its arguments."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+        raise ValueError("width is deprecated, use depth instead")
+
+
 class Objects(Net):
     """Adds an object to its checkpoints."""
 
