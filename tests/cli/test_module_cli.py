@@ -111,6 +111,7 @@ def test_objects_in_a_checkpoint_need_an_option(search: Run) -> None:
     status, _, err = search(given)
     assert status == 2
     assert "hpo.weights_only: the checkpoint " in err.splitlines()[-1]
+    assert "such as torch.nn.modules.loss.MSELoss. Set hpo.weights_only to false" in err.splitlines()[-1]
     status, _, err = search(given, "--hpo.weights_only", "false")
     assert status == 0, err
     assert summary()["n_failed"] == 0

@@ -51,9 +51,10 @@ class Refusing(Net):
 
 
 class Objects(Net):
-    """Adds an object to its checkpoints."""
+    """Adds an object to its checkpoints, which depends on its hyperparameters."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert checkpoint["hyper_parameters"]["width"] == self.hparams["width"]
         checkpoint["object"] = nn.MSELoss()
 
 

@@ -56,8 +56,13 @@ class ResumableTrial(SavedRandomState):
     `torch.load(weights_only=True)` refuses.
     """
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the state, and leave out the hyperparameters."""
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        for name in HYPERPARAMETERS:
-            checkpoint.pop(name, None)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave out the hyperparameters where a checkpoint is written: the module's own hook may read them before."""
+        write = trainer.strategy.save_checkpoint
+
+        def write_without(checkpoint: dict[str, Any], *args: Any, **options: Any) -> None:
+            for name in HYPERPARAMETERS:
+                checkpoint.pop(name, None)
+            write(checkpoint, *args, **options)
+
+        trainer.strategy.save_checkpoint = write_without  # type: ignore[method-assign]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from optuna.trial import TrialState
 
 from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.callbacks.oom import OOMHandler
-from lightning_bge.errors import ConfigError, first_line
+from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.pruning.asha import AshaPruner
 from lightning_bge.hpo.pruning.callback import FoldPruningCallback
 from lightning_bge.hpo.pruning.oom import prune_out_of_memory
@@ -247,10 +248,11 @@ class Objective:
         except (optuna.TrialPruned, Stopped):
             raise
         except UnpicklingError as error:
+            named = re.search(r"GLOBAL (\S+)", str(error))
             raise ConfigError(
-                f"hpo.weights_only: the checkpoint {saved} holds objects that the module has added "
-                f"({first_line(error)}). Set hpo.weights_only to false if you trust all who can write into the run "
-                "folder, or hpo.pruner.name to median, which does not pause trials"
+                f"hpo.weights_only: the checkpoint {saved} holds objects that the module has added"
+                f"{f', such as {named[1]}' if named else ''}. Set hpo.weights_only to false if you trust all who can "
+                "write into the run folder, or hpo.pruner.name to median, which does not pause trials"
             ) from error
         except Exception:
             if self.ranks is not None:
