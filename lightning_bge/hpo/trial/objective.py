@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pickle import UnpicklingError
 from typing import Any
@@ -234,19 +234,19 @@ class Objective:
                 self._fit(setup, callbacks, None if opened is None else opened.checkpoint, task)
             finally:
                 keep()
-        return FoldResult(reports.close_fold(), scored.epochs, scored.predictions, setup.n_validation_rows)
+        with self._in_step():
+            score = reports.close_fold()
+        return FoldResult(score, scored.epochs, scored.predictions, setup.n_validation_rows)
 
     def _fit(self, setup: TrialSetup, callbacks: list[Callback], saved: Location | None, task: FoldTask | None) -> None:
         """Train a fold, with the other processes of the trial where there is a task for them."""
         try:
-            with nullcontext() if saved is None else local_copy(saved) as checkpoint:
+            with self._in_step(), nullcontext() if saved is None else local_copy(saved) as checkpoint:
                 if self.ranks is not None and task is not None:
                     self.ranks.send(replace(task, checkpoint=None if checkpoint is None else str(checkpoint)))
                 setup.make_trainer(callbacks=callbacks).fit(
                     setup.model, datamodule=setup.datamodule, ckpt_path=checkpoint, weights_only=self.weights_only
                 )
-        except (optuna.TrialPruned, Stopped):
-            raise
         except UnpicklingError as error:
             named = re.search(r"GLOBAL (\S+)", str(error))
             raise ConfigError(
@@ -254,6 +254,14 @@ class Objective:
                 f"{f', such as {named[1]}' if named else ''}. Set hpo.weights_only to false if you trust all who can "
                 "write into the run folder, or hpo.pruner.name to median, which does not pause trials"
             ) from error
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """What the processes of a trial do together: an error leaves them out of step, unless it ends all of them."""
+        try:
+            yield
+        except (optuna.TrialPruned, Stopped):
+            raise
         except Exception:
             if self.ranks is not None:
                 self.ranks.check()
