@@ -47,6 +47,7 @@ HARMLESS_WARNINGS = (
     ".*number of training batches.*smaller than the logging interval.*",
     ".*`srun` command is available.*",  # on a machine of a Slurm cluster: no process here needs to be started by it
     ".*WeightAveraging callback with a model that overrides the configure_model.*",  # about sharded models
+    ".*`tensorboardX` has been removed as a dependency.*",  # of a trainer's default logger: ours is the CSVLogger
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6.6 under torch 2.13
 )
 

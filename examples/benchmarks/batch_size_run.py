@@ -99,7 +99,7 @@ class Clock(Callback):
     """Samples a second of the epoch's batches, from the end of the batch that completes the warm-up on."""
 
     def __init__(self) -> None:
-        self.seen = self.timed = self.batch_size = self.accumulated = 0
+        self.seen = self.timed = self.batch_size = self.effective = 0
         self.since = self.seconds = 0.0
 
     def on_train_batch_end(
@@ -107,7 +107,8 @@ class Clock(Callback):
     ) -> None:
         """Count the batch."""
         now = time.perf_counter()
-        self.batch_size, self.accumulated = max(self.batch_size, len(batch[0])), trainer.accumulate_grad_batches
+        self.batch_size = max(self.batch_size, len(batch[0]))  # the epoch may have fewer rows than was set
+        self.effective = pl_module.batch_size * trainer.accumulate_grad_batches
         self.seen += len(batch[0])
         if self.since:
             self.timed, self.seconds = self.timed + len(batch[0]), now - self.since
@@ -146,7 +147,7 @@ def run(finder: str, kind: str, room: int, share: float = 1.0) -> dict[str, Any]
         "room_mib": room,
         "end": end,
         "batch_size": clock.batch_size,
-        "effective_batch": clock.batch_size * clock.accumulated,
+        "effective_batch": clock.effective,
         "reason": ours.reason if finder == "ours" else "",
         "samples_per_s": clock.timed / clock.seconds if end == "finished" and clock.seconds else None,
         "seconds": time.perf_counter() - begin,

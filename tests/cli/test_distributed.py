@@ -200,9 +200,10 @@ def test_one_rank_says_why(files: dict[str, str], tmp_path: Path, ranks: list[in
 # ------------------------------------------------------------------ searching
 
 
-def test_a_search_takes_one_device(files: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["plan", "audit"])
+def test_an_estimate_takes_one_device(files: dict[str, str], tmp_path: Path, command: str) -> None:
     arguments = options(files, tmp_path / "study", "--trainer.devices", "2")
-    status, _, err = call(["hpo", *arguments[1:], "--hpo.space", '{"data.batch_size": {"choices": [4, 8]}}'])
+    status, _, err = call([command, *arguments[1:], "--hpo.space", '{"data.batch_size": {"choices": [4, 8]}}'])
     assert status == 2
-    assert "trainer.devices: expected 1 for lightning-bge hpo, got 2" in err
+    assert f"trainer.devices: expected 1 for lightning-bge {command}, got 2" in err
     assert not (tmp_path / "study").exists()
