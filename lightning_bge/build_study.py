@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -23,16 +22,13 @@ from lightning_bge.hpo.space.parameter_sets import ends, parse_enqueued
 from lightning_bge.hpo.space.search_space import Space, is_drawn, parse_space
 from lightning_bge.hpo.trial.module_setup import ModuleTrialSetup
 from lightning_bge.hpo.trial.setup import TrialSetup
-from lightning_bge.runtime.compat.lightning import package_of
+from lightning_bge.runtime.compat.lightning import trainer_class
 from lightning_bge.runtime.nested_config import as_plain
 from lightning_bge.templates import SpaceLike, StudyOptions, checked_options, class_path, parse_spaces
-from lightning_bge.trainer import module_trainer, warn_of_unused_callbacks
+from lightning_bge.trainer import MODULE_DEFAULTS, module_trainer, warn_of_unused_callbacks
 
 # called with the parameters of a trial; returns the module and its data module, or None where it has loaders of its own
 BuildModule = Callable[[dict[str, Any]], tuple[Any, Any]]
-
-# Lightning's own are all devices, and a sanity check in each fold
-DEFAULTS = {"devices": 1, "num_sanity_val_steps": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +94,7 @@ def study_of_function(
     if hpo.baseline:
         raise ConfigError("hpo.baseline: expected false for modules of a function, got true: none is configured")
     config = dict_to_namespace(
-        {"run_dir": str(run_dir), "seed_everything": seed, "trainer": {**DEFAULTS, **trainer}, "params": {}}
+        {"run_dir": str(run_dir), "seed_everything": seed, "trainer": {**MODULE_DEFAULTS, **trainer}, "params": {}}
     )
     warn_of_unused_callbacks(trainer.get("callbacks"), "a study")
 
@@ -106,10 +102,8 @@ def study_of_function(
         seed_everything(config.seed_everything, workers=True, verbose=False)
         params = config.params.as_dict() if isinstance(config.params, Namespace) else dict(config.params)
         module, data = _built(build, params)
-        kind = importlib.import_module(package_of(type(module))).Trainer
-        return ModuleTrialSetup(
-            module, data, partial(module_trainer, kind, config.trainer.as_dict()), lambda: {"params": params}
-        )
+        trainer = partial(module_trainer, trainer_class(module), config.trainer.as_dict())
+        return ModuleTrialSetup(module, data, trainer, lambda: {"params": params})
 
     def plain(config: Namespace) -> dict[str, Any]:
         found = {name: value for name, value in config.as_dict().items() if name != "params"}

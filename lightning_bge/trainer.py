@@ -51,6 +51,7 @@ HARMLESS_WARNINGS = (
     ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6.6 under torch 2.13
 )
 
+MODULE_DEFAULTS = {"devices": 1, "num_sanity_val_steps": 0}  # Lightning's: all devices, and a check in each fold
 SILENT = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")  # arguments
 
 Precision = Literal["auto", "bf16-mixed", "16-mixed", "32-true"]

@@ -46,9 +46,10 @@ from lightning_bge.hpo.steps import Steps  # noqa: E402
 from lightning_bge.hpo.storage.url import PASSWORD  # noqa: E402
 from lightning_bge.hpo.study import open_study, study_storage  # noqa: E402
 from lightning_bge.hpo.trials import REPORTS_BEFORE  # noqa: E402
+from lightning_bge.runtime.port import free_port  # noqa: E402
 from lightning_bge.runtime.run_folder import write_json, write_text  # noqa: E402
 from lightning_bge.runtime.stop import StopRequest  # noqa: E402
-from tests.helpers.postgres import SECRET, Postgres, free_port  # noqa: E402
+from tests.helpers.postgres import SECRET, Postgres  # noqa: E402
 
 DOCS = ROOT / "docs" / "benchmarks"
 STEPS = Steps(3, 5)  # 15 reports

@@ -20,10 +20,7 @@ from lightning_bge.hpo.trial.module_setup import ModuleTrialSetup
 from lightning_bge.hpo.trial.setup import TrialSetup
 from lightning_bge.runtime.dotted_config import plain_config
 from lightning_bge.runtime.option_errors import describe_option_error
-from lightning_bge.trainer import module_trainer, warn_of_unused_callbacks
-
-# Lightning's own are 1000 epochs, all devices, and a sanity check in each fold
-DEFAULTS = {"max_epochs": 3, "devices": 1, "num_sanity_val_steps": 0}
+from lightning_bge.trainer import MODULE_DEFAULTS, module_trainer, warn_of_unused_callbacks
 
 
 class ModuleCLI:
@@ -55,6 +52,10 @@ class ModuleCLI:
             def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
                 self.config = parser.parse_args(args)  # without the warning that `sys.argv` holds arguments as well
 
+            def instantiate_trainer(self, **kwargs: Any) -> Any:
+                # once: a copy of this object makes module and data of each trial, which has trainers of its own
+                return self.trainer if "trainer" in vars(self) else super().instantiate_trainer(**kwargs)
+
             def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
                 text = "Folder of all that a run writes."
                 parser.add_argument("--run_dir", type=str, default="runs/default", help=text)
@@ -64,7 +65,7 @@ class ModuleCLI:
         try:
             self._cli = CLI(
                 trainer_class=self._trainer_class,
-                trainer_defaults=DEFAULTS,
+                trainer_defaults={"max_epochs": 3, **MODULE_DEFAULTS},  # Lightning's own are 1000
                 seed_everything_default=42,
                 save_config_callback=None,
                 load_from_checkpoint_support=False,
@@ -83,6 +84,9 @@ class ModuleCLI:
         self.config: Namespace = self._cli.config
         self.config_init: Namespace = self._cli.config_init
         self.trainer = self._cli.trainer
+        self._cli.model = self._cli.datamodule = None  # each trial has its own: these would only fill the memory
+        for name in ("model", "data"):
+            self.config_init.pop(name, None)
         warn_of_unused_callbacks(self.config_init.trainer.callbacks, command)
 
     @property

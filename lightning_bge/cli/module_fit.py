@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,12 @@ from lightning_bge.advisor.report.report import write_report
 from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.cli.lightning_cli import running
 from lightning_bge.cli.module_cli import ModuleCLI
-from lightning_bge.cli.run_record import EPOCHS, more_epochs
-from lightning_bge.errors import StudyError
-from lightning_bge.hpo.study import differences
+from lightning_bge.cli.run_record import has_begun, more_epochs
 from lightning_bge.hpo.trial.fold_callbacks import early_stopping
 from lightning_bge.hpo.trial.module_setup import SavedRandomState
 from lightning_bge.preflight import dry_run_options
 from lightning_bge.runtime.callback_kinds import callback_list
-from lightning_bge.runtime.compat.lightning import package_of
+from lightning_bge.runtime.compat.lightning import trainer_class
 from lightning_bge.runtime.dotted_config import comparable
 from lightning_bge.runtime.run_folder import create_run_dir, read_config, read_json, record_run, write_json
 from lightning_bge.trainer import BestCheckpoint, check_checkpoints, newest_checkpoint, run_checkpoints
@@ -48,7 +45,7 @@ def _add_weights_only(parser: LightningArgumentParser) -> None:
 def _fit(cli: ModuleCLI) -> None:
     first = cli.trainer.is_global_zero  # only this rank reads the configuration, writes and prints
     setup = cli.experiment.build({})
-    kind = importlib.import_module(package_of(type(setup.model))).Trainer
+    kind = trainer_class(setup.model)
     if limits := dry_run_options(cli.trainer_arguments):
         off = {"logger": False, "enable_checkpointing": False}
         kind(**{**cli.trainer_arguments, **off}).fit(setup.model, datamodule=setup.datamodule)
@@ -110,19 +107,9 @@ def _check_same_run(cli: ModuleCLI) -> None:
         StudyError: the folder holds another run; the message lists the differences.
     """
     run_dir = cli.run_dir
-    begun = (run_dir / "summary.json").is_file() or newest_checkpoint(run_dir) is not None
-    if not (run_dir / "config.yaml").is_file() or not begun:
+    if not has_begun(run_dir):
         return
-    old, new = comparable(read_config(run_dir)), comparable(cli.experiment.plain(cli.config))
-    epochs = more_epochs(old.get(EPOCHS), new[EPOCHS])
-    if epochs is not None:
-        old[EPOCHS] = new[EPOCHS]
-    if different := differences(old, new):
-        raise StudyError(
-            f"{run_dir} holds another run. Differences:\n  "
-            + "\n  ".join(different)
-            + "\nName another --run_dir, or delete that folder."
-        )
+    epochs = more_epochs(comparable(read_config(run_dir)), comparable(cli.experiment.plain(cli.config)), run_dir)
     if epochs is not None:
         print(f"going on from {epochs[0]} to {epochs[1]} epochs", flush=True)
         (run_dir / "summary.json").unlink(missing_ok=True)

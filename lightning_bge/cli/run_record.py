@@ -32,8 +32,7 @@ def check_same_run(cli: BGECLI, run_dir: Path, datamodule: TextDataModule) -> tu
     Raises:
         StudyError: the folder holds another run; the message lists the differences.
     """
-    begun = (run_dir / "summary.json").is_file() or newest_checkpoint(run_dir) is not None
-    if not (run_dir / "config.yaml").is_file() or not begun:
+    if not has_begun(run_dir):
         return None
     calls = (read_json(run_dir / "run.json") or {}).get("calls", [])
     last = calls[-1] if calls else {}
@@ -43,15 +42,7 @@ def check_same_run(cli: BGECLI, run_dir: Path, datamodule: TextDataModule) -> tu
         found = contents(datamodule) | {"data_hash": datamodule.data_hash}
         for name in ("data_hash", "val_hash", "labels"):
             old[name], new[name] = last.get(name), found[name]
-    epochs = more_epochs(old.get(EPOCHS), new[EPOCHS])
-    if epochs is not None:
-        old[EPOCHS] = new[EPOCHS]
-    if different := differences(old, new):
-        raise StudyError(
-            f"{run_dir} holds another run. Differences:\n  "
-            + "\n  ".join(different)
-            + "\nName another --run_dir, or delete that folder."
-        )
+    epochs = more_epochs(old, new, run_dir)
     if calls and epochs is None and (run_dir / "summary.json").is_file():
         _check_test_file(run_dir, last.get("test_hash"), found["test_hash"])
     return epochs
@@ -92,10 +83,31 @@ def _comparable(config: dict[str, Any], start: str = ".") -> dict[str, Any]:
     return found
 
 
-def more_epochs(old: Any, new: Any) -> tuple[int, int] | None:
-    """The epochs that a run had and those that it shall have, where these are more; else None."""
-    known = isinstance(old, int) and isinstance(new, int)
-    return (old, new) if known and 0 < old < new else None
+def has_begun(run_dir: Path) -> bool:
+    """Whether a folder holds a run that can be continued, or that has ended."""
+    left = (run_dir / "summary.json").is_file() or newest_checkpoint(run_dir) is not None
+    return left and (run_dir / "config.yaml").is_file()
+
+
+def more_epochs(old: dict[str, Any], new: dict[str, Any], run_dir: Path) -> tuple[int, int] | None:
+    """Compare the options of a run with those that are asked for, by dotted names; more epochs are no difference.
+
+    Returns:
+        The epochs that the run had and those that it shall have, where these are more; else None.
+
+    Raises:
+        StudyError: the folder holds another run; the message lists the differences.
+    """
+    before, after, more = old.get(EPOCHS), new[EPOCHS], None
+    if isinstance(before, int) and isinstance(after, int) and 0 < before < after:
+        old, more = {**old, EPOCHS: after}, (before, after)
+    if different := differences(old, new):
+        raise StudyError(
+            f"{run_dir} holds another run. Differences:\n  "
+            + "\n  ".join(different)
+            + "\nName another --run_dir, or delete that folder."
+        )
+    return more
 
 
 def _check_test_file(run_dir: Path, old: str | None, new: str | None) -> None:

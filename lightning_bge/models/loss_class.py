@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bge.errors import ConfigError
-from lightning_bge.runtime.class_path import find_class, first_line, parameters_of
+from lightning_bge.errors import ConfigError, first_line
+from lightning_bge.runtime.class_path import find_class, parameters_of
 from lightning_bge.types import Task
 
 OPTION = "model.loss"

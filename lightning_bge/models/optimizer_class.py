@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_bge.errors import ConfigError
-from lightning_bge.runtime.class_path import find_class, first_line, parameters_of
+from lightning_bge.errors import ConfigError, first_line
+from lightning_bge.runtime.class_path import find_class, parameters_of
 
 OPTIMIZER, SCHEDULE = "model.optimizer", "model.schedule"
 LENGTHS = ("total_steps", "T_max", "num_training_steps")

@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.runtime.compat.lightning import PACKAGES
+from lightning_bge.runtime.compat.lightning import lightning_bases
 
 Given = Callback | Sequence[Callback] | None
 
@@ -66,8 +66,7 @@ def is_kind(found: type, kinds: tuple[type, ...]) -> bool:
 
     By name, as the package `pytorch_lightning` has classes of its own.
     """
-    bases = [base.__name__ for base in found.__mro__ if base.__module__.partition(".")[0] in PACKAGES]
-    return issubclass(found, kinds) or not {kind.__name__ for kind in kinds}.isdisjoint(bases)
+    return issubclass(found, kinds) or not lightning_bases(found).isdisjoint(kind.__name__ for kind in kinds)
 
 
 def check_usable(callbacks: Sequence[Callback]) -> None:

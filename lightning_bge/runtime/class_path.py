@@ -86,8 +86,3 @@ def find_class(path: str, base: type, expected: str, *, imports: bool = True) ->
 def parameters_of(kind: Any) -> Mapping[str, inspect.Parameter]:
     """The named arguments of a class's constructor."""
     return inspect.signature(kind).parameters
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class where it has none."""
-    return str(error).strip().split("\n")[0] or type(error).__name__

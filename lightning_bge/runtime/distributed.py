@@ -2,7 +2,7 @@
 
 import logging
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from lightning_bge.runtime.compat.torch import compare_and_set
 
 log = logging.getLogger(__name__)
 
+Decision = TypeVar("Decision")
 MOST_WAITING_S = 5
 _FAILED = "lightning_bge/failed"
 
@@ -63,6 +64,15 @@ def _count(devices: int | list[int] | str, accelerator: Any) -> int:
         return int(devices)
     except (TypeError, ValueError):
         raise ConfigError(f"trainer.devices: expected a number of devices, or their indices, got {devices!r}") from None
+
+
+def as_the_first_decides(value: Decision) -> Decision:
+    """The value that the first process has; in a run of one process the value itself."""
+    if not dist.is_available() or not dist.is_initialized():
+        return value
+    found = [value]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 class AnotherRankFailed(Exception):

@@ -18,10 +18,11 @@ from optuna.trial import FrozenTrial
 
 from lightning_bge.cli.main import main
 from lightning_bge.hpo.storage.url import PASSWORD
+from lightning_bge.runtime.port import free_port
 from tests.helpers.fake_study import fake_config, run_fake
 from tests.helpers.made_study import journal_of, make_study
 from tests.helpers.paths import ROOT
-from tests.helpers.postgres import SECRET, Postgres, free_port
+from tests.helpers.postgres import SECRET, Postgres
 
 CHROMIUM = Path("/usr/bin/chromium")
 

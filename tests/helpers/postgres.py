@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
 from types import TracebackType
+
+from lightning_bge.runtime.port import free_port
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # of Debian's packages, the newest last
 SECRET = "planted-5f2c-secret"  # the password, which must be found in no file
@@ -87,10 +88,3 @@ class Postgres:
             text = output.read().strip()
         assert done.returncode == 0, text
         return text
-
-
-def free_port() -> int:
-    """A port that nothing listens at."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

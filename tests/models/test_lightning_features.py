@@ -41,7 +41,8 @@ from lightning_bge.models.encoder_cache import EncoderCache
 from lightning_bge.models.optimizer import OptimizerConfig
 from lightning_bge.models.trainer_options import TrainerOptions
 from lightning_bge.runtime.log_once import log_once
-from tests.helpers.small_models import WORDS, Batches, cut_batch, quiet_trainer, random_sequences, save_model
+from tests.helpers.pairs_file import write_pairs
+from tests.helpers.small_models import Batches, cut_batch, quiet_trainer, random_sequences, save_model
 from tests.models.test_effective_batch import BINARY
 
 STEPS = 5  # of an epoch: 40 training rows in batches of 8
@@ -50,14 +51,7 @@ averages = pytest.mark.filterwarnings("ignore:You're using the WeightAveraging c
 
 @pytest.fixture(scope="module")
 def train_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    random = torch.Generator().manual_seed(3)
-    lines = ["text_a,text_b,label"]
-    for row in range(60):
-        a, b = (" ".join(WORDS[int(i)] for i in torch.randint(0, 40, (4 + row % 6,), generator=random)) for _ in "ab")
-        lines.append(f"{a},{b},{row % 2}")
-    path = tmp_path_factory.mktemp("data") / "train.csv"
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
+    return write_pairs(tmp_path_factory.mktemp("data"), rows=60)
 
 
 @pytest.fixture(scope="module")

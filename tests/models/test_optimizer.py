@@ -19,6 +19,7 @@ from lightning_bge.models.optimizer import (
     parameter_groups,
 )
 from lightning_bge.types import Batch, Schema
+from tests.helpers.rates import rates_of
 from tests.helpers.small_models import Batches, cut_batch, quiet_trainer, random_sequences, save_model, small_model
 
 STEPS = 4  # of an epoch
@@ -139,12 +140,7 @@ def rates_of_a_run(folder: Path, schedule: ScheduleConfig, **trainer: Any) -> li
 def expected_rates(name: str, warmup: int, total: int, steps: int, **specific: Any) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.01)
     scheduler = get_scheduler(name, optimizer, warmup, total, scheduler_specific_kwargs=specific)
-    found = []
-    for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return found
+    return rates_of(optimizer, scheduler, steps)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from lightning_bge.models.optimizer import (
 from lightning_bge.models.tried_classes import ThreeLayers, try_classes
 from lightning_bge.types import Schema
 from tests.helpers.own_classes import SignDescent, Triangle
+from tests.helpers.rates import rates_of
 from tests.helpers.small_models import Batches, cut_batch, quiet_trainer, random_sequences, save_model, small_model
 
 OWN = "tests.helpers.own_classes"
@@ -216,12 +217,7 @@ def run(
 def expected(make: Any, steps: int = 2 * STEPS) -> list[float]:
     optimizer = AdamW([nn.Parameter(torch.zeros(1))], lr=0.01)
     scheduler: LRScheduler = make(optimizer)
-    found = []
-    for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return found
+    return rates_of(optimizer, scheduler, steps)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.data.tables.splits import SplitConfig
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.optimizer import OptimizerConfig
-from tests.helpers.small_models import WORDS, quiet_trainer, save_model
+from tests.helpers.pairs_file import write_pairs
+from tests.helpers.small_models import quiet_trainer, save_model
 
 
 class SaveAll(Callback):
@@ -40,14 +41,7 @@ class SaveAll(Callback):
 
 @pytest.fixture(scope="module")
 def train_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    random = torch.Generator().manual_seed(3)
-    lines = ["text_a,text_b,label"]
-    for row in range(30):
-        a, b = (" ".join(WORDS[int(i)] for i in torch.randint(0, 40, (4 + row % 6,), generator=random)) for _ in "ab")
-        lines.append(f"{a},{b},{row % 2}")
-    path = tmp_path_factory.mktemp("data") / "train.csv"
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
+    return write_pairs(tmp_path_factory.mktemp("data"), rows=30)
 
 
 @pytest.fixture(scope="module")

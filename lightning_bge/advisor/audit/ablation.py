@@ -1,6 +1,5 @@
 """Repeats a training run from the same state, and measures what an option saves: with it on and off, in turns."""
 
-import importlib
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from lightning_bge.advisor.audit.requested import ObservedRun
 from lightning_bge.advisor.audit.result import TimeSaved
 from lightning_bge.callbacks.torch_backends import choose_precision
 from lightning_bge.runtime.callback_kinds import without_kinds
-from lightning_bge.runtime.compat.lightning import package_of, remove_callbacks
+from lightning_bge.runtime.compat.lightning import remove_callbacks, trainer_class
 from lightning_bge.runtime.compat.torch import uncompiled
 
 # Trains from the same weights with changed options (by their dotted names), with an observer as the last callback and
@@ -103,7 +102,7 @@ def module_run(module: LightningModule, data: Any, arguments: Mapping[str, Any],
     """
     kept = {name: value for name, value in arguments.items() if name not in REPLACED}
     callbacks, devices = without_kinds(arguments.get("callbacks"), REMOVED_CALLBACKS), arguments.get("devices")
-    make_trainer = importlib.import_module(package_of(type(uncompiled(module)))).Trainer
+    make_trainer = trainer_class(uncompiled(module))
 
     def run(options: dict[str, Any], observer: StepObserver, limits: dict[str, Any]) -> tuple[LightningModule, Trainer]:
         changed = {name.removeprefix("trainer."): value for name, value in options.items()}

@@ -13,6 +13,7 @@ from optuna_integration import PyTorchLightningPruningCallback
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.steps import Report
 from lightning_bge.hpo.trials import PAUSED_AT
+from lightning_bge.runtime.distributed import as_the_first_decides
 
 
 class FoldPruningCallback(PyTorchLightningPruningCallback):
@@ -269,10 +270,7 @@ class FoldPruningCallback(PyTorchLightningPruningCallback):
 
     def _shared(self, decision: bool) -> bool:
         """What the first process decides."""
-        found = [decision]
-        if self._ranks > 1:
-            torch.distributed.broadcast_object_list(found, src=0)
-        return found[0]
+        return as_the_first_decides(decision) if self._ranks > 1 else decision
 
     def _note(self, name: str, value: Any) -> None:
         """Write a user attribute of the trial, once."""

@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
-from lightning_bge.hpo.trial.ranks import as_the_first_decides
 from lightning_bge.hpo.trial.score import Monitor
+from lightning_bge.runtime.distributed import as_the_first_decides
 from lightning_bge.runtime.stop import Stopped, StopRequest
 
 

@@ -34,7 +34,6 @@ from lightning_bge.hpo.trial.ranks import (
     FoldTask,
     FollowedTrial,
     RankGroup,
-    as_the_first_decides,
     pause_with_others,
     save_with_others,
 )
@@ -42,6 +41,7 @@ from lightning_bge.hpo.trial.score import Monitor
 from lightning_bge.hpo.trial.setup import Build, TrialSetup
 from lightning_bge.hpo.trials import ENDED, PARAMETER_SET, RESUMES
 from lightning_bge.models.encoder_cache import EncoderCache
+from lightning_bge.runtime.distributed import as_the_first_decides
 from lightning_bge.runtime.locations import Location, local_copy
 from lightning_bge.runtime.memory import release
 from lightning_bge.runtime.oom import find_oom
@@ -289,18 +289,8 @@ class Objective:
     def follow(self, task: FoldTask) -> None:
         """Train a fold with the process that runs the trial: `fit` with the same data, and no report."""
         scores = [score for score, _ in task.earlier]
-        reports = FoldPruningCallback(
-            FollowedTrial(task.n_objectives),  # type: ignore[arg-type]
-            self.monitor.logged,
-            fold=len(scores),
-            folds=self.steps.folds,
-            epochs=self.steps.epochs,
-            earlier=scores,
-            objective=self.monitor.objective,
-            direction=self.monitor.direction,
-            per_epoch=self.steps.per_epoch,
-            pause=pause_with_others if task.pauses else None,
-        )
+        trial: Any = FollowedTrial(task.n_objectives)
+        reports = self._callback(trial, scores, pause_with_others if task.pauses else None)
         reports.restore(task.reports, [Report(*one) for one in task.curve])
         setup = self.build(task.params)
         setup.begin_fold(len(scores), [found for _, found in task.earlier if found is not None])
@@ -332,17 +322,24 @@ class Objective:
             if as_the_first_decides(pruner.can_be_resumed(study, latest, self.n_trials)):
                 save(trainer)
 
+        pause = save_paused if isinstance(pruner, AshaPruner) else None
+        return self._callback(trial, [fold.score for fold in done], pause)
+
+    def _callback(
+        self, trial: optuna.Trial, earlier: list[float], pause: Callable[[Trainer | None], None] | None
+    ) -> FoldPruningCallback:
+        """The callback of the fold after those whose scores these are."""
         return FoldPruningCallback(
             trial,
             self.monitor.logged,
-            fold=len(done),
+            fold=len(earlier),
             folds=self.steps.folds,
             epochs=self.steps.epochs,
-            earlier=[fold.score for fold in done],
+            earlier=earlier,
             objective=self.monitor.objective,
             direction=self.monitor.direction,
             per_epoch=self.steps.per_epoch,
-            pause=save_paused if isinstance(pruner, AshaPruner) else None,
+            pause=pause,
         )
 
     def _steps_left(self, later: float, setup: TrialSetup, fold: int) -> int | None:

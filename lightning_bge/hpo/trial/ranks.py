@@ -12,19 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 
 from lightning_bge.models.metrics.predictions import Predictions
+from lightning_bge.runtime.distributed import as_the_first_decides
 from lightning_bge.runtime.port import free_port
 
 OUT_OF_MEMORY = 71  # exit status of a process that ran out of memory
 PATIENCE = timedelta(days=365)  # of those that wait for the next fold: the first one may wait for other workers
 ENVIRONMENT = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK")  # variables that Lightning reads
-Decision = TypeVar("Decision")
 NOTICE_SECONDS = 5.0  # in which the end of a process is known after a connection to it has broken
 POLL_SECONDS = 0.5
 
@@ -63,15 +63,6 @@ class FollowedTrial:
 
     def __init__(self, n_objectives: int) -> None:
         self.study = SimpleNamespace(directions=[None] * n_objectives)
-
-
-def as_the_first_decides(value: Decision) -> Decision:
-    """The value that the first process has, for each of those that train a trial together."""
-    if not dist.is_available() or not dist.is_initialized():
-        return value
-    found = [value]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
 
 
 def pause_with_others(trainer: Trainer | None) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric as TorchMetric
 
-from lightning_bge.errors import ConfigError
-from lightning_bge.runtime.class_path import find_class, first_line
+from lightning_bge.errors import ConfigError, first_line
+from lightning_bge.runtime.class_path import find_class
 from lightning_bge.types import Schema, Task
 
 OPTION = "monitor.metric"

@@ -62,12 +62,17 @@ def drop_loaders(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
 
 
+def lightning_bases(kind: type) -> set[str]:
+    """The names of Lightning's classes that a class is derived from, of either package, and its own if it is one."""
+    return {base.__name__ for base in kind.__mro__ if base.__module__.partition(".")[0] in PACKAGES}
+
+
 def is_strategy(strategy: Any, *names: str) -> bool:
     """Whether a strategy is one of those classes of Lightning, or derived from one; DeepSpeed is none of them.
 
     By name, as the package `pytorch_lightning` has classes of its own.
     """
-    bases = {base.__name__ for base in type(strategy).__mro__ if base.__module__.partition(".")[0] in PACKAGES}
+    bases = lightning_bases(type(strategy))
     return not bases.isdisjoint(names) and "DeepSpeedStrategy" not in bases
 
 
@@ -103,8 +108,12 @@ def package_of(kind: type) -> str:
 
 def is_module(found: Any) -> bool:
     """Whether an object is a LightningModule of either package."""
-    kinds = [one for one in type(found).__mro__ if one.__name__ == "LightningModule"]
-    return any(one.__module__.partition(".")[0] in ("lightning", "pytorch_lightning") for one in kinds)
+    return "LightningModule" in lightning_bases(type(found))
+
+
+def trainer_class(module: Any) -> Any:
+    """The class of the trainers that take a module: that of its own package."""
+    return importlib.import_module(package_of(type(module))).Trainer
 
 
 def begin_epoch_anew(trainer: Trainer) -> None:

@@ -25,9 +25,10 @@ from lightning_bge.hpo.storage.study_storage import open_study_storage
 from lightning_bge.hpo.storage.url import PASSWORD, parse_storage
 from lightning_bge.hpo.trials import attempts, ended_parameter_sets, key_of
 from lightning_bge.models.classifier import BGEClassifier
+from lightning_bge.runtime.port import free_port
 from lightning_bge.tuning import tune
 from tests.helpers.paths import ROOT
-from tests.helpers.postgres import SECRET, Postgres, free_port
+from tests.helpers.postgres import SECRET, Postgres
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("psycopg", reason="make test-slow installs it")
