@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_bge.hpo.trial.setup import TrialSetup
 from lightning_bge.runtime.compat.lightning import begin_epoch_anew
+from lightning_bge.runtime.compat.torch import tree_leaves
+from lightning_bge.runtime.log_once import log_once
 from lightning_bge.runtime.random_state import random_state, set_random_state
+
+log = logging.getLogger("lightning_bge")
 
 RANDOM_STATE = "lightning_bge_random_state"  # key of a checkpoint
 HYPERPARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")  # keys of Lightning's
@@ -34,7 +40,9 @@ class SavedRandomState(Callback):
         self._state: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the state."""
+        """Add the state, and say what else a checkpoint lacks."""
+        for reason in _what_is_lost(trainer):
+            log_once(log, logging.WARNING, f"a run that goes on from a checkpoint differs a little: {reason}")
         checkpoint[RANDOM_STATE] = random_state()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -47,6 +55,16 @@ class SavedRandomState(Callback):
             set_random_state(self._state)
             self._state = None
             begin_epoch_anew(trainer)
+
+
+def _what_is_lost(trainer: Trainer) -> Iterator[str]:
+    """What Lightning's checkpoints of an epoch's end do not hold of a run."""
+    if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
+        yield "ReduceLROnPlateau does not see the epoch at whose end it was written"
+    if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        yield "trainer.reload_dataloaders_every_n_epochs makes loaders that draw another order of the rows"
+    if any(getattr(loader, "generator", None) is not None for loader in tree_leaves(trainer.train_dataloader)):
+        yield "a training loader with a generator of its own draws from its beginning again"
 
 
 class ResumableTrial(SavedRandomState):

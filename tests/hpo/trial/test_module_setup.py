@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from torch.utils.data import DataLoader
 
 from lightning_bge.hpo.trial.module_setup import ModuleTrialSetup, ResumableTrial
 from lightning_bge.trainer import SILENT
@@ -67,3 +68,47 @@ def test_folds_are_selected_where_the_data_module_has_them() -> None:
     ModuleTrialSetup(Net(), Split(), Trainer, dict).begin_fold(1, [])
     ModuleTrialSetup(Net(), None, Trainer, dict).begin_fold(1, [])
     assert (setup.steps_per_epoch, setup.n_validation_rows, setup.resumes_within_epochs) == (None, None, False)
+
+
+class Plateau(Net):
+    """With a schedule that follows a metric."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
+
+
+class OwnGenerator(Split):
+    """With a generator of the loader's own."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.part(held_out=False), 6, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "options", "expected"),
+    [
+        (Net, Split, {}, []),
+        (Plateau, Split, {}, ["ReduceLROnPlateau does not see the epoch"]),
+        (Net, Split, {"reload_dataloaders_every_n_epochs": 1}, ["trainer.reload_dataloaders_every_n_epochs makes"]),
+        (Net, OwnGenerator, {}, ["a training loader with a generator of its own"]),
+    ],
+)
+def test_what_a_checkpoint_does_not_hold_is_said(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    module: type[Net],
+    data: type[Split],
+    options: dict[str, Any],
+    expected: list[str],
+) -> None:
+    off: dict[str, Any] = dict.fromkeys(SILENT, False)
+    callbacks = [Pause(tmp_path / "x.ckpt", 0), ResumableTrial()]
+    trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=callbacks, **off, **options)
+    with pytest.raises(PausedError):
+        trainer.fit(module(), data())
+    found = [one.getMessage() for one in caplog.records if one.name == "lightning_bge"]
+    assert len(found) == len(expected)
+    for text, part in zip(found, expected, strict=True):
+        assert text.startswith(f"a run that goes on from a checkpoint differs a little: {part}")
