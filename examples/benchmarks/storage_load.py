@@ -8,7 +8,8 @@ pauses, from the end of the trial before to its own end: with a journal file, in
 in turns, several rounds, medians.
 
 load: 256 workers, each a thread with storage and connections of its own, share a study of 2,000 trials, directly and
-through the proxy. Seconds of a trial besides the pauses, connections, transactions and the server's CPU time.
+through the proxy. Seconds of a trial besides the pauses, connections, transactions and the server's CPU time. The
+threads are those of several processes: hundreds in one would wait for Python's lock, and not for the storage.
 
 It needs the extras `postgres` and `grpc`, and Debian's package postgresql.
 """
@@ -23,9 +24,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -79,6 +80,20 @@ def run_worker(run_dir: Path, options: dict[str, Any], pause: float) -> None:
         run_trials(queue, objective, until=math.inf, request=StopRequest(), report=lambda *_: None)
 
 
+def start_workers(run_dir: Path, options: dict[str, Any], pause: float, threads: int) -> subprocess.Popen[bytes]:
+    """A process whose threads are so many workers."""
+    command = [sys.executable, __file__, "--workers-of", str(run_dir), json.dumps(options), str(pause), str(threads)]
+    return subprocess.Popen(command)
+
+
+def run_workers(run_dir: Path, options: dict[str, Any], pause: float, threads: int) -> None:
+    """Run workers until the study is over."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(threads) as pool:
+        for one in [pool.submit(run_worker, run_dir, options, pause) for _ in range(threads)]:
+            one.result()
+
+
 def besides_pauses(trials: list[optuna.trial.FrozenTrial], pause: float) -> list[float]:
     """Seconds of each trial besides its pauses, from the end of its worker's trial before."""
     by_worker: dict[str, list[optuna.trial.FrozenTrial]] = {}
@@ -121,10 +136,8 @@ def measure_cost(
     found, pause = {}, chosen.cost_pause
     for kind, url in storages.items():
         run_dir = place / f"cost-{number}-{KINDS.index(kind)}"
-        run_dir.mkdir()
         options = {"n_trials": chosen.cost_trials, "storage": url, "study_name": run_dir.name}
-        command = [sys.executable, __file__, "--worker", str(run_dir), json.dumps(options), str(pause)]
-        running = [subprocess.Popen(command) for _ in range(4)]
+        running = [start_workers(run_dir, options, pause, 1) for _ in range(4)]
         if any(process.wait() for process in running):
             raise RuntimeError(f"a worker with {kind} failed")
         found[kind] = statistics.median(besides_pauses(trials_of(run_dir, options), pause))
@@ -135,16 +148,14 @@ def measure_cost(
 def measure_load(place: Path, server: Postgres, url: str, name: str, chosen: argparse.Namespace) -> dict[str, Any]:
     """Run a study with many threads; figures of its trials and of the server."""
     options, pause = {"n_trials": chosen.load_trials, "storage": url, "study_name": name}, chosen.load_pause
-    run_dirs = [place / name / str(number) for number in range(chosen.workers)]
-    for run_dir in run_dirs:
-        run_dir.mkdir(parents=True)
+    folders = [place / name / str(number) for number in range(chosen.processes)]
     transactions, cpu, since, most = _transactions(server), _cpu_seconds(server), time.monotonic(), 0
-    threads = [threading.Thread(target=run_worker, args=(run_dir, options, pause)) for run_dir in run_dirs]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
+    running = [start_workers(folder, options, pause, chosen.workers // chosen.processes) for folder in folders]
+    while any(process.poll() is None for process in running):
         most = max(most, int(server.query("select count(*) from pg_stat_activity where datname = 'studies'")) - 1)
         time.sleep(5.0)
+    if any(process.returncode for process in running):
+        raise RuntimeError(f"workers of {name} failed")
     seconds = time.monotonic() - since
     ended = trials_of(place, options)
     spent = sorted(besides_pauses(ended, pause))
@@ -218,18 +229,18 @@ def load_text(found: dict[str, Any], options: dict[str, Any]) -> str:
         [kind, round(one["seconds"]), one["trials"], *(one[name] for name in COLUMNS)] for kind, one in found.items()
     ]
     return f"""\
-{options["workers"]} threads of one process, each a worker with storage and connections of its own.
-{options["load_trials"]} trials with 15 reports, {options["load_pause"]} s of pause before each. All threads share the
-cores with the server and the proxy, and Python's lock: the seconds are an upper limit.
+{options["workers"]} threads of {options["processes"]} processes, each a worker with storage and connections of its own.
+{options["load_trials"]} trials with 15 reports, {options["load_pause"]} s of pause before each. All of them share the
+cores with the server and the proxy: the seconds are an upper limit.
 
 {markdown_table(["storage", "seconds", "trials", *COLUMNS.values()], rows)}"""
 
 
 def main() -> None:
     """Measure, print, and write."""
-    if sys.argv[1:2] == ["--worker"]:
+    if sys.argv[1:2] == ["--workers-of"]:
         quiet_optuna()
-        run_worker(Path(sys.argv[2]), json.loads(sys.argv[3]), float(sys.argv[4]))
+        run_workers(Path(sys.argv[2]), json.loads(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]))
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("part", choices=("cost", "load"))
@@ -237,6 +248,7 @@ def main() -> None:
     parser.add_argument("--cost_trials", type=int, default=60)
     parser.add_argument("--cost_pause", type=float, default=0.2)
     parser.add_argument("--workers", type=int, default=256)
+    parser.add_argument("--processes", type=int, default=16, help="whose threads the workers of the load are")
     parser.add_argument("--load_trials", type=int, default=2000)
     parser.add_argument("--load_pause", type=float, default=4.0)
     parser.add_argument("--out", type=Path, help="(default: docs/benchmarks/storage_cost.json or storage_load.json)")

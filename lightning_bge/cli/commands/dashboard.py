@@ -12,8 +12,8 @@ from lightning_bge.hpo.storage.url import parse_storage
 from lightning_bge.runtime.port import check_port
 
 DESCRIPTION = """Show the study of a run in a browser with Optuna Dashboard, also while it goes on. A study in a
-database has two others beside it: NAME-workers, a trial for each process, and NAME-locks. Whoever reaches the address
-can change notes and delete studies: it is this machine alone unless --host says otherwise."""
+database has others beside it: NAME-workers, a trial for each process, and NAME-locks. Whoever reaches the address can
+change notes and delete studies: it is this machine alone unless --host says otherwise."""
 
 
 def run(args: list[str]) -> None:

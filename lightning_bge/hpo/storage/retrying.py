@@ -23,7 +23,9 @@ log = logging.getLogger("lightning_bge")
 
 FIRST_SECONDS, MOST_SECONDS = 0.1, 5.0  # between two tries; doubled each time
 SLOW_SECONDS = 2.0  # a call that takes longer has waited for an outage, if only at the other end of a proxy
-COMPLETE_SECONDS = 1.0  # for which a list of complete trials serves
+# For which a list of complete trials serves; longer where reading it takes more than this part of that: hundreds of
+# workers that read the trials of each other would keep a storage busy with nothing else.
+COMPLETE_SECONDS, MOST_COMPLETE_SECONDS, READING = 1.0, 30.0, 0.01
 STOPPING_SECONDS = 10.0  # what a process that is to stop still waits, in all; and a call after one that was given up
 SLEEP_SECONDS = 0.5  # after which a process that waits looks whether it is to stop
 HAS_NOT_ANSWERED = "has not answered for"
@@ -166,7 +168,10 @@ class RetryingStorage(_PassesOn):
 
     @contextmanager
     def recent_is_enough(self) -> Iterator[None]:
-        """In the `with` block complete trials that are read without any others may be missing for a second."""
+        """In the `with` block complete trials that are read without any others may be missing for a second.
+
+        Where the storage is slow, for 100 times as long as it takes to read them, and at most for 30 seconds.
+        """
         self._recent.is_enough = True
         try:
             yield
@@ -179,10 +184,12 @@ class RetryingStorage(_PassesOn):
         """As Optuna's; see `recent_is_enough`."""
         if deepcopy or states != (TrialState.COMPLETE,) or not getattr(self._recent, "is_enough", False):
             return self.retries.call(self.inner.get_all_trials, study_id, deepcopy=deepcopy, states=states)
-        asked, found = self._complete.get(study_id, (-math.inf, []))
-        if (now := time.monotonic()) - asked > COMPLETE_SECONDS:
+        until, found = self._complete.get(study_id, (-math.inf, []))
+        if (now := time.monotonic()) > until:
             found = self.retries.call(self.inner.get_all_trials, study_id, deepcopy=False, states=states)
-            self._complete[study_id] = now, found
+            took = time.monotonic() - now
+            until = now + min(max(COMPLETE_SECONDS, took / READING), MOST_COMPLETE_SECONDS)
+            self._complete[study_id] = until, found
         return found
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
@@ -204,7 +211,7 @@ class RetryingStorage(_PassesOn):
 
 
 class RecentTrialsPruner(BasePruner):
-    """Lets a pruner compare with the trials that were complete a second ago.
+    """Lets a pruner compare with the trials that were complete a second ago, or a little more: see `recent_is_enough`.
 
     Optuna's read all complete trials at each report, for which a database has to answer half a dozen queries: most of
     what a trial with many reports costs there.

@@ -7,12 +7,13 @@ that are created in one write, have ascending numbers and are RUNNING until they
 from __future__ import annotations
 
 import logging
+import math
+import random
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -20,20 +21,23 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_bge.errors import StudyError
 from lightning_bge.hpo.storage.retrying import RetryingStorage
-from lightning_bge.hpo.storage.workers import Worker, Workers
+from lightning_bge.hpo.storage.workers import BEATS, Worker, Workers
 from lightning_bge.hpo.trials import WORKER
 from lightning_bge.runtime.compat.optuna import record_heartbeat, stale_trial_ids, trial_id_of
 from lightning_bge.runtime.stop import Stopped
 
 log = logging.getLogger("lightning_bge")
 
-WORKERS_SUFFIX, LOCKS_SUFFIX = "-workers", "-locks"  # of the names of the studies beside a study
+WORKERS_SUFFIX = "-workers"  # of the name of the study beside a study
 SIGN = "sign_of_life"  # user attribute of a worker's trial: a number that grows, where there is no heartbeat
 HAS_HEARTBEAT = "has_heartbeat"  # user attribute of a worker's trial
-LOCK = "lock"  # user attribute of a ticket: which lock it is for
-POLL_SECONDS, MOST_SECONDS = 0.02, 2.0  # between two looks at a lock; more for those who wait long, or far behind
+POLL_SECONDS, MOST_SECONDS = 0.02, 2.0  # between two looks at the ticket before one's own; more after a long wait
 QUEUE_SECONDS = 0.05  # half of what each of those before one holds the lock for, about
-CHECK_SECONDS = 1.0  # between two looks of those who wait at who lives, for each of those before them
+LOOKING = 0.05  # the part of a process's time for looking who lives
+STOP_POLL_SECONDS = 0.5  # between two looks whether this process is to stop
+# Until all tickets are looked at where the one that is watched does not end: for the one that is next, at first and
+# later; for those further behind the square of their distance as long, up to a time that differs, so that few do it.
+CHECK_SECONDS, MOST_CHECK_SECONDS, FAR_CHECK_SECONDS = 1.0, 10.0, (60.0, 600.0)
 
 
 def _study_id(storage: RetryingStorage, name: str) -> int:
@@ -46,6 +50,21 @@ def _end(storage: RetryingStorage, trial_id: int, state: TrialState) -> None:
     values = [0.0] if state == TrialState.COMPLETE else None
     with suppress(UpdateFinishedTrialError):  # another process has ended it
         storage.set_trial_state_values(trial_id, state, values)
+
+
+def _sleep(seconds: float, is_stopping: Callable[[], object]) -> None:
+    """Sleep, and look often whether this process is to stop.
+
+    Raises:
+        Stopped: it is.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        if is_stopping():
+            raise Stopped
+        if (left := until - time.monotonic()) <= 0:
+            return
+        time.sleep(min(left, STOP_POLL_SECONDS))
 
 
 class StorageWorkers(Workers):
@@ -68,6 +87,7 @@ class StorageWorkers(Workers):
         self._storage, self._name = storage, f"{study_name}{WORKERS_SUFFIX}"
         self._own: dict[str, int] = {}
         self._signs, self._since = 0, time.monotonic()
+        self._looked: tuple[float, set[str]] = (-math.inf, set())  # until when it serves
 
     @cached_property
     def _id(self) -> int:
@@ -106,7 +126,20 @@ class StorageWorkers(Workers):
             log.warning("this process counts as gone only in %.0f s: %s", self.timeout, error)
 
     def living(self, named: Collection[str] = ()) -> set[str]:
-        """Those that hold their lock under this kernel, or give signs of life; ends the trials of the others."""
+        """Those that hold their lock under this kernel, or give signs of life; ends the trials of the others.
+
+        Where all that are named were living a while ago, that serves: for 20 times as long as it takes to look, and at
+        most for the time between two signs of life, so that hundreds of workers do not look at each other all the time.
+        """
+        until, found = self._looked
+        now = time.monotonic()
+        if not named or now > until or not found.issuperset(named):
+            found = self._look()
+            took = time.monotonic() - now
+            self._looked = now + min(took / LOOKING, self.timeout / BEATS), found
+        return found
+
+    def _look(self) -> set[str]:
         latest, stale = self._running(self._id)  # a worker is there before its first trial is
         gone = {name for name, trial in latest.items() if self._is_gone(name, trial, stale)}
         for name in gone:
@@ -145,19 +178,21 @@ class StorageWorkers(Workers):
 class TicketLock:
     """A lock of a study in a shared storage, which outlasts an outage of the storage.
 
-    Whoever wants it creates a ticket, a RUNNING trial in a study beside the study; the lowest number holds the lock,
-    and ending the ticket frees it. The tickets of workers that are gone are ended by those who wait.
+    Whoever wants it creates a ticket, a RUNNING trial in a study beside the study. The lowest number that has not
+    ended holds the lock, and COMPLETE frees it; FAIL is a ticket that ended without having freed the lock. So the
+    lock is free for a ticket as soon as the one before it is COMPLETE. Those who wait look at single tickets: at first
+    at one about half of the way to the holder's, in the end at the one before theirs. A list of all tickets, which
+    each of hundreds of workers would have to read again and again, is needed only to end those of workers that are
+    gone, where nothing has moved for a while.
 
     Args:
         storage: of the study.
-        study_name: its name.
-        kind: which of the study's locks it is.
-        workers: those that work on it.
+        name: of the study beside it.
+        workers: those that work on the study.
     """
 
-    def __init__(self, storage: RetryingStorage, study_name: str, kind: str, workers: Workers) -> None:
-        self._storage, self._workers, self._kind = storage, workers, kind
-        self._name = f"{study_name}{LOCKS_SUFFIX}"
+    def __init__(self, storage: RetryingStorage, name: str, workers: Workers) -> None:
+        self._storage, self._name, self._workers = storage, name, workers
 
     @cached_property
     def _id(self) -> int:
@@ -174,59 +209,74 @@ class TicketLock:
         Raises:
             Stopped: it is to stop, and others hold the lock.
         """
-        ticket = self._take(worker)
+        ticket, state = self._take(worker), TrialState.FAIL
         try:
             while not self._is_first(ticket, worker, is_stopping):
                 worker.renew()
                 ticket = self._take(worker)
-            yield lambda: not self._storage.get_trial(ticket).state.is_finished()
+            state = TrialState.COMPLETE
+            yield lambda: not self._has_ended(ticket)
         finally:
-            _end(self._storage, ticket, TrialState.COMPLETE)
+            _end(self._storage, ticket, state)
 
     def _take(self, worker: Worker) -> int:
-        attributes: dict[str, Any] = {WORKER: worker.record, LOCK: self._kind}
-        template = create_trial(state=TrialState.RUNNING, user_attrs=attributes)
+        template = create_trial(state=TrialState.RUNNING, user_attrs={WORKER: worker.record})
         return self._storage.create_new_trial(self._id, template)
 
+    def _ticket_before(self, number: int, back: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._id, number - back)
+
+    def _has_ended(self, ticket: int) -> bool:
+        return self._storage.get_trial(ticket).state.is_finished()
+
     def _is_first(self, ticket: int, worker: Worker, is_stopping: Callable[[], object]) -> bool:
-        """Wait until the ticket is the first one; False: others have ended it, as they took this process for gone."""
-        begun = checked = time.monotonic()
-        while True:
-            running = self._storage.get_all_trials(self._id, deepcopy=False, states=(TrialState.RUNNING,))
-            same = [trial for trial in running if trial.user_attrs[LOCK] == self._kind]
-            own = next((trial for trial in same if trial_id_of(trial) == ticket), None)
-            if own is None:
-                return False
-            before = [trial for trial in same if trial.number < own.number]
-            if not before:
-                return True
-            # an earlier one of this process was created by a call whose answer it did not get
-            gone = {worker.id}
-            if time.monotonic() - checked > CHECK_SECONDS * len(before):  # those who are next look for all of them
-                checked = time.monotonic()
-                gone |= {trial.user_attrs[WORKER]["id"] for trial in before} - self._workers.living()
-            for trial in before:
-                if trial.user_attrs[WORKER]["id"] in gone:
-                    _end(self._storage, trial_id_of(trial), TrialState.FAIL)
-            self._wait(before, begun, is_stopping)
-
-    def _wait(self, before: list[FrozenTrial], begun: float, is_stopping: Callable[[], object]) -> None:
-        """Wait until the ticket right before this one has ended, for about as long as the queue is expected to take.
-
-        That ticket alone is read: a list of all of them costs each of hundreds of workers a hundred times as much.
+        """Wait until all before a ticket have ended; False: others have ended it, as they took this process for gone.
 
         Raises:
             Stopped: this process is to stop.
         """
-        last = trial_id_of(max(before, key=lambda trial: trial.number))
-        waited = time.monotonic() - begun  # as long as a refit takes
-        pause = max(POLL_SECONDS, QUEUE_SECONDS * (len(before) - 1), waited / 20 if len(before) == 1 else 0.0)
-        until = time.monotonic() + max(CHECK_SECONDS, 2 * pause)
-        while time.monotonic() < until:
-            if is_stopping():
-                raise Stopped
-            time.sleep(min(pause, MOST_SECONDS))
-            if self._storage.get_trial(last).state.is_finished():
-                return
-            if len(before) > 1:
-                pause = max(pause / 2, POLL_SECONDS)
+
+        def wait_for(other: int, distance: int) -> None:
+            for seconds in self._looks(distance, lambda: self._end_lost(number, worker)):
+                if self._has_ended(other):
+                    return
+                _sleep(seconds, is_stopping)
+
+        number = self._storage.get_trial(ticket).number
+        back = 1
+        while back <= number and not self._has_ended(self._ticket_before(number, back)):
+            back *= 2
+        while back > 1:
+            back //= 2
+            wait_for(self._ticket_before(number, back), back)
+        for back in range(1, number + 1):
+            other = self._ticket_before(number, back)
+            wait_for(other, 1)
+            if self._storage.get_trial(other).state == TrialState.COMPLETE:  # and not one that ended while it waited
+                break
+        return not self._has_ended(ticket)
+
+    def _looks(self, distance: int, end_lost: Callable[[], None]) -> Iterator[float]:
+        """Seconds to sleep after each look at a ticket so many before one's own, for ever; lost ones are ended."""
+        begun = checked = time.monotonic()
+        check = min(CHECK_SECONDS * distance**2, random.uniform(*FAR_CHECK_SECONDS))
+        while True:
+            waited = time.monotonic() - begun
+            # it may take as long as a refit; who is not next need not see the end at once
+            yield (
+                min(waited / 20, MOST_SECONDS) + POLL_SECONDS
+                if distance == 1
+                else waited / 2 + QUEUE_SECONDS * distance
+            )
+            if time.monotonic() - checked > check:
+                end_lost()
+                checked, check = time.monotonic(), max(check, min(2 * check, MOST_CHECK_SECONDS))
+
+    def _end_lost(self, number: int, worker: Worker) -> None:
+        """End the tickets before this one whose workers are gone, or that a call created whose answer was lost."""
+        running = self._storage.get_all_trials(self._id, deepcopy=False, states=(TrialState.RUNNING,))
+        before = {trial_id_of(trial): trial.user_attrs[WORKER]["id"] for trial in running if trial.number < number}
+        living = self._workers.living(before.values()) - {worker.id}
+        for trial_id, name in before.items():
+            if name not in living:
+                _end(self._storage, trial_id, TrialState.FAIL)

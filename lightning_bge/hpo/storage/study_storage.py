@@ -24,7 +24,7 @@ from lightning_bge.runtime.stop import Stopped
 LOCK, END_LOCK = "study.lock", "end.lock"  # files in the run folder, and the kinds of locks in a shared storage
 LOCK_POLL_SECONDS = 0.01  # between two tries to get the lock; a decision takes a few times as long
 STOP_POLL_SECONDS = 0.5  # between two looks of those who wait for it at whether they are to stop
-BESIDE = re.compile(r"-(workers|locks|baseline|seed-replicates|space-\d+)$")
+BESIDE = re.compile(r"-(workers|locks|locks-end|baseline|seed-replicates|space-\d+)$")
 MOST_CHARACTERS = 400  # of a study's name: a database takes 512, with what is added for what is kept beside it
 PATIENCE = 600.0  # seconds for which a database that is away is waited for
 
@@ -104,7 +104,8 @@ class StudyStorage:
     def _ticket_locks(self) -> dict[str, TicketLock]:
         assert isinstance(self.storage, RetryingStorage)
         assert self.name is not None
-        return {kind: TicketLock(self.storage, self.name, kind, self.workers) for kind in (LOCK, END_LOCK)}
+        names = {LOCK: f"{self.name}-locks", END_LOCK: f"{self.name}-locks-end"}
+        return {kind: TicketLock(self.storage, name, self.workers) for kind, name in names.items()}
 
     def stop_when(self, is_stopping: Callable[[], object]) -> None:
         """Wait only for a few seconds for a storage that is away, once the process is to stop."""
@@ -118,8 +119,8 @@ def check_study_name(option: str, name: str) -> None:
         raise ConfigError(f"{option}: expected at most {MOST_CHARACTERS} characters, got {len(name)}")
     if not name.strip() or "/" in name or BESIDE.search(name):
         raise ConfigError(
-            f"{option}: expected a name without / that does not end in -workers, -locks, -baseline, -seed-replicates "
-            f"or -space-NUMBER, as what is kept beside a study has such names, got {name!r}"
+            f"{option}: expected a name without / that does not end in -workers, -locks, -locks-end, -baseline, "
+            f"-seed-replicates or -space-NUMBER, as what is kept beside a study has such names, got {name!r}"
         )
 
 

@@ -20,9 +20,10 @@ from lightning_bge.hpo.storage.retrying import Retries, RetryingStorage, _Passes
 from lightning_bge.hpo.storage.shared import StorageWorkers, TicketLock
 from lightning_bge.hpo.storage.workers import Worker
 from lightning_bge.runtime.compat.optuna import cached_storage
+from lightning_bge.runtime.stop import Stopped
 from tests.helpers.paths import ROOT
 
-NAME = "s"
+NAME, LOCKS = "s", "s-locks"
 TIMEOUT = 0.6
 
 
@@ -171,7 +172,7 @@ def test_one_after_the_other_holds_the_lock(workers: StorageWorkers, storage: Re
 
     def run(number: int) -> None:
         nonlocal inside, most
-        lock = TicketLock(storage, NAME, "lock", workers)
+        lock = TicketLock(storage, LOCKS, workers)
         with Worker(workers.run_dir, workers) as worker:
             for _ in range(3):
                 with lock.hold(worker):
@@ -188,40 +189,40 @@ def test_one_after_the_other_holds_the_lock(workers: StorageWorkers, storage: Re
         thread.join()
     assert most == 1
     assert sorted(order) == sorted([0, 1, 2, 3] * 3)
-    assert set(states(storage, "s-locks")) == {"COMPLETE"}
+    assert set(states(storage, LOCKS)) == {"COMPLETE"}
 
 
 def test_two_locks_of_a_study_do_not_wait_for_each_other(workers: StorageWorkers, storage: RetryingStorage) -> None:
     with (
         Worker(workers.run_dir, workers) as worker,
-        TicketLock(storage, NAME, "one", workers).hold(worker),
-        TicketLock(storage, NAME, "other", workers).hold(worker),
+        TicketLock(storage, LOCKS, workers).hold(worker),
+        TicketLock(storage, "s-locks-end", workers).hold(worker),
     ):
-        assert states(storage, "s-locks") == ["RUNNING", "RUNNING"]
+        assert states(storage, LOCKS) == states(storage, "s-locks-end") == ["RUNNING"]
 
 
 def test_the_lock_of_a_worker_that_is_gone_is_taken_over(
     workers: StorageWorkers, storage: RetryingStorage, elsewhere: Worker
 ) -> None:
-    lock = TicketLock(storage, NAME, "lock", workers)
+    lock = TicketLock(storage, LOCKS, workers)
     lock._take(elsewhere)
     elsewhere._stop.set()
     with Worker(workers.run_dir, workers) as worker, lock.hold(worker):
-        assert states(storage, "s-locks") == ["FAIL", "RUNNING"]
+        assert states(storage, LOCKS) == ["FAIL", "RUNNING"]
 
 
 def test_a_ticket_that_was_created_twice_blocks_nobody(workers: StorageWorkers, storage: RetryingStorage) -> None:
-    lock = TicketLock(storage, NAME, "lock", workers)
+    lock = TicketLock(storage, LOCKS, workers)
     with Worker(workers.run_dir, workers) as worker:
         lock._take(worker)  # the answer to this call was lost
         with lock.hold(worker):
-            assert states(storage, "s-locks") == ["FAIL", "RUNNING"]
+            assert states(storage, LOCKS) == ["FAIL", "RUNNING"]
 
 
 def test_a_ticket_that_others_have_ended_is_taken_anew(
     workers: StorageWorkers, storage: RetryingStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock, taken = TicketLock(storage, NAME, "lock", workers), TicketLock._take
+    lock, taken = TicketLock(storage, LOCKS, workers), TicketLock._take
     tickets: list[int] = []
 
     def take(self: TicketLock, worker: Worker) -> int:
@@ -234,6 +235,72 @@ def test_a_ticket_that_others_have_ended_is_taken_anew(
     monkeypatch.setattr(TicketLock, "_take", take)
     with Worker(workers.run_dir, workers) as worker, lock.hold(worker):
         assert len(tickets) == 2
+
+
+def test_one_that_is_gone_in_the_middle_of_the_queue_blocks_nobody(
+    workers: StorageWorkers, storage: RetryingStorage, elsewhere: Worker
+) -> None:
+    lock, order = TicketLock(storage, LOCKS, workers), []
+    with Worker(workers.run_dir, workers) as holder:
+
+        def run(name: str) -> None:
+            with Worker(workers.run_dir, workers) as worker, lock.hold(worker):
+                order.append(name)
+
+        with lock.hold(holder):
+            lock._take(elsewhere)
+            elsewhere._stop.set()
+            threads = []
+            for number in range(5):
+                threads.append(threading.Thread(target=run, args=(f"waiter {number}",)))
+                threads[-1].start()
+                while len(states(storage, LOCKS)) < number + 3:
+                    time.sleep(0.01)
+            order.append("holder")
+        for thread in threads:
+            thread.join()
+    assert order == ["holder", *(f"waiter {number}" for number in range(5))]
+    assert states(storage, LOCKS) == ["COMPLETE", "FAIL", *["COMPLETE"] * 5]
+
+
+def test_one_that_stops_while_it_waits_lets_nobody_in_before_the_holder_has_ended(
+    workers: StorageWorkers, storage: RetryingStorage
+) -> None:
+    lock = TicketLock(storage, LOCKS, workers)
+    with (
+        Worker(workers.run_dir, workers) as holder,
+        Worker(workers.run_dir, workers) as stopped,
+        Worker(workers.run_dir, workers) as third,
+    ):
+        with lock.hold(holder):
+            with pytest.raises(Stopped), lock.hold(stopped, lambda: True):
+                raise AssertionError("it holds the lock together with another one")
+            assert states(storage, LOCKS) == ["RUNNING", "FAIL"]
+            with pytest.raises(Stopped), lock.hold(third, lambda: True):
+                raise AssertionError("it holds the lock together with another one")
+        with lock.hold(third):
+            assert states(storage, LOCKS) == ["COMPLETE", "FAIL", "FAIL", "RUNNING"]
+
+
+def test_those_who_wait_do_not_list_all_tickets(
+    workers: StorageWorkers, storage: RetryingStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, entered = TicketLock(storage, LOCKS, workers), []
+
+    def run() -> None:
+        with Worker(workers.run_dir, workers) as worker, lock.hold(worker):
+            entered.append(worker.id)
+
+    with Worker(workers.run_dir, workers) as holder, lock.hold(holder):
+        monkeypatch.setattr(lock, "_end_lost", lambda *_: pytest.fail("all tickets were listed"))
+        threads = [threading.Thread(target=run) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        while len(states(storage, LOCKS)) < 7:
+            time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    assert len(set(entered)) == 6
 
 
 PROCESS = """
@@ -251,7 +318,7 @@ workers = StorageWorkers(place / "run", storage, "s", 60.0)
 counter = place / "counter"
 with Worker(place / "run", workers) as worker:
     for _ in range(8):
-        with TicketLock(storage, "s", "lock", workers).hold(worker):
+        with TicketLock(storage, "s-locks", workers).hold(worker):
             value = int(counter.read_text())
             time.sleep(0.005)
             counter.write_text(str(value + 1))

@@ -57,7 +57,9 @@ def test_a_process_that_others_took_for_gone_does_not_hold_the_lock(tmp_path: Pa
             assert not is_held()
 
 
-@pytest.mark.parametrize("name", ["", " ", "team/study", "s-workers", "s-locks", "s-baseline", "s-space-2"])
+@pytest.mark.parametrize(
+    "name", ["", " ", "team/study", "s-workers", "s-locks", "s-locks-end", "s-baseline", "s-space-2"]
+)
 def test_names_of_what_is_kept_beside_a_study_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"hpo\.study_name: expected a name without /"):
         StudyConfig(study_name=name)
