@@ -236,38 +236,48 @@ class TicketLock:
             Stopped: this process is to stop.
         """
 
-        def wait_for(other: int, distance: int) -> None:
-            for seconds in self._looks(distance, lambda: self._end_lost(number, worker)):
+        def wait_for(other: int, distance: int, pace: float) -> float:
+            """Returns the new pace: seconds in which a ticket ends."""
+            since = time.monotonic()
+            for seconds in self._looks(distance, pace, lambda: self._end_lost(number, worker)):
                 if self._has_ended(other):
-                    return
+                    break
                 _sleep(seconds, is_stopping)
+            return min((time.monotonic() - since) / distance, MOST_SECONDS)
 
         number = self._storage.get_trial(ticket).number
         back = 1
         while back <= number and not self._has_ended(self._ticket_before(number, back)):
             back *= 2
+        pace = 0.0
         while back > 1:
             back //= 2
-            wait_for(self._ticket_before(number, back), back)
+            pace = wait_for(self._ticket_before(number, back), back, pace)
         for back in range(1, number + 1):
             other = self._ticket_before(number, back)
-            wait_for(other, 1)
+            wait_for(other, 1, pace)
             if self._storage.get_trial(other).state == TrialState.COMPLETE:  # and not one that ended while it waited
                 break
         return not self._has_ended(ticket)
 
-    def _looks(self, distance: int, end_lost: Callable[[], None]) -> Iterator[float]:
-        """Seconds to sleep after each look at a ticket so many before one's own, for ever; lost ones are ended."""
+    def _looks(self, distance: int, pace: float, end_lost: Callable[[], None]) -> Iterator[float]:
+        """Seconds to sleep after each look at a ticket so many before one's own, for ever; lost ones are ended.
+
+        Args:
+            distance: to the ticket.
+            pace: seconds in which a ticket ended before; 0: it is not known.
+            end_lost: ends those of workers that are gone.
+        """
         begun = checked = time.monotonic()
         check = min(CHECK_SECONDS * distance**2, random.uniform(*FAR_CHECK_SECONDS))
         while True:
             waited = time.monotonic() - begun
-            # it may take as long as a refit; who is not next need not see the end at once
-            yield (
-                min(waited / 20, MOST_SECONDS) + POLL_SECONDS
-                if distance == 1
-                else waited / 2 + QUEUE_SECONDS * distance
-            )
+            if waited < pace * distance / 2:
+                yield pace * distance / 2 - waited
+            elif distance == 1:
+                yield POLL_SECONDS + min(waited / 20, MOST_SECONDS)  # it may take as long as a refit
+            else:
+                yield QUEUE_SECONDS * distance + waited / 2  # who is not next need not see the end at once
             if time.monotonic() - checked > check:
                 end_lost()
                 checked, check = time.monotonic(), max(check, min(2 * check, MOST_CHECK_SECONDS))
