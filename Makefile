@@ -76,8 +76,17 @@ $(VENV)-mlflow/.slow: $(VENV)/.slow constraints-mlflow.txt
 	    $(and $(CONSTRAINTS),-c constraints-mlflow.txt)
 	@touch $@
 
+# Modules of other projects, whose pins are others' too
+$(VENV)-projects/.slow: $(VENV)/.slow examples/projects/requirements.txt
+	@echo "installing other projects into $(VENV)-projects"
+	@$(BIN)/python -m venv $(VENV)-projects
+	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
+	    "$$($(VENV)-projects/bin/python -c 'import site; print(site.getsitepackages()[0])')/tests.pth"
+	@$(VENV)-projects/bin/python -m pip install --quiet --disable-pip-version-check -r examples/projects/requirements.txt
+	@touch $@
+
 test-slow: export OMP_NUM_THREADS = 1
-test-slow: $(VENV)/.slow $(VENV)-mlflow/.slow chromium postgresql  ## what needs servers, browsers or minutes
+test-slow: $(VENV)/.slow $(VENV)-mlflow/.slow $(VENV)-projects/.slow chromium postgresql  ## what needs servers, browsers or minutes
 	$(TESTS) -m slow --numprocesses 2 --dist loadfile --durations 30
 
 # Debian's packages: the browser in which the reports are looked at, and a database
@@ -110,4 +119,4 @@ bench: $(VENV)/.test  ## training and search speed against the peers, in turns: 
 	$(BIN)/python examples/benchmarks/hpo_race.py
 
 clean:  ## remove the environment and the runs
-	rm -rf $(VENV) $(VENV)-mlflow runs
+	rm -rf $(VENV) $(VENV)-mlflow $(VENV)-projects runs

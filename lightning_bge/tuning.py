@@ -162,7 +162,7 @@ def tune(
         KeyboardInterrupt: the study was interrupted; finished trials are kept.
     """
     with errors_of_arguments("finished trials are kept: the same call continues the study"), quiet_libraries():
-        experiment, hpo = _study_of(what)(
+        experiment, hpo = _study_of("tune", what)(
             *what,
             run_dir=Path(run_dir),
             n_trials=n_trials,
@@ -181,28 +181,56 @@ def tune(
         return TuneResult(study, Path(run_dir), summary)
 
 
-def _study_of(what: tuple[Any, ...]) -> Callable[..., tuple[Experiment, StudyConfig]]:
-    """The function that reads the arguments of `tune`."""
+def _study_of(caller: str, what: tuple[Any, ...]) -> Callable[..., tuple[Experiment, StudyConfig]]:
+    """The function that reads the arguments of `tune` or `plan`."""
     if len(what) == 3:
         return study_of_templates
     if len(what) == 2 and callable(what[0]) and not is_module(what[0]):
         return study_of_function
     raise ConfigError(
-        "tune: expected tune(model, data, space, ...) with a BGEClassifier and a TextDataModule, or tune(build, space, "
-        f"...) with a function, got {', '.join(type(one).__name__ for one in what) or 'nothing'}"
+        f"{caller}: expected {caller}(model, data, space, ...) with a BGEClassifier and a TextDataModule, or "
+        f"{caller}(build, space, ...) with a function, got {', '.join(type(one).__name__ for one in what) or 'nothing'}"
     )
 
 
+@overload
 def plan(
     model: BGEClassifier,
     data: TextDataModule,
     space: SpaceLike,
+    /,
     *,
+    config: PlanConfig | Mapping[str, Any] = ...,
+    run_dir: str | Path = ...,
+    n_trials: int = ...,
+    max_epochs: int = ...,
+    metric: Metric | None = ...,
+    seed: int = ...,
+    trainer: Mapping[str, Any] | None = ...,
+    **options: Unpack[StudyOptions],
+) -> Plan: ...
+@overload
+def plan(
+    build: BuildModule,
+    space: SpaceLike,
+    /,
+    *,
+    config: PlanConfig | Mapping[str, Any] = ...,
+    run_dir: str | Path = ...,
+    n_trials: int = ...,
+    max_epochs: int = ...,
+    metric: str | None = ...,
+    seed: int = ...,
+    trainer: Mapping[str, Any] | None = ...,
+    **options: Unpack[StudyOptions],
+) -> Plan: ...
+def plan(
+    *what: Any,
     config: PlanConfig | Mapping[str, Any] = PlanConfig(),  # noqa: B008 - frozen
     run_dir: str | Path = "study",
     n_trials: int = 100,
     max_epochs: int = 3,
-    metric: Metric | None = None,
+    metric: Any = None,
     seed: int = 42,
     trainer: Mapping[str, Any] | None = None,
     **options: Unpack[StudyOptions],
@@ -216,9 +244,7 @@ def plan(
     ```
 
     Args:
-        model: the template of the model, as in `tune`.
-        data: the template of the data module, as in `tune`.
-        space: the search space, as in `tune`.
+        what: `model`, `data` and `space`, or `build` and `space`, as in `tune`.
         config: options of the plan, or a dict of them, such as `{"seconds": 30, "deadline": 24}`, `{"workers": 4}` or
             `{"given": {"step_ms": 20}}`.
         run_dir: the folder of the planned study. Only its name is used, and the disk that it is on.
@@ -237,8 +263,8 @@ def plan(
         KeyboardInterrupt: the measurement was interrupted.
     """
     with errors_of_arguments("nothing is kept"), quiet_libraries():
-        experiment, hpo = study_of_templates(
-            *(model, data, space),
+        experiment, hpo = _study_of("plan", what)(
+            *what,
             run_dir=Path(run_dir),
             n_trials=n_trials,
             metric=metric,
@@ -248,5 +274,6 @@ def plan(
         )
         if isinstance(config, Mapping) and "given" in config:
             config = {**config, "given": as_config(GivenFigures, config["given"], "config.given")}
-        preflight("plan", experiment, hpo)
+        if isinstance(experiment, TextExperiment):
+            preflight("plan", experiment, hpo)
         return make_plan(experiment, hpo, as_config(PlanConfig, config, "config"))

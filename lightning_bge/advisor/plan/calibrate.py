@@ -1,6 +1,7 @@
 """Measure what the trials of a study take on this machine, and scale that to their full size.
 
-The seconds of steps and validations are proportional to their tokens; all other parts are independent of the size.
+The seconds of steps and validations are proportional to their tokens, or batches where the data are another project's;
+all other parts are independent of the size.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from lightning_bge.advisor.plan.cost_model import (
     choose_different,
     features,
 )
-from lightning_bge.advisor.plan.short_study import DataSize, ShortStudy, Step, TimedRun, seconds_of, tokens_of
+from lightning_bge.advisor.plan.planned_trials import DataSize
+from lightning_bge.advisor.plan.short_study import ShortStudy, Step, TimedRun, seconds_of, work_of
 from lightning_bge.errors import ConfigError
 
 MOST_TRIALS = 8
@@ -35,13 +37,14 @@ SHARE = 0.75  # of the time is for the trials; the rest for the end of a study
 _clock = time.perf_counter
 
 
-def calibrate(study: ShortStudy, sets: ParameterSets, seconds: float) -> Calibration:
+def calibrate(study: ShortStudy, sets: ParameterSets, seconds: float, folds: int) -> Calibration:
     """Measure some of the parameter sets, and the end of a study.
 
     Args:
         study: runs the trials.
         sets: parameter sets of the study's trials.
         seconds: about how long to measure; two trials are run even so, unless the first one has taken longer already.
+        folds: number of folds of the planned study.
 
     Raises:
         ConfigError: every trial ran out of memory.
@@ -50,7 +53,7 @@ def calibrate(study: ShortStudy, sets: ParameterSets, seconds: float) -> Calibra
     gc.collect()
     gc.freeze()  # as the command does
     try:
-        trials, out_of_memory = _time_trials(study, sets, SHARE * seconds, seconds)
+        trials, out_of_memory = _time_trials(study, sets, SHARE * seconds, seconds, folds)
     finally:
         gc.unfreeze()
     if not trials:
@@ -74,7 +77,9 @@ def calibrate(study: ShortStudy, sets: ParameterSets, seconds: float) -> Calibra
     )
 
 
-def _time_trials(study: ShortStudy, sets: ParameterSets, seconds: float, most: float) -> tuple[list[TimedTrial], int]:
+def _time_trials(
+    study: ShortStudy, sets: ParameterSets, seconds: float, most: float, folds: int
+) -> tuple[list[TimedTrial], int]:
     """Run trial after trial for about so many seconds; also returns how many of them ran out of memory."""
     chosen, since, took, out_of_memory = choose_different(sets, MOST_TRIALS), _clock(), 0.0, 0
     trials: list[TimedTrial] = []
@@ -82,14 +87,13 @@ def _time_trials(study: ShortStudy, sets: ParameterSets, seconds: float, most: f
         began = _clock()
         if trials and began - since + took > (seconds if len(trials) > 1 else most):
             break
-        data = study.build(params).datamodule
-        size, runs = DataSize.of(data), study.run(params)
-        repeated = study.run(params) if runs and size.steps * sets.epochs * data.num_folds <= FEW_SHAPES else ()
-        took = _clock() - began
-        if not runs:
-            out_of_memory += 1
+        if not (runs := study.run(params)):
+            out_of_memory, took = out_of_memory + 1, _clock() - began
             continue
-        trials.append(TimedTrial(params, size, runs, repeated, data.num_folds))
+        size = study.planned.size(params)
+        repeated = study.run(params) if size.steps * sets.epochs * folds <= FEW_SHAPES else ()
+        took = _clock() - began
+        trials.append(TimedTrial(params, size, runs, repeated, folds))
         if len(trials) == 1:  # the seconds of a step are known from here on
             kinds = len({repr(features(params, sets.space)) for params in chosen})
             study.shorten_epochs(trials[0].short_epoch(took, (seconds - took) / (max(3, kinds) - 1)))
@@ -110,9 +114,9 @@ def _end(study: ShortStudy, trials: Sequence[TimedTrial]) -> float:
     seconds = study.finish()
     # the first step counts for its excess over the others
     first, *others = study.timer.steps or [Step(0.0, 0.0, 0)]
-    seconds -= fmean(trial.rate for trial in trials) * first.tokens + seconds_of(others)
+    seconds -= fmean(trial.rate for trial in trials) * first.work + seconds_of(others)
     seconds -= seconds_of(study.timer.validation)
-    return max(0.0, seconds + fmean(trial.validation_rate for trial in trials) * study.test_tokens())
+    return max(0.0, seconds + fmean(trial.validation_rate for trial in trials) * study.test_work())
 
 
 @dataclass(frozen=True)
@@ -150,30 +154,30 @@ class TimedTrial:
 
     @cached_property
     def rate(self) -> float:
-        """Seconds of a token in training."""
-        return seconds_of(self.timed) / tokens_of(self.timed)
+        """Seconds of a unit of work in training."""
+        return seconds_of(self.timed) / work_of(self.timed)
 
     @cached_property
     def validation_rate(self) -> float:
-        """Seconds of a token in validation."""
+        """Seconds of a unit of work in validation."""
         batches = [batch for run in self.runs for batch in run.validation]
-        return seconds_of(batches) / tokens_of(batches)
+        return seconds_of(batches) / work_of(batches)
 
     @property
     def error(self) -> float:
         """Standard error of `rate`, as a share; 0.1 for a single step."""
-        off = [step.seconds + step.wait - self.rate * step.tokens for step in self.timed]
+        off = [step.seconds + step.wait - self.rate * step.work for step in self.timed]
         return stdev(off) * math.sqrt(len(off)) / seconds_of(self.timed) if len(off) > 1 else 0.1
 
     def new_batches(self, epochs: int) -> float:
         """Seconds by which a complete trial whose batches are all new to the process takes longer."""
         steps = [step for run in self.first for step in run.steps[1:]] if self.repeated else []
-        more = seconds_of(steps) / tokens_of(steps) - self.rate if steps else 0.0
+        more = seconds_of(steps) / work_of(steps) - self.rate if steps else 0.0
         return max(0.0, more) * self.size.train * epochs * self.folds
 
     def excess(self, run: TimedRun) -> float:
         """Excess of a run's first step over the others."""
-        return run.steps[0].seconds - self.rate * run.steps[0].tokens
+        return run.steps[0].seconds - self.rate * run.steps[0].work
 
     def short_epoch(self, took: float, wanted: float) -> int:
         """Number of steps of an epoch with which the next trials take about so many seconds."""

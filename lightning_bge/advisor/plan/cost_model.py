@@ -129,6 +129,7 @@ FREE = (
     *(f"model.optimizer.init_args.{name}" for name in ("lr", "weight_decay", "eps")),
     *("model.loss", "model.schedule", "model.seed", "trainer.max_epochs"),
 )
+FREE_ENDINGS = ("lr", "learning_rate", "weight_decay", "momentum", "eps")  # the same of any module
 NEAR = 0.1  # trials that differ in no hyperparameter weigh 100 times as much as those that differ in one
 
 
@@ -158,7 +159,7 @@ class MeasuredTrial:
         features: those of them that decide what it takes: see `features`.
         cost: of a complete trial.
         step_s: seconds of an optimizer step.
-        token_s: seconds of a token in training.
+        unit_s: seconds of a unit of work in training: a token, or a batch of another project.
         error: standard error of the seconds of the steps, as a share.
     """
 
@@ -166,7 +167,7 @@ class MeasuredTrial:
     features: dict[str, Any]
     cost: TrialCost
     step_s: float
-    token_s: float
+    unit_s: float
     error: float
 
 
@@ -227,7 +228,7 @@ def features(params: dict[str, Any], space: Space) -> dict[str, Any]:
     """The hyperparameters that decide what a trial takes: numbers scaled to 0..1, dropout as whether there is any."""
     found: dict[str, Any] = {}
     for name, distribution in space.items():
-        if any(name == free or name.startswith(f"{free}.") for free in FREE):
+        if any(name == free or name.startswith(f"{free}.") for free in FREE) or name.split(".")[-1] in FREE_ENDINGS:
             continue
         value: Any = params.get(name)
         known = [number for number in ends(distribution) if _is_number(number)]

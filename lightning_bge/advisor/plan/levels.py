@@ -7,11 +7,11 @@ import torch
 
 from lightning_bge.advisor.plan.config import GivenFigures
 from lightning_bge.advisor.plan.cost_model import HOUR, MeasuredTrial, break_even, compile_balance, format_hours
+from lightning_bge.advisor.plan.planned_trials import PlannedTrials
 from lightning_bge.advisor.plan.predict import Prediction, Scenario, StudyCosts
-from lightning_bge.advisor.plan.short_study import InEffect, StepTimer, seconds_of, tokens_of
+from lightning_bge.advisor.plan.short_study import InEffect, StepTimer, seconds_of, work_of
 from lightning_bge.callbacks.compile.policy import CompileConfig, Findings, probe_time_limit, too_short
 from lightning_bge.callbacks.torch_backends import TorchBackends
-from lightning_bge.hpo.trial.text_setup import TextBuild
 from lightning_bge.runtime.memory import release
 
 LEAST, MOST, ENOUGH_S = 2, 10, 2.0  # steps to measure of each variant: those of two seconds
@@ -41,7 +41,7 @@ class Level(NamedTuple):
 
 
 class Variants(NamedTuple):
-    """Seconds of a token without some optimizations, over the seconds with them; None: not measured.
+    """Seconds of a unit of work without some optimizations, over the seconds with them; None: not measured.
 
     Attributes:
         padded: without packing.
@@ -52,11 +52,11 @@ class Variants(NamedTuple):
     fp32: float | None = None
 
 
-def measure_variants(build: TextBuild, trial: MeasuredTrial, in_effect: InEffect, seconds: float) -> Variants:
+def measure_variants(planned: PlannedTrials, trial: MeasuredTrial, in_effect: InEffect, seconds: float) -> Variants:
     """Train a few steps without packing, and a few in fp32 too, if the planned study has both and there is time.
 
     Args:
-        build: makes the objects of a trial.
+        planned: the trials of the study.
         trial: one that was measured.
         in_effect: in that trial.
         seconds: about how long it may take.
@@ -64,7 +64,7 @@ def measure_variants(build: TextBuild, trial: MeasuredTrial, in_effect: InEffect
     steps = max(LEAST, min(MOST, int(ENOUGH_S / trial.step_s)))
     warmup = steps // 2  # the shapes of padded batches are new for many steps
     found: list[float | None] = []
-    padded = {"model.attention": "padded"}
+    padded = planned.without_packing
     for wanted, slower, changes in (
         (in_effect.attention == "packed", 2, padded),
         (in_effect.precision in MIXED, 4, {**padded, "trainer.precision": "32-true"}),
@@ -75,21 +75,24 @@ def measure_variants(build: TextBuild, trial: MeasuredTrial, in_effect: InEffect
             continue
         full = in_effect.device == "cuda" and "trainer.precision" in changes
         callbacks = [TorchBackends(tf32=False)] if full else []
-        found.append(_token_seconds(build, {**trial.params, **changes}, steps, warmup, callbacks) / trial.token_s)
+        found.append(_unit_seconds(planned, {**trial.params, **changes}, steps, warmup, callbacks) / trial.unit_s)
         release(host=False)  # trainer and module refer to each other until the garbage collector has run
         seconds -= likely
     return Variants(*found)
 
 
-def _token_seconds(build: TextBuild, params: dict[str, Any], steps: int, warmup: int, callbacks: list[Any]) -> float:
-    """Seconds of a token in a short training, after a warm-up if the epoch has enough steps."""
-    setup, timer = build(params), StepTimer()
+def _unit_seconds(
+    planned: PlannedTrials, params: dict[str, Any], steps: int, warmup: int, callbacks: list[Any]
+) -> float:
+    """Seconds of a unit of work in a short training, after a warm-up if the epoch has enough steps."""
+    setup, timer = planned.build(params), StepTimer(planned.work)
+    setup.begin_fold(0, ())
     limits = {"limit_train_batches": warmup + steps, "limit_val_batches": 0, "max_epochs": 1}
     # the timer last: work of other callbacks at the start of a batch is not a part of the step
     trainer = setup.make_trainer(callbacks=[*callbacks, timer], **limits)
     trainer.fit(setup.model, datamodule=setup.datamodule)
     timed = timer.steps[warmup:] or timer.steps
-    return seconds_of(timed) / tokens_of(timed)
+    return seconds_of(timed) / work_of(timed)
 
 
 def optimization_levels(
@@ -98,7 +101,7 @@ def optimization_levels(
     prediction: Prediction,
     variants: Variants,
     in_effect: InEffect | None,
-    compile: CompileConfig,
+    compile: CompileConfig | None,
 ) -> list[Level]:
     """The table, from no optimization to the planned study: each row's hours follow from those of the row above.
 
@@ -108,27 +111,21 @@ def optimization_levels(
         prediction: of its hours.
         variants: of `measure_variants`.
         in_effect: what is in effect in its trials; None: unknown, on another machine.
-        compile: when layers are compiled.
+        compile: when layers are compiled; None: they are another project's, which is neither compiled nor packed nor
+            kept between trials.
     """
     steps, n_trials = scenario.steps, scenario.n_trials
     epochs = [min(cost.epochs, steps.epochs) for cost in costs.trials]
     computing = [(c.train + c.validation * steps.per_epoch) * n for c, n in zip(costs.trials, epochs, strict=True)]
     compute = fmean(computing) * steps.folds * n_trials / HOUR  # of steps and validations
-    reading = costs.calibration.read * steps.folds * n_trials / HOUR
-    hours = prediction.unpruned / HOUR + reading
+    hours = prediction.unpruned / HOUR + _reading(scenario, costs)
     found = _compute_levels(compute, hours - compute, variants, in_effect)
     found[0] = found[0]._replace(how=f"{n_trials:,} trials x {format_hours(found[0].hours / n_trials)}")
-    always = compile.policy == "always"
-    tuned: Basis = "in effect" if always and compile.mode == "max-autotune" else "off"
-    text = compile_attempt(scenario, costs, prediction.share[1], compile)[1]
-    found += [
-        Level("+compile", hours, text, "in effect" if always else "off"),
-        Level("+zero_grad(None)", hours, "gradients are freed: included in the rows above", "in effect"),
-        Level("+max-autotune", hours, f"compile.policy {compile.policy}, compile.mode {compile.mode}", tuned),
-    ]
-    hours -= reading
-    text = f"{n_trials:,} trials x {steps.folds} folds without reading the encoder: {format_hours(reading)} less"
-    found.append(Level("+encoder cache", hours, text, "measured" if costs.calibration.took else "predicted"))
+    if compile is None:
+        found.pop()  # packing
+    else:
+        hours, levels = _encoder_levels(scenario, costs, prediction, compile, hours)
+        found += levels
     if scenario.workers > 1:
         hours /= scenario.workers
         found.append(Level("+workers", hours, f"/ {scenario.workers} workers, each on its own device", "predicted"))
@@ -138,6 +135,30 @@ def optimization_levels(
     share = f"{prediction.pruned / prediction.unpruned:.0%} of the cost without pruning ({low:.0%} to {high:.0%})"
     hours = prediction.pruned / scenario.workers / HOUR
     return [*found, Level("+pruning", hours, f"{scenario.pruner.name}: {share}", "predicted")]
+
+
+def _reading(scenario: Scenario, costs: StudyCosts) -> float:
+    """Hours of reading the encoder for each fold."""
+    return costs.calibration.read * scenario.steps.folds * scenario.n_trials / HOUR
+
+
+def _encoder_levels(
+    scenario: Scenario, costs: StudyCosts, prediction: Prediction, compile: CompileConfig, hours: float
+) -> tuple[float, list[Level]]:
+    """Compiling, and the encoder cache; also returns the hours with all of them."""
+    always = compile.policy == "always"
+    tuned: Basis = "in effect" if always and compile.mode == "max-autotune" else "off"
+    text = compile_attempt(scenario, costs, prediction.share[1], compile)[1]
+    found = [
+        Level("+compile", hours, text, "in effect" if always else "off"),
+        Level("+zero_grad(None)", hours, "gradients are freed: included in the rows above", "in effect"),
+        Level("+max-autotune", hours, f"compile.policy {compile.policy}, compile.mode {compile.mode}", tuned),
+    ]
+    reading = _reading(scenario, costs)
+    where = f"{scenario.n_trials:,} trials x {scenario.steps.folds} folds"
+    text = f"{where} without reading the encoder: {format_hours(reading)} less"
+    found.append(Level("+encoder cache", hours - reading, text, "measured" if costs.calibration.took else "predicted"))
+    return hours - reading, found
 
 
 def _compute_levels(compute: float, rest: float, variants: Variants, in_effect: InEffect | None) -> list[Level]:
@@ -181,16 +202,18 @@ def _compute_levels(compute: float, rest: float, variants: Variants, in_effect: 
     ]
 
 
-def compile_attempt(scenario: Scenario, costs: StudyCosts, share: float, compile: CompileConfig) -> tuple[float, str]:
+def compile_attempt(
+    scenario: Scenario, costs: StudyCosts, share: float, compile: CompileConfig | None
+) -> tuple[float, str]:
     """The most seconds that each worker spends on measuring whether compiling pays off, and the reason.
 
     Args:
         scenario: the planned study.
         costs: what its parts take.
         share: the part of the cost that pruning leaves.
-        compile: when layers are compiled.
+        compile: when layers are compiled; None: never.
     """
-    if compile.policy == "never":
+    if compile is None or compile.policy == "never":
         return 0.0, "compile.policy is never"
     if compile.policy == "always":
         return 0.0, "compiled in the measured trials"

@@ -6,7 +6,6 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,8 +29,9 @@ from lightning_bge.advisor.plan.levels import (
     measure_variants,
     optimization_levels,
 )
+from lightning_bge.advisor.plan.planned_trials import DataSize, ModuleTrials, PlannedTrials
 from lightning_bge.advisor.plan.predict import Prediction, Scenario, StudyCosts, predict
-from lightning_bge.advisor.plan.short_study import DataSize, InEffect, ShortStudy
+from lightning_bge.advisor.plan.short_study import InEffect, ShortStudy
 from lightning_bge.advisor.plan.what_if import (
     WHAT_IF_RUNS,
     Changes,
@@ -41,11 +41,10 @@ from lightning_bge.advisor.plan.what_if import (
     check_study,
 )
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets, parameter_sets_to_check, parse_enqueued
+from lightning_bge.hpo.experiment import Experiment
+from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets, parse_enqueued
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.hpo.text_experiment import TextExperiment
-from lightning_bge.runtime.dotted_config import configured_value
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,10 @@ class Plan:
         prediction: its seconds.
         calibration: what its trials take.
         levels: hours at each optimization level.
-        break_even: when compiling pays off, as text.
+        break_even: when compiling pays off, as text; None: modules of other projects are not compiled.
         what_ifs: changes, and the hours of the changed study.
         warnings: about the study and the measurement.
+        by_batches: whether the data are another project's, whose batches alone are known.
         fixes: changes that meet the deadline, those with the least effect on the quality of the result first.
     """
 
@@ -71,15 +71,16 @@ class Plan:
     prediction: Prediction
     calibration: Calibration
     levels: tuple[Level, ...]
-    break_even: str
+    break_even: str | None
     what_ifs: tuple[WhatIf, ...]
     warnings: tuple[str, ...]
+    by_batches: bool = False
     fixes: tuple[WhatIf, ...] = ()
 
     @property
     def assumptions(self) -> tuple[str, ...]:
         """What the figures assume besides the measurement."""
-        return tuple(assumptions(self.scenario, self.calibration.took > 0))
+        return tuple(assumptions(self.scenario, self.calibration.took > 0, self.by_batches))
 
     @property
     def late(self) -> bool:
@@ -108,7 +109,7 @@ class Plan:
             "hours at each optimization level, each row in addition to those above",
             *(f"  {line}" for line in self.levels),
             f"  total: {format_hours(found.mid / HOUR)}, with start and end{replicates}",
-            f"  {self.break_even}",
+            *([] if self.break_even is None else [f"  {self.break_even}"]),
             "",
             "what if",
             *(f"  {one}" for one in self.what_ifs),
@@ -162,7 +163,7 @@ DRAWN = 256  # parameter sets, from which those of the trials are drawn
 ENDS = 0.15  # seconds in which a process ends, over those in which it starts: 0.14 to 0.18 were measured
 
 
-def make_plan(experiment: TextExperiment, hpo: StudyConfig, options: PlanConfig, process_s: float = 0.0) -> Plan:
+def make_plan(experiment: Experiment, hpo: StudyConfig, options: PlanConfig, process_s: float = 0.0) -> Plan:
     """Measure trials of a study, predict its hours, and find what would change them.
 
     Args:
@@ -176,18 +177,18 @@ def make_plan(experiment: TextExperiment, hpo: StudyConfig, options: PlanConfig,
     """
     space, given = parse_space(hpo.space), options.given
     experiment.check_space(hpo, space)
-    data = experiment.datamodule
-    data.setup("fit")
-    steps = Steps(data.num_folds, experiment.most_epochs(space), hpo.reports_per_epoch)
+    experiment.set_up()
+    steps = Steps(experiment.num_folds, experiment.most_epochs(space), hpo.reports_per_epoch)
     warnings, pruner = check_study(hpo, steps)
     enqueued = parse_enqueued(hpo.enqueue, space)
     drawn = draw_parameter_sets(space, enqueued, DRAWN + len(enqueued))
     sets = ParameterSets(space, drawn, experiment.config["trainer.max_epochs"] or steps.epochs, len(enqueued))
+    planned = PlannedTrials.of(experiment, hpo)
     in_effect, variants = None, Variants()
     if given.step_ms is None:
-        calibration, in_effect, variants = _measure(experiment, hpo, options, sets)
+        calibration, in_effect, variants = _measure(planned, experiment, hpo, options, sets)
     else:
-        calibration = _as_given(DataSize.of(data), given, sets)
+        calibration = _as_given(planned, given, sets)
     start = process_s * (1 + ENDS) + calibration.start if given.start_s is None else given.start_s
     calibration = replace(calibration, start=start)
     warnings += check_calibration(calibration)
@@ -205,49 +206,49 @@ def make_plan(experiment: TextExperiment, hpo: StudyConfig, options: PlanConfig,
     )
     costs = StudyCosts.of(calibration, sets)
     share = predict(scenario, costs, WHAT_IF_RUNS).share[1]
-    costs = replace(costs, compile_s=compile_attempt(scenario, costs, share, experiment.compile)[0])
+    costs = replace(costs, compile_s=compile_attempt(scenario, costs, share, planned.compile)[0])
     prediction = predict(scenario, costs)
-    changes = Changes(scenario, costs, data.split.val_fraction, hpo.cost is not None)
+    changes = Changes(scenario, costs, planned.val_fraction, hpo.cost is not None)
+    by_batches = isinstance(planned, ModuleTrials)
     found = Plan(
         study=experiment.run_dir.name,
         scenario=scenario,
         options=options,
         prediction=prediction,
         calibration=calibration,
-        levels=tuple(optimization_levels(scenario, costs, prediction, variants, in_effect, experiment.compile)),
-        break_even=describe_break_even(scenario, costs, prediction.share[1], given),
+        levels=tuple(optimization_levels(scenario, costs, prediction, variants, in_effect, planned.compile)),
+        break_even=None if by_batches else describe_break_even(scenario, costs, prediction.share[1], given),
         what_ifs=tuple(changes.usual()),
         warnings=tuple(warnings),
+        by_batches=by_batches,
     )
     return replace(found, fixes=tuple(changes.meeting(options.deadline))) if options.deadline and found.late else found
 
 
 def _measure(
-    experiment: TextExperiment, hpo: StudyConfig, options: PlanConfig, sets: ParameterSets
+    planned: PlannedTrials, experiment: Experiment, hpo: StudyConfig, options: PlanConfig, sets: ParameterSets
 ) -> tuple[Calibration, InEffect, Variants]:
     """Measure on this machine; the start is that of a process besides its imports."""
     experiment.build({})  # reads what later calls find in memory
     since = time.perf_counter()
     experiment.build({})
-    configured = partial(configured_value, experiment.config)
-    checks = sum(1 for _ in parameter_sets_to_check(sets.space, configured)) + sets.enqueued
-    start = checks * (time.perf_counter() - since)
-    run_dir, encoder = experiment.run_dir, experiment.encoder_cache(hpo)
+    start = planned.builds_at_start(sets) * (time.perf_counter() - since)
+    run_dir = experiment.run_dir
     near = next((p for p in (run_dir, *run_dir.absolute().parents) if os.access(p, os.W_OK)), None)
     # on the disk of the study, as checkpoints are written there
     with tempfile.TemporaryDirectory(prefix=".lightning-bge-plan-", dir=near) as folder:
-        objective = experiment.monitor.objective
-        study = ShortStudy(experiment.build, hpo, objective, experiment.compile, encoder, Path(folder))
-        found = calibrate(study, sets, options.seconds)
-        encoder.clear()
+        study = ShortStudy(planned, hpo, Path(folder))
+        found = calibrate(study, sets, options.seconds, experiment.num_folds)
+        planned.encoder.clear()
         left = max(0.0, options.seconds - found.took)
-        variants = measure_variants(experiment.build, found.trials[0], study.timer.in_effect, left)
+        variants = measure_variants(planned, found.trials[0], study.timer.in_effect, left)
     return replace(found, start=start), study.timer.in_effect, variants
 
 
-def _as_given(size: DataSize, given: GivenFigures, sets: ParameterSets) -> Calibration:
+def _as_given(planned: PlannedTrials, given: GivenFigures, sets: ParameterSets) -> Calibration:
     """What a study takes on another machine, on which nothing is measured."""
     assert given.step_ms is not None
+    size: DataSize = planned.size(sets.params[0])
     step_s = given.step_ms / 1000
     train = size.steps * step_s
     cost = TrialCost(0.0, 1.0, 0.0, train, train / size.train * size.validation / 3, epochs=sets.epochs)

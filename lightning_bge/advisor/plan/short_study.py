@@ -9,32 +9,27 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_bge.advisor.plan.planned_trials import PlannedTrials
 from lightning_bge.advisor.report.report import write_report
 from lightning_bge.callbacks.compile.policy import CompileConfig
-from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.hpo.config import StudyConfig
-from lightning_bge.hpo.finish.results import finish_study
 from lightning_bge.hpo.pruning.asha_trials import SETTLED_RUNGS
 from lightning_bge.hpo.pruning.config import PrunerConfig
-from lightning_bge.hpo.scheduling.trial_queue import CHECKPOINTS
 from lightning_bge.hpo.space.draw import SamplerConfig
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.study import open_study, study_storage
-from lightning_bge.hpo.trial.objective import Objective, TrialFiles
-from lightning_bge.hpo.trial.text_setup import TextBuild, TextTrialSetup
+from lightning_bge.hpo.trial.objective import Objective
+from lightning_bge.hpo.trial.setup import TrialSetup
 from lightning_bge.hpo.trials import PARAMETER_SET, RESUMES
-from lightning_bge.models.encoder_cache import EncoderCache
-from lightning_bge.models.metrics.config import MonitorConfig
 from lightning_bge.runtime.clock import wait_for
 
 _clock = time.perf_counter
@@ -47,12 +42,12 @@ class Step(NamedTuple):
         seconds: from the start of the batch to its end, with the device synchronized at both (CUDA).
         wait: seconds from the end of the batch before to the start of this one; 0 for the first batch of an epoch or
             of a validation, whose wait is a part of starting it.
-        tokens: real tokens of the batch, without padding.
+        work: real tokens of the batch, without padding; 1 for a batch of another project.
     """
 
     seconds: float
     wait: float
-    tokens: int
+    work: int
 
 
 def seconds_of(steps: Sequence[Step]) -> float:
@@ -60,9 +55,9 @@ def seconds_of(steps: Sequence[Step]) -> float:
     return math.fsum(step.seconds + step.wait for step in steps)
 
 
-def tokens_of(steps: Sequence[Step]) -> int:
-    """Tokens of these steps."""
-    return sum(step.tokens for step in steps)
+def work_of(steps: Sequence[Step]) -> int:
+    """The work of these steps."""
+    return sum(step.work for step in steps)
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ class InEffect:
     Attributes:
         device: `cpu`, `cuda` ...
         precision: of the trainer.
-        attention: `packed` or `padded`.
+        attention: `packed` or `padded`; unknown for a module of another project.
         tf32: whether a GPU multiplies fp32 matrices in TF32.
     """
 
@@ -84,6 +79,9 @@ class InEffect:
 
 class StepTimer(Callback):
     """Times the batches of training, validation and test; for several calls of `fit`, call `start` before each.
+
+    Args:
+        work: what the seconds of a batch are proportional to.
 
     Attributes:
         began: time of `start`.
@@ -99,7 +97,8 @@ class StepTimer(Callback):
 
     in_effect: InEffect
 
-    def __init__(self) -> None:
+    def __init__(self, work: Callable[[Any], int]) -> None:
+        self._work = work
         self.start()
 
     def start(self) -> None:
@@ -115,7 +114,7 @@ class StepTimer(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Everything is built."""
-        attention = getattr(pl_module.net, "attention", "unknown")
+        attention = getattr(getattr(pl_module, "net", None), "attention", "unknown")
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
         self.in_effect = InEffect(pl_module.device.type, str(trainer.precision), str(attention), tf32)
         self.ready = _now(pl_module)
@@ -167,7 +166,7 @@ class StepTimer(Callback):
         now = self.last = _now(module)
         wait = 0.0 if self._waited is None else self._since - self._waited
         self._waited = now
-        return Step(now - self._since, wait, batch.tokens)
+        return Step(now - self._since, wait, self._work(batch))
 
 
 def _now(module: LightningModule) -> float:
@@ -175,37 +174,7 @@ def _now(module: LightningModule) -> float:
     return _clock()
 
 
-VALIDATED = 64  # rows of a short validation, or those of two batches
 MANY = 10**6  # trials of the study, so that each paused one can still be resumed
-
-
-@dataclass(frozen=True)
-class DataSize:
-    """Tokens and steps of the planned study.
-
-    Attributes:
-        train: tokens of an epoch, mean over the folds.
-        validation: tokens of a validation, mean over the folds.
-        all: tokens of all rows.
-        steps: optimizer steps of an epoch.
-    """
-
-    train: float
-    validation: float
-    all: float
-    steps: int
-
-    @classmethod
-    def of(cls, data: TextDataModule) -> DataSize:
-        """Of a data module that is set up, over all its folds."""
-        lengths = data.lengths("train")
-        train, validation = [], []
-        for fold in range(data.num_folds):
-            data.select_fold(fold)
-            train.append(lengths[data.train_rows].sum())
-            validation.append(data.lengths("val")[data.val_rows].sum())
-        steps = math.ceil(len(data.train_rows) / data.rows_per_step)
-        return cls(float(np.mean(train)), float(np.mean(validation)), float(lengths.sum()), steps)
 
 
 @dataclass(frozen=True)
@@ -251,66 +220,53 @@ class ShortStudy:
     """A temporary study of shortened trials.
 
     Args:
-        build: makes the objects of a trial, as in the planned study.
+        planned: the trials of the planned study.
         hpo: the planned study.
-        objective: score of a fold: `best` or `last`.
-        compile: when layers are compiled. auto never compiles here, as its decision depends on the remaining hours.
-        encoder: loads the encoders.
         folder: of the temporary study; files are written into it.
 
     Attributes:
-        build: makes the objects of a trial in full size.
+        planned: the trials of the planned study.
         refit: whether the planned study refits a model at its end.
         timer: has the steps of the last run.
     """
 
-    def __init__(
-        self,
-        build: TextBuild,
-        hpo: StudyConfig,
-        objective: Literal["best", "last"],
-        compile: CompileConfig,
-        encoder: EncoderCache,
-        folder: Path,
-    ) -> None:
-        self.build, self.refit, self._encoder, self._folder = build, hpo.refit, encoder, folder / "study"
-        self._planned = replace(hpo, files=None)  # nothing of this study is to get among the files of the planned one
-        self.timer = StepTimer()
+    def __init__(self, planned: PlannedTrials, hpo: StudyConfig, folder: Path) -> None:
+        self.planned, self.refit, self._folder = planned, hpo.refit, folder / "study"
+        self._hpo = replace(hpo, files=None)  # nothing of this study is to get among the files of the planned one
+        self.timer = StepTimer(planned.work)
         self._steps, self._pauses = 2, hpo.pruner.name == "asha"
         # one epoch before a pause and two after it, so that one epoch follows another
         self._epochs = 3 if self._pauses else 2
         pruner = PrunerConfig("asha", 1000, min_resource=1) if self._pauses else PrunerConfig("none")
         config = StudyConfig(MANY, hpo.space, pruner=pruner, sampler=SamplerConfig("random"), seed_replicates=0)
-        options = {"monitor.metric": "loss", "monitor.objective": objective}  # read by the report
+        monitor = planned.monitor
+        options = {"monitor.metric": monitor.name, "monitor.objective": monitor.objective}  # read by the report
         steps = Steps(1, self._epochs)
-        self._study = open_study(study_storage(self._folder, config), config, "minimize", steps, options)
-        # other metrics may be NaN where few rows miss a class
-        self._monitor = MonitorConfig("loss", objective=objective)
+        place = study_storage(self._folder, config)
+        self._study = open_study(place, config, monitor.direction, steps, options)
+        compile = planned.compile
         self._objective = Objective(
             build=self.shorten,
             space=parse_space(hpo.space),
-            monitor=self._monitor,
+            monitor=monitor,
             steps=steps,
-            files=TrialFiles(self._folder / "oof", self._folder / CHECKPOINTS),
+            files=planned.files(self._folder),
             n_trials=MANY,
-            compile=replace(compile, policy="never") if compile.policy == "auto" else compile,
-            encoder=encoder,
+            # auto never compiles here, as its decision depends on the remaining hours
+            compile=CompileConfig("never") if compile is None or compile.policy == "auto" else compile,
+            encoder=planned.encoder,
+            weights_only=hpo.weights_only,
         )
 
     def shorten_epochs(self, steps: int) -> None:
         """Set the optimizer steps of an epoch; 2 until then."""
         self._steps = steps
 
-    def shorten(self, params: dict[str, Any]) -> TextTrialSetup:
+    def shorten(self, params: dict[str, Any]) -> TrialSetup:
         """Build a trial with short epochs and few rows to validate; the timer starts."""
         self.timer.start()
-        setup = self.build(params)
-        data = self._data = setup.datamodule
-        limits = {"limit_train_batches": self._steps, "limit_test_batches": 1, "max_epochs": self._epochs}
-        if data.folds:
-            data.limit_validation(max(VALIDATED, 2 * data.rows_per_step))
-        else:
-            limits["limit_val_batches"] = 1
+        setup = self.planned.build(params)
+        limits = self.planned.limits(setup, self._steps, self._epochs)
 
         def make_trainer(callbacks: Sequence[Callback] = (), **changes: Any) -> Trainer:
             return setup.make_trainer(callbacks=[self.timer, *callbacks], **{**limits, **changes})
@@ -331,16 +287,17 @@ class ShortStudy:
         return tuple(runs)
 
     def _run(self) -> TimedRun:
-        loads, load_s, timer, since = self._encoder.loads, self._encoder.load_seconds, self.timer, _clock()
+        encoder, timer = self.planned.encoder, self.timer
+        loads, load_s, since = encoder.loads, encoder.load_seconds, _clock()
         self._study.optimize(self._objective, n_trials=1)
-        wall, load_s = _clock() - since, self._encoder.load_seconds - load_s
+        wall, load_s = _clock() - since, encoder.load_seconds - load_s
         began, ready, first, last, ended = timer.began, timer.ready, timer.first, timer.last, timer.ended
         if ready is None or first is None or ended is None:  # it ran out of memory before the first step
             ready, first, last, ended = began, began, began, began
         return TimedRun(
             wall,
             load_s,
-            self._encoder.loads > loads,
+            encoder.loads > loads,
             ready - began - load_s,
             first - ready,
             last - first,
@@ -353,18 +310,10 @@ class ShortStudy:
     def finish(self) -> float:
         """End the study as the planned one ends, and return the seconds; the timer has its refit and its test."""
         since = _clock()
-        finish_study(
-            self._study,
-            self._folder,
-            build=self.shorten,
-            monitor=self._monitor,
-            epochs=self._epochs,
-            config=self._planned,
-        )
+        self.planned.finish(self._study, self._folder, self.shorten, self._epochs, self._hpo)
         write_report(self._folder)
         return _clock() - since
 
-    def test_tokens(self) -> int:
-        """Tokens of the test file, after `finish`; 0 if it is not scored."""
-        scored = self.refit and self._data.test_file is not None
-        return int(self._data.lengths("test").sum()) if scored else 0
+    def test_work(self) -> int:
+        """Of the test file, after `finish`; 0 if it is not scored."""
+        return self.planned.test_work() if self.refit else 0

@@ -47,13 +47,13 @@ class Changes:
     Attributes:
         scenario: the planned study.
         costs: what its parts take.
-        val_fraction: the part of the rows that a single split validates on.
+        val_fraction: the part of the rows that a single split validates on; None: there is no option for it.
         has_cost: whether the study minimizes a cost as well, so that nothing can prune.
     """
 
     scenario: Scenario
     costs: StudyCosts
-    val_fraction: float
+    val_fraction: float | None
     has_cost: bool = False
 
     def usual(self) -> list[WhatIf]:
@@ -102,7 +102,7 @@ class Changes:
         It is without pruning if the pruner can't act on one.
         """
         steps, change, flags = self.scenario.steps, "a single split", "--data.split.folds 1"
-        if steps.folds == 1:
+        if steps.folds == 1 or self.val_fraction is None:
             return None
         train, validation = (1 - self.val_fraction) * steps.folds / (steps.folds - 1), self.val_fraction * steps.folds
         split = replace(self, costs=self.costs.scaled(train, validation))
@@ -176,13 +176,21 @@ def check_calibration(calibration: Calibration) -> list[str]:
     return found
 
 
-def assumptions(scenario: Scenario, measured: bool) -> list[str]:
-    """What the figures assume besides the measurement."""
+def assumptions(scenario: Scenario, measured: bool, by_batches: bool = False) -> list[str]:
+    """What the figures assume besides the measurement.
+
+    Args:
+        scenario: what is run.
+        measured: whether anything was measured.
+        by_batches: whether the data are another project's, whose batches alone are known.
+    """
     found = [
         f"the speed of the machine stays as measured, with a standard deviation of {DRIFT:.0%}"
         if measured
         else "the seconds of a step are as given, and parts that were not given are rough estimates"
     ]
+    if by_batches:
+        found.append("batches take the same time, and each fold has as many as the first")
     if scenario.pruner.name != "none":
         found.append("learning curves are like the generated ones, of four kinds")
         if scenario.learns and scenario.pruner.name == "asha":

@@ -13,8 +13,8 @@ from lightning_bge.advisor.plan import calibrate as calibrate_module
 from lightning_bge.advisor.plan import short_study
 from lightning_bge.advisor.plan.calibrate import TimedTrial, calibrate
 from lightning_bge.advisor.plan.cost_model import ParameterSets
-from lightning_bge.advisor.plan.short_study import DataSize, ShortStudy, Step, TimedRun
-from lightning_bge.callbacks.compile.policy import CompileConfig
+from lightning_bge.advisor.plan.planned_trials import DataSize
+from lightning_bge.advisor.plan.short_study import ShortStudy, Step, TimedRun
 from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.config import StudyConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
@@ -24,6 +24,7 @@ from lightning_bge.hpo.space.parameter_sets import draw_parameter_sets
 from lightning_bge.hpo.space.search_space import parse_space
 from lightning_bge.hpo.trial.text_setup import TextBuild, TextTrialSetup
 from lightning_bge.models.encoder_cache import EncoderCache
+from tests.helpers.planned_texts import PlannedTexts
 from tests.helpers.small_search import SPACE, make, write_files
 
 quiet_optuna()
@@ -106,7 +107,7 @@ def study_of(tmp_path: Path, clock: Clock, build: TextBuild, pruner: str = "asha
     hpo = StudyConfig(12, SPACE, pruner=PrunerConfig(pruner), sampler=SamplerConfig("random"))  # type: ignore[arg-type]
     folder = tmp_path / "calibration"
     folder.mkdir()
-    return ShortStudy(build, hpo, "best", CompileConfig("never"), SlowToRead(clock), folder)
+    return ShortStudy(PlannedTexts(build, SlowToRead(clock)), hpo, folder)
 
 
 @pytest.mark.parametrize("pruner", ["asha", "none"])
@@ -115,7 +116,7 @@ def test_each_part_is_scaled_to_its_full_size(tmp_path: Path, clock: Clock, prun
     study, space = study_of(tmp_path, clock, build, pruner), parse_space(SPACE)
     size = DataSize.of(build(PARAMS).datamodule)
     clock.now = 0.0
-    found = calibrate(study, ParameterSets(space, draw_parameter_sets(space, [], 20), epochs=2), seconds=1000.0)
+    found = calibrate(study, ParameterSets(space, draw_parameter_sets(space, [], 20), epochs=2), 1000.0, 2)
     assert len(found.trials) >= 2
     for trial in found.trials:
         cost = trial.cost
@@ -142,7 +143,7 @@ def test_sizes_are_means_over_the_folds(tmp_path: Path, clock: Clock) -> None:
 
 def test_a_measurement_ends_after_its_seconds(tmp_path: Path, clock: Clock) -> None:
     study, space = study_of(tmp_path, clock, slow_build(tmp_path, clock)), parse_space(SPACE)
-    found = calibrate(study, ParameterSets(space, draw_parameter_sets(space, [], 20), epochs=2), seconds=1.0)
+    found = calibrate(study, ParameterSets(space, draw_parameter_sets(space, [], 20), epochs=2), 1.0, 2)
     assert len(found.trials) == 1  # the first one is measured in any case
 
 
@@ -167,19 +168,19 @@ def failing(build: TextBuild, rates: tuple[float, ...]) -> TextBuild:
 def test_trials_that_run_out_of_memory_are_counted(tmp_path: Path, clock: Clock) -> None:
     study = study_of(tmp_path, clock, failing(slow_build(tmp_path, clock), (0.0,)))
     parameter_sets = [{"lr": 1e-3, "dropout": rate} for rate in (0.0, 0.1, 0.3)]
-    found = calibrate(study, ParameterSets(parse_space(SPACE), parameter_sets, 2), 1000.0)
+    found = calibrate(study, ParameterSets(parse_space(SPACE), parameter_sets, 2), 1000.0, 2)
     assert (len(found.trials), found.out_of_memory) == (2, 1)
 
 
 def test_without_any_trial_that_fits_into_memory_there_is_no_plan(tmp_path: Path, clock: Clock) -> None:
     study = study_of(tmp_path, clock, failing(slow_build(tmp_path, clock), (0.1,)))
     with pytest.raises(ConfigError, match="all 1 parameter sets that were tried ran out of memory"):
-        calibrate(study, ParameterSets(parse_space(SPACE), [PARAMS], 2), 1000.0)
+        calibrate(study, ParameterSets(parse_space(SPACE), [PARAMS], 2), 1000.0, 2)
 
 
 def test_an_epoch_of_one_step_can_be_measured(tmp_path: Path, clock: Clock) -> None:
     build = slow_build(tmp_path, clock, batch_size=100)
-    found = calibrate(study_of(tmp_path, clock, build), ParameterSets(parse_space(SPACE), [PARAMS], 2), 1000.0)
+    found = calibrate(study_of(tmp_path, clock, build), ParameterSets(parse_space(SPACE), [PARAMS], 2), 1000.0, 2)
     assert found.steps == 1
     assert found.trials[0].cost.train == pytest.approx(STEP * DataSize.of(build(PARAMS).datamodule).train)
 

@@ -24,6 +24,7 @@ from lightning_bge.callbacks.compile.policy import CompileConfig
 from lightning_bge.hpo.pruning.config import PrunerConfig
 from lightning_bge.hpo.steps import Steps
 from lightning_bge.hpo.trial.text_setup import TextTrialSetup
+from tests.helpers.planned_texts import PlannedTexts
 from tests.helpers.small_search import make, write_files
 
 NONE = PrunerConfig("none")
@@ -98,6 +99,13 @@ def test_an_optimization_that_is_off_changes_nothing_and_names_its_option() -> N
     assert {found[name].hours for name in ("none", "+bf16", "+packing", "+compile")} == {found["none"].hours}
 
 
+def test_a_module_of_another_project_has_no_levels_of_the_encoder() -> None:
+    found = table(compile=None, in_effect=InEffect("cpu", "bf16-mixed", "unknown"), variants=Variants(fp32=1.5))
+    assert list(found) == ["none", "+bf16", "+TF32", "+pruning"]
+    assert found["none"].hours == pytest.approx(1.5 * COMPUTE + REST + RELOAD)
+    assert found["+bf16"].how == "steps x 0.667"
+
+
 def test_workers_are_a_level() -> None:
     alone, shared = table(), table(replace(STUDY, workers=4))
     assert shared["+workers"].hours == alone["+encoder cache"].hours / 4
@@ -134,10 +142,10 @@ def test_variants_are_measured_where_there_is_time_for_them(tmp_path: Path) -> N
     trial = MeasuredTrial(params, {}, COST, 0.5, 0.01, 0.0)
     bf16 = InEffect("cpu", "bf16-mixed", "packed")
     # 4 steps after 2 of warm-up, of a second each if twice as slow
-    found = measure_variants(spied, trial, bf16, 6.0)
+    found = measure_variants(PlannedTexts(spied), trial, bf16, 6.0)
     assert found.padded is not None
     assert found.padded > 0
     assert found.fp32 is None
-    assert measure_variants(spied, trial, bf16, 5.9) == Variants()
-    assert measure_variants(spied, trial, InEffect("cpu", "32-true", "padded"), 1e9) == Variants()
+    assert measure_variants(PlannedTexts(spied), trial, bf16, 5.9) == Variants()
+    assert measure_variants(PlannedTexts(spied), trial, InEffect("cpu", "32-true", "padded"), 1e9) == Variants()
     assert asked == [{"model.attention": "padded"}]

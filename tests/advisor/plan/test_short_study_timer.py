@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch import Callback
 
 from lightning_bge.advisor.plan import short_study
-from lightning_bge.advisor.plan.short_study import Step, StepTimer, seconds_of, tokens_of
+from lightning_bge.advisor.plan.short_study import Step, StepTimer, seconds_of, work_of
 from lightning_bge.hpo.trial.text_setup import TextTrialSetup
 from tests.helpers.small_search import make, write_files
 
@@ -55,7 +55,7 @@ def setup(tmp_path: Path) -> TextTrialSetup:
 
 
 def timed(setup: TextTrialSetup, *callbacks: Callback, **limits: Any) -> StepTimer:
-    timer = StepTimer()
+    timer = StepTimer(lambda batch: batch.tokens)
     trainer = setup.make_trainer(callbacks=[*callbacks, timer], max_epochs=1, **limits)
     timer.start()
     trainer.fit(setup.model, datamodule=setup.datamodule)
@@ -84,11 +84,11 @@ def test_tokens_are_those_of_the_batches(setup: TextTrialSetup) -> None:
     loader.sampler.set_epoch(0)
     batches, validation = list(loader), list(data.val_dataloader())
     found = timed(setup)
-    assert [step.tokens for step in found.steps] == [batch.tokens for batch in batches]  # 20 rows in batches of 8
-    assert tokens_of(found.validation) == sum(batch.tokens for batch in validation)
+    assert [step.work for step in found.steps] == [batch.tokens for batch in batches]  # 20 rows in batches of 8
+    assert work_of(found.validation) == sum(batch.tokens for batch in validation)
     assert min(step.seconds for step in (*found.steps, *found.validation)) > 0
 
 
 def test_seconds_and_tokens_add_up_with_the_waits() -> None:
     steps = (Step(1.0, 0.0, 100), Step(2.0, 1.0, 300))
-    assert (seconds_of(steps), tokens_of(steps)) == (4.0, 400)
+    assert (seconds_of(steps), work_of(steps)) == (4.0, 400)
