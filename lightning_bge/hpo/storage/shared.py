@@ -199,19 +199,25 @@ class TicketLock:
         return _study_id(self._storage, self._name)
 
     @contextmanager
-    def hold(self, worker: Worker, is_stopping: Callable[[], object] = bool) -> Iterator[Callable[[], bool]]:
+    def hold(
+        self,
+        worker: Worker,
+        is_stopping: Callable[[], object] = bool,
+        when_next: Callable[[], object] = bool,
+    ) -> Iterator[Callable[[], bool]]:
         """Hold the lock for a `with` block, which gets a function that tells whether it is still held.
 
         Args:
             worker: this process.
             is_stopping: whether this process is to stop; by default it never is.
+            when_next: called while another process holds the lock, and this one is the next to hold it.
 
         Raises:
             Stopped: it is to stop, and others hold the lock.
         """
         ticket, state = self._take(worker), TrialState.FAIL
         try:
-            while not self._is_first(ticket, worker, is_stopping):
+            while not self._is_first(ticket, worker, is_stopping, when_next):
                 worker.renew()
                 ticket = self._take(worker)
             state = TrialState.COMPLETE
@@ -229,7 +235,9 @@ class TicketLock:
     def _has_ended(self, ticket: int) -> bool:
         return self._storage.get_trial(ticket).state.is_finished()
 
-    def _is_first(self, ticket: int, worker: Worker, is_stopping: Callable[[], object]) -> bool:
+    def _is_first(
+        self, ticket: int, worker: Worker, is_stopping: Callable[[], object], when_next: Callable[[], object]
+    ) -> bool:
         """Wait until all before a ticket have ended; False: others have ended it, as they took this process for gone.
 
         Raises:
@@ -252,6 +260,8 @@ class TicketLock:
         pace = 0.0
         while back > 1:
             back //= 2
+            if back == 1:
+                when_next()
             pace = wait_for(self._ticket_before(number, back), back, pace)
         for back in range(1, number + 1):
             other = self._ticket_before(number, back)
