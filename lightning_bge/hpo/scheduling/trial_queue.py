@@ -168,7 +168,7 @@ class TrialQueue(ABC):
         return None
 
     def _read_ahead(self) -> None:
-        """Read what is read again under the lock: a database is then asked only for what has changed meanwhile."""
+        """Read what is read again under the lock: a database is then asked only for what has changed since."""
         running = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING]
         losses(running, self.place.workers)
 

@@ -59,7 +59,7 @@ class StudyStorage:
 
     @contextmanager
     def lock(
-        self, worker: Worker | None = None, when_next: Callable[[], object] = bool
+        self, worker: Worker | None = None, when_near: Callable[[], object] = bool
     ) -> Iterator[Callable[[], bool]]:
         """Hold the lock under which a process decides what it runs.
 
@@ -68,10 +68,10 @@ class StudyStorage:
 
         Args:
             worker: this process; None: it becomes a worker for this time.
-            when_next: called where a process waits for the lock of a shared storage, and is the next to hold it: what
-                it reads then, it need not read while others wait.
+            when_near: called where a process waits for the lock of a shared storage, and few are before it: what it
+                reads then, it need not read while others wait.
         """
-        with self._lock(LOCK, worker, when_next=when_next) as is_held:
+        with self._lock(LOCK, worker, when_near=when_near) as is_held:
             yield is_held
 
     @contextmanager
@@ -96,16 +96,16 @@ class StudyStorage:
         kind: str,
         worker: Worker | None,
         is_stopping: Callable[[], object] = bool,
-        when_next: Callable[[], object] = bool,
+        when_near: Callable[[], object] = bool,
     ) -> Iterator[Callable[[], bool]]:
         if self.name is None:
             with _take(FileLock(self.run_dir / kind, mode=0o600), is_stopping):
                 yield lambda: True
         elif worker is None:
-            with self.worker() as temporary, self._lock(kind, temporary, is_stopping, when_next) as is_held:
+            with self.worker() as temporary, self._lock(kind, temporary, is_stopping, when_near) as is_held:
                 yield is_held
         else:
-            with self._ticket_locks[kind].hold(worker, is_stopping, when_next) as is_held:
+            with self._ticket_locks[kind].hold(worker, is_stopping, when_near) as is_held:
                 yield is_held
 
     @cached_property
