@@ -34,7 +34,7 @@ HAS_HEARTBEAT = "has_heartbeat"  # user attribute of a worker's trial
 POLL_SECONDS, MOST_SECONDS = 0.02, 2.0  # between two looks at the ticket before one's own; more after a long wait
 QUEUE_SECONDS = 0.05  # half of what each of those before one holds the lock for, about
 LOOKING = 0.05  # the part of a process's time for looking who lives
-NEAR = 4  # tickets before one's own, at which a process begins to prepare
+NEAR = 16  # tickets before one's own, at which a process begins to prepare
 STOP_POLL_SECONDS = 0.5  # between two looks whether this process is to stop
 # Until all tickets are looked at where the one that is watched does not end: for the one that is next, at first and
 # later; for those further behind the square of their distance as long, up to a time that differs, so that few do it.
