@@ -14,6 +14,7 @@ from lightning_bge.errors import StudyError, UserError
 from lightning_bge.hpo.pruning.oom import KEPT
 from lightning_bge.hpo.scheduling.trial_queue import TrialQueue
 from lightning_bge.hpo.trials import ERROR, FAILURES, INTERRUPTED, WORKER_LOST
+from lightning_bge.runtime.compat.optuna import trial_as_stored
 from lightning_bge.runtime.locations import Location
 from lightning_bge.runtime.run_folder import create_folder, write_text
 from lightning_bge.runtime.stop import Stopped, StopRequest
@@ -86,7 +87,7 @@ def run_trials(
 def _run_trial(queue: TrialQueue, objective: Evaluate, trial: optuna.Trial) -> FrozenTrial:
     with suppress(UpdateFinishedTrialError):  # another process has ended it
         _evaluate(queue, objective, trial)
-    ended = queue.study.get_trials(deepcopy=False)[trial.number]
+    ended = trial_as_stored(queue.study, trial)
     if WORKER_LOST in ended.user_attrs:
         text = "trial %d was ended by another process, as this one gave no sign of life for too long"
         log.warning(text, trial.number)

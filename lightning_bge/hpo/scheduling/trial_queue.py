@@ -150,7 +150,7 @@ class TrialQueue(ABC):
         """
         while not request.signal:
             self.worker.renew()
-            with self.place.lock(self.worker) as is_held:
+            with self.place.lock(self.worker, self._read_ahead) as is_held:
                 end_lost_trials(self.study, self.place.workers, self.config.max_worker_deaths, idle=self.worker.id)
                 tries = self.tries()
                 self.check_failures(tries)
@@ -166,6 +166,11 @@ class TrialQueue(ABC):
                 return None
             self._wait(tries, until, request)
         return None
+
+    def _read_ahead(self) -> None:
+        """Read what is read again under the lock: a database is then asked only for what has changed since."""
+        running = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING]
+        losses(running, self.place.workers)
 
     def _leave_out(self, trial: optuna.Trial) -> None:
         """End a trial that was begun when others had taken over the lock already, and may have begun it too."""

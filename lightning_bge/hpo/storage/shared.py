@@ -34,6 +34,7 @@ HAS_HEARTBEAT = "has_heartbeat"  # user attribute of a worker's trial
 POLL_SECONDS, MOST_SECONDS = 0.02, 2.0  # between two looks at the ticket before one's own; more after a long wait
 QUEUE_SECONDS = 0.05  # half of what each of those before one holds the lock for, about
 LOOKING = 0.05  # the part of a process's time for looking who lives
+NEAR = 16  # tickets before one's own, at which a process begins to prepare
 STOP_POLL_SECONDS = 0.5  # between two looks whether this process is to stop
 # Until all tickets are looked at where the one that is watched does not end: for the one that is next, at first and
 # later; for those further behind the square of their distance as long, up to a time that differs, so that few do it.
@@ -199,19 +200,25 @@ class TicketLock:
         return _study_id(self._storage, self._name)
 
     @contextmanager
-    def hold(self, worker: Worker, is_stopping: Callable[[], object] = bool) -> Iterator[Callable[[], bool]]:
+    def hold(
+        self,
+        worker: Worker,
+        is_stopping: Callable[[], object] = bool,
+        when_near: Callable[[], object] = bool,
+    ) -> Iterator[Callable[[], bool]]:
         """Hold the lock for a `with` block, which gets a function that tells whether it is still held.
 
         Args:
             worker: this process.
             is_stopping: whether this process is to stop; by default it never is.
+            when_near: called where others hold the lock: when few are before this process, and when it is the next.
 
         Raises:
             Stopped: it is to stop, and others hold the lock.
         """
         ticket, state = self._take(worker), TrialState.FAIL
         try:
-            while not self._is_first(ticket, worker, is_stopping):
+            while not self._is_first(ticket, worker, is_stopping, when_near):
                 worker.renew()
                 ticket = self._take(worker)
             state = TrialState.COMPLETE
@@ -229,7 +236,9 @@ class TicketLock:
     def _has_ended(self, ticket: int) -> bool:
         return self._storage.get_trial(ticket).state.is_finished()
 
-    def _is_first(self, ticket: int, worker: Worker, is_stopping: Callable[[], object]) -> bool:
+    def _is_first(
+        self, ticket: int, worker: Worker, is_stopping: Callable[[], object], when_near: Callable[[], object]
+    ) -> bool:
         """Wait until all before a ticket have ended; False: others have ended it, as they took this process for gone.
 
         Raises:
@@ -252,6 +261,8 @@ class TicketLock:
         pace = 0.0
         while back > 1:
             back //= 2
+            if back in (NEAR, 1):
+                when_near()
             pace = wait_for(self._ticket_before(number, back), back, pace)
         for back in range(1, number + 1):
             other = self._ticket_before(number, back)

@@ -58,7 +58,9 @@ class StudyStorage:
         return Worker(self.run_dir, self.workers)
 
     @contextmanager
-    def lock(self, worker: Worker | None = None) -> Iterator[Callable[[], bool]]:
+    def lock(
+        self, worker: Worker | None = None, when_near: Callable[[], object] = bool
+    ) -> Iterator[Callable[[], bool]]:
         """Hold the lock under which a process decides what it runs.
 
         The `with` block gets a function that tells whether the lock is still held. It is not where this process gave no
@@ -66,8 +68,10 @@ class StudyStorage:
 
         Args:
             worker: this process; None: it becomes a worker for this time.
+            when_near: called where a process waits for the lock of a shared storage, and few are before it: what it
+                reads then, it need not read while others wait.
         """
-        with self._lock(LOCK, worker) as is_held:
+        with self._lock(LOCK, worker, when_near=when_near) as is_held:
             yield is_held
 
     @contextmanager
@@ -88,16 +92,20 @@ class StudyStorage:
 
     @contextmanager
     def _lock(
-        self, kind: str, worker: Worker | None, is_stopping: Callable[[], object] = bool
+        self,
+        kind: str,
+        worker: Worker | None,
+        is_stopping: Callable[[], object] = bool,
+        when_near: Callable[[], object] = bool,
     ) -> Iterator[Callable[[], bool]]:
         if self.name is None:
             with _take(FileLock(self.run_dir / kind, mode=0o600), is_stopping):
                 yield lambda: True
         elif worker is None:
-            with self.worker() as temporary, self._lock(kind, temporary, is_stopping) as is_held:
+            with self.worker() as temporary, self._lock(kind, temporary, is_stopping, when_near) as is_held:
                 yield is_held
         else:
-            with self._ticket_locks[kind].hold(worker, is_stopping) as is_held:
+            with self._ticket_locks[kind].hold(worker, is_stopping, when_near) as is_held:
                 yield is_held
 
     @cached_property

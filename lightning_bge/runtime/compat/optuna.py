@@ -28,6 +28,11 @@ def running_trial(study: Study, template: FrozenTrial) -> Trial:
     return Trial(study, trial_id)
 
 
+def trial_as_stored(study: Study, trial: Trial) -> FrozenTrial:
+    """A trial as its storage has it now; `Study.get_trials` reads those of all other workers as well."""
+    return study._storage.get_trial(trial._trial_id)
+
+
 def cached_storage(database: RDBStorage) -> BaseStorage:
     """A database behind the cache of trials that `optuna.create_study` puts before it."""
     return get_storage(database)

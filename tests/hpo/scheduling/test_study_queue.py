@@ -267,7 +267,9 @@ def test_what_was_begun_without_the_lock_is_left_out_and_begun_again(
     real = StudyStorage.lock
 
     @contextmanager
-    def lock(self: StudyStorage, worker: Worker | None = None) -> Iterator[Callable[[], bool]]:
+    def lock(
+        self: StudyStorage, worker: Worker | None = None, when_near: object = bool
+    ) -> Iterator[Callable[[], bool]]:
         with real(self, worker):
             yield lambda: next(held, True)
 

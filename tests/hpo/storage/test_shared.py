@@ -303,6 +303,26 @@ def test_those_who_wait_do_not_list_all_tickets(
     assert len(set(entered)) == 6
 
 
+def test_who_waits_may_read_ahead(workers: StorageWorkers, storage: RetryingStorage) -> None:
+    lock, seen = TicketLock(storage, LOCKS, workers), []
+
+    def run() -> None:
+        with Worker(workers.run_dir, workers) as worker:
+            with lock.hold(worker, when_near=lambda: seen.append(states(storage, LOCKS)[0])):
+                pass
+            with lock.hold(worker, when_near=lambda: seen.append("free")):  # nobody else holds it
+                pass
+
+    with Worker(workers.run_dir, workers) as holder:
+        thread = threading.Thread(target=run)
+        with lock.hold(holder):
+            thread.start()
+            while not seen:
+                time.sleep(0.01)
+        thread.join()
+    assert seen == ["RUNNING"]
+
+
 PROCESS = """
 import sys, time
 from pathlib import Path
