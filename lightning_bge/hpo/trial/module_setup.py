@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from lightning_bge.hpo.trial.setup import TrialSetup
 from lightning_bge.runtime.compat.lightning import begin_epoch_anew
@@ -17,7 +19,9 @@ from lightning_bge.runtime.random_state import random_state, set_random_state
 
 log = logging.getLogger("lightning_bge")
 
-RANDOM_STATE = "lightning_bge_random_state"  # key of a checkpoint
+# keys of a checkpoint
+RANDOM_STATE, GENERATORS = "lightning_bge_random_state", "lightning_bge_generators"
+PLATEAUS = "lightning_bge_plateaus"
 HYPERPARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")  # keys of Lightning's
 
 
@@ -31,40 +35,75 @@ class ModuleTrialSetup(TrialSetup):
 
 
 class SavedRandomState(Callback):
-    """Keeps the state of the random number generators in checkpoints.
+    """Keeps in checkpoints what Lightning's do not hold: the state of the random number generators.
 
-    A run that goes on from the end of an epoch shuffles and drops out as if it had not been interrupted.
+    A run that goes on from the end of an epoch shuffles and drops out as if it had not been interrupted. Generators of
+    the training loaders' own are kept as well, and the value that a `ReduceLROnPlateau` has still to see, which
+    Lightning shows it after the checkpoints of an epoch's end are written.
     """
 
     def __init__(self) -> None:
         self._state: dict[str, Any] | None = None
+        self._generators: list[Tensor] = []
+        self._plateaus: dict[int, float] = {}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the state, and say what else a checkpoint lacks."""
-        for reason in _what_is_lost(trainer):
+        plateaus = _values_of_plateaus(trainer)
+        for reason in _what_is_lost(trainer, plateaus):
             log_once(log, logging.WARNING, f"a run that goes on from a checkpoint differs a little: {reason}")
         checkpoint[RANDOM_STATE] = random_state()
+        checkpoint[GENERATORS] = [one.get_state() for one in _generators(trainer)]
+        checkpoint[PLATEAUS] = {number: value for number, value in plateaus.items() if value is not None}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note the state."""
         self._state = checkpoint.get(RANDOM_STATE)
+        self._generators, self._plateaus = checkpoint.get(GENERATORS, []), checkpoint.get(PLATEAUS, {})
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore it, before the training loader draws the epoch's order from it."""
-        if self._state is not None:
-            set_random_state(self._state)
-            self._state = None
-            begin_epoch_anew(trainer)
+        if self._state is None:
+            return
+        for number, value in self._plateaus.items():
+            pl_module.lr_scheduler_step(trainer.lr_scheduler_configs[number].scheduler, value)
+        for generator, state in zip(_generators(trainer), self._generators, strict=False):
+            generator.set_state(state)
+        set_random_state(self._state)
+        self._state = None
+        begin_epoch_anew(trainer)
 
 
-def _what_is_lost(trainer: Trainer) -> Iterator[str]:
-    """What Lightning's checkpoints of an epoch's end do not hold of a run."""
-    if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
-        yield "ReduceLROnPlateau does not see the epoch at whose end it was written"
+def _generators(trainer: Trainer) -> list[torch.Generator]:
+    """Those of the training loaders and their samplers, each once."""
+    found: dict[int, torch.Generator] = {}
+    for loader in tree_leaves(trainer.train_dataloader):
+        for part in (loader, getattr(loader, "sampler", None)):
+            if (generator := getattr(part, "generator", None)) is not None:
+                found[id(generator)] = generator
+    return list(found.values())
+
+
+def _values_of_plateaus(trainer: Trainer) -> dict[int, float | None]:
+    """What each `ReduceLROnPlateau` is shown at the end of the epoch, by its number; None: it is not known yet."""
+    found: dict[int, float | None] = {}
+    if trainer.is_last_batch:
+        for number, config in enumerate(trainer.lr_scheduler_configs):
+            due = config.interval == "epoch" and (trainer.current_epoch + 1) % config.frequency == 0
+            if config.reduce_on_plateau and due:
+                value = trainer.callback_metrics.get(str(config.monitor))
+                found[number] = None if value is None else float(value)
+    return found
+
+
+def _what_is_lost(trainer: Trainer, plateaus: dict[int, float | None]) -> Iterator[str]:
+    """What checkpoints of an epoch's end do not hold of a run."""
+    for number, value in plateaus.items():
+        if value is None:
+            name = trainer.lr_scheduler_configs[number].monitor
+            yield f"ReduceLROnPlateau does not see {name} of the epoch at whose end it was written"
     if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
         yield "trainer.reload_dataloaders_every_n_epochs makes loaders that draw another order of the rows"
-    if any(getattr(loader, "generator", None) is not None for loader in tree_leaves(trainer.train_dataloader)):
-        yield "a training loader with a generator of its own draws from its beginning again"
 
 
 class ResumableTrial(SavedRandomState):

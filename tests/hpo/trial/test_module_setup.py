@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from lightning_bge.hpo.trial.module_setup import ModuleTrialSetup, ResumableTrial
 from lightning_bge.trainer import SILENT
@@ -35,13 +35,20 @@ class Pause(Callback):
             raise PausedError
 
 
-def values(path: Path, *, pause: int | None = None, resumes: bool = False) -> list[float]:
+def values(
+    path: Path,
+    *,
+    pause: int | None = None,
+    resumes: bool = False,
+    kind: type[Net] = Net,
+    data: type[Split] = Folds,
+) -> list[float]:
     seed_everything(1, verbose=False)
-    module, seen = Net(note=object()), Pause(path, pause)
+    module, seen = kind(note=object()), Pause(path, pause)
     off: dict[str, Any] = dict.fromkeys(SILENT, False)
-    trainer = Trainer(max_epochs=3, accelerator="cpu", callbacks=[seen, ResumableTrial()], **off)
+    trainer = Trainer(max_epochs=4, accelerator="cpu", callbacks=[seen, ResumableTrial()], **off)
     try:
-        trainer.fit(module, Folds(), ckpt_path=path if resumes else None, weights_only=True)
+        trainer.fit(module, data(), ckpt_path=path if resumes else None, weights_only=True)
     except PausedError:
         torch.rand(3)  # other trials draw meanwhile
     return seen.values
@@ -75,7 +82,8 @@ class Plateau(Net):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
-        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        # at each epoch that is not better by far
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
 
 
@@ -86,13 +94,45 @@ class OwnGenerator(Split):
         return DataLoader(self.part(held_out=False), 6, shuffle=True, generator=torch.Generator().manual_seed(3))
 
 
+class OfTraining(Plateau):
+    """With a schedule that follows a metric of training, which Lightning computes after the checkpoints."""
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss, on_epoch=True, on_step=False)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        found = super().configure_optimizers()
+        found["lr_scheduler"]["monitor"] = "train_loss"
+        return found
+
+
+class OwnSampler(Split):
+    """With a sampler that has a generator."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        rows = self.part(held_out=False)
+        return DataLoader(rows, 6, sampler=RandomSampler(rows, generator=torch.Generator().manual_seed(3)))
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+@pytest.mark.parametrize(("kind", "data"), [(Plateau, Split), (Net, OwnGenerator), (Net, OwnSampler)])
+def test_what_lightning_does_not_keep_is_kept(tmp_path: Path, kind: type[Net], data: type[Split], epoch: int) -> None:
+    whole = values(tmp_path / "none.ckpt", kind=kind, data=data)
+    before = values(tmp_path / "paused.ckpt", pause=epoch, kind=kind, data=data)
+    after = values(tmp_path / "paused.ckpt", resumes=True, kind=kind, data=data)
+    assert before + after == whole
+
+
 @pytest.mark.parametrize(
     ("module", "data", "options", "expected"),
     [
         (Net, Split, {}, []),
-        (Plateau, Split, {}, ["ReduceLROnPlateau does not see the epoch"]),
+        (Plateau, Split, {}, []),
+        (OfTraining, Split, {}, ["ReduceLROnPlateau does not see train_loss of the epoch"]),
         (Net, Split, {"reload_dataloaders_every_n_epochs": 1}, ["trainer.reload_dataloaders_every_n_epochs makes"]),
-        (Net, OwnGenerator, {}, ["a training loader with a generator of its own"]),
+        (Net, OwnGenerator, {}, []),
     ],
 )
 def test_what_a_checkpoint_does_not_hold_is_said(
