@@ -53,44 +53,46 @@ from lightning_bge.runtime.stop import StopRequest  # noqa: E402
 from tests.helpers.postgres import SECRET, Postgres  # noqa: E402
 
 DOCS = ROOT / "docs" / "benchmarks"
-STEPS = Steps(3, 5)  # 15 reports
 SPACE = {"x": {"low": 0.0, "high": 1.0}, "y": {"low": 0.0, "high": 1.0}}
+COST_REPORTS = 15
 KINDS = ("journal", "PostgreSQL", "PostgreSQL behind the proxy")
 
 
-def run_worker(run_dir: Path, options: dict[str, Any], pause: float) -> None:
+def run_worker(run_dir: Path, options: dict[str, Any], pause: float, reports: int) -> None:
     """Run what is left of a study whose training is a pause before each report."""
     config = StudyConfig(space=SPACE, pruner=PrunerConfig("median"), **options)
-    space, place = parse_space(SPACE), study_storage(run_dir, config)
+    space, place, steps = parse_space(SPACE), study_storage(run_dir, config), Steps(1, reports)
 
     def objective(trial: optuna.Trial) -> float:
         params = suggest(trial, space)
         value = -((params["x"] - 0.7) ** 2) - (params["y"] - 0.3) ** 2
-        for step in range(1, STEPS.total + 1):
+        for step in range(1, reports + 1):
             time.sleep(pause)
             trial.report(value - 1 / step, step)
-            if step < STEPS.total:
-                trial.should_prune()  # reads all trials; its answer is not followed, so that each has 15 reports
+            if step < reports:
+                trial.should_prune()  # reads all trials; its answer is not followed, so that each has all reports
         return value
 
     with place.worker() as worker:
         with place.lock(worker):
-            study = open_study(place, config, "maximize", STEPS, {"monitor.metric": "f1"})
+            study = open_study(place, config, "maximize", steps, {"monitor.metric": "f1"})
         queue = StudyQueue(study, place, worker, config, space)
         run_trials(queue, objective, until=math.inf, request=StopRequest(), report=lambda *_: None)
 
 
-def start_workers(run_dir: Path, options: dict[str, Any], pause: float, threads: int) -> subprocess.Popen[bytes]:
+def start_workers(
+    run_dir: Path, options: dict[str, Any], pause: float, reports: int, threads: int
+) -> subprocess.Popen[bytes]:
     """A process whose threads are so many workers."""
-    command = [sys.executable, __file__, "--workers-of", str(run_dir), json.dumps(options), str(pause), str(threads)]
-    return subprocess.Popen(command)
+    values = (json.dumps(options), str(pause), str(reports), str(threads))
+    return subprocess.Popen([sys.executable, __file__, "--workers-of", str(run_dir), *values])
 
 
-def run_workers(run_dir: Path, options: dict[str, Any], pause: float, threads: int) -> None:
+def run_workers(run_dir: Path, options: dict[str, Any], pause: float, reports: int, threads: int) -> None:
     """Run workers until the study is over."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(threads) as pool:
-        for one in [pool.submit(run_worker, run_dir, options, pause) for _ in range(threads)]:
+        for one in [pool.submit(run_worker, run_dir, options, pause, reports) for _ in range(threads)]:
             one.result()
 
 
@@ -137,7 +139,7 @@ def measure_cost(
     for kind, url in storages.items():
         run_dir = place / f"cost-{number}-{KINDS.index(kind)}"
         options = {"n_trials": chosen.cost_trials, "storage": url, "study_name": run_dir.name}
-        running = [start_workers(run_dir, options, pause, 1) for _ in range(4)]
+        running = [start_workers(run_dir, options, pause, COST_REPORTS, 1) for _ in range(4)]
         if any(process.wait() for process in running):
             raise RuntimeError(f"a worker with {kind} failed")
         found[kind] = statistics.median(besides_pauses(trials_of(run_dir, options), pause))
@@ -150,7 +152,8 @@ def measure_load(place: Path, server: Postgres, url: str, name: str, chosen: arg
     options, pause = {"n_trials": chosen.load_trials, "storage": url, "study_name": name}, chosen.load_pause
     folders = [place / name / str(number) for number in range(chosen.processes)]
     transactions, cpu, since, most = _transactions(server), _cpu_seconds(server), time.monotonic(), 0
-    running = [start_workers(folder, options, pause, chosen.workers // chosen.processes) for folder in folders]
+    threads = chosen.workers // chosen.processes
+    running = [start_workers(folder, options, pause, chosen.load_reports, threads) for folder in folders]
     while any(process.poll() is None for process in running):
         most = max(most, int(server.query("select count(*) from pg_stat_activity where datname = 'studies'")) - 1)
         time.sleep(5.0)
@@ -230,8 +233,8 @@ def load_text(found: dict[str, Any], options: dict[str, Any]) -> str:
     ]
     return f"""\
 {options["workers"]} threads of {options["processes"]} processes, each a worker with storage and connections of its own.
-{options["load_trials"]} trials with 15 reports, {options["load_pause"]} s of pause before each. All of them share the
-cores with the server and the proxy: the seconds are an upper limit.
+{options["load_trials"]} trials with {options["load_reports"]} reports, {options["load_pause"]} s of pause before each.
+All of them share the cores with the server and the proxy: the seconds are an upper limit.
 
 {markdown_table(["storage", "seconds", "trials", *COLUMNS.values()], rows)}"""
 
@@ -240,7 +243,7 @@ def main() -> None:
     """Measure, print, and write."""
     if sys.argv[1:2] == ["--workers-of"]:
         quiet_optuna()
-        run_workers(Path(sys.argv[2]), json.loads(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]))
+        run_workers(Path(sys.argv[2]), json.loads(sys.argv[3]), float(sys.argv[4]), *map(int, sys.argv[5:]))
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("part", choices=("cost", "load"))
@@ -250,7 +253,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=256)
     parser.add_argument("--processes", type=int, default=16, help="whose threads the workers of the load are")
     parser.add_argument("--load_trials", type=int, default=2000)
-    parser.add_argument("--load_pause", type=float, default=4.0)
+    parser.add_argument("--load_reports", type=int, default=5)
+    parser.add_argument("--load_pause", type=float, default=12.0)
     parser.add_argument("--out", type=Path, help="(default: docs/benchmarks/storage_cost.json or storage_load.json)")
     chosen = parser.parse_args()
     out = chosen.out or DOCS / f"storage_{chosen.part}.json"

@@ -182,14 +182,15 @@ class RetryingStorage(_PassesOn):
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
         """As Optuna's; see `recent_is_enough`."""
-        if deepcopy or states != (TrialState.COMPLETE,) or not getattr(self._recent, "is_enough", False):
-            return self.retries.call(self.inner.get_all_trials, study_id, deepcopy=deepcopy, states=states)
-        until, found = self._complete.get(study_id, (-math.inf, []))
-        if (now := time.monotonic()) > until:
-            found = self.retries.call(self.inner.get_all_trials, study_id, deepcopy=False, states=states)
-            took = time.monotonic() - now
-            until = now + min(max(COMPLETE_SECONDS, took / READING), MOST_COMPLETE_SECONDS)
-            self._complete[study_id] = until, found
+        now = time.monotonic()
+        if states == (TrialState.COMPLETE,) and not deepcopy and getattr(self._recent, "is_enough", False):
+            until, found = self._complete.get(study_id, (-math.inf, []))
+            if now <= until:
+                return found
+        found = self.retries.call(self.inner.get_all_trials, study_id, deepcopy=deepcopy, states=states)
+        if not deepcopy and (states is None or TrialState.COMPLETE in states):
+            seconds = min(max(COMPLETE_SECONDS, (time.monotonic() - now) / READING), MOST_COMPLETE_SECONDS)
+            self._complete[study_id] = now + seconds, [t for t in found if t.state == TrialState.COMPLETE]
         return found
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
