@@ -271,7 +271,7 @@ def row(found: dict[str, Any]) -> list[str]:
     if isinstance(hours, dict):
         hours = f"{hours['seconds']} s, from {hours['parameter_sets']} parameter sets"
     if isinstance(audited, dict):
-        audited = f"{audited['rows']} rows; next: {audited['next']}"
+        audited = f"{audited['rows']} rows. {audited['next']}"
     if isinstance(callbacks, dict):
         wrong = [f"{name}: {text}" for name, text in callbacks.items() if text != "works"]
         callbacks = "; ".join(wrong) or f"all {len(callbacks)} work"

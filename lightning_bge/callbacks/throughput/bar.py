@@ -141,6 +141,8 @@ class ThroughputProgressBar(TQDMProgressBar):
 
 
 def _show(stretch: Work, source: Throughput, ranks: int) -> dict[str, str]:
+    if not stretch.has_tokens:
+        return {"seq/s": f"{stretch.sequences * ranks / stretch.seconds:,.0f}"}
     figures = {
         "tok/s": f"{stretch.tokens * ranks / stretch.seconds:,.0f}",
         "util": f"{source.flops.total(stretch) / stretch.seconds / source.peak:.2f}",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+
+from lightning_bge.runtime.compat.torch import tree_leaves
 
 Count = int | Tensor
 CountBatch = Callable[[Any], tuple[int, Count]]
@@ -20,7 +22,7 @@ class Work:
 
     Attributes:
         sequences: in the batches.
-        tokens: real ones; a 0-d tensor where they are counted on a device.
+        tokens: real ones; a 0-d tensor where they are counted on a device; 0 where batches have none that is known.
         squares: the sum of squared lengths, also a tensor there; 0 where lengths are not known.
         computed: tokens that a forward pass computes, padding included; None: not known.
         seconds: of training on them.
@@ -52,6 +54,11 @@ class Work:
         )
 
     @property
+    def has_tokens(self) -> bool:
+        """Whether tokens are known."""
+        return isinstance(self.tokens, Tensor) or self.tokens > 0
+
+    @property
     def padding(self) -> float | Tensor | None:
         """The share, 0 to 1, of the computed tokens that are padding; None: not known."""
         if self.computed is None:
@@ -69,21 +76,27 @@ class Work:
 def count_sequences_and_tokens(batch: Any) -> tuple[int, Count]:
     """Sequences and real tokens of a batch: a `Batch` of this package, or a mapping with an `attention_mask` [N, T].
 
-    The mask's sum stays a tensor: to read it would be to wait for the device.
+    The mask's sum stays a tensor: to read it would be to wait for the device. Any other batch has the rows of its first
+    tensor, and 0 tokens: what a token of it is, is not known.
 
     Raises:
-        TypeError: the batch is neither; give `Throughput` a `count` of your own.
+        TypeError: the batch holds no tensor; give `Throughput` a `count` of your own.
     """
     if hasattr(batch, "tokens") and hasattr(batch, "size"):
         return batch.size, batch.tokens
-    try:
-        mask = batch["attention_mask"]
-    except (TypeError, KeyError, IndexError):
-        raise TypeError(
-            f"Throughput counts batches with an attention_mask, got {type(batch).__name__}: "
-            "pass count=lambda batch: (sequences, tokens)"
-        ) from None
-    return len(mask), mask.sum()
+    if (mask := _mask(batch)) is not None:
+        return len(mask), mask.sum()
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return len(leaf), 0
+    raise TypeError(
+        f"Throughput counts the rows of tensors, got {type(batch).__name__} without any: pass "
+        "count=lambda batch: (sequences, tokens)"
+    )
+
+
+def _mask(batch: Any) -> Tensor | None:
+    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
 
 def work_of(batch: Any, encoder: Any = None, count: CountBatch = count_sequences_and_tokens) -> Work:
@@ -104,9 +117,9 @@ def work_of(batch: Any, encoder: Any = None, count: CountBatch = count_sequences
         squares = sum(length * length for part in micro for length in part.lengths)
         computed = None if encoder is None else sum(map(encoder.computed_tokens, micro))
         return Work(sequences, tokens, squares, computed)
-    if hasattr(batch, "tokens") or batch["attention_mask"].ndim != 2:
+    mask = _mask(batch)
+    if hasattr(batch, "tokens") or mask is None or mask.ndim != 2:
         return Work(sequences, tokens, computed=None)
-    mask = batch["attention_mask"]
     return Work(sequences, tokens, mask.sum(1).square().sum(), mask.numel())
 
 

@@ -26,7 +26,8 @@ class Throughput(Callback):
       only.
     - `train_utilisation`: FLOPs a second (`TrainFlops`, of real tokens alone) as a share of `matmul_peak`, which is
       measured at the start of `fit` in the type that matrices are multiplied in. Where lengths are not known
-      attention's own FLOPs are left out. Of several ranks it is the mean.
+      attention's own FLOPs are left out. Of several ranks it is the mean. This and tokens are not logged where a batch
+      has no tokens that are known: it is counted by the rows of its first tensor then.
     - `train_padding`, where it is known (`work_of`): the share (0 to 1) of the computed tokens that are padding, 0 for
       packed batches. Of several ranks it is the mean.
     - `train_data_wait`, the share (0 to 1) of that time between the end of a batch and the start of the next one, on
@@ -95,10 +96,11 @@ class Throughput(Callback):
             ranks = trainer.world_size  # the mean over the ranks, which is what is logged, times their number is a sum
             figures = {
                 "train_sequences_per_s": epoch.sequences * ranks / epoch.seconds,
-                "train_tokens_per_s": epoch.tokens * ranks / epoch.seconds,
-                "train_utilisation": self.flops.total(epoch) / epoch.seconds / self.peak,
                 "train_data_wait": epoch.waited / epoch.seconds,
             }
+            if epoch.has_tokens:
+                figures["train_tokens_per_s"] = epoch.tokens * ranks / epoch.seconds
+                figures["train_utilisation"] = self.flops.total(epoch) / epoch.seconds / self.peak
             if epoch.padding is not None:
                 figures["train_padding"] = epoch.padding
             if self._balances:

@@ -196,16 +196,22 @@ def test_counting_a_mask_does_not_read_it() -> None:
     assert isinstance(tokens, Tensor)
 
 
-@pytest.mark.parametrize("batch", [torch.ones(2, 6), [torch.ones(2, 6)], {"input_ids": torch.ones(2, 6)}, "text", None])
-def test_other_batches_need_a_count(batch: Any) -> None:
-    with pytest.raises(TypeError, match=r"attention_mask, got \w+: pass count=lambda batch: \(sequences, tokens\)"):
+@pytest.mark.parametrize("batch", [torch.ones(2, 6), [torch.ones(2, 6)], ({"ids": torch.ones(2, 6)}, torch.ones(2))])
+def test_other_batches_have_rows_and_no_tokens(batch: Any) -> None:
+    assert throughput_module.count_sequences_and_tokens(batch) == (2, 0)
+
+
+@pytest.mark.parametrize("batch", ["text", None, [torch.tensor(1.0)]])
+def test_batches_without_rows_need_a_count(batch: Any) -> None:
+    with pytest.raises(TypeError, match=r"got \w+ without any: pass count=lambda batch: \(sequences, tokens\)"):
         throughput_module.count_sequences_and_tokens(batch)
 
 
 def test_batches_of_tensors_with_a_count(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [torch.ones(size, 6) for size in SIZES]
-    with pytest.raises(TypeError, match="got Tensor: pass count"):
-        train(Plain(), Throughput(), batches=batches)
+    trainer = train(Plain(), Throughput(), batches=batches)
+    assert "train_sequences_per_s" in trainer.callback_metrics
+    assert not {"train_tokens_per_s", "train_utilisation", "train_padding"} & trainer.callback_metrics.keys()
     clock, logged = Clock(monkeypatch), Logged()
     train(Slow(clock), Throughput(count=lambda batch: (len(batch), batch.numel())), logged, batches=batches)
     assert logged.rates == [pytest.approx((10 / 6, 60 / 6))]
