@@ -11,6 +11,7 @@ from lightning_bge.advisor.audit.observation import FETCH, HOST, MOVE, RUN, Obse
 from lightning_bge.advisor.audit.requested import ObservedRun, on_off, transformer_of
 from lightning_bge.advisor.audit.result import NOT_STATED, Fix, Row, TimeSaved
 from lightning_bge.advisor.audit.trace import LIBRARY
+from lightning_bge.data.datamodule import TextDataModule
 
 LITTLE_PADDING = 0.3  # what batches of random lengths, padded to their longest, are allowed
 NOTICEABLE_SHARE = 0.05  # of a batch's time that is worth a change
@@ -95,7 +96,9 @@ def data_wait(run: ObservedRun) -> Row:
         return row.unknown("no batch was timed")
     workers = getattr(run.trainer.train_dataloader, "num_workers", 0)
     how = "use more workers, or do less work in the data set" if workers else "let workers assemble batches in advance"
-    yaml = "" if workers else "data.batching.num_workers: 2"
+    ours = isinstance(getattr(run.trainer, "datamodule", None), TextDataModule)
+    yaml = "data.batching.num_workers: 2" if ours and not workers else ""
+    how += "" if workers or ours else " (num_workers of the loader)"
     fix = Fix(f"{how}; tokenize once, before training", "one option, or the data set", "none", yaml)
     return _with_time(row, run, [cycle.spent(FETCH, MOVE) for cycle in timed], "if no batch had to be waited for", fix)
 

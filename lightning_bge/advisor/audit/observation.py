@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from statistics import median
 from typing import Any
@@ -226,7 +226,7 @@ def _masks(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, list | tuple):
         for part in batch:
             yield from _masks(part)
-    elif hasattr(batch, "items"):
+    elif isinstance(batch, Mapping):
         for name, part in batch.items():
             if isinstance(part, Tensor):
                 if str(name).endswith("attention_mask") and part.ndim == 2:
@@ -240,7 +240,7 @@ def _tensors(batch: Any) -> Sequence[Tensor]:
         return [batch]
     if hasattr(batch, "micro"):
         return [micro.input_ids for micro in batch.micro]
-    if hasattr(batch, "values"):
+    if isinstance(batch, Mapping):
         batch = list(batch.values())
     if isinstance(batch, list | tuple):
         return [tensor for part in batch for tensor in _tensors(part)]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_bge.advisor.plan.cost_model import ParameterSets
@@ -114,7 +113,7 @@ class PlannedTrials(ABC):
         """What trials leave on the disk."""
 
     @abstractmethod
-    def finish(self, study: optuna.Study, folder: Path, build: Build, epochs: int, config: StudyConfig) -> None:
+    def finish(self, study: Any, folder: Path, build: Build, epochs: int, config: StudyConfig) -> None:
         """End a study of shortened trials as the planned one ends."""
 
     def test_work(self) -> int:
@@ -167,7 +166,7 @@ class TextTrials(PlannedTrials):
         """Checkpoints, and out-of-fold predictions."""
         return TrialFiles(folder / "oof", folder / CHECKPOINTS)
 
-    def finish(self, study: optuna.Study, folder: Path, build: Build, epochs: int, config: StudyConfig) -> None:
+    def finish(self, study: Any, folder: Path, build: Build, epochs: int, config: StudyConfig) -> None:
         """With the refit, the export and the test file."""
         finish_study(study, folder, build=build, monitor=self.monitor, epochs=epochs, config=config)  # type: ignore[arg-type]
 
@@ -228,7 +227,7 @@ class ModuleTrials(PlannedTrials):
         """Checkpoints alone."""
         return TrialFiles(checkpoints=folder / CHECKPOINTS)
 
-    def finish(self, study: optuna.Study, folder: Path, build: Build, epochs: int, config: StudyConfig) -> None:
+    def finish(self, study: Any, folder: Path, build: Build, epochs: int, config: StudyConfig) -> None:
         """Nothing is trained."""
         finish_module_study(study, folder, build=build, monitor=self.monitor, replicates=None, baseline=None)
 

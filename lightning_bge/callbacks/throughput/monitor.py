@@ -94,7 +94,7 @@ class Throughput(Callback):
         epoch = self._work - self._epoch_began
         if epoch.seconds:
             ranks = trainer.world_size  # the mean over the ranks, which is what is logged, times their number is a sum
-            figures = {
+            figures: dict[str, Any] = {
                 "train_sequences_per_s": epoch.sequences * ranks / epoch.seconds,
                 "train_data_wait": epoch.waited / epoch.seconds,
             }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -128,6 +130,8 @@ def test_batches_of_several_kinds_are_counted() -> None:
     assert (pairs.rows, pairs.tokens, pairs.padded_tokens, pairs.width, pairs.longest) == (2, 14, 22, 3, 3)
     assert batch_stats([torch.zeros(5, 2), torch.zeros(5)]).rows == 5
     assert batch_stats((torch.zeros(3), {"x": torch.zeros(1)})).tokens is None
+    table = SimpleNamespace(values=np.zeros(2), items=())  # as a column index of pandas has them
+    assert batch_stats({"x": torch.zeros(3, 2), "names": table}).rows == 3
     assert batch_stats("no tensor").rows is None
 
 
