@@ -77,12 +77,13 @@ $(VENV)-mlflow/.slow: $(VENV)/.slow constraints-mlflow.txt
 	@touch $@
 
 # Modules of other projects, whose pins are others' too
-$(VENV)-projects/.slow: $(VENV)/.slow examples/projects/requirements.txt
+$(VENV)-projects/.slow: $(VENV)/.slow examples/projects/requirements.txt constraints-projects.txt
 	@echo "installing other projects into $(VENV)-projects"
 	@$(BIN)/python -m venv $(VENV)-projects
 	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
 	    "$$($(VENV)-projects/bin/python -c 'import site; print(site.getsitepackages()[0])')/tests.pth"
-	@$(VENV)-projects/bin/python -m pip install --quiet --disable-pip-version-check -r examples/projects/requirements.txt
+	@$(VENV)-projects/bin/python -m pip install --quiet --disable-pip-version-check \
+	    -r examples/projects/requirements.txt $(and $(CONSTRAINTS),-c constraints-projects.txt)
 	@touch $@
 
 test-slow: export OMP_NUM_THREADS = 1
