@@ -24,12 +24,13 @@ from typing import Any
 
 import optuna
 import yaml
-from common import git_commit, hardware, markdown_table
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # an environment that sees the packages of another one does not see this project
+
+from common import git_commit, hardware, markdown_table  # noqa: E402
 
 from lightning_bge import audit, plan, tune  # noqa: E402
 from lightning_bge.callbacks import (  # noqa: E402
