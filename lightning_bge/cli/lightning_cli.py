@@ -62,7 +62,7 @@ class BGECLI(LightningCLI):
         if names_a_class(args):
             raise ConfigError(
                 f"model.class_path, data.class_path: expected none for lightning-bge {command}, which needs "
-                "BGEClassifier and TextDataModule. hpo, fit and audit take other classes"
+                "BGEClassifier and TextDataModule. hpo, fit, plan and audit take other classes"
             )
         self.command = command
         self.add_arguments = add_arguments

@@ -73,8 +73,8 @@ class StorageWorkers(Workers):
 
     Its sign of life is a number that grows, and that each process watches by its own clock; between processes that
     are connected to a database, and not through a proxy, it is Optuna's heartbeat, which the database's clock judges.
-    After an outage of the storage nobody is
-    taken for gone until all have had the time to give a sign. The trial of one that is gone is FAIL.
+    After an outage of the storage nobody is taken for gone until all have had the time to give a sign. The trial of one
+    that is gone is FAIL.
 
     Args:
         run_dir: the run's folder on this machine.
@@ -222,7 +222,7 @@ class TicketLock:
                 worker.renew()
                 ticket = self._take(worker)
             state = TrialState.COMPLETE
-            yield lambda: not self._has_ended(ticket)
+            yield lambda: not self._state(ticket).is_finished()
         finally:
             _end(self._storage, ticket, state)
 
@@ -233,8 +233,8 @@ class TicketLock:
     def _ticket_before(self, number: int, back: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._id, number - back)
 
-    def _has_ended(self, ticket: int) -> bool:
-        return self._storage.get_trial(ticket).state.is_finished()
+    def _state(self, ticket: int) -> TrialState:
+        return self._storage.get_trial(ticket).state
 
     def _is_first(
         self, ticket: int, worker: Worker, is_stopping: Callable[[], object], when_near: Callable[[], object]
@@ -245,31 +245,29 @@ class TicketLock:
             Stopped: this process is to stop.
         """
 
-        def wait_for(other: int, distance: int, pace: float) -> float:
-            """Returns the new pace: seconds in which a ticket ends."""
-            since = time.monotonic()
-            for seconds in self._looks(distance, pace, lambda: self._end_lost(number, worker)):
-                if self._has_ended(other):
-                    break
-                _sleep(seconds, is_stopping)
-            return min((time.monotonic() - since) / distance, MOST_SECONDS)
+        def wait_for(back: int, pace: float) -> tuple[TrialState, float]:
+            """Returns the state of the ticket so many before this one, and the seconds in which one of them ended."""
+            other, since = self._ticket_before(number, back), time.monotonic()
+            looks = self._looks(back, pace, lambda: self._end_lost(number, worker))
+            while not (state := self._state(other)).is_finished():
+                _sleep(next(looks), is_stopping)
+            return state, min((time.monotonic() - since) / back, MOST_SECONDS)
 
         number = self._storage.get_trial(ticket).number
         back = 1
-        while back <= number and not self._has_ended(self._ticket_before(number, back)):
+        while back <= number and not self._state(self._ticket_before(number, back)).is_finished():
             back *= 2
         pace = 0.0
         while back > 1:
             back //= 2
             if back in (NEAR, 1):
                 when_near()
-            pace = wait_for(self._ticket_before(number, back), back, pace)
+            _, pace = wait_for(back, pace)
         for back in range(1, number + 1):
-            other = self._ticket_before(number, back)
-            wait_for(other, 1, pace)
-            if self._storage.get_trial(other).state == TrialState.COMPLETE:  # and not one that ended while it waited
+            state, _ = wait_for(back, pace)
+            if state == TrialState.COMPLETE:  # and not one that ended while it waited
                 break
-        return not self._has_ended(ticket)
+        return not self._state(ticket).is_finished()
 
     def _looks(self, distance: int, pace: float, end_lost: Callable[[], None]) -> Iterator[float]:
         """Seconds to sleep after each look at a ticket so many before one's own, for ever; lost ones are ended.
