@@ -37,6 +37,7 @@ from lightning_bge.types import Schema
 Command = Literal["fit", "hpo", "plan", "audit", "predict", "validate", "test"]
 
 TRAINS = ("fit", "hpo", "plan", "audit")
+KEEP_RUNS = ("fit", "hpo", "audit")  # they write into the run folder
 # of a run folder
 FOLDERS = ("checkpoints", "logs", "oof", "predictions", "outer_folds")
 FILES = ("config.yaml", "run.json", "summary.json", "report.html", "audit.json", "audit.html", "journal.log")
@@ -96,6 +97,36 @@ def preflight(
     _check_optimizer(experiment)
 
 
+def preflight_module(
+    command: Command,
+    run_dir: Path,
+    trainer: Mapping[str, Any],
+    hpo: StudyConfig | None = None,
+    outputs: Mapping[str, str | None] | None = None,
+) -> None:
+    """As `preflight` for a module that is not ours, of whose data and model nothing is known: paths and places alone.
+
+    Args:
+        command: its name.
+        run_dir: the run's folder.
+        trainer: the options of the trainer.
+        hpo: the options of the study, for commands that have them.
+        outputs: files that it writes besides the run folder: name of the option -> path, or None.
+
+    Raises:
+        UserError: something is wrong; the message names the option or the file, and the remedy.
+    """
+    for option, path in (outputs or {}).items():
+        if path is not None:
+            check_output(option, path)
+    if command in KEEP_RUNS:
+        check_folder("run_dir", run_dir, FILES, FOLDERS)
+    if command == "hpo" and hpo is not None:
+        check_places(hpo)
+    if trainer.get("fast_dev_run") and command in ("hpo", "plan"):
+        _check_limits(command, "trainer.fast_dev_run")
+
+
 def check_places(hpo: StudyConfig) -> None:
     """Check where a study is kept, shown, and where its files are: each answers, and can be written.
 
@@ -147,7 +178,7 @@ def _check_paths(command: Command, experiment: TextExperiment, outputs: Mapping[
         if path is not None:
             check_output(option, path, inputs)
     check_folder("data.cache_dir", data.cache_dir or default_cache_dir())
-    if command not in ("fit", "hpo", "audit"):
+    if command not in KEEP_RUNS:
         return
     run_dir = experiment.run_dir.expanduser()
     check_folder("run_dir", run_dir, FILES, FOLDERS)

@@ -17,7 +17,7 @@ from lightning_bge.cli.module_cli import ModuleCLI
 from lightning_bge.cli.run_record import has_begun, more_epochs
 from lightning_bge.hpo.trial.fold_callbacks import early_stopping
 from lightning_bge.hpo.trial.module_setup import SavedRandomState
-from lightning_bge.preflight import dry_run_options
+from lightning_bge.preflight import dry_run_options, preflight_module
 from lightning_bge.runtime.callback_kinds import callback_list
 from lightning_bge.runtime.compat.lightning import trainer_class
 from lightning_bge.runtime.dotted_config import comparable
@@ -44,6 +44,8 @@ def _add_weights_only(parser: LightningArgumentParser) -> None:
 
 def _fit(cli: ModuleCLI) -> None:
     first = cli.trainer.is_global_zero  # only this rank reads the configuration, writes and prints
+    if first:
+        preflight_module("fit", cli.run_dir, cli.trainer_arguments)
     setup = cli.experiment.build({})
     kind = trainer_class(setup.model)
     if limits := dry_run_options(cli.trainer_arguments):

@@ -35,13 +35,13 @@ def options(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def search(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """Runs `hpo` with some options, given as YAML."""
+def search(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `hpo`, or another command, with some options, given as YAML."""
     monkeypatch.chdir(tmp_path)
 
-    def call(given: dict[str, Any], *args: str) -> tuple[int, str, str]:
+    def call(given: dict[str, Any], *args: str, command: str = "hpo") -> tuple[int, str, str]:
         Path("my.yaml").write_text(yaml.safe_dump(given))
-        return run("hpo", "-c", "my.yaml", *args)
+        return run(command, "-c", "my.yaml", *args)
 
     return call
 
@@ -198,6 +198,35 @@ def test_an_audit(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pac
     rows = {row["name"] for row in json.loads(Path("run/audit.json").read_text())["rows"]}
     assert len(rows) > 10
     assert "audit.html" in out
+
+
+@pytest.mark.parametrize("command", ["plan", "audit"])
+def test_the_json_is_checked_before_anything_is_measured(
+    search: Run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr("tests.helpers.other_project.Net.training_step", lambda *_: pytest.fail("it was trained"))
+    Path("folder").mkdir()
+    status, _, err = search(options(), "--json", "folder", command=command)
+    assert status == 2
+    assert "json: expected a file, got the folder 'folder'" in err
+
+
+@pytest.mark.parametrize("command", ["fit", "hpo", "audit"])
+def test_the_run_folder_is_checked_first(search: Run, command: str) -> None:
+    Path("run").touch()
+    given = options()
+    if command != "hpo":
+        del given["hpo"]
+    status, _, err = search(given, command=command)
+    assert status == 2
+    assert "run is a file, where a folder is needed" in err
+
+
+@pytest.mark.parametrize("command", ["hpo", "plan"])
+def test_a_study_of_parts_of_the_data_is_refused(search: Run, command: str) -> None:
+    status, _, err = search(options(), "--trainer.fast_dev_run", "true", command=command)
+    assert status == 2
+    assert "trainer.fast_dev_run: a study needs whole epochs" in err
 
 
 def test_a_module_of_the_package_pytorch_lightning(search: Run) -> None:

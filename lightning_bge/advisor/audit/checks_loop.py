@@ -96,11 +96,15 @@ def data_wait(run: ObservedRun) -> Row:
         return row.unknown("no batch was timed")
     workers = getattr(run.trainer.train_dataloader, "num_workers", 0)
     how = "use more workers, or do less work in the data set" if workers else "let workers assemble batches in advance"
-    ours = isinstance(getattr(run.trainer, "datamodule", None), TextDataModule)
-    yaml = "data.batching.num_workers: 2" if ours and not workers else ""
-    how += "" if workers or ours else " (num_workers of the loader)"
+    yaml = "" if workers else _our_option(run, "num_workers: 2")
+    how += "" if workers or yaml else " (num_workers of the loader)"
     fix = Fix(f"{how}; tokenize once, before training", "one option, or the data set", "none", yaml)
     return _with_time(row, run, [cycle.spent(FETCH, MOVE) for cycle in timed], "if no batch had to be waited for", fix)
+
+
+def _our_option(run: ObservedRun, option: str) -> str:
+    """The YAML of an option of batching; empty where the data module is not ours, as it may have no such option."""
+    return f"data.batching.{option}" if isinstance(getattr(run.trainer, "datamodule", None), TextDataModule) else ""
 
 
 def persistent_workers(run: ObservedRun) -> Row:
@@ -116,7 +120,7 @@ def persistent_workers(run: ObservedRun) -> Row:
     if known[0] <= known[1]:  # workers of a validation loader are there too, from the end of epoch 1 on
         return replace(row, in_effect="yes", verdict="ok", evidence=evidence)
     text = "set persistent_workers=True, or num_workers=0 where the data are in memory"
-    fix = Fix(text, "one argument", "none", "data.batching.persistent_workers: true")
+    fix = Fix(text, "one argument", "none", _our_option(run, "persistent_workers: true"))
     return replace(row, in_effect="no", verdict="mismatch" if requested else "improve", evidence=evidence, fix=fix)
 
 
@@ -131,7 +135,7 @@ def pinned_memory(run: ObservedRun) -> Row:
     if share == 1:
         return replace(row, verdict="ok")
     text = "set pin_memory=True; a batch class of your own needs a method pin_memory"
-    fix = Fix(text, "one argument", "none", "data.batching.pin_memory: true")
+    fix = Fix(text, "one argument", "none", _our_option(run, "pin_memory: true"))
     return replace(row, verdict="mismatch" if run.requested.pin_memory else "improve", fix=fix)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_bge.types import Batch
+
 # The ends of the names by which Lightning tells its profiler what it does.
 FETCH = "train_dataloader_next"
 MOVE = "batch_to_device"
@@ -207,7 +209,7 @@ def batch_stats(batch: Any) -> BatchStats:
     """Count a batch on the host: one of this package, one with `...attention_mask` tensors [N, T], or any other."""
     tensors = list(_tensors(batch))
     pinned = all(tensor.is_pinned() for tensor in tensors) if tensors and torch.cuda.is_available() else None
-    if hasattr(batch, "tokens") and hasattr(batch, "size"):
+    if isinstance(batch, Batch):
         lengths = [length for micro in batch.micro for length in micro.lengths]
         return BatchStats(batch.size, batch.tokens, None, None, max(lengths, default=0), pinned)
     masks = [mask for mask in _masks(batch) if mask.numel()]
@@ -238,7 +240,7 @@ def _masks(batch: Any) -> Iterator[Tensor]:
 def _tensors(batch: Any) -> Sequence[Tensor]:
     if isinstance(batch, Tensor):
         return [batch]
-    if hasattr(batch, "micro"):
+    if isinstance(batch, Batch):
         return [micro.input_ids for micro in batch.micro]
     if isinstance(batch, Mapping):
         batch = list(batch.values())

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_bge.runtime.compat.torch import tree_leaves
+from lightning_bge.types import Batch
 
 Count = int | Tensor
 CountBatch = Callable[[Any], tuple[int, Count]]
@@ -82,7 +83,7 @@ def count_sequences_and_tokens(batch: Any) -> tuple[int, Count]:
     Raises:
         TypeError: the batch holds no tensor; give `Throughput` a `count` of your own.
     """
-    if hasattr(batch, "tokens") and hasattr(batch, "size"):
+    if isinstance(batch, Batch):
         return batch.size, batch.tokens
     if (mask := _mask(batch)) is not None:
         return len(mask), mask.sum()
@@ -112,13 +113,12 @@ def work_of(batch: Any, encoder: Any = None, count: CountBatch = count_sequences
     sequences, tokens = count(batch)
     if count is not count_sequences_and_tokens:
         return Work(sequences, tokens, computed=None)
-    micro = getattr(batch, "micro", None)
-    if micro is not None:
-        squares = sum(length * length for part in micro for length in part.lengths)
-        computed = None if encoder is None else sum(map(encoder.computed_tokens, micro))
+    if isinstance(batch, Batch):
+        squares = sum(length * length for part in batch.micro for length in part.lengths)
+        computed = None if encoder is None else sum(map(encoder.computed_tokens, batch.micro))
         return Work(sequences, tokens, squares, computed)
     mask = _mask(batch)
-    if hasattr(batch, "tokens") or mask is None or mask.ndim != 2:
+    if mask is None or mask.ndim != 2:
         return Work(sequences, tokens, computed=None)
     return Work(sequences, tokens, mask.sum(1).square().sum(), mask.numel())
 

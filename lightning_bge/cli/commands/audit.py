@@ -13,7 +13,7 @@ from lightning_bge.cli.search_options import add_hpo_and, check_one_device, own_
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
 from lightning_bge.hpo.space.search_space import Space, parse_space
 from lightning_bge.hpo.steps import Steps
-from lightning_bge.preflight import preflight
+from lightning_bge.preflight import preflight, preflight_module
 from lightning_bge.runtime.run_folder import create_run_dir, write_json
 
 DESCRIPTION = """Train a few real steps, and report for each optimization what was requested, what is in effect, what it
@@ -49,5 +49,6 @@ def _of_texts(cli: BGECLI, options: AuditConfig) -> tuple[Audit, str]:
 
 def _of_module(cli: ModuleCLI, options: AuditConfig) -> tuple[Audit, str]:
     """The audit of other classes, and the module's class path."""
+    preflight_module("audit", cli.run_dir, cli.trainer_arguments, outputs={"json": options.json})
     setup = cli.experiment.build({})
     return audit(setup.model, setup.datamodule, cli.trainer_arguments, config=options), cli.config.model.class_path

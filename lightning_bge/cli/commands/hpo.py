@@ -23,7 +23,7 @@ from lightning_bge.hpo.space.draw import n_parameter_sets
 from lightning_bge.hpo.storage.files import study_files
 from lightning_bge.hpo.study import study_storage
 from lightning_bge.hpo.tracked_study import attach_report
-from lightning_bge.preflight import check_places, preflight
+from lightning_bge.preflight import preflight, preflight_module
 from lightning_bge.runtime.run_folder import create_run_dir, read_json
 
 DESCRIPTION = """Search for the best hyperparameters over folds, prune bad trials, refit the best ones on all rows of
@@ -43,7 +43,7 @@ def run(args: list[str]) -> None:
         if isinstance(cli, BGECLI):
             preflight("hpo", cli.experiment, hpo)
         else:
-            check_places(hpo)
+            preflight_module("hpo", cli.run_dir, cli.trainer_arguments, hpo)
         launcher = _launcher(cli)
         run = run_hpo if launcher is None else partial(_run_pool, launcher)
         study, summary = run_studies(cli.experiment, hpo, run=run)

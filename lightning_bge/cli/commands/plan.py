@@ -15,7 +15,7 @@ from lightning_bge.cli.search_options import (
     write_output,
 )
 from lightning_bge.hpo.scheduling.trial_loop import quiet_optuna
-from lightning_bge.preflight import preflight
+from lightning_bge.preflight import preflight, preflight_module
 
 DESCRIPTION = """Estimate the hours of a study from a short measurement on this machine: with an interval, at each
 optimization level, after changes of the study, and for a deadline."""
@@ -33,6 +33,8 @@ def run(args: list[str]) -> None:
         hpo = options_of_study(cli)
         if isinstance(cli, BGECLI):
             preflight("plan", cli.experiment, hpo, {"json": options.json})
+        else:
+            preflight_module("plan", cli.run_dir, cli.trainer_arguments, outputs={"json": options.json})
         plan = make_plan(cli.experiment, hpo, options, process_s)
     print(plan)
     write_output(options.json, plan.as_dict())

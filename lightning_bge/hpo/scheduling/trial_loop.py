@@ -4,7 +4,6 @@ import gc
 import logging
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -85,41 +84,42 @@ def run_trials(
 
 
 def _run_trial(queue: TrialQueue, objective: Evaluate, trial: optuna.Trial) -> FrozenTrial:
-    with suppress(UpdateFinishedTrialError):  # another process has ended it
-        _evaluate(queue, objective, trial)
-    ended = trial_as_stored(queue.study, trial)
+    try:
+        ended = _evaluate(queue, objective, trial)
+    except UpdateFinishedTrialError:  # another process has ended it
+        ended = trial_as_stored(queue.study, trial)
     if WORKER_LOST in ended.user_attrs:
         text = "trial %d was ended by another process, as this one gave no sign of life for too long"
         log.warning(text, trial.number)
     return ended
 
 
-def _evaluate(queue: TrialQueue, objective: Evaluate, trial: optuna.Trial) -> None:
+def _evaluate(queue: TrialQueue, objective: Evaluate, trial: optuna.Trial) -> FrozenTrial:
     """Train a trial, and end it as it ends; `UpdateFinishedTrialError` where another process has ended it."""
     study = queue.study
     try:
         values = objective(trial)
     except optuna.TrialPruned:
-        study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+        return study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
     except UpdateFinishedTrialError:
         raise
     except (Stopped, UserError, OSError, KeyboardInterrupt, SystemExit) as error:
         # an error of the user's, or of the disk: the trial is continued when it is corrected
         by_key = isinstance(error, SystemExit) and error.code == 1  # what Lightning's `fit` makes of Ctrl-C
         text = KeyboardInterrupt.__name__ if by_key else str(error) or type(error).__name__
-        _end(study, trial, INTERRUPTED, text)
+        ended = _end(study, trial, INTERRUPTED, text)
         if not isinstance(error, Stopped):
             raise
+        return ended
     except Exception as error:
         _write_failure(queue.files / FAILURES, study, trial, error)
-        _end(study, trial, ERROR, f"{type(error).__name__}: {error}")
-    else:
-        study.tell(trial, values, skip_if_finished=True)
+        return _end(study, trial, ERROR, f"{type(error).__name__}: {error}")
+    return study.tell(trial, values, skip_if_finished=True)
 
 
-def _end(study: optuna.Study, trial: optuna.Trial, why: str, text: str) -> None:
+def _end(study: optuna.Study, trial: optuna.Trial, why: str, text: str) -> FrozenTrial:
     trial.set_user_attr(why, text.strip().splitlines()[0] if text.strip() else "unknown")
-    study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+    return study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def _write_failure(folder: Location, study: optuna.Study, trial: optuna.Trial, error: Exception) -> None:

@@ -151,8 +151,9 @@ class TrialQueue(ABC):
         while not request.signal:
             self.worker.renew()
             with self.place.lock(self.worker, self._read_ahead) as is_held:
-                end_lost_trials(self.study, self.place.workers, self.config.max_worker_deaths, idle=self.worker.id)
-                tries = self.tries()
+                workers, deaths = self.place.workers, self.config.max_worker_deaths
+                trials = end_lost_trials(self.study, workers, deaths, idle=self.worker.id)
+                tries = Tries(trials, attempts(trials))
                 self.check_failures(tries)
                 over = time.monotonic() >= until
                 self.clear(tries)

@@ -22,7 +22,7 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.hpo.class_path import build_from_path
 from lightning_bge.hpo.space.search_space import Space, is_drawn, suggest
 from lightning_bge.hpo.trials import key_of
-from lightning_bge.runtime.compat.optuna import storage_of
+from lightning_bge.runtime.compat.optuna import storage_of, study_id_of
 
 ATTEMPTS = 20  # at a parameter set that is not there yet, before one is drawn at random
 RANDOM_ATTEMPTS = 1000
@@ -237,8 +237,7 @@ def _seed(*parts: int) -> int:
 def _sample(
     study: optuna.Study, space: Space, sampler: BaseSampler, seen: Sequence[FrozenTrial], fixed: Mapping[str, Any]
 ) -> FrozenTrial:
-    storage, real = storage_of(study), study.study_name
-    study_id = storage.get_study_id_from_name(real)
+    storage, real, study_id = storage_of(study), study.study_name, study_id_of(study)
     draft = _Draft(seen, max((trial.number for trial in seen), default=-1) + 1, fixed)
     if isinstance(sampler, optuna.samplers.TPESampler):
         sampler = _KnownSpace(sampler, space)

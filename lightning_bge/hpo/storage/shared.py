@@ -253,20 +253,19 @@ class TicketLock:
                 _sleep(next(looks), is_stopping)
             return state, min((time.monotonic() - since) / back, MOST_SECONDS)
 
-        number = self._storage.get_trial(ticket).number
-        back = 1
-        while back <= number and not self._state(self._ticket_before(number, back)).is_finished():
+        number = self._storage.get_trial_number_from_id(ticket)
+        back, state = 1, TrialState.COMPLETE  # where no ticket is before it
+        while back <= number and not (state := self._state(self._ticket_before(number, back))).is_finished():
             back *= 2
         pace = 0.0
         while back > 1:
             back //= 2
             if back in (NEAR, 1):
                 when_near()
-            _, pace = wait_for(back, pace)
-        for back in range(1, number + 1):
+            state, pace = wait_for(back, pace)
+        while state != TrialState.COMPLETE and back < number:  # the one before has ended while it waited itself
+            back += 1
             state, _ = wait_for(back, pace)
-            if state == TrialState.COMPLETE:  # and not one that ended while it waited
-                break
         return not self._state(ticket).is_finished()
 
     def _looks(self, distance: int, pace: float, end_lost: Callable[[], None]) -> Iterator[float]:

@@ -294,7 +294,7 @@ def losses(running: Sequence[FrozenTrial], workers: Workers) -> dict[int, str]:
     return {trial.number: reason for trial in running if (reason := loss_of(trial, living)) is not None}
 
 
-def end_lost_trials(study: optuna.Study, workers: Workers, max_worker_deaths: int, idle: str = "") -> None:
+def end_lost_trials(study: optuna.Study, workers: Workers, max_worker_deaths: int, idle: str = "") -> list[FrozenTrial]:
     """End the RUNNING trials whose worker is gone. Call it under the lock of the study.
 
     A trial that was about to pause ends as PRUNED. Any other is FAIL with the reason in the user attribute
@@ -306,8 +306,11 @@ def end_lost_trials(study: optuna.Study, workers: Workers, max_worker_deaths: in
         workers: those that work on it.
         max_worker_deaths: workers that may die in a row at one parameter set, with no report in between.
         idle: the id of a worker that runs no trial, which is this process.
+
+    Returns:
+        All trials of the study, as they are then.
     """
-    trials = study.get_trials(deepcopy=False)
+    trials, has_ended_one = study.get_trials(deepcopy=False), False
     running = [trial for trial in trials if trial.state == TrialState.RUNNING]
     lost = losses(running, workers)
     # a worker runs one trial after the other: one before its latest was created by a call whose answer it did not get
@@ -318,12 +321,15 @@ def end_lost_trials(study: optuna.Study, workers: Workers, max_worker_deaths: in
             with suppress(UpdateFinishedTrialError):
                 storage_of(study).set_trial_user_attr(trial_id_of(trial), NOT_TRAINED, "it was created twice")
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            has_ended_one = True
             continue
         if (reason := lost.get(trial.number)) is not None:
             with suppress(UpdateFinishedTrialError):  # its process lives after all, and has ended it just now
                 _end_lost(study, trial, reason, max_worker_deaths)
+            has_ended_one = True
             if worker is not None:
                 workers.forget(worker["id"])
+    return study.get_trials(deepcopy=False) if has_ended_one else trials
 
 
 def _worker_id(trial: FrozenTrial) -> str:

@@ -67,18 +67,35 @@ class SavedRandomState(Callback):
             return
         for number, value in self._plateaus.items():
             pl_module.lr_scheduler_step(trainer.lr_scheduler_configs[number].scheduler, value)
-        for generator, state in zip(_generators(trainer), self._generators, strict=False):
-            generator.set_state(state)
+        self._restore_generators(_generators(trainer))
         set_random_state(self._state)
         self._state = None
         begin_epoch_anew(trainer)
 
+    def _restore_generators(self, generators: list[torch.Generator]) -> None:
+        if len(generators) != len(self._generators):  # nobody knows which is which
+            log_once(
+                log,
+                logging.WARNING,
+                f"a run that goes on from a checkpoint differs a little: the training loaders have {len(generators)} "
+                f"generators, and had {len(self._generators)} when it was written",
+            )
+            return
+        for generator, state in zip(generators, self._generators, strict=True):
+            generator.set_state(state)
+
 
 def _generators(trainer: Trainer) -> list[torch.Generator]:
-    """Those of the training loaders and their samplers, each once."""
-    found: dict[int, torch.Generator] = {}
+    """Those of torch of the training loaders and their samplers, each once."""
+    return [one for one in _own_generators(trainer) if isinstance(one, torch.Generator)]
+
+
+def _own_generators(trainer: Trainer) -> list[Any]:
+    """What the training loaders and their samplers call their generator, each once."""
+    found: dict[int, Any] = {}
     for loader in tree_leaves(trainer.train_dataloader):
-        for part in (loader, getattr(loader, "sampler", None)):
+        batches = getattr(loader, "batch_sampler", None)
+        for part in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
             if (generator := getattr(part, "generator", None)) is not None:
                 found[id(generator)] = generator
     return list(found.values())
@@ -102,6 +119,9 @@ def _what_is_lost(trainer: Trainer, plateaus: dict[int, float | None]) -> Iterat
         if value is None:
             name = trainer.lr_scheduler_configs[number].monitor
             yield f"ReduceLROnPlateau does not see {name} of the epoch at whose end it was written"
+    for generator in _own_generators(trainer):
+        if not isinstance(generator, torch.Generator):
+            yield f"the state of a sampler's generator, a {type(generator).__name__} that is not torch's, is not kept"
     if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
         yield "trainer.reload_dataloaders_every_n_epochs makes loaders that draw another order of the rows"
 

@@ -28,6 +28,11 @@ def running_trial(study: Study, template: FrozenTrial) -> Trial:
     return Trial(study, trial_id)
 
 
+def study_id_of(study: Study) -> int:
+    """The number of a study in its storage."""
+    return study._study_id
+
+
 def trial_as_stored(study: Study, trial: Trial) -> FrozenTrial:
     """A trial as its storage has it now; `Study.get_trials` reads those of all other workers as well."""
     return study._storage.get_trial(trial._trial_id)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BatchEncoding
 
 from lightning_bge.callbacks.throughput.flops import TrainFlops, Work, matmul_dtype, work_of
 from lightning_bge.models.encoder import TextClassifier
@@ -40,6 +40,13 @@ def test_padding_of_a_mask_is_that_of_its_shape() -> None:
     work = work_of({"attention_mask": mask})
     assert (work.sequences, int(work.tokens), int(work.squares), work.computed) == (2, 4, 10, 8)
     assert float(work.padding) == 0.5  # type: ignore[arg-type]
+
+
+def test_the_batch_of_a_tokenizer_is_a_mapping() -> None:
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    batch = BatchEncoding({"input_ids": mask, "attention_mask": mask})
+    assert hasattr(batch, "tokens")  # a method of its own
+    assert work_of(batch) == work_of({"attention_mask": mask})
 
 
 def test_where_padding_is_not_known() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_bge.callbacks.throughput import monitor as throughput_module
 from lightning_bge.callbacks.throughput.monitor import Throughput
+from lightning_bge.types import Batch
 from tests.helpers.plain_module import PARAMETERS, SIZES, TOKENS, Plain, dict_batches, train
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.small_models import Loader, cut_batch, quiet_trainer, random_sequences
@@ -217,21 +218,14 @@ def test_batches_of_tensors_with_a_count(monkeypatch: pytest.MonkeyPatch) -> Non
     assert logged.rates == [pytest.approx((10 / 6, 60 / 6))]
 
 
-@dataclass
-class Shard:
-    """A rank's share of a batch, as `Throughput` takes it."""
-
-    values: Tensor
-    size: int
-    tokens: int
-    shard_tokens: tuple[int, ...] = ()
-
-
-def own_shards(rank: int) -> list[Shard]:
+def own_shards(rank: int) -> list[Batch]:
     """Rank 0 has 3 sequences and then 1, rank 1 has 1 and then none."""
-    sizes, tokens = ((3, 1), (12, 5)) if rank == 0 else ((1, 0), (5, 0))
-    shards = ((12, 5), (5, 0))
-    return [Shard(torch.ones(1, 6), *numbers) for numbers in zip(sizes, tokens, shards, strict=True)]
+    shards, of_all = [[(5, 4, 3), (5,)], [(5,), ()]], ((12, 5), (5, 0))
+    batches = [
+        cut_batch(random_sequences(lengths), torch.zeros(len(lengths)), 1) for lengths in shards[rank] if lengths
+    ]
+    batches += [Batch(())] * (2 - len(batches))
+    return [replace(batch, shard_tokens=tokens) for batch, tokens in zip(batches, of_all, strict=True)]
 
 
 def on_two_ranks(balanced: bool) -> dict[str, float]:
@@ -243,7 +237,7 @@ def on_two_ranks(balanced: bool) -> dict[str, float]:
     class Paced(Plain):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             now[0] += 2 * (self.global_rank + 1)
-            return super().training_step(batch.values, batch_idx)
+            return super().training_step(torch.ones(1, 6), batch_idx)
 
     class Later(Callback):
         def on_train_batch_end(self, *_: Any) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 
 from lightning_bge.hpo.trial.module_setup import ModuleTrialSetup, ResumableTrial
 from lightning_bge.trainer import SILENT
@@ -94,6 +96,36 @@ class OwnGenerator(Split):
         return DataLoader(self.part(held_out=False), 6, shuffle=True, generator=torch.Generator().manual_seed(3))
 
 
+class OwnBatchSampler(Split):
+    """With a batch sampler whose sampler has a generator."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        rows = self.part(held_out=False)
+        sampler = RandomSampler(rows, generator=torch.Generator().manual_seed(3))
+        return DataLoader(rows, batch_sampler=BatchSampler(sampler, 6, drop_last=False))
+
+
+class NumpySampler(Sampler[int]):
+    """Draws from a generator of NumPy."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.generator = rows, np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.generator.permutation(self.rows).tolist())
+
+
+class WithNumpySampler(Split):
+    """With such a sampler."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        rows = self.part(held_out=False)
+        return DataLoader(rows, 6, sampler=NumpySampler(len(rows)))
+
+
 class OfTraining(Plateau):
     """With a schedule that follows a metric of training, which Lightning computes after the checkpoints."""
 
@@ -117,7 +149,9 @@ class OwnSampler(Split):
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
-@pytest.mark.parametrize(("kind", "data"), [(Plateau, Split), (Net, OwnGenerator), (Net, OwnSampler)])
+@pytest.mark.parametrize(
+    ("kind", "data"), [(Plateau, Split), (Net, OwnGenerator), (Net, OwnSampler), (Net, OwnBatchSampler)]
+)
 def test_what_lightning_does_not_keep_is_kept(tmp_path: Path, kind: type[Net], data: type[Split], epoch: int) -> None:
     whole = values(tmp_path / "none.ckpt", kind=kind, data=data)
     before = values(tmp_path / "paused.ckpt", pause=epoch, kind=kind, data=data)
@@ -133,6 +167,12 @@ def test_what_lightning_does_not_keep_is_kept(tmp_path: Path, kind: type[Net], d
         (OfTraining, Split, {}, ["ReduceLROnPlateau does not see train_loss of the epoch"]),
         (Net, Split, {"reload_dataloaders_every_n_epochs": 1}, ["trainer.reload_dataloaders_every_n_epochs makes"]),
         (Net, OwnGenerator, {}, []),
+        (
+            Net,
+            WithNumpySampler,
+            {},
+            ["the state of a sampler's generator, a Generator that is not torch's"],
+        ),
     ],
 )
 def test_what_a_checkpoint_does_not_hold_is_said(
@@ -152,3 +192,13 @@ def test_what_a_checkpoint_does_not_hold_is_said(
     assert len(found) == len(expected)
     for text, part in zip(found, expected, strict=True):
         assert text.startswith(f"a run that goes on from a checkpoint differs a little: {part}")
+
+
+def test_another_number_of_generators_is_said_and_none_is_given_the_state_of_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values(tmp_path / "paused.ckpt", pause=0, data=OwnGenerator)
+    after = values(tmp_path / "paused.ckpt", resumes=True, data=Split)
+    assert len(after) == 3
+    [message] = [one.getMessage() for one in caplog.records if one.name == "lightning_bge"]
+    assert "the training loaders have 0 generators, and had 1 when it was written" in message
