@@ -5,7 +5,7 @@
 
 cost: four processes share a study of trials with 15 reports, whose training is a pause. Seconds of a trial besides the
 pauses, from the end of the trial before to its own end: with a journal file, in PostgreSQL, and through the gRPC proxy;
-in turns, several rounds, medians.
+beside them one process with a journal file, which has nobody to wait for. In turns, several rounds, medians.
 
 load: 256 workers, each a thread with storage and connections of its own, share a study of 2,000 trials, directly and
 through the proxy. Seconds of a trial besides the pauses, connections, transactions and the server's CPU time. The
@@ -55,6 +55,7 @@ from tests.helpers.postgres import SECRET, Postgres  # noqa: E402
 DOCS = ROOT / "docs" / "benchmarks"
 SPACE = {"x": {"low": 0.0, "high": 1.0}, "y": {"low": 0.0, "high": 1.0}}
 COST_REPORTS = 15
+ALONE = "journal, one process"
 KINDS = ("journal", "PostgreSQL", "PostgreSQL behind the proxy")
 
 
@@ -136,10 +137,10 @@ def measure_cost(
 ) -> dict[str, float]:
     """Median seconds of a trial besides its pauses with four processes, of each storage in turn."""
     found, pause = {}, chosen.cost_pause
-    for kind, url in storages.items():
-        run_dir = place / f"cost-{number}-{KINDS.index(kind)}"
-        options = {"n_trials": chosen.cost_trials, "storage": url, "study_name": run_dir.name}
-        running = [start_workers(run_dir, options, pause, COST_REPORTS, 1) for _ in range(4)]
+    for place_number, (kind, url) in enumerate({ALONE: None, **storages}.items()):
+        run_dir, workers = place / f"cost-{number}-{place_number}", 1 if kind == ALONE else 4
+        options = {"n_trials": chosen.cost_trials * workers // 4, "storage": url, "study_name": run_dir.name}
+        running = [start_workers(run_dir, options, pause, COST_REPORTS, 1) for _ in range(workers)]
         if any(process.wait() for process in running):
             raise RuntimeError(f"a worker with {kind} failed")
         found[kind] = statistics.median(besides_pauses(trials_of(run_dir, options), pause))
@@ -222,7 +223,8 @@ def cost_text(found: dict[str, Any], options: dict[str, Any]) -> str:
 Four processes, {options["cost_trials"]} trials with 15 reports, {options["cost_pause"]} s of pause before each
 report in place of training. Seconds of a trial besides its pauses, from the end of the trial before to its own end: the
 next trial under the lock, its parameters (TPE), 15 reports to the median pruner, and its end. Medians of the trials,
-then of {options["rounds"]} rounds in turns.
+then of {options["rounds"]} rounds in turns. What one process with a journal file needs is Optuna's own work and the
+machine's: after a pause code and data have to be fetched into the caches again.
 
 {markdown_table(["storage", "median, s", "lowest", "highest"], rows)}"""
 
@@ -270,7 +272,7 @@ def main() -> None:
         place, storages = Path(name), dict(zip(KINDS, (None, server.url, url), strict=True))
         if chosen.part == "cost":
             rounds = [measure_cost(place, storages, number, chosen) for number in range(chosen.rounds)]
-            result["cost"] = {kind: [found[kind] for found in rounds] for kind in KINDS}
+            result["cost"] = {kind: [found[kind] for found in rounds] for kind in (ALONE, *KINDS)}
         else:
             result["load"] = {}
             for kind in KINDS[1:]:
