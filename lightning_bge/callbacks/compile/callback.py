@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 Layers = Callable[[LightningModule], Sequence[nn.Module]]
 
+# With reduce-overhead token totals are rounded up to multiples of this: a CUDA graph is recorded for each total. Micro-
+# batches of up to 16,384 tokens then have 16 totals at most, and half of this is added to each on average.
+TOKENS_PER_GRAPH = 1024
 WARM_UP_STEPS = 3  # the first steps are slower: the allocator, the optimizer's state, caches
 TIMED_STEPS = 8
 
@@ -74,6 +77,7 @@ class CompileLayers(Callback):
         self.in_effect, self.reason = False, "no training step was made"
         self.graphs, self._graphs_before = 0, dynamo_counts()[-1]
         self._layers: list[nn.Module] = []
+        self._rounding: list[Any] = []  # parts of the module that can round their token totals, and do not
         self._key: Hashable = None
         self.found = Findings(layers=0, graphs=0)
         self._phase: Literal["new", "timing", "capture", "done"] = "done"
@@ -91,6 +95,7 @@ class CompileLayers(Callback):
             self.reason = "compile off: the policy is never"
             return
         self._layers = list((self.layers or find_layers)(pl_module))
+        self._rounding = [part for part in pl_module.modules() if getattr(part, "token_bucket", 0) is None]
         kinds = tuple(dict.fromkeys(signature(layer) for layer in self._layers))
         config = self.config
         self._key = (len(self._layers), kinds, str(pl_module.device), trainer.precision, config.mode, config.backend)
@@ -150,9 +155,15 @@ class CompileLayers(Callback):
         self._phase, self.in_effect, self.reason = "done", on, reason
         if on:
             compile_layers(self._layers, self.config)
+            if self.config.mode == "reduce-overhead":
+                self._round_to(TOKENS_PER_GRAPH)
         if _logged.get(self._key) is not on:  # once a process, not once a trial
             _logged[self._key] = on
             log.info(reason)
+
+    def _round_to(self, tokens: int | None) -> None:
+        for part in self._rounding:
+            part.token_bucket = tokens
 
     def _probe(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure one layer and decide."""
@@ -212,4 +223,5 @@ class CompileLayers(Callback):
         if self._capture is not None:
             self._capture.close()
             self._capture = None
+        self._round_to(None)
         self._phase, self.graphs = "done", dynamo_counts()[-1] - self._graphs_before

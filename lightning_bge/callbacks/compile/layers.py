@@ -23,8 +23,7 @@ def compile_layers(layers: Sequence[nn.Module], config: CompileConfig) -> None:
     """Compile layers in place, so that no key of the state dict changes; a compiled layer is not compiled twice."""
     for layer in layers:
         if compiled_call(layer) is None:
-            # CUDA graphs are recorded for one shape each
-            layer.compile(dynamic=config.mode != "reduce-overhead", mode=config.mode, backend=config.backend)
+            layer.compile(dynamic=True, mode=config.mode, backend=config.backend)
 
 
 def signature(layer: nn.Module) -> Hashable:

@@ -24,8 +24,8 @@ class CompileConfig:
     Attributes:
         policy: auto measures on the real model whether compiling pays over the steps that are left, and logs why;
             always compiles when training starts; never leaves them eager.
-        mode: mode of torch.compile. reduce-overhead records CUDA graphs, which need static shapes: pad micro-batches to
-            few token totals, as each one is compiled separately.
+        mode: mode of torch.compile. reduce-overhead records a CUDA graph for each shape: the token totals of packed
+            micro-batches are then rounded up to multiples of 1,024 with dummy sequences, which changes no result.
         time_limit: maximum seconds for the measurement of auto. 120, because one layer of MiniLM took 17 to 50 s on a
             CPU.
         backend: back end of torch.compile.

@@ -66,12 +66,16 @@ TextBuild = Callable[[dict[str, Any]], TextTrialSetup]  # as `Build`
 
 
 class ReleaseEncoder(Callback):
-    """Takes the encoder out of the module when training ends, so that Lightning does not move it off its device."""
+    """Takes the encoder out of the module, and the optimizer out of the trainer, when training ends.
+
+    Lightning would copy both to the host: the optimizer's state alone is 0.9 GB where 110 M parameters train.
+    """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Training has ended as planned."""
         pl_module.release_encoder()  # type: ignore[operator]
+        trainer.strategy.optimizers = []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The trial was pruned, has failed or was interrupted."""
-        pl_module.release_encoder()  # type: ignore[operator]
+        self.on_train_end(trainer, pl_module)

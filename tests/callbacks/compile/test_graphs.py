@@ -116,20 +116,7 @@ def eager_backend(graph: torch.fx.GraphModule, inputs: Any, **_: Any) -> Callabl
     return graph.forward
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "default",
-        pytest.param(
-            "reduce-overhead",
-            marks=pytest.mark.xfail(
-                raises=AssertionError,
-                strict=True,
-                reason="shapes are static, and nothing sets token_bucket: each token total is compiled anew",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_new_token_totals_need_no_graph(mode: Any) -> None:
     module, callbacks = BGEClassifier(), []
     module.net = TextClassifier(small_model("bert", vocab_size=100))
@@ -142,6 +129,18 @@ def test_new_token_totals_need_no_graph(mode: Any) -> None:
     if not first > 0 or repeated:
         pytest.fail(f"{first} graphs of the first batches, and {repeated} of the same ones")
     assert new == 0
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_cuda_graphs_are_recorded_for_few_token_totals(mode: Any) -> None:
+    module, fed = BGEClassifier(), set()
+    module.net = net = TextClassifier(small_model("bert", vocab_size=100))
+    net.model.base_model.embeddings.register_forward_hook(lambda part, inputs, output: fed.add(output.shape[1]))
+    batches = [effective_batch(6, seed=seed) for seed in range(2)]
+    callback = CompileLayers(CompileConfig(policy="always", mode=mode, backend=eager_backend))  # type: ignore[arg-type]
+    quiet_trainer(callbacks=[callback], limit_val_batches=0).fit(module, datamodule=Batches(SCHEMA, batches))
+    assert fed == {1024} if mode == "reduce-overhead" else len(fed) > 1
+    assert net.token_bucket is None  # after the fit, in which alone it was set
 
 
 @pytest.mark.slow

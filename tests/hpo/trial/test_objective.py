@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import strategy as lightning_strategy
 
 from lightning_bge.hpo.trackers.tracking import Tracking
 from lightning_bge.hpo.trial.objective import Objective
@@ -41,6 +44,30 @@ def test_warm_trials_equal_cold_ones_bit_for_bit(folder: Path) -> None:
         assert one.intermediate_values == other.intermediate_values
         assert one.values == other.values
     assert len({trial.params["dropout"] for trial in found.trials}) > 1
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_nothing_is_moved_to_the_host_when_a_fold_ends(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, pruned: bool
+) -> None:
+    moved: list[object] = []
+    seen: list[int] = []
+
+    def to_device(optimizers: Any, device: object) -> None:
+        moved.extend(value for optimizer in optimizers for value in optimizer.state.values())
+
+    def cpu(module: LightningModule) -> LightningModule:
+        moved.extend(module.net.parameters() if module.net is not None else ())  # type: ignore[union-attr]
+        seen.append(1)
+        return module
+
+    monkeypatch.setattr(lightning_strategy, "_optimizers_to_device", to_device)
+    monkeypatch.setattr(LightningModule, "cpu", cpu)
+    study = optuna.create_study(pruner=optuna.pruners.ThresholdPruner(upper=-1.0) if pruned else None)
+    study.optimize(make(folder), n_trials=1)
+    assert [trial.state.name for trial in study.trials] == ["PRUNED" if pruned else "COMPLETE"]
+    assert len(seen) == (1 if pruned else 2)
+    assert not moved
 
 
 def test_reporting_more_often_changes_no_result(folder: Path) -> None:
