@@ -82,6 +82,7 @@ def default_sync_mode() -> Iterator[None]:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.usefixtures("default_sync_mode")
+@pytest.mark.filterwarnings("ignore:You have overridden `on_before_batch_transfer`")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "32-true"])
 def test_gpu_neither_a_batch_s_copy_nor_its_step_waits_for_the_device(tmp_path: Path, precision: Any) -> None:
     module = NoWaiting(save_model(tmp_path, dropout=0.2), optimizer=OptimizerConfig(lr=1e-2))
@@ -96,4 +97,4 @@ def test_gpu_neither_a_batch_s_copy_nor_its_step_waits_for_the_device(tmp_path: 
 def test_gpu_a_copy_that_waits_is_an_error_of_that_test() -> None:
     torch.cuda.set_sync_debug_mode("error")
     with pytest.raises(RuntimeError, match="synchroniz"):
-        example().pin_memory().to("cuda")
+        example().pin_memory().to("cuda", non_blocking=False)

@@ -3,6 +3,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 namespace {
@@ -41,6 +42,7 @@ struct CUDAHooks final : CUDAHooksInterface {
   DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
   DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
   void setCurrentDevice(DeviceIndex) const override {}
+  Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
   int getNumGPUs() const override { return 1; }
   Generator getNewGenerator(DeviceIndex) const override { return detail::createCPUGenerator(); }
   const Generator& getDefaultGenerator(DeviceIndex) const override { return detail::getDefaultCPUGenerator(); }

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,20 +44,24 @@ class SimulatedDevice:
 
     Attributes:
         capability: compute capability; what the code asks for.
-        total: bytes of memory, beyond which an allocation raises `torch.OutOfMemoryError`.
+        total: bytes of memory.
+        share: the part of it that this process may take; beyond, an allocation raises `torch.OutOfMemoryError`.
         allocated: bytes of the tensors that are there.
         peak: the most of them.
         waits: what made the host wait, by operator and the line of the package.
         attention: calls of fused attention operators, in order.
+        sync_mode: of `torch.cuda.set_sync_debug_mode`; "error": what makes the host wait is one.
         opened: what keeps operators registered.
     """
 
     capability: tuple[int, int] = (9, 0)
     total: int = 141 * GIB
+    share: float = 1.0
     allocated: int = 0
     peak: int = 0
     waits: Counter[str] = field(default_factory=Counter)
     attention: list[dict[str, Any]] = field(default_factory=list)
+    sync_mode: str | int = "default"
     opened: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -65,7 +69,8 @@ class SimulatedDevice:
 
     def reset(self) -> None:
         """As at first; tensors that are there stay counted."""
-        self.capability, self.total, self.peak = (9, 0), 141 * GIB, self.allocated
+        self.capability, self.total, self.share, self.peak = (9, 0), 141 * GIB, 1.0, self.allocated
+        self.sync_mode = "default"
         self.waits.clear()
         self.attention.clear()
 
@@ -73,7 +78,7 @@ class SimulatedDevice:
         """Count a storage, once for all of its tensors."""
         key, size = storage._cdata, storage.nbytes()
         if not self._storages[key]:
-            if self.allocated + size > self.total:
+            if self.allocated + size > self.share * self.total:
                 raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
             self.allocated += size
             self.peak = max(self.peak, self.allocated)
@@ -86,19 +91,20 @@ class SimulatedDevice:
             self.allocated -= storage.nbytes()
 
     def wait(self, what: object) -> None:
-        """Note that the host waits for the device."""
+        """Note that the host waits for the device; an error where `sync_mode` says so."""
         lines = [one for one in traceback.extract_stack() if "/lightning_bge/" in one.filename]
         where = f"{lines[-1].filename.rpartition('/lightning_bge/')[2]}:{lines[-1].name}" if lines else "elsewhere"
         self.waits[f"{what} in {where}"] += 1
+        if self.sync_mode in ("error", 2):
+            raise RuntimeError(f"called a synchronizing CUDA operation: {what} in {where}")
 
-    @contextmanager
-    def limited(self, more: int) -> Iterator[None]:
-        """A context in which so many bytes fit, besides those that are there."""
-        before, self.total = self.total, self.allocated + more
-        try:
-            yield
-        finally:
-            self.total = before
+    def allow(self, share: float, *_: Any) -> None:
+        """As `torch.cuda.set_per_process_memory_fraction`."""
+        self.share = share
+
+    def set_sync_mode(self, mode: str | int) -> None:
+        """As `torch.cuda.set_sync_debug_mode`."""
+        self.sync_mode = mode
 
 
 DEVICE = SimulatedDevice()
@@ -254,16 +260,22 @@ class _Properties:
 
 
 def _empty(size: Any, *, dtype: Any = None, memory_format: Any = None, **_: Any) -> CudaTensor:
-    return CudaTensor(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
+    return CudaTensor(
+        torch.empty(size, dtype=dtype, device="cpu", memory_format=memory_format or torch.contiguous_format)
+    )
 
 
 def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> CudaTensor:
-    return CudaTensor(torch.empty_strided(size, stride, dtype=dtype))
+    return CudaTensor(torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
 
 
-def _arange(*bounds: Any, dtype: Any = None, **_: Any) -> CudaTensor:
-    """torch's own resizes a tensor that it has made, which one around another can't do."""
-    return CudaTensor(torch.arange(*bounds, dtype=dtype))
+def _made_on_the_cpu(function: Callable[..., Tensor]) -> Callable[..., CudaTensor]:
+    """For those that resize a tensor that they have made, which is not possible for one around another."""
+
+    def make(*args: Any, dtype: Any = None, **_: Any) -> CudaTensor:
+        return CudaTensor(function(*args, dtype=dtype, device="cpu"))
+
+    return make
 
 
 def _reset_peak(*_: Any) -> None:
@@ -297,7 +309,9 @@ def _functions() -> dict[str, Callable[..., Any]]:
         "max_memory_reserved": lambda *_: DEVICE.peak,
         "memory_stats": lambda *_: {},
         "reset_peak_memory_stats": _reset_peak,
-        "get_per_process_memory_fraction": lambda *_: 1.0,
+        "get_per_process_memory_fraction": lambda *_: DEVICE.share,
+        "set_per_process_memory_fraction": DEVICE.allow,
+        "set_sync_debug_mode": DEVICE.set_sync_mode,
         "empty_cache": lambda: None,
         "synchronize": lambda *_: DEVICE.wait("synchronize"),
         "manual_seed": generator.manual_seed,
@@ -329,6 +343,6 @@ def install() -> None:
     library = torch.library.Library("aten", "IMPL")
     library.impl("empty.memory_format", _empty, "CUDA")
     library.impl("empty_strided", _empty_strided, "CUDA")
-    for name in ("arange", "arange.start", "arange.start_step"):
-        library.impl(name, _arange, "CUDA")
+    for name in ("arange", "arange.start", "arange.start_step", "eye", "eye.m"):
+        library.impl(name, _made_on_the_cpu(getattr(torch, name.partition(".")[0])), "CUDA")
     DEVICE.opened += [library, register_flash(DEVICE.attention), register_memory_efficient(DEVICE.attention)]

@@ -116,6 +116,7 @@ def train(folder: str, sequences: int) -> tuple[dict[str, Tensor], list[Any]]:
     return {name: value.cpu() for name, value in module.state_dict().items()}, module.oom_retry.records
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 def test_a_step_recovers_from_a_real_oom(tmp_path: Path) -> None:
     folder = save_model(tmp_path, max_position_embeddings=LENGTH, **SHAPE)
     train(folder, 2)  # what the libraries keep for good

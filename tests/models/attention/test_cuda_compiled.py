@@ -18,6 +18,9 @@ from lightning_bge.models.attention import packed as attention
 from lightning_bge.models.dropout import CheapDropout, use_cheap_dropout
 from tests.helpers.packing import CPU, CUDA, on_gpu, pack
 
+# inductor of torch 2.13 imports what torch 2.13 deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
 LENGTHS = (7, 5, 5, 5, 1)
 
 
