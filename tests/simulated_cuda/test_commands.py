@@ -1,0 +1,72 @@
+"""`fit` and `hpo` on a CUDA device, from the command line to the exported model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lightning_bge.models.attention import packed as attention
+from tests.helpers.cli_sample import write_sample_with_model
+from tests.simulated_cuda.device import SimulatedDevice
+
+pytestmark = pytest.mark.filterwarnings("ignore:GPU available but not used")
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sample_with_model(tmp_path_factory.mktemp("sample"))
+
+
+def options(sample: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "model": {"name_or_path": str(sample / "model")},
+        "data": {
+            "train_file": str(sample / "train.csv"),
+            "text_columns": ["text", "criterion"],
+            "group_column": "post_id",
+            "split": {"folds": 2},
+        },
+        "trainer": {"max_epochs": 2, "accelerator": "gpu", "devices": 1},
+    }
+    return {**given, **changes}
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_fit(
+    run: Any,
+    device: SimulatedDevice,
+    sample: Path,
+    tmp_path: Path,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+) -> None:
+    device.capability = capability
+    attention._in_use.clear()
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(options(sample, tmp_path / "run")))
+    status, _, err = run("fit", "-c", str(tmp_path / "fit.yaml"))
+    assert status == 0, err
+    assert {kind.dtype for kind, _ in attention.backends_in_use() if kind.device.type == "cuda"} == {dtype}
+    assert device.attention
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert 0 <= json.loads((tmp_path / "run" / "summary.json").read_text())["validation"]["f1"] <= 1
+
+
+def test_hpo(run: Any, device: SimulatedDevice, sample: Path, tmp_path: Path) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    hpo = {"n_trials": 4, "space": {"model.optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}}, "baseline": False}
+    (tmp_path / "hpo.yaml").write_text(yaml.safe_dump(options(sample, tmp_path / "run", hpo=hpo)))
+    held = device.allocated
+    status, out, err = run("hpo", "-c", str(tmp_path / "hpo.yaml"))
+    assert status == 0, err
+    assert "4 of 4" in out or "4 trials" in out
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert device.allocated - held < 2**20
+    assert torch.backends.cuda.matmul.fp32_precision == before
