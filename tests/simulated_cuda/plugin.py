@@ -7,10 +7,12 @@ preload.load()
 from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
 from tests.simulated_cuda.device import DEVICE, SimulatedDevice, install  # noqa: E402
 
 install()
+torch.autograd.set_multithreading_enabled(False)  # else backward runs where no coverage looks
 
 
 @pytest.fixture
