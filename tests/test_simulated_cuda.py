@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-# Tests for a GPU of which the simulation has all that they ask; the others time kernels, or compile for triton.
+# Tests for a GPU of which the simulation has all that they ask; the others time kernels, compile for triton, or fill a
+# gigabyte of memory, which takes a CPU minutes.
 FOR_A_GPU = (
     "models/attention/test_cuda.py",
     "models/test_effective_batch.py",
     "models/test_encoder_cache_several.py",
     "models/test_loss_scaling.py",
     "models/memory_saving/test_gradient_checkpointing.py",
-    "callbacks/micro_batch/test_finder_cuda.py",
 )
 COMPILED = "recomputed and True"  # torch.compile does not take the simulation's tensors
 
