@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import optuna
 
@@ -22,7 +22,7 @@ from lightning_bge.hpo.text_experiment import TextExperiment
 from lightning_bge.hpo.tracked_study import attach_report
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.metrics.names import Metric
-from lightning_bge.preflight import check_places, preflight
+from lightning_bge.preflight import preflight, preflight_module
 from lightning_bge.runtime.compat.lightning import is_module
 from lightning_bge.runtime.nested_config import as_config
 from lightning_bge.templates import SpaceLike, StudyOptions, errors_of_arguments, quiet_libraries, study_of_templates
@@ -171,7 +171,7 @@ def tune(
             trainer={"max_epochs": max_epochs, **(trainer or {})},
             options=options,
         )
-        preflight("hpo", experiment, hpo) if isinstance(experiment, TextExperiment) else check_places(hpo)
+        _check("hpo", experiment, hpo)
         study, summary = run_studies(experiment, hpo)
         if summary is not None:
             report = write_report(Path(run_dir))
@@ -179,6 +179,14 @@ def tune(
             attach_report(study, hpo, Path(run_dir), summary, report)
             print(f"  {report.name:<14}the whole study on one page, for a browser")
         return TuneResult(study, Path(run_dir), summary)
+
+
+def _check(command: Literal["hpo", "plan"], experiment: Experiment, hpo: StudyConfig) -> None:
+    """Check what the command of that name checks, before anything is trained."""
+    if isinstance(experiment, TextExperiment):
+        preflight(command, experiment, hpo)
+    else:
+        preflight_module(command, experiment.run_dir, experiment.config["trainer"].as_dict(), hpo)
 
 
 def _study_of(caller: str, what: tuple[Any, ...]) -> Callable[..., tuple[Experiment, StudyConfig]]:
@@ -274,6 +282,5 @@ def plan(
         )
         if isinstance(config, Mapping) and "given" in config:
             config = {**config, "given": as_config(GivenFigures, config["given"], "config.given")}
-        if isinstance(experiment, TextExperiment):
-            preflight("plan", experiment, hpo)
+        _check("plan", experiment, hpo)
         return make_plan(experiment, hpo, as_config(PlanConfig, config, "config"))

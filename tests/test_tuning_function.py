@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 
 from lightning_bge.cli.main import main
 from lightning_bge.errors import ConfigError
-from lightning_bge.tuning import TuneResult, tune
+from lightning_bge.tuning import TuneResult, plan, tune
 from tests.helpers.other_project import Folds, Net, Split
 
 SPACE = {"lr": FloatDistribution(0.001, 0.1, log=True), "width": CategoricalDistribution([4, 8])}
@@ -168,6 +168,8 @@ def test_other_errors_fail_the_trial(tmp_path: Path) -> None:
         (lambda run: tune(build, SPACE, run_dir=run, metric="f1"), "mode: expected max or min for the metric f1"),
         (lambda run: tune(build, SPACE, run_dir=run, baseline=True), "baseline: expected false"),
         (lambda run: tune(build, SPACE, run_dir=run, compile={}), "compile: expected nothing"),
+        (lambda run: tune(build, SPACE, run_dir=run, trainer={"fast_dev_run": True}), "a study needs whole epochs"),
+        (lambda run: plan(build, SPACE, trainer={"fast_dev_run": True}), "a study needs whole epochs"),
         (lambda run: tune(build, SPACE, run_dir=run, ensemble=True, refit=True), "ensemble: expected false"),
     ],
 )

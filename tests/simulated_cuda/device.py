@@ -208,7 +208,7 @@ def _note_waits(func: Any, args: Any, kwargs: dict[str, Any], to_host: bool) -> 
         DEVICE.wait(func)
     elif func is aten.copy_.default:
         target, source, queued = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-        if isinstance(target, CudaTensor) != isinstance(source, CudaTensor) and source.ndim and not queued:
+        if isinstance(target, CudaTensor) != isinstance(source, CudaTensor) and not queued:
             DEVICE.wait(func)
     elif func is aten.index.Tensor and any(one is not None and one.dtype == torch.bool for one in args[1]):
         DEVICE.wait(func)
