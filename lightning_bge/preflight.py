@@ -20,6 +20,7 @@ from lightning_bge.hpo.storage.files import check_files, study_files
 from lightning_bge.hpo.storage.url import parse_storage
 from lightning_bge.hpo.text_experiment import TextExperiment
 from lightning_bge.hpo.trackers.config import check_trackers
+from lightning_bge.models.head_class import HeadConfig
 from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.memory_saving.lora import LoRAConfig
 from lightning_bge.models.metrics.class_path import try_class
@@ -281,6 +282,7 @@ def _model_sizes(experiment: TextExperiment, hpo: StudyConfig | None) -> list[Mo
             frozen_layers=config["frozen_layers"],
             lora=_config(LoRAConfig, lora),
             pooling=config["pooling"],
+            head=_config(HeadConfig, config["head"]),
         )
         for name in names
     ]

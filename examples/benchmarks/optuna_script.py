@@ -8,7 +8,9 @@ The script is what Optuna's documentation shows, with folds: a study, an objecti
 pruner sees the first fold alone. The other script has `FoldPruningCallback` in its place, whose steps run on over the
 folds, and one argument more. Sampler, seeds, pruner, folds and epochs are the same.
 
-Each complete trial must have the same value in both: a callback that prunes changes nothing of what is trained.
+Each complete trial must have the same value in both: a callback that prunes changes nothing of what is trained. What
+is saved depends on the pruner: one that compares values at the first epochs stops the same trials with both callbacks,
+one that asks for more from those that were trained longer goes on asking in later folds with ours alone.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import logging
 import statistics
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +91,7 @@ def with_optunas(trial: optuna.Trial) -> float:
     for fold in range(FOLDS):
         module = module_of(trial, fold)
         callback = PyTorchLightningPruningCallback(trial, monitor="val_acc")
-        trainer = L.Trainer(max_epochs=EPOCHS, callbacks=[callback], **QUIET)
+        trainer = L.Trainer(max_epochs=EPOCHS, callbacks=[callback, Epochs()], **QUIET)
         trainer.fit(module, *loaders(fold))
         scores.append(trainer.callback_metrics["val_acc"].item())
     return sum(scores) / FOLDS
@@ -101,23 +105,35 @@ def with_ours(trial: optuna.Trial) -> float:
         callback = FoldPruningCallback(
             trial, "val_acc", fold=fold, folds=FOLDS, epochs=EPOCHS, earlier=scores, objective="last"
         )
-        trainer = L.Trainer(max_epochs=EPOCHS, callbacks=[callback], **QUIET)
+        trainer = L.Trainer(max_epochs=EPOCHS, callbacks=[callback, Epochs()], **QUIET)
         trainer.fit(module, *loaders(fold))
         scores.append(callback.close_fold())
     return sum(scores) / FOLDS
 
 
 OBJECTIVES = {"PyTorchLightningPruningCallback": with_optunas, "FoldPruningCallback": with_ours}
+PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
+    "MedianPruner": partial(optuna.pruners.MedianPruner, n_startup_trials=5),
+    "PercentilePruner": partial(optuna.pruners.PercentilePruner, 25.0, n_startup_trials=5),
+    "SuccessiveHalvingPruner": optuna.pruners.SuccessiveHalvingPruner,
+}
 
 
-def measure(name: str, trials: int) -> dict[str, Any]:
+class Epochs(L.Callback):
+    """Counts the epochs that are trained."""
+
+    trained = 0
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        Epochs.trained += 1
+
+
+def measure(pruner: str, name: str, trials: int) -> dict[str, Any]:
     """Run a study; its seconds, and its trials."""
     study = optuna.create_study(
-        direction="maximize",
-        sampler=optuna.samplers.RandomSampler(seed=0),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=5),
+        direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0), pruner=PRUNERS[pruner]()
     )
-    since = time.perf_counter()
+    Epochs.trained, since = 0, time.perf_counter()
     study.optimize(OBJECTIVES[name], n_trials=trials)
     seconds = time.perf_counter() - since
     complete = {trial.number: trial.value for trial in study.trials if trial.state == TrialState.COMPLETE}
@@ -125,41 +141,47 @@ def measure(name: str, trials: int) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "best": study.best_value,
         "complete": complete,
-        "epochs": sum(len(trial.intermediate_values) for trial in study.trials),
+        "epochs": Epochs.trained,
         "pruned": sum(trial.state == TrialState.PRUNED for trial in study.trials),
     }
+
+
+def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The runs of both callbacks with a pruner, and the seconds of ours as a part of the other's."""
+    theirs, ours = runs.values()
+    common = theirs[0]["complete"].keys() & ours[0]["complete"].keys()
+    different = [number for number in common if theirs[0]["complete"][number] != ours[0]["complete"][number]]
+    if different:
+        raise SystemExit(f"values differ in the trials {different}")
+    ratios = [own["seconds"] / other["seconds"] for own, other in zip(ours, theirs, strict=True)]
+    return {"runs": runs, "common": len(common), "ratios": ratios}
 
 
 def note(result: dict[str, Any]) -> str:
     """The record as a text."""
     rows = []
-    for name, found in result["runs"].items():
-        seconds = [one["seconds"] for one in found]
-        first = found[0]
-        rows.append(
-            [
-                f"`{name}`",
-                f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
-                first["pruned"],
-                len(first["complete"]),
-                f"{first['best']:.4f}",
-            ]
-        )
-    head = ["callback", "seconds: median (lowest to highest)", "pruned", "complete", "best value"]
-    ratios, options = result["ratios"], result["options"]
-    part = f"{statistics.median(ratios):.2f} (median of the rounds; {min(ratios):.2f} to {max(ratios):.2f})"
+    for pruner, found in result["pruners"].items():
+        for name, runs in found["runs"].items():
+            seconds, first = [one["seconds"] for one in runs], runs[0]
+            part = "" if name != "FoldPruningCallback" else f"{statistics.median(found['ratios']):.2f}"
+            times = f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
+            state = [first["epochs"], first["pruned"], len(first["complete"]), f"{first['best']:.4f}"]
+            rows.append([f"`{pruner}`", f"`{name}`", times, part, *state])
+    head = ["pruner", "callback", "seconds: median (lowest to highest)", "part", "epochs", "pruned", "complete", "best"]
+    options = result["options"]
+    common = ", ".join(str(found["common"]) for found in result["pruners"].values())
     return f"""\
 # An Optuna user's script with our pruning callback
 
 {result["hardware"]["cpu"]}, one thread, {options["rounds"]} rounds in turns, {options["trials"]} trials, {FOLDS} folds
-of {EPOCHS} epochs, `MedianPruner(n_startup_trials=5)`, `RandomSampler`; a network of two layers on the digits of
-scikit-learn. The scripts differ in the callback alone.
+of {EPOCHS} epochs, `RandomSampler`; a network of two layers on the digits of scikit-learn. The scripts differ in the
+callback alone.
 
 {markdown_table(head, rows)}
 
-Seconds with ours, as a part of those with Optuna's: {part}. The {result["common"]} trials that are complete in both
-have the same values, bit for bit, and the best trial is the same. Optuna's pruner sees the first fold alone, as a step
-is reported once; ours sees all of them.
+`part`: seconds with ours, as a part of those with Optuna's (median of the rounds). The trials that are complete in
+both ({common}) have the same values, bit for bit. Optuna's pruner sees the first fold alone, as a step is reported
+once; ours sees all of them, so that what is saved depends on whether the pruner decides after the first fold at all.
 
 Written by `examples/benchmarks/optuna_script.py`.
 """
@@ -176,22 +198,17 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")  # of workers of loaders, and of steps that Optuna has a report of already
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in OBJECTIVES}
+    runs: dict[str, dict[str, list[Any]]] = {pruner: {name: [] for name in OBJECTIVES} for pruner in PRUNERS}
     for _ in range(chosen.rounds):
-        for name, found in runs.items():
-            found.append(measure(name, chosen.trials))
-            print(name, {key: value for key, value in found[-1].items() if key != "complete"}, flush=True)
-    theirs, ours = runs.values()
-    common = theirs[0]["complete"].keys() & ours[0]["complete"].keys()
-    different = [number for number in common if theirs[0]["complete"][number] != ours[0]["complete"][number]]
-    if different or theirs[0]["best"] != ours[0]["best"]:
-        raise SystemExit(f"values differ in the trials {different}, best {theirs[0]['best']} and {ours[0]['best']}")
+        for pruner, by_name in runs.items():
+            for name, found in by_name.items():
+                found.append(measure(pruner, name, chosen.trials))
+                shown = {key: value for key, value in found[-1].items() if key != "complete"}
+                print(pruner, name, shown, flush=True)
     result = {
         **{"hardware": hardware(), "versions": versions(), "commit": git_commit()},
         "options": {"rounds": chosen.rounds, "trials": chosen.trials},
-        "runs": runs,
-        "common": len(common),
-        "ratios": [own["seconds"] / other["seconds"] for own, other in zip(ours, theirs, strict=True)],
+        "pruners": {pruner: compared(by_name) for pruner, by_name in runs.items()},
     }
     write_json(chosen.out, result)
     write_text(chosen.out.with_suffix(".md"), note(result))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.runtime.model_config import HEAD
 from lightning_bge.types import Task
 
 MAX_NAMES = 10  # that a message lists
@@ -173,11 +174,12 @@ def rearrange_outputs(model: PreTrainedModel, matrix: Tensor) -> None:
     """
     if torch.equal(matrix, torch.eye(len(matrix))):
         return
-    found = find_last_layer(model)
+    found = None if hasattr(model.config, HEAD) else find_last_layer(model)
     if found is None:
         raise ConfigError(
             f"model.name_or_path: the outputs of this {model.config.model_type} can't be brought into the order of the "
-            "data, as its last layer is not linear. Set data.table.labels to the order of id2label in its config.json"
+            "data, as its last layer is not linear, or of a class by its path. Set data.table.labels to the order of "
+            "id2label in its config.json"
         )
     name, old = found
     new = nn.Linear(old.in_features, len(matrix), bias=old.bias is not None, dtype=old.weight.dtype)

@@ -9,12 +9,14 @@ from typing import Any, get_args
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.checkpoint_head import Outputs
 from lightning_bge.models.effective_batch import EffectiveBatchModule
 from lightning_bge.models.encoder import Attention, TextClassifier, build_classifier, expand_home, load_classifier
+from lightning_bge.models.head_class import EXPECTED, HeadConfig
 from lightning_bge.models.losses import Loss, LossConfig
 from lightning_bge.models.memory_saving.lora import LoRAConfig
 from lightning_bge.models.metrics.class_path import try_class
@@ -29,6 +31,7 @@ from lightning_bge.models.output.export import export_classifier
 from lightning_bge.models.output.inference import Text, TextPredictions, predict_texts, tokenizer_of
 from lightning_bge.models.pooling import TokenPooling
 from lightning_bge.models.tried_classes import try_classes
+from lightning_bge.runtime.class_path import find_class
 from lightning_bge.runtime.compat.lightning import estimated_steps
 from lightning_bge.runtime.nested_config import as_config, as_plain
 from lightning_bge.types import TASKS, Schema, Task
@@ -36,7 +39,7 @@ from lightning_bge.types import TASKS, Schema, Task
 CHECKPOINT_KEY = "lightning_bge"  # of what `load_from_checkpoint` needs besides weights and arguments
 ENCODER_OPTIONS = (
     *("attention", "dropout", "seed", "revision", "trust_remote_code"),
-    *("gradient_checkpointing", "frozen_layers", "lora", "pooling"),
+    *("gradient_checkpointing", "frozen_layers", "lora", "pooling", "head"),
 )  # arguments that the function that loads the encoder gets
 
 
@@ -51,8 +54,8 @@ class BGEClassifier(EffectiveBatchModule):
     Args:
         name_or_path: name on the hub or folder of any encoder: `BAAI/bge-small-en-v1.5`, `BAAI/bge-reranker-base`...
         task: binary (yes/no), multiclass, multilabel or regression.
-        loss: which loss, class weights, label smoothing. This, the next two and `lora` may be dicts of their fields,
-            such as `optimizer={"lr": 1e-4}`, and name a class by `class_path` and `init_args`.
+        loss: which loss, class weights, label smoothing. This, the next two, `lora` and `head` may be dicts of
+            their fields, such as `optimizer={"lr": 1e-4}`, and name a class by `class_path` and `init_args`.
         optimizer: options of AdamW, or another optimizer; clipping, layer-wise decay of the learning rate.
         schedule: the learning rate over the optimizer steps.
         dropout: overrides all of the model's dropout probabilities; null keeps the checkpoint's.
@@ -67,6 +70,7 @@ class BGEClassifier(EffectiveBatchModule):
         pooling: what the head reads of a sequence: cls (its first token), mean or max of its tokens; auto: as the
             checkpoint. What transformers' model does not have (mean and max, but for ModernBERT's mean) is exported
             in a form that this package alone loads.
+        head: what makes the logits of the pooled vectors: the architecture's own, or a class.
 
     Attributes:
         hparams: the arguments as plain data; `BGEClassifier(**hparams)` is an equal module.
@@ -96,11 +100,13 @@ class BGEClassifier(EffectiveBatchModule):
         frozen_layers: int | None = None,
         lora: LoRAConfig = LoRAConfig(),  # noqa: B008
         pooling: TokenPooling = "auto",
+        head: HeadConfig = HeadConfig(),  # noqa: B008
     ) -> None:
         loss = as_config(LossConfig, loss, "loss")
         optimizer = as_config(OptimizerConfig, optimizer, "optimizer")
         schedule = as_config(ScheduleConfig, schedule, "schedule")
         lora = as_config(LoRAConfig, lora, "lora")
+        head = as_config(HeadConfig, head, "head")
         given = locals()
         arguments = {name: given[name] for name in inspect.signature(BGEClassifier).parameters}
         _check_arguments(**arguments)
@@ -110,6 +116,7 @@ class BGEClassifier(EffectiveBatchModule):
         self.name_or_path = name_or_path
         self.task: Task = task
         self.loss_config, self.optimizer_config, self.schedule_config = loss, optimizer, schedule
+        self.head_config = head
         self._encoder_options = {name: arguments[name] for name in ENCODER_OPTIONS}
         self.load: Callable[..., TextClassifier] = load_classifier
         self.class_counts: Sequence[float] | None = None
@@ -130,6 +137,8 @@ class BGEClassifier(EffectiveBatchModule):
             return
         if self.net is None:
             wanted = Outputs(self.schema.task, self.schema.labels)
+            if not self._imports and self.head_config.class_path is not None:
+                find_class(self.head_config.class_path, nn.Module, EXPECTED, imports=False)
             net = self.load(self.name_or_path, wanted, **self._encoder_options)
             if self.schema.max_length > net.max_positions:
                 raise ConfigError(

@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from lightning_bge.errors import ConfigError
@@ -25,14 +27,15 @@ from lightning_bge.models.checkpoint_head import (
     reset_head,
 )
 from lightning_bge.models.dropout import use_cheap_dropout
-from lightning_bge.models.heads import PACKED_HEADS
+from lightning_bge.models.head_class import HeadConfig, head_of, use_head
+from lightning_bge.models.heads import PACKED_HEADS, apply_head
 from lightning_bge.models.memory_saving.freezing import freeze_layers
 from lightning_bge.models.memory_saving.gradient_checkpointing import set_gradient_checkpointing
 from lightning_bge.models.memory_saving.lora import LoRAConfig, add_lora
 from lightning_bge.models.pooling import TokenPooling, is_native, pool_tokens, pool_windows, pooling_of, set_pooling
 from lightning_bge.runtime.compat.transformers import attention_implementation
 from lightning_bge.runtime.log_once import log_once
-from lightning_bge.runtime.model_config import read_config
+from lightning_bge.runtime.model_config import HEAD_FILE, is_head, read_config
 from lightning_bge.types import ENSEMBLE_FILE, MicroBatch
 
 log = logging.getLogger(__name__)
@@ -125,7 +128,7 @@ class TextClassifier(nn.Module):
     def _head(self, pooled: Tensor) -> Tensor:
         # the head in full precision: bf16 logits have 8 bits, so that the scores of many rows would be the same
         with torch.autocast(pooled.device.type, enabled=False):
-            return PACKED_HEADS[self.model.config.model_type](self.model, pooled.to(self.model.dtype))
+            return apply_head(self.model, pooled.to(self.model.dtype))
 
     def _pool(self, hidden: Tensor, micro: MicroBatch) -> Tensor:
         """What the layers gave -> [S, hidden]: each sequence's first token, or the mean or maximum of its tokens."""
@@ -170,6 +173,7 @@ def load_classifier(
     frozen_layers: int | None = None,
     lora: LoRAConfig = LoRAConfig(),  # noqa: B008 - frozen
     pooling: TokenPooling = "auto",
+    head: HeadConfig = HeadConfig(),  # noqa: B008
 ) -> TextClassifier:
     """Load an encoder with a classification head from the hub or a folder, in fp32 and in train mode.
 
@@ -189,20 +193,26 @@ def load_classifier(
         frozen_layers: see `freeze_layers`; None freezes nothing.
         lora: see `LoRAConfig`.
         pooling: see `set_pooling`. A head that was trained with another one is kept, as a start.
+        head: see `HeadConfig`.
 
     Returns:
         The classifier; where its head is new, `untrained` says why, and one line was logged.
 
     Raises:
-        ConfigError: there is no such model, it can't be reached, or it has no sequence-classification form; or
-            the architecture does not support gradient checkpointing, frozen layers or LoRA.
+        ConfigError: there is no such model, it can't be reached, or it has no sequence-classification form;
+            the architecture does not support gradient checkpointing, frozen layers, LoRA or another head; or the
+            checkpoint has a head by its class whose module is not imported.
     """
     name_or_path = expand_home(name_or_path)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = read_config(name_or_path, **source)
         before = set_pooling(config, pooling)
-        model, untrained = _load_with_head(name_or_path, config, outputs, (dropout, pooling), seed, source)
+        how = ((dropout, pooling), seed, source)
+        if head.class_path is None and head_of(config).class_path is None:
+            model, untrained = _load_with_head(name_or_path, config, outputs, *how)
+        else:
+            model, untrained = _load_with_head_by_class(name_or_path, config, outputs, head, *how)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(why_not_loaded(name_or_path, error)) from error
     net = prepare_classifier(
@@ -251,6 +261,32 @@ def _load_with_head(
     return model, f"{match.why_not}. {match.remedy}"
 
 
+def _load_with_head_by_class(
+    name_or_path: str,
+    config: PretrainedConfig,
+    outputs: int | Outputs,
+    head: HeadConfig,
+    changes: tuple[float | None, TokenPooling],
+    seed: int,
+    source: dict[str, Any],
+) -> tuple[PreTrainedModel, str]:
+    """As `_load_with_head`, with the head that is asked for by its class, or else the checkpoint's."""
+    saved, count = head_of(config), outputs if isinstance(outputs, int) else outputs.count
+    match = match_head(config, outputs) if isinstance(outputs, Outputs) and saved.class_path is not None else None
+    matrix = torch.eye(count) if match is None else match.matrix
+    model, new = _load(name_or_path, count, changes, seed, source)
+    use_head(model, head if head.class_path is not None else saved, seed, imports=head.class_path is not None)
+    # not what transformers' own head has, which is no longer there
+    new = [name for name in new if not is_head(name) and "pooler" not in name and not name.startswith("head.")]
+    if head in (saved, HeadConfig()) and matrix is not None and matrix.shape == (count, config.num_labels):
+        model.classifier.load_state_dict(load_file(cached_file(name_or_path, HEAD_FILE, revision=source["revision"])))
+        rearrange_outputs(model, matrix)
+        return model, _log_new_weights(name_or_path, new) if new else ""
+    new += [f"classifier.{name}" for name in model.classifier.state_dict()]
+    untrained = _log_new_weights(name_or_path, new)
+    return model, untrained if match is None or match.matrix is not None else f"{match.why_not}. {match.remedy}"
+
+
 def _load(
     name_or_path: str,
     num_outputs: int,
@@ -294,9 +330,14 @@ def build_classifier(
         gradient_checkpointing: see `set_gradient_checkpointing`.
         frozen_layers: see `freeze_layers`; None freezes nothing.
         lora: see `LoRAConfig`.
+
+    Raises:
+        ConfigError: the head is one by its class, whose module your program has not imported.
     """
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    if (head := head_of(model.config)).class_path is not None:
+        use_head(model, head, seed=0, imports=False)
     return prepare_classifier(
         model,
         attention=attention,

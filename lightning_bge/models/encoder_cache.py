@@ -14,11 +14,13 @@ from lightning_bge.models.attention.bert_layers import BERT_LIKE
 from lightning_bge.models.checkpoint_head import Outputs
 from lightning_bge.models.dropout import CheapDropout
 from lightning_bge.models.encoder import TextClassifier, load_classifier
+from lightning_bge.models.head_class import head_of
 from lightning_bge.models.memory_saving.freezing import freeze_layers
 from lightning_bge.models.memory_saving.gradient_checkpointing import set_gradient_checkpointing
 from lightning_bge.models.memory_saving.lora import LoRAConfig
 from lightning_bge.runtime.compat.torch import copy_all
 from lightning_bge.runtime.memory import limits, register_cache, release
+from lightning_bge.runtime.model_config import is_head
 
 # Of the host's memory. An encoder in training takes five times its weights and its activations: the weights and their
 # initial values, which are counted here, and gradients and AdamW's two moments, which are not.
@@ -211,4 +213,6 @@ def _rates(net: TextClassifier) -> list[tuple[CheapDropout, float]] | None:
     """All dropout modules with their rates; None: the architecture holds rates elsewhere too."""
     if net.model.config.model_type not in BERT_LIKE:
         return None
-    return [(module, module.p) for module in net.modules() if isinstance(module, CheapDropout)]
+    by_class = head_of(net.model.config).class_path is not None  # whose dropout is among its own arguments
+    named = [(name, part) for name, part in net.named_modules() if isinstance(part, CheapDropout)]
+    return [(module, module.p) for name, module in named if not (by_class and is_head(name))]

@@ -1,5 +1,6 @@
 """Several exported models of one task as one predictor, which averages their scores."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from lightning_bge.models.output.export import replace_folder, save_tokenizer
 from lightning_bge.models.output.inference import Text, TextPredictions, predict_texts, tokenizer_of
 from lightning_bge.models.output.model_card import write_model_card
 from lightning_bge.models.output.prediction_file import decide
+from lightning_bge.runtime.model_config import HEAD, OWN_TYPE
 from lightning_bge.runtime.run_folder import create_run_dir, read_json, write_json
 from lightning_bge.types import ENSEMBLE_FILE, Schema, Task
 
@@ -143,6 +145,8 @@ def write_ensemble(
     """
     save_tokenizer(tokenizer, schema, draft)
     schema.save(draft)
-    write_model_card(draft, schema, members=len(names))
+    config = json.loads((draft / names[0] / "config.json").read_text(encoding="utf-8"))
+    peers, head_class = config["model_type"] != OWN_TYPE, config.get(HEAD, {}).get("class_path")
+    write_model_card(draft, schema, members=len(names), peers=peers, head_class=head_class)
     write_json(draft / ENSEMBLE_FILE, {"members": list(names), "source": source})
     replace_folder(draft, folder)

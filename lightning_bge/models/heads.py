@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_bge.runtime.model_config import HEAD
+
 
 def _bert_head(model: Any, pooled: Tensor) -> Tensor:
     return model.classifier(model.dropout(model.bert.pooler(pooled[:, None])))
@@ -29,3 +31,11 @@ PACKED_HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 """Model type -> head: ([N, hidden] of one token a sequence, or their mean) -> logits [N, outputs]. These architectures
 route through transformers' attention interface."""
+
+
+def apply_head(model: Any, pooled: Tensor) -> Tensor:
+    """Logits [N, outputs] of pooled vectors [N, hidden]: by the head of the architecture, or the one by its class."""
+    if hasattr(model.config, HEAD):
+        logits: Tensor = model.classifier(pooled)
+        return logits
+    return PACKED_HEADS[model.config.model_type](model, pooled)

@@ -24,6 +24,7 @@ from lightning_bge.models.optimizer_class import group_defaults, make_optimizer,
 from lightning_bge.runtime.class_path import check_class_option
 from lightning_bge.runtime.compat.torch import versions, with_found_inf
 from lightning_bge.runtime.log_once import log_once
+from lightning_bge.runtime.model_config import is_head
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +220,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig, imports: bool = 
     Learning rate and decay of a class are those of `init_args`, where it has them.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    layers = 1 + max((int(found.group(1)) for name, _ in named if (found := LAYER.search(name))), default=-1)
+    layers = 1 + max((int(found.group(1)) for name, _ in named if (found := _layer(name))), default=-1)
     common = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.class_path is not None:
         common = group_defaults(config.class_path, config.init_args, imports=imports)
@@ -236,10 +237,15 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig, imports: bool = 
 
 
 def _layers_above(name: str, layers: int) -> int:
-    found = LAYER.search(name)
+    found = _layer(name)
     if found:
         return layers - int(found.group(1))
-    return layers + 1 if "embeddings" in name else 0
+    return layers + 1 if "embeddings" in name and not is_head(name) else 0
+
+
+def _layer(name: str) -> re.Match[str] | None:
+    """The number of a parameter's layer in the encoder."""
+    return None if is_head(name) else LAYER.search(name)
 
 
 def build_schedule(optimizer: Optimizer, config: ScheduleConfig, total_steps: int, imports: bool = True) -> LRScheduler:

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.heads import PACKED_HEADS
-from lightning_bge.runtime.model_config import POOLING
+from lightning_bge.runtime.model_config import HEAD, POOLING
 from lightning_bge.tokenization import Pooling
 
 TokenPooling = Literal["auto", "cls", "mean", "max"]
@@ -23,8 +23,8 @@ def pooling_of(config: PretrainedConfig) -> str:
 
 
 def is_native(config: PretrainedConfig) -> bool:
-    """Whether transformers' own model of this configuration pools in this way."""
-    return not hasattr(config, POOLING)
+    """Whether transformers' own model of this configuration pools in this way, and has this head."""
+    return not hasattr(config, POOLING) and not hasattr(config, HEAD)
 
 
 def set_pooling(config: PretrainedConfig, pooling: TokenPooling) -> str:
@@ -66,9 +66,11 @@ def pool_tokens(hidden: Tensor, lengths: Sequence[int], pooling: str) -> Tensor:
     Args:
         hidden: there may be more tokens behind those of the sequences.
         lengths: of the sequences.
-        pooling: `mean` or `max`, in at least fp32.
+        pooling: `cls`, or `mean` or `max`, in at least fp32.
     """
     parts = hidden[: sum(lengths)].to(torch.promote_types(hidden.dtype, torch.float32)).split(list(lengths))
+    if pooling == "cls":
+        return torch.stack([part[0] for part in parts])
     return torch.stack([part.mean(dim=0) if pooling == "mean" else part.amax(dim=0) for part in parts])
 
 

@@ -20,7 +20,7 @@ if sys.platform != "win32":
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 PRIMITIVES = 64  # kept, several times as many as the layers of one micro-batch need
-M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3  # of mallopt(3)
+M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -8, -3, -1  # of mallopt(3)
 
 
 # ---------------------------------------------------------------------- what is held, and freeing it
@@ -46,14 +46,17 @@ def limit_malloc() -> None:
     glibc gives threads arenas of their own and reserves 64 MiB for each, used or not: threads that read weights or
     draw a progress bar then take more of such a limit than a small model does. And once tensors of up to 32 MiB were
     freed, it serves such ones from its heap, which gets holes that larger ones do not fit into: a step that fitted
-    fails later. From now on only tensors of at most 1/64 of what is free come from the heap; the others have pages of
-    their own, which takes longer where they are small.
+    fails later. From now on only tensors of at most 1/16 of what is free come from the heap; the others have pages of
+    their own, which takes longer. Twice as much may stay free at the heap's end, as glibc has it where it sets both
+    itself: by its fixed 128 KiB each tensor that is freed there gives its pages back, and the next one asks for them.
     """
     limit = resource.getrlimit(resource.RLIMIT_AS)[0] if sys.platform == "linux" else -1  # -1: none
     if limit == -1 or (mallopt := _glibc("mallopt")) is None:
         return
     mallopt(M_ARENA_MAX, 1)
-    mallopt(M_MMAP_THRESHOLD, min(max((limit - process_bytes()["VmSize"]) // 64, 2**17), 2**25))
+    size = min(max((limit - process_bytes()["VmSize"]) // 16, 2**17), 2**25)
+    mallopt(M_MMAP_THRESHOLD, size)
+    mallopt(M_TRIM_THRESHOLD, 2 * size)
 
 
 def limit_primitive_caches() -> None:

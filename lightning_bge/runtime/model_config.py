@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 POOLING = "lightning_bge_pooling"  # attribute of a configuration: how token vectors are pooled, if not as transformers
-OWN_TYPE = "lightning_bge_pooled"
-"""The `model_type` of an exported model with such a pooling: transformers and sentence-transformers refuse to load it,
-where they would otherwise compute other scores without a word."""
+HEAD = "lightning_bge_head"  # and the class and arguments of a head that is not one of transformers
+HEAD_FILE = "head.safetensors"  # its weights in an exported model: `classifier` would be taken for transformers' own
+OWN_TYPE = "lightning_bge"
+"""The `model_type` of an exported model with such a pooling or head: transformers and sentence-transformers refuse to
+load it, where they would otherwise compute other scores without a word."""
 REAL_TYPE = "lightning_bge_model_type"
 
 
@@ -53,7 +55,12 @@ def read_tokenizer(name_or_path: str, revision: str | None, trust_remote_code: b
 
 
 def as_exported(config: dict[str, Any]) -> dict[str, Any]:
-    """What `config.json` holds: with `OWN_TYPE` where transformers would pool otherwise."""
-    if POOLING not in config:
+    """What `config.json` holds: with `OWN_TYPE` where transformers would pool otherwise, or has no such head."""
+    if POOLING not in config and HEAD not in config:
         return config
     return {**config, "model_type": OWN_TYPE, REAL_TYPE: config["model_type"]}
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter of this name, in a model of transformers or a `TextClassifier`, belongs to `classifier`."""
+    return name.removeprefix("model.").startswith("classifier.")

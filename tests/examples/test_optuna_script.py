@@ -1,4 +1,4 @@
-"""The replay of an Optuna user's script: its two objectives have the same values."""
+"""The replay of an Optuna user's script: its two objectives have the same values, with each pruner."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ def test_complete_trials_have_the_same_values(benchmark: Any, tmp_path: Path, mo
     monkeypatch.setattr("sys.argv", ["optuna_script.py", "--rounds", "1", "--trials", "3", "--out", str(out)])
     benchmark.main()
     record = json.loads(out.read_text())
-    theirs, ours = (found[0] for found in record["runs"].values())
-    assert theirs["complete"] == ours["complete"]
-    assert len(ours["complete"]) == record["common"] == 3
-    assert ours["epochs"] == 6  # of both folds; Optuna takes those of the first one
-    assert theirs["epochs"] == 3
+    for pruner in ("MedianPruner", "PercentilePruner"):  # which let the first trials alone
+        found = record["pruners"][pruner]
+        theirs, ours = (runs[0] for runs in found["runs"].values())
+        assert theirs["complete"] == ours["complete"]
+        assert len(ours["complete"]) == found["common"] == 3
+        assert ours["epochs"] == theirs["epochs"] == 6
+    assert record["pruners"].keys() == benchmark.PRUNERS.keys()
     assert "have the same values, bit for bit" in out.with_suffix(".md").read_text().replace("\n", " ")
 
 
@@ -48,8 +50,8 @@ def test_a_difference_ends_it_with_an_error(benchmark: Any, tmp_path: Path, monk
     monkeypatch.setattr("sys.argv", ["optuna_script.py", "--rounds", "1", "--trials", "1", "--out", str(out)])
     measure = benchmark.measure
 
-    def wrong(name: str, trials: int) -> dict[str, Any]:
-        found = measure(name, trials)
+    def wrong(pruner: str, name: str, trials: int) -> dict[str, Any]:
+        found = measure(pruner, name, trials)
         return {**found, "complete": {0: 1.0}} if name.startswith("Fold") else found
 
     monkeypatch.setattr(benchmark, "measure", wrong)

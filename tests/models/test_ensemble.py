@@ -14,7 +14,7 @@ from lightning_bge.errors import ConfigError
 from lightning_bge.models.ensemble import average_predictions, ensemble_members, start_members, write_ensemble
 from lightning_bge.models.metrics.predictions import Predictions, scores
 from lightning_bge.types import Schema
-from tests.helpers.small_models import word_tokenizer
+from tests.helpers.small_models import save_model, word_tokenizer
 
 SCHEMA = Schema("binary", ("no", "yes"), ("text",), 16, threshold=0.25)
 
@@ -46,7 +46,7 @@ def test_a_folder_takes_the_place_of_an_older_export(tmp_path: Path) -> None:
     SCHEMA.save(target)
     (target / "old.txt").write_text("")
     start_members(draft, {"trial": 1})
-    (draft / "fold-0").mkdir()
+    save_model(draft / "fold-0")
     start_members(draft, {"trial": 1})
     assert (draft / "fold-0").is_dir()
     write_ensemble(draft, ["fold-0"], target, schema=SCHEMA, tokenizer=word_tokenizer(), source={"trial": 1})
@@ -62,6 +62,9 @@ def test_a_folder_takes_the_place_of_an_older_export(tmp_path: Path) -> None:
 def test_another_folder_is_not_deleted(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     start_members(tmp_path / "draft", {})
+    save_model(tmp_path / "draft" / "fold-0")
     with pytest.raises(ConfigError, match="exists and is no exported model"):
-        write_ensemble(tmp_path / "draft", [], tmp_path / "texts", schema=SCHEMA, tokenizer=word_tokenizer(), source={})
+        write_ensemble(
+            tmp_path / "draft", ["fold-0"], tmp_path / "texts", schema=SCHEMA, tokenizer=word_tokenizer(), source={}
+        )
     assert ensemble_members(tmp_path / "texts") == []

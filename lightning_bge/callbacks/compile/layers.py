@@ -14,9 +14,9 @@ def find_layers(module: nn.Module) -> list[nn.Module]:
 
     A layer with a true attribute `stays_eager` is left out.
     """
-    lists = [list(part) for part in module.modules() if isinstance(part, nn.ModuleList)]
-    longest = max((part for part in lists if len({type(layer) for layer in part}) == 1), key=len, default=[])
-    return [layer for layer in longest if not getattr(layer, "stays_eager", False)]
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
+    compilable = [[layer for layer in part if not getattr(layer, "stays_eager", False)] for part in lists]
+    return max((part for part in compilable if len({type(layer) for layer in part}) == 1), key=len, default=[])
 
 
 def compile_layers(layers: Sequence[nn.Module], config: CompileConfig) -> None:

@@ -96,6 +96,7 @@ def check_calibration(setups: Iterable[TextTrialSetup]) -> None:
         assert data.schema is not None
         check_has_probabilities(data.schema.task)
         options = {name: model.hparams[name] for name in ("revision", "trust_remote_code", "pooling")}
+        options["head"] = model.head_config
         outputs = Outputs(data.schema.task, data.schema.labels)
         output_layer(load_classifier(model.name_or_path, outputs, **options), data)
 

@@ -4,6 +4,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_bge.errors import ConfigError
+from lightning_bge.runtime.model_config import is_head
 
 
 def freeze_layers(model: PreTrainedModel, frozen_layers: int) -> None:
@@ -31,12 +32,16 @@ def freeze_layers(model: PreTrainedModel, frozen_layers: int) -> None:
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The encoder's layers with the name of their list: the longest list of modules of one class.
+    """The encoder's layers with the name of their list: the longest list of modules of one class that is not in a head.
 
     Raises:
         ConfigError: there is no such list.
     """
-    lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
+    lists = [
+        (name, part)
+        for name, part in model.named_modules()
+        if isinstance(part, nn.ModuleList) and len(part) and not is_head(name)
+    ]
     found = [(name, part) for name, part in lists if len({type(layer) for layer in part}) == 1]
     if not found:
         raise ConfigError(
@@ -58,6 +63,8 @@ def depths_of_parameters(model: PreTrainedModel) -> dict[str, int]:
     def depth(name: str) -> int:
         if name.startswith(f"{path}."):
             return 1 + int(name.removeprefix(f"{path}.").split(".")[0])
+        if is_head(name):
+            return len(layers) + 1
         below = "embeddings" in name or (has_own and name.startswith(f"{encoder}."))
         return 0 if below else len(layers) + 1
 

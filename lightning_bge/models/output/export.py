@@ -8,14 +8,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.encoder import TextClassifier, quiet_transformers
+from lightning_bge.models.head_class import head_of
 from lightning_bge.models.memory_saving.lora import merged_weights
 from lightning_bge.models.output.model_card import write_model_card
 from lightning_bge.models.pooling import is_native
-from lightning_bge.runtime.model_config import as_exported
+from lightning_bge.runtime.model_config import HEAD_FILE, as_exported, is_head
 from lightning_bge.types import SCHEMA_FILE, Schema
 
 
@@ -30,8 +32,8 @@ def export_classifier(
 
     The tokenizer's length limit is set to the one trained with, so that texts are truncated as in training. The folder
     appears whole or not at all; an older one is replaced. LoRA's factors are merged into the weights that are written.
-    With a pooling that transformers' model does not have, `config.json` names an architecture of this package, which
-    transformers and sentence-transformers refuse: they would compute other scores.
+    With a pooling or a head that transformers' model does not have, `config.json` names an architecture of this
+    package, which transformers and sentence-transformers refuse: they would compute other scores.
 
     Args:
         net: the encoder with its head.
@@ -55,14 +57,18 @@ def export_classifier(
     try:
         _describe_outputs(net.model.config, schema)
         with quiet_transformers():
-            net.model.save_pretrained(draft, state_dict=merged_weights(net.model))
+            weights = merged_weights(net.model)
+            if (head := head_of(net.model.config).class_path) is not None:
+                own = {name: weights.pop(name).contiguous() for name in list(weights) if is_head(name)}
+                save_file({name.removeprefix("classifier."): value for name, value in own.items()}, draft / HEAD_FILE)
+            net.model.save_pretrained(draft, state_dict=weights)
         native = is_native(net.model.config)
         if not native:
             path = draft / "config.json"
             path.write_text(json.dumps(as_exported(json.loads(path.read_text())), indent=2) + "\n")
         save_tokenizer(tokenizer, schema, draft)
         schema.save(draft)
-        write_model_card(draft, schema, base_model, peers=native)
+        write_model_card(draft, schema, base_model, peers=native, head_class=head)
         replace_folder(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

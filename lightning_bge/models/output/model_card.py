@@ -28,7 +28,12 @@ _SCORES: dict[Task, str] = {
 
 
 def write_model_card(
-    folder: Path, schema: Schema, base_model: str | None = None, members: int = 0, peers: bool = True
+    folder: Path,
+    schema: Schema,
+    base_model: str | None = None,
+    members: int = 0,
+    peers: bool = True,
+    head_class: str | None = None,
 ) -> None:
     """Write `README.md`: task, labels, limits, how to use the model, and what becomes of longer texts.
 
@@ -40,6 +45,7 @@ def write_model_card(
         base_model: what was fine-tuned, as the user named it; it is in the card if it came from the hub.
         members: number of models in the folder, for an ensemble, which only this package loads; 0: it is one model.
         peers: whether transformers and sentence-transformers can load the model.
+        head_class: path of the class of its head; None: it is one of transformers.
     """
     front: dict[str, Any] = {"library_name": "transformers" if peers and not members else "lightning-bge"}
     if base_model is not None and _is_from_hub(base_model):
@@ -48,11 +54,15 @@ def write_model_card(
     tags = ["sentence-transformers", "cross-encoder"] * (pairs and peers and not members)
     front |= {"pipeline_tag": "text-classification", "tags": ["lightning-bge", *tags, schema.task]}
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    usage = [_ensemble(schema, members)] if members else [_lightning_bge(schema)]
+    usage = [_ensemble(schema, members, peers)] if members else [_lightning_bge(schema)]
     if not members and peers:
         usage += [_transformers(schema), _sentence_transformers(schema)]
-    elif not members:
-        usage.append("transformers and sentence-transformers can't load it, as they have no such pooling of tokens.")
+    elif not peers:
+        usage.append("transformers and sentence-transformers can't load it, as they have no such pooling or head.")
+    if head_class is not None:
+        usage.append(
+            f"Before that, `import {head_class.rpartition('.')[0]}`, which has the class of its head, `{head_class}`."
+        )
     parts = [
         _facts(schema),
         "## How to use it",
@@ -110,15 +120,13 @@ def _lightning_bge(schema: Schema) -> str:
     return _block("lightning-bge", code)
 
 
-def _ensemble(schema: Schema, members: int) -> str:
+def _ensemble(schema: Schema, members: int, peers: bool) -> str:
     code = (
         f'from lightning_bge.models import Ensemble\n\nmodel = Ensemble("{FOLDER}")\n'
         f"found = model.predict({_texts(schema)})\nprint(found.scores, found.labels)"
     )
-    return (
-        f"The folder holds {members} models, whose scores are averaged. transformers and sentence-transformers load "
-        f"the folders of the single models.\n\n{_block('lightning-bge', code)}"
-    )
+    loaded = " transformers and sentence-transformers load the folders of the single models." * peers
+    return f"The folder holds {members} models, whose scores are averaged.{loaded}\n\n{_block('lightning-bge', code)}"
 
 
 def _transformers(schema: Schema) -> str:
