@@ -72,6 +72,19 @@ def test_every_part_ran_or_says_why_not(gpu: SimpleNamespace, record: dict[str, 
     assert "No figure here says anything about speed" in record["note"]
 
 
+def test_the_first_parts_fit_into_eight_minutes(gpu: SimpleNamespace, bench: Any) -> None:
+    parts = gpu.suite.all_parts(replace(bench, tiny=False))
+    minutes = gpu.suite.parse(["--tiny", "--device", "cpu"]).minutes
+    first = gpu.suite.planned(parts, minutes)
+    assert first == parts[: len(first)]
+    assert sum(part.needs for part in first) + gpu.suite.PEAK_SECONDS <= minutes * 60 <= 480
+    names = " ".join(part.name for part in first)
+    for what in ("compare", "overhead", "switches", "attention", "compile", "bge-reranker-v2-m3", "long"):
+        assert what in names
+    assert gpu.suite.planned(parts, 1000) == parts
+    assert gpu.suite.planned(parts, 1) == []
+
+
 def test_figures_agree_with_one_another(record: dict[str, Any]) -> None:
     compared = [part for name, part in record["parts"].items() if name.startswith("compare")]
     assert len(compared) == 4
