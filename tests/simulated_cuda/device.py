@@ -242,7 +242,9 @@ def _set_data(self: Tensor, value: Tensor) -> None:
     new.__dict__.clear()
     new.__dict__.update(mine)
     torch._C._swap_tensor_impl(self, new)
-    if grad is not None and grad.device == self.device:
+    if grad is not None:
+        if grad.device != self.device:  # torch moves it next; until then no tensor may have it
+            _set_data(grad, grad.cpu() if self.device.type == "cpu" else grad.to(self.device))
         self.grad = grad
 
 
