@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_bge.errors import ConfigError
-from lightning_bge.runtime.compat.torch import cpu_bf16_units
+from lightning_bge.runtime.compat.torch import compute_capability, cpu_bf16_units
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,10 @@ def chosen_device(accelerator: str = "auto") -> torch.device:
 
 
 def _precision_for(device: torch.device) -> tuple[str, str]:
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "32-true", "on AMD's GPUs 16-bit autocast is not measured yet"
     if device.type == "cuda":
-        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        name, capability = _name(device), compute_capability(device)
         if capability >= AMPERE:
             return "bf16-mixed", f"{name} multiplies bf16 matrices"
         lacks = f"{name} has no bf16 matrix units (they come with compute capability 8.0)"
@@ -195,7 +197,7 @@ def _choose_fp32(tf32: bool | str, device: torch.device) -> tuple[str | None, st
         able, reason = False, f"TF32 is for CUDA, the run is on {device.type}"
     elif os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
         able, reason = False, "NVIDIA_TF32_OVERRIDE=0 turns TF32 off"
-    elif torch.cuda.get_device_capability(device) < AMPERE:
+    elif compute_capability(device) < AMPERE:
         able, reason = False, f"{_name(device)} has no TF32 units (they come with compute capability 8.0)"
     else:
         able, reason = True, f"{_name(device)} has TF32 units"
@@ -248,7 +250,7 @@ def _usable_kernels(device: torch.device) -> set[str]:
     if device.type != "cuda":
         return {"flash", "math"} if device.type == "cpu" else {"math"}
     usable = {"mem_efficient", "math"}
-    if torch.cuda.get_device_capability(device) >= AMPERE:
+    if compute_capability(device) >= AMPERE:
         usable |= {"flash"} if torch.backends.cuda.is_flash_attention_available() else set()
         usable |= {"cudnn"} if torch.backends.cudnn.is_available() else set()
     return usable

@@ -106,6 +106,20 @@ def test_back_ends_that_are_asked_for(device: SimulatedDevice, monkeypatch: pyte
         backends(tf32=True)
 
 
+@pytest.mark.usefixtures("device")
+def test_a_gpu_of_rocm_is_none_of_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    precision, reason = choose_precision()
+    assert (precision, reason) == ("32-true", "on AMD's GPUs 16-bit autocast is not measured yet")
+    assert capabilities(CUDA).compute == (0, 0)
+    kind = Kind(CUDA, torch.bfloat16, dropout=True, windowed=False, head_dim=64)
+    assert choose_backend(kind, capabilities(CUDA)).name == "sdpa"
+    _, report, inside = backends(sdpa=["flash", "math"])
+    assert report["fp32 matrix products"] == inside.replace("none", "ieee") == "ieee"
+    with pytest.raises(ConfigError, match="has no TF32 units"):
+        backends(tf32=True)
+
+
 def test_what_compiling_lacks(device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from lightning_bge.callbacks.compile import probe
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from lightning_bge.advisor.audit.checks_loop import NOTICEABLE_SHARE
@@ -11,7 +10,8 @@ from lightning_bge.advisor.audit.observation import StepTrace
 from lightning_bge.advisor.audit.requested import DROPOUT, ObservedRun, dropout_rates, is_compiled, on_off
 from lightning_bge.advisor.audit.result import Fix, Row, TimeSaved, Verdict
 from lightning_bge.advisor.audit.trace import EAGER
-from lightning_bge.callbacks.torch_backends import choose_precision
+from lightning_bge.callbacks.torch_backends import AMPERE, choose_precision
+from lightning_bge.runtime.compat.torch import compute_capability
 from lightning_bge.runtime.memory import limits
 from lightning_bge.runtime.units import format_bytes
 
@@ -73,8 +73,8 @@ def tf32(run: ObservedRun) -> Row:
     row = Row("compute", "TF32", on_off(run.requested.tf32), "no", "not applicable")
     if run.device.type != "cuda":
         return replace(row, evidence=f"only NVIDIA GPUs have TF32, and the training ran on {run.device.type}")
-    if torch.cuda.get_device_capability(run.device) < (8, 0):
-        return replace(row, evidence="TF32 needs compute capability 8.0 or higher")
+    if compute_capability(run.device) < AMPERE:
+        return replace(row, evidence="TF32 needs an NVIDIA GPU of compute capability 8.0 or higher")
     error, trace = run.seen.device.fp32_error, run.seen.trace
     if error is None:
         return row.unknown("no fp32 product was computed with the run's settings")

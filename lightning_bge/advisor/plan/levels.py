@@ -11,7 +11,8 @@ from lightning_bge.advisor.plan.planned_trials import PlannedTrials
 from lightning_bge.advisor.plan.predict import Prediction, Scenario, StudyCosts
 from lightning_bge.advisor.plan.short_study import InEffect, StepTimer, seconds_of, work_of
 from lightning_bge.callbacks.compile.policy import CompileConfig, Findings, probe_time_limit, too_short
-from lightning_bge.callbacks.torch_backends import TorchBackends
+from lightning_bge.callbacks.torch_backends import AMPERE, TorchBackends
+from lightning_bge.runtime.compat.torch import compute_capability
 from lightning_bge.runtime.memory import release
 
 LEAST, MOST, ENOUGH_S = 2, 10, 2.0  # steps to measure of each variant: those of two seconds
@@ -185,7 +186,7 @@ def _compute_levels(compute: float, rest: float, variants: Variants, in_effect: 
     elif mixed:
         text = f"steps x {1 / ASSUMED_16_BIT:.3f}: not measured, assumed to be twice as fast"
         fp32, precision, basis = padded * ASSUMED_16_BIT, (text, "predicted"), "predicted"
-    if in_effect.device != "cuda" or torch.cuda.get_device_capability() < (8, 0):
+    if compute_capability(torch.device(in_effect.device)) < AMPERE:
         tf32 = (f"needs an NVIDIA GPU of compute capability 8.0; the device is {in_effect.device}", "not available")
     elif not in_effect.tf32:
         tf32 = ("fp32 matrices are multiplied in fp32", "off")

@@ -16,7 +16,12 @@ from torch import Tensor
 
 from lightning_bge.models.attention.cpu import window_mask
 from lightning_bge.models.attention.packing import Packing
-from lightning_bge.runtime.compat.torch import flash_attention_backward, flash_attention_forward, has_flash_attention
+from lightning_bge.runtime.compat.torch import (
+    compute_capability,
+    flash_attention_backward,
+    flash_attention_forward,
+    has_flash_attention,
+)
 
 # What the flash kernels' backward takes on every GPU that has them; the forward goes up to 256.
 FLASH_HEAD_DIM = 192
@@ -41,9 +46,8 @@ class Capabilities:
 
 def capabilities(device: torch.device) -> Capabilities:
     """Find out what a device and this torch offer."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
     return Capabilities(
-        compute=torch.cuda.get_device_capability(device) if nvidia else (0, 0),
+        compute=compute_capability(device),
         flash=has_flash_attention(),
         varlen=find_spec("torch.nn.attention.varlen") is not None,
         nested=hasattr(torch.nested, "nested_tensor_from_jagged"),

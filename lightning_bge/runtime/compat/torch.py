@@ -126,6 +126,11 @@ def with_found_inf(kind: type[Any]) -> type[Any]:
 # ---------------------------------------------------------------------- memory and hardware
 
 
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of an NVIDIA GPU; (0, 0) of any other device: a GPU of ROCm is `cuda` too, with a number of another meaning."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else (0, 0)
+
+
 def clear_cublas_workspaces() -> None:
     """Free the 8 to 32 MiB that cuBLAS holds for each handle and allocates when it needs them."""
     torch._C._cuda_clearCublasWorkspaces()
