@@ -273,7 +273,9 @@ def _model_sizes(experiment: TextExperiment, hpo: StudyConfig | None) -> list[Mo
     space = parse_space(hpo.space) if hpo is not None and hpo.space else {}
     if "model.name_or_path" in space:
         names = [str(name) for name in space["model.name_or_path"].choices]  # type: ignore[attr-defined]
-    lora = config["lora"]
+    lora, head = config["lora"], _config(HeadConfig, config["head"])
+    if any(name.startswith("model.head.") for name in space):
+        head = HeadConfig()  # some of its arguments may come from the space; a trial tries its own
     return [
         measure_model(
             name,
@@ -282,7 +284,7 @@ def _model_sizes(experiment: TextExperiment, hpo: StudyConfig | None) -> list[Mo
             frozen_layers=config["frozen_layers"],
             lora=_config(LoRAConfig, lora),
             pooling=config["pooling"],
-            head=_config(HeadConfig, config["head"]),
+            head=head,
         )
         for name in names
     ]

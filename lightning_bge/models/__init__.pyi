@@ -3,6 +3,8 @@ from .encoder import TextClassifier as TextClassifier
 from .encoder import load_classifier as load_classifier
 from .encoder_cache import EncoderCache as EncoderCache
 from .ensemble import Ensemble as Ensemble
+from .head_class import HeadConfig as HeadConfig
+from .head_class import allow_class as allow_class
 from .losses import Loss as Loss
 from .losses import LossConfig as LossConfig
 from .memory_saving.lora import LoRAConfig as LoRAConfig

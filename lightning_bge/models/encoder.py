@@ -278,8 +278,15 @@ def _load_with_head_by_class(
     use_head(model, head if head.class_path is not None else saved, seed, imports=head.class_path is not None)
     # not what transformers' own head has, which is no longer there
     new = [name for name in new if not is_head(name) and "pooler" not in name and not name.startswith("head.")]
-    if head in (saved, HeadConfig()) and matrix is not None and matrix.shape == (count, config.num_labels):
-        model.classifier.load_state_dict(load_file(cached_file(name_or_path, HEAD_FILE, revision=source["revision"])))
+    if head in (saved, HeadConfig()) and matrix is not None and len(matrix) == config.num_labels == count:
+        weights = load_file(cached_file(name_or_path, HEAD_FILE, revision=source["revision"]))
+        try:
+            model.classifier.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"model.name_or_path: the head of {name_or_path} does not fit into {saved.class_path}, which has "
+                f"changed since it was exported: {' '.join(str(error).split())}"
+            ) from error
         rearrange_outputs(model, matrix)
         return model, _log_new_weights(name_or_path, new) if new else ""
     new += [f"classifier.{name}" for name in model.classifier.state_dict()]

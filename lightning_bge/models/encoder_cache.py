@@ -87,7 +87,7 @@ class EncoderCache:
         options["lora"] = lora
         key = repr((name_or_path, outputs, sorted(options.items())))
         read = partial(self._read, name_or_path, outputs, **options)
-        entry = next((each for each in self._entries if each.serves(key, dropout)), None)
+        entry = next((each for each in self._entries if each.serves(key, dropout, seed)), None)
         if entry is None or entry is not self._entries[-1]:
             entry = self._put_into_use(entry, key, partial(_CachedEncoder, key, read, dropout, seed))
         entry.reset(read, dropout, seed)
@@ -165,8 +165,10 @@ class _CachedEncoder:
         self.make_ready()
         self.size = self.nbytes
 
-    def serves(self, key: str, dropout: float | None) -> bool:
-        return key == self.key and (self.rates is not None or dropout == self.dropout)
+    def serves(self, key: str, dropout: float | None, seed: int) -> bool:
+        # a head by its class may draw buffers from the seed; all other buffers are constants
+        other_buffers = seed != self.seed and any(is_head(name) for name, _ in self.net.named_buffers())
+        return key == self.key and (self.rates is not None or dropout == self.dropout) and not other_buffers
 
     @property
     def nbytes(self) -> int:

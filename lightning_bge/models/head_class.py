@@ -11,8 +11,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_bge.errors import ConfigError, first_line
 from lightning_bge.models.heads import PACKED_HEADS
+from lightning_bge.runtime.class_path import allow_class as allow_class
 from lightning_bge.runtime.class_path import check_class_option, find_class, parameters_of
 from lightning_bge.runtime.model_config import HEAD
+from lightning_bge.runtime.nested_config import as_plain
 
 OPTION = "model.head"
 EXPECTED = f"{OPTION}.class_path: expected the path of a class that inherits from torch.nn.Module"
@@ -39,6 +41,7 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         check_class_option(self, OPTION)
+        object.__setattr__(self, "init_args", as_plain(self.init_args))  # as a checkpoint holds them
 
 
 def head_of(config: PretrainedConfig) -> HeadConfig:
@@ -53,7 +56,9 @@ def head_of(config: PretrainedConfig) -> HeadConfig:
     return HeadConfig(**saved)
 
 
-def use_head(model: PreTrainedModel, head: HeadConfig, seed: int, imports: bool = True) -> None:
+def use_head(
+    model: PreTrainedModel, head: HeadConfig, seed: int, imports: bool = True, any_width: bool = False
+) -> None:
     """Give a model a head by its class, in place; the parts of its own head go.
 
     Args:
@@ -61,6 +66,7 @@ def use_head(model: PreTrainedModel, head: HeadConfig, seed: int, imports: bool 
         head: with a `class_path`.
         seed: what the weights are drawn from, on the CPU.
         imports: see `find_class`.
+        any_width: the number of outputs is not known yet, and any is accepted.
 
     Raises:
         ConfigError: the architecture's pooled vectors can't be had, or see `build_head`.
@@ -72,7 +78,9 @@ def use_head(model: PreTrainedModel, head: HeadConfig, seed: int, imports: bool 
             f"{OPTION}.class_path: expected null, as this model is a {kind}, which pools within its head, got "
             f"{head.class_path}. {', '.join(PACKED_HEADS)} can have another head"
         )
-    model.classifier = build_head(head, config.hidden_size, config.num_labels, seed, imports).to(model.dtype)
+    model.classifier = build_head(head, config.hidden_size, None if any_width else config.num_labels, seed, imports).to(
+        model.dtype
+    )
     if kind == "bert":
         model.base_model.pooler = None  # an unused parameter would decay, and stop DDP
     elif kind == "modernbert":
@@ -80,13 +88,15 @@ def use_head(model: PreTrainedModel, head: HeadConfig, seed: int, imports: bool 
     setattr(config, HEAD, {"class_path": head.class_path, "init_args": dict(head.init_args)})
 
 
-def build_head(head: HeadConfig, in_features: int, out_features: int, seed: int, imports: bool = True) -> nn.Module:
+def build_head(
+    head: HeadConfig, in_features: int, out_features: int | None, seed: int, imports: bool = True
+) -> nn.Module:
     """A new head of the class on the CPU, in train mode, tried on made-up rows.
 
     Args:
         head: with a `class_path`.
         in_features: width of the pooled vectors.
-        out_features: number of outputs.
+        out_features: number of outputs; None: it is not known, and any is accepted.
         seed: what its weights are drawn from; the random number generator of torch is left as it was.
         imports: see `find_class`.
 
@@ -95,7 +105,7 @@ def build_head(head: HeadConfig, in_features: int, out_features: int, seed: int,
     """
     path = str(head.class_path)
     kind = find_class(path, nn.Module, EXPECTED, imports=imports)
-    widths = {"in_features": in_features, "out_features": out_features}
+    widths = {"in_features": in_features, "out_features": out_features or 1}
     known = parameters_of(kind)
     given = {name: value for name, value in widths.items() if name in known} | head.init_args
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -107,12 +117,14 @@ def build_head(head: HeadConfig, in_features: int, out_features: int, seed: int,
                 f"{OPTION}.init_args: {path} does not accept {dict(given)}: {first_line(error)}"
             ) from error
         _try_head(made, path, in_features, out_features)
+        torch.manual_seed(seed + 1)
+        _try_state(made, kind(**given), path, in_features)
     for module in made.modules():
         module.stays_eager = True  # type: ignore[assignment] # a list of modules in it is not the encoder's
     return made.train()
 
 
-def _try_head(head: nn.Module, path: str, in_features: int, out_features: int) -> None:
+def _try_head(head: nn.Module, path: str, in_features: int, out_features: int | None) -> None:
     """Compute logits and gradients of made-up rows.
 
     Raises:
@@ -120,10 +132,13 @@ def _try_head(head: nn.Module, path: str, in_features: int, out_features: int) -
             depend on the other rows; buffers change in training, which no other trial and no micro-batch may notice;
             or a parameter has no gradient.
     """
-    rows = torch.randn(TRIED_ROWS, in_features)
+    rows = torch.randn(TRIED_ROWS, in_features, requires_grad=True)
     buffers = [buffer.clone() for buffer in head.buffers()]
     try:
-        head.train()(rows).sum().backward()
+        trained = head.train()(rows)
+        changed = any(not torch.equal(*pair) for pair in zip(buffers, head.buffers(), strict=True))
+        of_first = torch.autograd.grad(trained[0].sum(), rows, retain_graph=True)[0]
+        trained.sum().backward()
         head.eval()
         with torch.no_grad():
             logits = head(rows)
@@ -131,21 +146,22 @@ def _try_head(head: nn.Module, path: str, in_features: int, out_features: int) -
     except TRIED_ERRORS as error:
         what = f"vectors [{TRIED_ROWS}, {in_features}]"
         raise ConfigError(f"{OPTION}.class_path: {path} can't be computed of {what}: {first_line(error)}") from error
-    if logits.shape != (TRIED_ROWS, out_features) or not logits.isfinite().all():
+    width = out_features or logits.shape[-1]
+    if logits.shape != (TRIED_ROWS, width) or not logits.isfinite().all():
+        got = f"shape {list(logits.shape)}" if logits.isfinite().all() else "others"
         raise ConfigError(
-            f"{OPTION}.class_path: expected finite logits of shape [{TRIED_ROWS}, {out_features}] of {path}, got "
-            f"{'shape ' + str(list(logits.shape)) if logits.isfinite().all() else 'others'}. A class with an argument "
-            "out_features gets the number of outputs there"
+            f"{OPTION}.class_path: expected finite logits of shape [{TRIED_ROWS}, {width}] of {path}, got {got}. A "
+            "class with an argument out_features gets the number of outputs there"
         )
-    if not torch.allclose(logits, alone, rtol=1e-4, atol=1e-6):
-        raise ConfigError(
-            f"{OPTION}.class_path: {path} gives a row other logits when other rows are there: a prediction would "
-            "depend on its neighbors. Let each row's logits depend on this row alone"
-        )
-    if any(not torch.equal(*pair) for pair in zip(buffers, head.buffers(), strict=True)):
+    if changed:
         raise ConfigError(
             f"{OPTION}.class_path: {path} keeps statistics of batches in buffers, as BatchNorm does, which depend on "
             "how an effective batch is cut into micro-batches. Use LayerNorm or none"
+        )
+    if of_first[1:].any() or not torch.allclose(logits, alone, rtol=1e-4, atol=1e-6):
+        raise ConfigError(
+            f"{OPTION}.class_path: {path} gives a row other logits when other rows are there: they would depend on its "
+            "neighbors, and on how an effective batch is cut. Let each row's logits depend on it alone"
         )
     without = [
         name for name, parameter in head.named_parameters() if parameter.requires_grad and parameter.grad is None
@@ -153,3 +169,20 @@ def _try_head(head: nn.Module, path: str, in_features: int, out_features: int) -
     if without:
         raise ConfigError(f"{OPTION}.class_path: no logit of {path} depends on its parameters {', '.join(without)}")
     head.zero_grad(set_to_none=True)
+
+
+def _try_state(head: nn.Module, other: nn.Module, path: str, in_features: int) -> None:
+    """Load the state of a head into another one.
+
+    Raises:
+        ConfigError: they give other logits then: something that is drawn at random is in no checkpoint.
+    """
+    rows = torch.randn(TRIED_ROWS, in_features)
+    other.load_state_dict(head.state_dict())
+    with torch.no_grad():
+        same = torch.allclose(head.eval()(rows), other.eval()(rows), rtol=1e-4, atol=1e-6)
+    if not same:
+        raise ConfigError(
+            f"{OPTION}.class_path: {path} has random values that its state_dict does not hold, so that a loaded model "
+            "would give other scores. Make them parameters, or buffers with persistent=True"
+        )

@@ -90,7 +90,7 @@ def measure_model(
             model = kind.from_config(config, trust_remote_code=trust_remote_code)
         given = head.class_path is not None
         if (head := head if given else head_of(config)).class_path is not None:
-            use_head(model, head, seed=0, imports=given)
+            use_head(model, head, seed=0, imports=given, any_width=True)  # the task is not known here
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(why_not_loaded(name_or_path, error)) from error
     with torch.device("meta"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, Protocol
@@ -55,6 +54,17 @@ def check_class_option(config: ClassOption, option: str, kept: Collection[str] =
             )
 
 
+_named: set[str] = set()
+
+
+def allow_class(path: str) -> None:
+    """Let checkpoints and exported models of this process name a class, such as `my_project.TwoLayers`.
+
+    Importing its module, and making it with the arguments of a checkpoint, runs code.
+    """
+    _named.add(path)
+
+
 def find_class(path: str, base: type, expected: str, *, imports: bool = True) -> Any:
     """The class at a path such as `torch.optim.SGD`.
 
@@ -62,17 +72,19 @@ def find_class(path: str, base: type, expected: str, *, imports: bool = True) ->
         path: module and name.
         base: what it has to inherit from.
         expected: begins error messages: the option, and that the path of such a class was expected.
-        imports: whether its module may be imported, which runs the module's code. False, for a path that comes from a
-            checkpoint, which someone else may have written: only among the modules that the program has imported.
+        imports: whether the path comes from the user, whose program runs it anyway. False, for one that comes from a
+            checkpoint, which someone else may have written, and whose arguments too: only classes of `torch.nn` and
+            `torch.optim`, and those that the user has named in this process, here or by `allow_class`.
 
     Raises:
-        ConfigError: there is no such class, it does not inherit from `base`, or its module may not be imported.
+        ConfigError: there is no such class, it does not inherit from `base`, or a checkpoint names it alone.
     """
     module, _, name = path.rpartition(".")
-    if not imports and module not in sys.modules:
+    if not imports and path not in _named and not path.startswith(("torch.nn.", "torch.optim.")):
         raise ConfigError(
-            f"{expected}: {path} comes from a checkpoint, and nothing is imported that a checkpoint names, as that "
-            f"runs code. If you trust it, write `import {module or path}` in your program before this call"
+            f"{expected}: {path} comes from a checkpoint, and nothing is imported or made that a checkpoint alone "
+            f"names, as that runs code. If you trust it, call `lightning_bge.models.allow_class('{path}')` before, or "
+            "name it in your options"
         )
     try:
         found = getattr(importlib.import_module(module), name) if module else None
@@ -80,6 +92,8 @@ def find_class(path: str, base: type, expected: str, *, imports: bool = True) ->
         raise ConfigError(f"{expected}, got {path}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{expected}, got {path}")
+    if imports:
+        allow_class(path)
     return found
 
 

@@ -39,7 +39,8 @@ def read_config(name_or_path: str, **options: Any) -> PretrainedConfig:
     content = {name: value for name, value in found.items() if name not in ("model_type", REAL_TYPE)}
     changes = {name: value for name, value in options.items() if name not in ("revision", "trust_remote_code")}
     if "num_labels" in changes and changes["num_labels"] != len(content.get("id2label", {})):
-        content = {name: value for name, value in content.items() if name not in ("id2label", "label2id")}
+        of_outputs = ("id2label", "label2id", "problem_type")
+        content = {name: value for name, value in content.items() if name not in of_outputs}
     return AutoConfig.for_model(found[REAL_TYPE], **{**content, **changes})
 
 
@@ -62,5 +63,5 @@ def as_exported(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_head(name: str) -> bool:
-    """Whether a parameter of this name, in a model of transformers or a `TextClassifier`, belongs to `classifier`."""
-    return name.removeprefix("model.").startswith("classifier.")
+    """Whether a parameter or module of this name, in a model of transformers or a `TextClassifier`, is in a head."""
+    return name.removeprefix("model.").partition(".")[0] == "classifier"

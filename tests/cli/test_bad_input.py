@@ -432,7 +432,7 @@ def check(mistake: Mistake, place: Path, call: Callable[..., tuple[int, str, str
     text = err[err.index("lightning-bge: ") :] if "lightning-bge: " in err else ""
     assert (status, "Traceback" in out + err) == (2, False), err[-3000:]
     assert 1 <= len(text.strip().splitlines()) <= 3, err
-    assert len(text) < 900
+    assert len(text) < 1000
     assert re.search(mistake.message, text, re.DOTALL), text
     assert listing(place) == before
 

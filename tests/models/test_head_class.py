@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from sentence_transformers import CrossEncoder
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -19,12 +20,13 @@ from lightning_bge.models.checkpoint_head import Outputs
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import TextClassifier, build_classifier, load_classifier
 from lightning_bge.models.encoder_cache import EncoderCache
-from lightning_bge.models.head_class import HeadConfig, build_head, use_head
+from lightning_bge.models.head_class import HeadConfig, allow_class, build_head, use_head
 from lightning_bge.models.memory_saving.freezing import depths_of_parameters, find_layers
 from lightning_bge.models.memory_saving.lora import LoRAConfig
 from lightning_bge.models.model_size import measure_model
 from lightning_bge.models.optimizer import OptimizerConfig, parameter_groups
 from lightning_bge.models.pooling import set_pooling
+from lightning_bge.runtime import class_path
 from lightning_bge.types import Schema
 from tests.helpers.small_models import (
     Batches,
@@ -112,6 +114,41 @@ class Batch(nn.Linear):
         return super().forward(input - input.mean(dim=0))
 
 
+class BatchInTraining(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input - input.mean(dim=0) if self.training else input)
+
+
+class Drawn(nn.Linear):
+    def __init__(self, in_features: int, out_features: int, persistent: bool = False) -> None:
+        super().__init__(in_features, out_features)
+        self.register_buffer("drawn", torch.randn(in_features), persistent=persistent)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input * self.drawn)
+
+
+class Tied(nn.Module):
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.base_layer, self.lora_b = nn.Linear(in_features, in_features), nn.Linear(in_features, in_features)
+        self.lora_b.weight = self.base_layer.weight
+        self.out = nn.Linear(in_features, out_features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.out(self.lora_b(torch.tanh(self.base_layer(input))))
+
+
+class List(nn.ModuleList):
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(nn.Linear(in_features, in_features if n < 8 else out_features) for n in range(9))
+
+    def forward(self, input: Tensor) -> Tensor:
+        for layer in self:
+            input = layer(input)
+        return input
+
+
 class Unused(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
@@ -130,11 +167,13 @@ class Squeezed(nn.Linear):
         ({"class_path": "torch.nn.Linear", "init_args": {"depth": 2}}, r"init_args: torch.nn.Linear does not accept"),
         ({"class_path": "torch.nn.Conv2d", "init_args": {"in_channels": 1, "out_channels": 1, "kernel_size": 3}},
          r"can't be computed of vectors \[3, 6\]"),
-        ({"class_path": "torch.nn.Identity"}, "does not require grad"),
+        ({"class_path": "torch.nn.Identity"}, r"got shape \[3, 6\]"),
         ({"class_path": "torch.nn.Linear", "init_args": {"out_features": 4}}, r"shape \[3, 1\] .*got shape \[3, 4\]"),
         ({"class_path": f"{__name__}.Squeezed"}, r"shape \[3, 1\] .*got shape \[3\]"),
         ({"class_path": f"{__name__}.Norm"}, "keeps statistics of batches in buffers"),
         ({"class_path": f"{__name__}.Batch"}, "other logits when other rows are there"),
+        ({"class_path": f"{__name__}.BatchInTraining"}, "other logits when other rows are there"),
+        ({"class_path": f"{__name__}.Drawn"}, "random values that its state_dict does not hold"),
         ({"class_path": f"{__name__}.Unused"}, "depends on its parameters more"),
         ({"class_path": "torch.nn.Linear", "init_args": {"dtype": "x"}}, "does not accept"),
     ],
@@ -188,6 +227,50 @@ def test_the_encoder_cache_resets_to_a_fresh_load(tmp_path: Path) -> None:
     assert len(other.model.classifier.layers) == 1
 
 
+def test_buffers_that_are_drawn_follow_the_seed(tmp_path: Path) -> None:
+    folder, cache = save_model(tmp_path / "model"), EncoderCache()
+    head = HeadConfig(class_path=f"{__name__}.Drawn", init_args={"persistent": True})
+    for seed in (1, 2, 1):
+        cached, fresh = (load(folder, 1, head=head, seed=seed) for load in (cache.load, load_classifier))
+        assert torch.equal(cached.model.classifier.drawn, fresh.model.classifier.drawn)
+
+
+def test_a_head_that_is_a_list_is_not_the_encoder() -> None:
+    net = net_of("bert", "packed", head=HeadConfig(class_path=f"{__name__}.List"))
+    assert find_layers(net.model)[0] == "bert.encoder.layer"
+
+
+def test_sizes_of_several_outputs_and_of_exported_models(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "start")
+    head = HeadConfig(class_path="torch.nn.Linear", init_args={"out_features": 3})
+    assert measure_model(folder, head=head).parameters > 0
+    module = BGEClassifier(folder, task="multiclass", head={"class_path": STEPS})  # type: ignore[arg-type]
+    module.set_schema(Schema("multiclass", ("a", "b", "c"), ("text",), 32))
+    module.configure_model()
+    exported = str(module.export(tmp_path / "exported", AutoTokenizer.from_pretrained(folder)))
+    assert measure_model(exported).parameters > 0
+    for outputs in (1, 2, 3):
+        assert load_classifier(exported, outputs).model.config.num_labels == outputs
+
+
+def test_arguments_are_compared_as_a_file_holds_them() -> None:
+    head = HeadConfig(class_path=STEPS, init_args={"widths": (8, 4)})
+    assert head == HeadConfig(class_path=STEPS, init_args={"widths": [8, 4]})
+
+
+@pytest.mark.parametrize("lora", [LoRAConfig(), LoRAConfig(r=2)], ids=str)
+def test_shared_weights_and_names_of_lora_in_a_head_are_exported(tmp_path: Path, lora: LoRAConfig) -> None:
+    folder = save_model(tmp_path / "start")
+    module = BGEClassifier(folder, head={"class_path": f"{__name__}.Tied"}, lora=lora)  # type: ignore[arg-type]
+    module.set_schema(SCHEMA)
+    module.configure_model()
+    assert module.net is not None
+    exported = module.export(tmp_path / "exported", AutoTokenizer.from_pretrained(folder))
+    found = load_classifier(str(exported), 1).model.classifier.state_dict()
+    for name, value in module.net.model.classifier.state_dict().items():
+        assert torch.equal(found[name], value), name
+
+
 # ---------------------------------------------------------------------- checkpoints and exports
 
 
@@ -225,7 +308,7 @@ def test_checkpoints_and_exports_predict_the_same(tmp_path: Path, kind: str, opt
             refuses(str(folder))
     card = (folder / "README.md").read_text()
     assert "can't load it, as they have no such pooling or head" in card
-    assert f"`import {__name__}`" in card
+    assert f'allow_class("{STEPS}")' in card
     again = BGEClassifier(str(folder))
     again.configure_model()
     exported = again.export(tmp_path / "again", tokenizer)
@@ -271,22 +354,42 @@ def test_nothing_is_imported_that_a_model_or_checkpoint_names(tmp_path: Path, mo
     folder = str(module.export(tmp_path / "exported", AutoTokenizer.from_pretrained(start)))
     config = net.model.config.to_dict()
     monkeypatch.delitem(sys.modules, "heads_of_another")
+    monkeypatch.setattr(class_path, "_named", set())
     for load in (
         lambda: load_classifier(folder, 1),
         lambda: build_classifier(config),
         lambda: measure_model(folder),
         lambda: BGEClassifier(folder).predict(TEXTS),
     ):
-        with pytest.raises(ConfigError, match="nothing is imported that a checkpoint names"):
+        with pytest.raises(ConfigError, match="nothing is imported or made that a checkpoint alone"):
             load()
     assert "heads_of_another" not in sys.modules
     assert load_classifier(folder, 1, head=head).untrained == ""
+    class_path._named.clear()
+    allow_class("heads_of_another.Own")
+    assert load_classifier(folder, 1).untrained == ""
+
+
+def test_a_class_that_is_imported_is_not_made_with_the_arguments_of_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = BGEClassifier(save_model(tmp_path / "start"), head={"class_path": STEPS})  # type: ignore[arg-type]
+    module.set_schema(SCHEMA)
+    module.configure_model()
+    folder = module.export(tmp_path / "exported", AutoTokenizer.from_pretrained(tmp_path / "start"))
+    monkeypatch.setattr(class_path, "_named", set())
+    monkeypatch.setattr(Steps, "__init__", lambda *_, **__: pytest.fail("made"))
+    with pytest.raises(ConfigError, match=r"call `lightning_bge\.models\.allow_class"):
+        load_classifier(str(folder), 1)
 
 
 def test_a_damaged_record_of_the_head_is_one_line(tmp_path: Path) -> None:
     start = save_model(tmp_path / "start")
     module, _ = trained(start)
     folder = module.export(tmp_path / "exported", AutoTokenizer.from_pretrained(start))
+    save_file({"other": torch.zeros(1)}, folder / "head.safetensors")
+    with pytest.raises(ConfigError, match="changed since it was exported"):
+        load_classifier(str(folder), 1)
     (folder / "head.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"head\.safetensors"):
         load_classifier(str(folder), 1)

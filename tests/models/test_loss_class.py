@@ -148,5 +148,5 @@ def test_nothing_is_imported_that_a_checkpoint_names(tmp_path: Path, monkeypatch
     loaded = BGEClassifier.load_from_checkpoint(tmp_path / "run.ckpt")
     assert loaded.loss is None  # predictions need none
     batch = cut_batch(random_sequences((9, 7), vocabulary=45), LABELS[:2], 1)
-    with pytest.raises(ConfigError, match=r"foreign_loss\.Loss comes from a checkpoint.*write `import foreign_loss`"):
+    with pytest.raises(ConfigError, match=r"foreign_loss\.Loss comes from a checkpoint.*allow_class"):
         quiet_trainer().validate(loaded, datamodule=Batches(SCHEMA, val=[batch]), verbose=False)

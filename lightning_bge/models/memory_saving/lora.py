@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.memory_saving.freezing import depths_of_parameters, find_layers
+from lightning_bge.runtime.model_config import is_head
 
 ADAPTER = "default"  # PEFT's own name for the only adapter
 
@@ -83,10 +84,12 @@ def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """
     state = model.state_dict()
     for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
+        if hasattr(module, "lora_A") and not is_head(name):
             weight = state[f"{name}.base_layer.weight"]
             state[f"{name}.base_layer.weight"] = weight + module.get_delta_weight(ADAPTER).to(weight.dtype)
-    return {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
+    own = {key: value for key, value in state.items() if is_head(key)}  # a head has no factors, whatever its names
+    rest = {key: value for key, value in state.items() if key not in own and ".lora_" not in key}
+    return {key.replace(".base_layer.", "."): value for key, value in rest.items()} | own
 
 
 def _targets(layers: nn.ModuleList, wanted: list[str] | None) -> list[str]:

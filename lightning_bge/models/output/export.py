@@ -59,7 +59,7 @@ def export_classifier(
         with quiet_transformers():
             weights = merged_weights(net.model)
             if (head := head_of(net.model.config).class_path) is not None:
-                own = {name: weights.pop(name).contiguous() for name in list(weights) if is_head(name)}
+                own = {name: weights.pop(name).clone().contiguous() for name in list(weights) if is_head(name)}
                 save_file({name.removeprefix("classifier."): value for name, value in own.items()}, draft / HEAD_FILE)
             net.model.save_pretrained(draft, state_dict=weights)
         native = is_native(net.model.config)

@@ -1,5 +1,6 @@
 """The model card of an exported folder: `README.md`, as the Hugging Face hub expects it."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,8 @@ def write_model_card(
     elif not peers:
         usage.append("transformers and sentence-transformers can't load it, as they have no such pooling or head.")
     if head_class is not None:
-        usage.append(
-            f"Before that, `import {head_class.rpartition('.')[0]}`, which has the class of its head, `{head_class}`."
-        )
+        code = f"lightning_bge.models.allow_class({json.dumps(head_class)})"
+        usage.append(f"Before that, call `{code}`, if you trust this class of its head.")
     parts = [
         _facts(schema),
         "## How to use it",
