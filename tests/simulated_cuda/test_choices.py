@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import nn
 
 from lightning_bge.advisor.audit.ablation import count_devices
 from lightning_bge.callbacks import TorchBackends
@@ -70,6 +71,10 @@ def backends(**options: Any) -> tuple[TorchBackends, dict[str, str], str]:
     seen: list[str] = []
 
     class Module(BoringModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv1d(1, 1, 1)
+
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             seen.append(torch.backends.cuda.matmul.fp32_precision)
             return super().training_step(batch, batch_idx)
