@@ -143,6 +143,25 @@ OFFERED = [
 ]
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+@pytest.mark.parametrize("kernel", [flash, flash_at_rate, nested, by_runs])
+def test_dropout_keeps_the_mean_and_has_the_variance_of_its_rate(
+    kernel: Callable[..., Tensor], rate: float, flash_calls: list[dict]
+) -> None:
+    lengths = (12,) * 300
+    q, k, v = (torch.randn(sum(lengths), HEADS, DIM) for _ in range(3))
+    given = torch.tensor(rate, dtype=torch.float64) if kernel is flash_at_rate else rate
+    torch.manual_seed(0)
+    found = kernel(q, k, torch.ones_like(v), pack(lengths), given, SCALE, None)[..., 0]
+    pairs = zip(q.split(12), k.split(12), strict=True)
+    weights = [torch.einsum("qhd,khd->qhk", a, b).mul(SCALE).softmax(-1) for a, b in pairs]
+    variance = rate / (1 - rate) * torch.cat(weights).square().sum(-1)  # of each output, whose mean is 1
+    scores = (found - 1) / variance.sqrt()
+    count = scores.numel()
+    assert abs(float(scores.mean())) < 5 / count**0.5
+    assert float(scores.square().mean()) == pytest.approx(1, abs=0.08)
+
+
 @pytest.mark.parametrize(("kernel", "first", "window"), OFFERED)
 def test_kernel_equals_the_formula(
     kernel: Callable[..., Tensor], first: bool, window: int | None, flash_calls: list[dict]
