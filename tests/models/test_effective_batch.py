@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_bge.models.classifier import BGEClassifier
+from lightning_bge.models.effective_batch import _seed
 from lightning_bge.models.optimizer import OptimizerConfig
 from lightning_bge.types import Batch, Schema
 from tests.helpers.small_models import Batches, micro_batch, quiet_trainer, random_sequences, save_model
@@ -98,3 +99,12 @@ def test_gpu_a_copy_that_waits_is_an_error_of_that_test() -> None:
     torch.cuda.set_sync_debug_mode("error")
     with pytest.raises(RuntimeError, match="synchroniz"):
         example().pin_memory().to("cuda", non_blocking=False)
+
+
+def test_the_generator_of_mps_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.mps, "manual_seed", seeds.append)
+    with torch.random.fork_rng(devices=[]):
+        for device in ("cpu", "mps"):
+            _seed(torch.device(device), 7)
+    assert seeds == [7]

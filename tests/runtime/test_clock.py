@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_bge.runtime import clock as device
-from lightning_bge.runtime.clock import UnsharedClock
+from lightning_bge.runtime.clock import UnsharedClock, wait_for
 
 
 @pytest.fixture
@@ -42,3 +43,11 @@ def test_a_sleep_counts() -> None:
     waited = clock() - began
     clock.close()
     assert waited > 0.04
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", False), ("cuda:1", True), ("mps", True)])
+def test_a_gpu_of_any_kind_is_waited_for(device: str, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    wait_for(torch.device(device))
+    assert waited == [torch.device(device)] * waits
