@@ -178,8 +178,8 @@ def rearrange_outputs(model: PreTrainedModel, matrix: Tensor) -> None:
     if found is None:
         raise ConfigError(
             f"model.name_or_path: the outputs of this {model.config.model_type} can't be brought into the order of the "
-            "data, as its last layer is not linear, or of a class by its path. Set data.table.labels to the order of "
-            "id2label in its config.json"
+            "data, as its last layer is not linear, or its head is one by a class path. Set data.table.labels to "
+            "the order of id2label in its config.json"
         )
     name, old = found
     new = nn.Linear(old.in_features, len(matrix), bias=old.bias is not None, dtype=old.weight.dtype)

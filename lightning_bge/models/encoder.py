@@ -201,7 +201,7 @@ def load_classifier(
     Raises:
         ConfigError: there is no such model, it can't be reached, or it has no sequence-classification form;
             the architecture does not support gradient checkpointing, frozen layers, LoRA or another head; or the
-            checkpoint has a head by its class whose module is not imported.
+            checkpoint alone names the class of its head; see `allow_class`.
     """
     name_or_path = expand_home(name_or_path)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -275,7 +275,7 @@ def _load_with_head_by_class(
     match = match_head(config, outputs) if isinstance(outputs, Outputs) and saved.class_path is not None else None
     matrix = torch.eye(count) if match is None else match.matrix
     model, new = _load(name_or_path, count, changes, seed, source)
-    use_head(model, head if head.class_path is not None else saved, seed, imports=head.class_path is not None)
+    use_head(model, head, seed)
     # not what transformers' own head has, which is no longer there
     new = [name for name in new if not is_head(name) and "pooler" not in name and not name.startswith("head.")]
     if head in (saved, HeadConfig()) and matrix is not None and len(matrix) == config.num_labels == count:
@@ -339,12 +339,11 @@ def build_classifier(
         lora: see `LoRAConfig`.
 
     Raises:
-        ConfigError: the head is one by its class, whose module your program has not imported.
+        ConfigError: the configuration alone names the class of its head; see `allow_class`.
     """
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
-    if (head := head_of(model.config)).class_path is not None:
-        use_head(model, head, seed=0, imports=False)
+    use_head(model, HeadConfig(), seed=0)
     return prepare_classifier(
         model,
         attention=attention,

@@ -56,21 +56,23 @@ def head_of(config: PretrainedConfig) -> HeadConfig:
     return HeadConfig(**saved)
 
 
-def use_head(
-    model: PreTrainedModel, head: HeadConfig, seed: int, imports: bool = True, any_width: bool = False
-) -> None:
-    """Give a model a head by its class, in place; the parts of its own head go.
+def use_head(model: PreTrainedModel, head: HeadConfig, seed: int, any_width: bool = False) -> None:
+    """Give a model the head that is asked for by its class, or else the checkpoint's, in place; its own one goes.
 
     Args:
-        model: of transformers, with its own head.
-        head: with a `class_path`.
+        model: of transformers, with its own head, which it keeps where neither is by a class.
+        head: what the user asks for.
         seed: what the weights are drawn from, on the CPU.
-        imports: see `find_class`.
         any_width: the number of outputs is not known yet, and any is accepted.
 
     Raises:
-        ConfigError: the architecture's pooled vectors can't be had, or see `build_head`.
+        ConfigError: the architecture's pooled vectors can't be had; a checkpoint alone names the class; or see
+            `build_head`.
     """
+    given = head.class_path is not None
+    head = head if given else head_of(model.config)
+    if head.class_path is None:
+        return
     config = model.config
     kind = config.model_type
     if kind not in PACKED_HEADS:
@@ -78,9 +80,8 @@ def use_head(
             f"{OPTION}.class_path: expected null, as this model is a {kind}, which pools within its head, got "
             f"{head.class_path}. {', '.join(PACKED_HEADS)} can have another head"
         )
-    model.classifier = build_head(head, config.hidden_size, None if any_width else config.num_labels, seed, imports).to(
-        model.dtype
-    )
+    width = None if any_width else config.num_labels
+    model.classifier = build_head(head, config.hidden_size, width, seed, imports=given).to(model.dtype)
     if kind == "bert":
         model.base_model.pooler = None  # an unused parameter would decay, and stop DDP
     elif kind == "modernbert":

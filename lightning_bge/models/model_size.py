@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lightning_bge.errors import ConfigError
 from lightning_bge.models.encoder import expand_home, prepare_classifier, quiet_transformers, why_not_loaded
-from lightning_bge.models.head_class import HeadConfig, head_of, use_head
+from lightning_bge.models.head_class import HeadConfig, use_head
 from lightning_bge.models.memory_saving.lora import LoRAConfig
 from lightning_bge.models.pooling import TokenPooling, set_pooling
 from lightning_bge.runtime.model_config import read_config
@@ -88,9 +88,7 @@ def measure_model(
         with torch.random.fork_rng(devices=[]), quiet_transformers(), torch.device("meta"):
             kind = AutoModelForSequenceClassification
             model = kind.from_config(config, trust_remote_code=trust_remote_code)
-        given = head.class_path is not None
-        if (head := head if given else head_of(config)).class_path is not None:
-            use_head(model, head, seed=0, imports=given, any_width=True)  # the task is not known here
+        use_head(model, head, seed=0, any_width=True)  # the task is not known here
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(why_not_loaded(name_or_path, error)) from error
     with torch.device("meta"):

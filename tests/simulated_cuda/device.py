@@ -244,7 +244,7 @@ def _set_data(self: Tensor, value: Tensor) -> None:
     torch._C._swap_tensor_impl(self, new)
     if grad is not None:
         if grad.device != self.device:  # torch moves it next; until then no tensor may have it
-            _set_data(grad, grad.cpu() if self.device.type == "cpu" else grad.to(self.device))
+            _set_data(grad, grad.to(self.device))
         self.grad = grad
 
 
