@@ -21,6 +21,7 @@ if sys.platform != "win32":
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 PRIMITIVES = 64  # kept, several times as many as the layers of one micro-batch need
 M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -8, -3, -1  # of mallopt(3)
+SMALLEST_HEAP, LARGEST_HEAP = 2**17, 2**25  # bytes: M_MMAP_THRESHOLD as glibc starts with it, and the most it takes
 
 
 # ---------------------------------------------------------------------- what is held, and freeing it
@@ -40,23 +41,31 @@ def release(host: bool = True) -> None:
         trim(0)
 
 
-def limit_malloc() -> None:
-    """Where RLIMIT_AS is set, have the C library take no more address space than what is in use.
+def limit_malloc(largest: int | None = None) -> bool:
+    """Where RLIMIT_AS or RLIMIT_DATA is set, have the C library take less address space than glibc does by itself.
 
     glibc gives threads arenas of their own and reserves 64 MiB for each, used or not: threads that read weights or
     draw a progress bar then take more of such a limit than a small model does. And once tensors of up to 32 MiB were
     freed, it serves such ones from its heap, which gets holes that larger ones do not fit into: a step that fitted
-    fails later. From now on only tensors of at most 1/16 of what is free come from the heap; the others have pages of
-    their own, which takes longer. Twice as much may stay free at the heap's end, as glibc has it where it sets both
+    fails later. Tensors with pages of their own leave no holes, but each time the pages have to be asked for and
+    cleared. Twice the size of the largest tensor may stay free at the heap's end, as glibc has it where it sets both
     itself: by its fixed 128 KiB each tensor that is freed there gives its pages back, and the next one asks for them.
+
+    Args:
+        largest: bytes. From now on tensors of at most this size come from the heap, between `SMALLEST_HEAP`, where
+            what a step takes is the same each time, and `LARGEST_HEAP`. None: 1/16 of what is free.
+
+    Returns:
+        Whether there is such a limit, and glibc.
     """
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0] if sys.platform == "linux" else -1  # -1: none
-    if limit == -1 or (mallopt := _glibc("mallopt")) is None:
-        return
+    free = min((limit.free for limit in _host_limits(None) if limit.raises), default=None)
+    if free is None or (mallopt := _glibc("mallopt")) is None:
+        return False
     mallopt(M_ARENA_MAX, 1)
-    size = min(max((limit - process_bytes()["VmSize"]) // 16, 2**17), 2**25)
+    size = min(max(free // 16 if largest is None else largest, SMALLEST_HEAP), LARGEST_HEAP)
     mallopt(M_MMAP_THRESHOLD, size)
     mallopt(M_TRIM_THRESHOLD, 2 * size)
+    return True
 
 
 def limit_primitive_caches() -> None:

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from lightning_bge.runtime.memory import (
+    LARGEST_HEAP,
     PRIMITIVES,
+    SMALLEST_HEAP,
     Limit,
     _cgroup_limits,
     limit_primitive_caches,
@@ -126,27 +128,40 @@ def mapped():
     function.restype = Info
     return function().mapped
 
-limit = process_bytes()["VmSize"] + 256 * 2**20
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-if sys.argv[1] == "limited":
-    limit_malloc()
+name, largest, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+if name:
+    what = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}[name]
+    limit = process_bytes()[what] + 256 * 2**20
+    resource.setrlimit(getattr(resource, name), (limit, limit))
+assert limit_malloc(int(largest) if largest else None) == bool(name)
 before = mapped()
 for _ in range(3):  # glibc serves a second one from its heap
-    tensor = torch.ones(24 * 2**20, dtype=torch.uint8)
+    tensor = torch.ones(size, dtype=torch.uint8)
     found = mapped() - before
     del tensor
-print(found)
+print(found >= size)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
-def test_large_tensors_leave_no_holes_in_the_heap_under_a_limit() -> None:
-    def mapped(how: str) -> int:
-        done = subprocess.run([sys.executable, "-c", MAPPED, how], capture_output=True, text=True, check=True)
-        return int(done.stdout)
-
-    assert mapped("not limited") < 24 * 2**20
-    assert mapped("limited") >= 24 * 2**20
+@pytest.mark.parametrize(
+    ("limit", "largest", "size", "has_pages_of_its_own"),
+    [
+        ("", None, 24 * 2**20, False),
+        ("RLIMIT_AS", None, 24 * 2**20, True),  # more than 1/16 of 256 MiB
+        ("RLIMIT_DATA", None, 24 * 2**20, True),
+        ("RLIMIT_AS", None, 4 * 2**20, False),
+        ("RLIMIT_AS", SMALLEST_HEAP, 4 * 2**20, True),
+        ("RLIMIT_AS", LARGEST_HEAP, 24 * 2**20, False),
+        ("RLIMIT_AS", LARGEST_HEAP, 40 * 2**20, True),
+    ],
+)
+def test_large_tensors_leave_no_holes_in_the_heap_under_a_limit(
+    limit: str, largest: int | None, size: int, has_pages_of_its_own: bool
+) -> None:
+    command = [sys.executable, "-c", MAPPED, limit, str(largest or ""), str(size)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(has_pages_of_its_own)
 
 
 def test_capacities_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,10 +32,17 @@ def forget() -> None:
 
 
 class FoundSize(NamedTuple):
-    """A micro-batch size, and why it is this one, in one line."""
+    """A micro-batch size, and why it is this one.
+
+    Attributes:
+        micro_batch_size: the size.
+        reason: in one line.
+        on_heap: under a limit on the address space: whether the tensors of such a step may come from the heap.
+    """
 
     micro_batch_size: int
     reason: str
+    on_heap: bool = False
 
 
 class MicroBatchSizes:
@@ -71,7 +78,9 @@ class MicroBatchSizes:
         try:
             content = read_json(path)
             mark_used(path)
-            return None if content is None else FoundSize(int(content["micro_batch_size"]), str(content["reason"]))
+            if content is None:
+                return None
+            return FoundSize(int(content["micro_batch_size"]), str(content["reason"]), content["on_heap"] is True)
         except (OSError, StudyError, ValueError, KeyError, TypeError, AttributeError) as error:
             log_once(log, logging.WARNING, f"{path} can't be read ({error}): the size is found anew")
             return None

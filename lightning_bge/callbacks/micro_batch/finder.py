@@ -14,11 +14,21 @@ from torch import Tensor
 from lightning_bge.callbacks.micro_batch.cache import FoundSize, MicroBatchSizes, describe_step, digest
 from lightning_bge.callbacks.micro_batch.config import MemoryConfig
 from lightning_bge.callbacks.micro_batch.dataloader_source import DataLoaderSource
+from lightning_bge.callbacks.micro_batch.heap import try_heap
 from lightning_bge.callbacks.micro_batch.probe import Probe, make_meter
 from lightning_bge.callbacks.micro_batch.search import Search
 from lightning_bge.runtime.cache_dir import default_cache_dir
 from lightning_bge.runtime.log_once import log_once
-from lightning_bge.runtime.memory import Limit, cache_bytes, limit_malloc, limits, unreserved_use
+from lightning_bge.runtime.memory import (
+    LARGEST_HEAP,
+    SMALLEST_HEAP,
+    Limit,
+    cache_bytes,
+    limit_malloc,
+    limits,
+    release,
+    unreserved_use,
+)
 from lightning_bge.runtime.micro_batch import SupportsMicroBatchSize, batch_source
 from lightning_bge.runtime.units import format_bytes
 
@@ -113,6 +123,9 @@ class MicroBatchFinder(Callback):
         else:  # its loops count batches of the size that it was trained with
             known = self._of_checkpoint if self._of_checkpoint in loaders.sizes else None
             self.micro_batch_size, self.reason = known or loaders.micro_batch_size, "as in the checkpoint"
+            found = self._known(trainer, pl_module, loaders)
+            on_heap = found is not None and found.on_heap and found.micro_batch_size == self.micro_batch_size
+            limit_malloc(LARGEST_HEAP if on_heap else SMALLEST_HEAP)
             loaders.set_micro_batch_size(self.micro_batch_size)
         self._source = self._loaders = loaders
 
@@ -139,27 +152,26 @@ class MicroBatchFinder(Callback):
 
     def _set(self, trainer: Trainer, pl_module: LightningModule, source: SupportsMicroBatchSize) -> None:
         """Look the size up, or search it, and hand it to the batch source."""
-        limit_malloc()
-        known = limits(pl_module.device, self.config.limit_bytes)
-        self._key = self._make_key(trainer, pl_module, source, known)
-        found = self._sizes.get(self._key)
+        limit_malloc(SMALLEST_HEAP)
+        found = self._known(trainer, pl_module, source)
         is_new = found is None
         if found is None:
-            found = self._find(trainer, pl_module, source, known)
+            found = self._find(trainer, pl_module, source, limits(pl_module.device, self.config.limit_bytes))
+        if found.on_heap:
+            limit_malloc(LARGEST_HEAP)
         size, self.reason = _smallest(found.micro_batch_size, pl_module.device), found.reason
         if isinstance(source, DataLoaderSource):
             size = source.largest_size(size)
         self.micro_batch_size = size
         source.set_micro_batch_size(size)
         if is_new and self.tried:
-            self._sizes.put(self._key, FoundSize(size, self.reason))
+            self._sizes.put(self._key, FoundSize(size, self.reason, found.on_heap))
         level = logging.WARNING if self.reason.startswith(NOT_EVEN) else logging.INFO
         log_once(log, level, f"micro-batch size {size:,}: {self.reason}")
 
-    def _make_key(
-        self, trainer: Trainer, module: LightningModule, source: SupportsMicroBatchSize, known: list[Limit]
-    ) -> str:
-        """A key for all that the answer depends on."""
+    def _known(self, trainer: Trainer, module: LightningModule, source: SupportsMicroBatchSize) -> FoundSize | None:
+        """What was found before, by a key for all that the answer depends on."""
+        known = limits(module.device, self.config.limit_bytes)
         # not the memory of the machine: it was not set for this process, and others use it too
         totals = sorted((limit.name, limit.total) for limit in known if limit.stated or limit.raises)
         data = {name: getattr(source, f"micro_batch_size_{name}", None) for name in ("key", "step")}
@@ -169,7 +181,8 @@ class MicroBatchFinder(Callback):
             content["others"] = others_share(module.device)
         if module.device.type == "cpu" and (most := cache_bytes()[1]):
             content["caches"] = most
-        return digest(content)
+        self._key = digest(content)
+        return self._sizes.get(self._key)
 
     def _find(
         self, trainer: Trainer, module: LightningModule, source: SupportsMicroBatchSize, known: list[Limit]
@@ -183,6 +196,11 @@ class MicroBatchFinder(Callback):
             return FoundSize(config.default_size if loaders is None else loaders.micro_batch_size, meter)
         step = getattr(source, "micro_batch_size_step", 1)
         options = _source_options(config, step) if loaders is None else _loader_options(config, loaders)
+
+        def measure_free() -> int | None:
+            release()  # as before a trial step
+            return _untried_bytes(limits(device, config.limit_bytes), device.type == "cpu")
+
         with Probe(
             trainer,
             module,
@@ -191,9 +209,10 @@ class MicroBatchFinder(Callback):
             prefetched=loaders is not None,
         ) as probe:
             if probe.prepare():
+                held = limits(device, config.limit_bytes)[0]
                 search = Search(
                     probe.attempt,
-                    lambda: _untried_bytes(limits(device, config.limit_bytes), device.type == "cpu"),
+                    measure_free,
                     margin=config.safety_margin,
                     step=step,
                     noise=meter.noise,
@@ -201,9 +220,13 @@ class MicroBatchFinder(Callback):
                 )
                 answer = search.run()
                 self.tried = [(units * step, peak, seconds) for units, peak, seconds in search.tried]
-                if answer.units * step >= (step if loaders is None else loaders.least):
-                    peak = _describe_peak(answer.peak, limits(device, config.limit_bytes)[0])
-                    return FoundSize(answer.units * step, f"{answer.reason}; {peak}")
+                least = step if loaders is None else loaders.least
+                if answer.units * step >= least:
+                    most_only = config.min_speedup is None
+                    on_heap = try_heap(probe, search, answer, least=answer.units if most_only else -(-least // step))
+                    answer = on_heap or answer
+                    peak = _describe_peak(answer.peak, held)
+                    return FoundSize(answer.units * step, f"{answer.reason}; {peak}", on_heap is not None)
         step = step if loaders is None else loaders.sizes[0]
         self.tried = self.tried or [(step, None, None)]
         reason = (
@@ -224,6 +247,7 @@ class MicroBatchFinder(Callback):
             return
         self.reason = f"lowered from {self.micro_batch_size:,} after an OOM"
         self.micro_batch_size = size
+        limit_malloc(SMALLEST_HEAP)
         self._sizes.put(self._key, FoundSize(size, self.reason))
 
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:

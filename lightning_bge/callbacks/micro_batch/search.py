@@ -55,7 +55,8 @@ class Search:
     Args:
         attempt: makes a trial step of a size, with a validation batch or without; None: out of memory.
         measure_free: bytes that a step may take; beyond them the process is killed or other processes suffer. It is
-            asked after each step, which may leave caches behind. None: sizes are tried until an allocation fails.
+            asked before each step and after it, as a step may leave caches behind. None: sizes are tried until an
+            allocation fails.
         margin: share of the activations' memory to leave free, 0 to below 1.
         min_speedup: stop where twice the size brings less than this share more units a second. None: memory decides.
         default: speed is not measured below so many units.
@@ -98,19 +99,19 @@ class Search:
             if self._try(units) and self.min_speedup is not None and self._is_timed(units):
                 if before is not None and units == 2 * before and not self._pays(before, units):
                     gain = f"{units * self.step:,} brought {self._gain(before, units):+.0%} units a second"
-                    return self._answer(min(before, self._with_margin(units)), f"{gain} over half of it")
+                    return self.answer(min(before, self._with_margin(units)), f"{gain} over half of it")
                 before = units
             units = self._next()
         low = self._low
         if low == 0:
             return Answer(0, f"not even {self.step:,} fits")
         if self._failed is None and low >= self.largest:
-            return self._answer(low, f"nothing larger than {low * self.step:,} is of use")
+            return self.answer(low, f"nothing larger than {low * self.step:,} is of use")
         if self._failed is None:
             reason = f"as much as the limit is predicted to allow, less {self.margin:.0%} of the activations"
-            return self._answer(low, reason)
+            return self.answer(low, reason)
         reason = f"the largest that fitted is {low * self.step:,}, and {self.margin:.0%} of its activations"
-        return self._answer(self._with_margin(low), f"{reason} are left free")
+        return self.answer(self._with_margin(low), f"{reason} are left free")
 
     def _is_timed(self, units: int) -> bool:
         """Whether the speed of a size counts that has just fitted; a short step is made a second time."""
@@ -128,6 +129,16 @@ class Search:
                 break
         return units not in self._fitted or self._gain(half, units) >= self.min_speedup
 
+    def largest_within(self, free: float) -> float:
+        """Units whose step is predicted to take no more than `free` bytes; below 1 where none is."""
+        last, slope = self._line(self.noise)
+        return last.units + (free - last.peak - self.noise) / slope
+
+    def speed(self, units: int) -> float:
+        """Units a second of the size nearest to this one, of those that fitted."""
+        nearest = min(self._fitted, key=lambda size: abs(math.log(size / units)))
+        return nearest / self._seconds[nearest]
+
     def _gain(self, half: int, units: int) -> float:
         return 2 * self._seconds[half] / max(self._seconds[units], 1e-9) - 1
 
@@ -140,7 +151,8 @@ class Search:
         self._seconds[units] = min(self._seconds[units], again.seconds)
         return True
 
-    def _answer(self, units: int, reason: str) -> Answer:
+    def answer(self, units: int, reason: str) -> Answer:
+        """A size, why, and the bytes that its step takes, as measured or predicted."""
         known = self._fitted.get(units)
         return Answer(units, reason, max(0, round(self._predict(units))) if known is None else known.peak)
 
@@ -167,9 +179,7 @@ class Search:
             units = min(MAX_EXTRAPOLATION * low, self.default) if 2 <= low < self.default else 2 * low
             units = min(units, self.largest)
         if self.free is not None:
-            last, slope = self._line(self.noise)
-            allowed = last.units + (self.free - last.peak - self.noise) / slope
-            most = int(allowed * (1 - self.margin))
+            most = int(self.largest_within(self.free) * (1 - self.margin))
             if most < units:
                 return most if most > CLOSE * low else None
         return units
@@ -177,11 +187,12 @@ class Search:
     # ------------------------------------------------------------------ what is known
 
     def _try(self, units: int) -> bool:
+        free = self.measure_free()  # what the step leaves in its place is a part of its peak
         found = self.attempt(units, True)
         self.free = self.measure_free()
-        log.debug("%d units: %s", units, found)
+        log.debug("%d units: %s of %s bytes, %s afterwards", units, found, free, self.free)
         self.tried.append((units, None, None) if found is None else (units, found.peak, found.seconds))
-        if found is None or (self.free is not None and found.peak > self.free):
+        if found is None or (free is not None and found.peak > free):
             self._drop(units)
             return False
         self._fitted[units], self._seconds[units] = found, found.seconds

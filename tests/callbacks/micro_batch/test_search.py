@@ -93,6 +93,20 @@ def test_room_that_steps_take_away_is_counted() -> None:
     assert 0.75 * (left[0] - HELD) / ROW <= answer.units <= 0.9 * (left[0] + 200 - HELD) / ROW
 
 
+def test_what_a_step_leaves_behind_is_a_part_of_its_peak() -> None:
+    """As where the C library keeps what the step has used: it fitted, although no other would fit beside it."""
+    left = [2_000]
+
+    def attempt(units: int, validate: bool) -> TrialStep:
+        peak = HELD + ROW * units
+        left[0] = 2_000 - peak
+        return TrialStep(units, peak, 1.0)
+
+    answer = Search(attempt, lambda: left[0], margin=0.1, min_speedup=None, default=8).run()
+    assert answer.units >= 64
+    assert answer.reason.startswith("as much as the limit is predicted to allow")
+
+
 def gain(units: int, constant: float) -> float:
     return 2 * (constant + 0.1 * units / 2) / (constant + 0.1 * units) - 1
 
