@@ -37,12 +37,16 @@ class FoundSize(NamedTuple):
     Attributes:
         micro_batch_size: the size.
         reason: in one line.
-        on_heap: under a limit on the address space: whether the tensors of such a step may come from the heap.
+        heap: bytes of the largest tensor that comes from the C library's heap, for `limit_malloc`; None: its default.
     """
 
     micro_batch_size: int
     reason: str
-    on_heap: bool = False
+    heap: int | None = None
+
+
+def _size(found: FoundSize) -> int:
+    return found.micro_batch_size
 
 
 class MicroBatchSizes:
@@ -57,7 +61,8 @@ class MicroBatchSizes:
 
     def get(self, key: str) -> FoundSize | None:
         """The smallest size that is known, as another process may have lowered it; None where the key is not known."""
-        return min((found for found in (_known.get(key), self._read(key)) if found is not None), default=None)
+        found = [one for one in (_known.get(key), self._read(key)) if one is not None]
+        return min(found, key=_size, default=None)
 
     def put(self, key: str, found: FoundSize) -> None:
         """Keep a size, unless a smaller one is known: another process may have lowered it meanwhile."""
@@ -65,7 +70,7 @@ class MicroBatchSizes:
         if self.folder is not None:
             try:
                 with FileLock(create_run_dir(self.folder).with_suffix(".lock"), mode=0o600):
-                    smallest = min(found, self._read(key) or found)
+                    smallest = min(found, self._read(key) or found, key=_size)
                     write_json(self.folder / f"{key}.json", smallest._asdict())
             except OSError as error:
                 text = f"micro-batch sizes can't be kept in {self.folder} ({error}): each process finds its own"
@@ -80,7 +85,10 @@ class MicroBatchSizes:
             mark_used(path)
             if content is None:
                 return None
-            return FoundSize(int(content["micro_batch_size"]), str(content["reason"]), content["on_heap"] is True)
+            heap = content["heap"]
+            return FoundSize(
+                int(content["micro_batch_size"]), str(content["reason"]), None if heap is None else int(heap)
+            )
         except (OSError, StudyError, ValueError, KeyError, TypeError, AttributeError) as error:
             log_once(log, logging.WARNING, f"{path} can't be read ({error}): the size is found anew")
             return None

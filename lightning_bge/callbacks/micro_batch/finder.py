@@ -104,6 +104,7 @@ class MicroBatchFinder(Callback):
         self._loaders: DataLoaderSource | None = None
         self._batch_idx = 0
         self._key = ""
+        self._heap: int | None = None
 
     # ------------------------------------------------------------------ finding
 
@@ -124,8 +125,8 @@ class MicroBatchFinder(Callback):
             known = self._of_checkpoint if self._of_checkpoint in loaders.sizes else None
             self.micro_batch_size, self.reason = known or loaders.micro_batch_size, "as in the checkpoint"
             found = self._known(trainer, pl_module, loaders)
-            on_heap = found is not None and found.on_heap and found.micro_batch_size == self.micro_batch_size
-            limit_malloc(LARGEST_HEAP if on_heap else SMALLEST_HEAP)
+            is_same = found is not None and found.micro_batch_size == self.micro_batch_size
+            limit_malloc(found.heap if found is not None and is_same else None)
             loaders.set_micro_batch_size(self.micro_batch_size)
         self._source = self._loaders = loaders
 
@@ -152,20 +153,19 @@ class MicroBatchFinder(Callback):
 
     def _set(self, trainer: Trainer, pl_module: LightningModule, source: SupportsMicroBatchSize) -> None:
         """Look the size up, or search it, and hand it to the batch source."""
-        limit_malloc(SMALLEST_HEAP)
         found = self._known(trainer, pl_module, source)
         is_new = found is None
         if found is None:
             found = self._find(trainer, pl_module, source, limits(pl_module.device, self.config.limit_bytes))
-        if found.on_heap:
-            limit_malloc(LARGEST_HEAP)
+        self._heap = found.heap
+        limit_malloc(self._heap)
         size, self.reason = _smallest(found.micro_batch_size, pl_module.device), found.reason
         if isinstance(source, DataLoaderSource):
             size = source.largest_size(size)
         self.micro_batch_size = size
         source.set_micro_batch_size(size)
         if is_new and self.tried:
-            self._sizes.put(self._key, FoundSize(size, self.reason, found.on_heap))
+            self._sizes.put(self._key, FoundSize(size, self.reason, found.heap))
         level = logging.WARNING if self.reason.startswith(NOT_EVEN) else logging.INFO
         log_once(log, level, f"micro-batch size {size:,}: {self.reason}")
 
@@ -195,12 +195,8 @@ class MicroBatchFinder(Callback):
         if isinstance(meter, str):
             return FoundSize(config.default_size if loaders is None else loaders.micro_batch_size, meter)
         step = getattr(source, "micro_batch_size_step", 1)
-        options = _source_options(config, step) if loaders is None else _loader_options(config, loaders)
-
-        def measure_free() -> int | None:
-            release()  # as before a trial step
-            return _untried_bytes(limits(device, config.limit_bytes), device.type == "cpu")
-
+        if device.type == "cpu":
+            limit_malloc(SMALLEST_HEAP)
         with Probe(
             trainer,
             module,
@@ -208,32 +204,43 @@ class MicroBatchFinder(Callback):
             meter,
             prefetched=loaders is not None,
         ) as probe:
-            if probe.prepare():
-                held = limits(device, config.limit_bytes)[0]
-                search = Search(
-                    probe.attempt,
-                    measure_free,
-                    margin=config.safety_margin,
-                    step=step,
-                    noise=meter.noise,
-                    **options,
-                )
-                answer = search.run()
-                self.tried = [(units * step, peak, seconds) for units, peak, seconds in search.tried]
-                least = step if loaders is None else loaders.least
-                if answer.units * step >= least:
-                    most_only = config.min_speedup is None
-                    on_heap = try_heap(probe, search, answer, least=answer.units if most_only else -(-least // step))
-                    answer = on_heap or answer
-                    peak = _describe_peak(answer.peak, held)
-                    return FoundSize(answer.units * step, f"{answer.reason}; {peak}", on_heap is not None)
-        step = step if loaders is None else loaders.sizes[0]
-        self.tried = self.tried or [(step, None, None)]
+            found = self._search(probe, step, loaders, device) if probe.prepare() else None
+        if found is not None:
+            return found
+        smallest = step if loaders is None else loaders.sizes[0]
+        self.tried = self.tried or [(smallest, None, None)]
         reason = (
             f"{NOT_EVEN} ({probe.failure or 'its peak is above the limit'}); gradient checkpointing, a shorter maximum "
             "length or a smaller model save memory"
         )
-        return FoundSize(step, reason)
+        return FoundSize(smallest, reason, SMALLEST_HEAP if device.type == "cpu" else None)
+
+    def _search(
+        self, probe: Probe, step: int, loaders: DataLoaderSource | None, device: torch.device
+    ) -> FoundSize | None:
+        """Try steps; None: not even the smallest fits."""
+        config = self.config
+
+        def measure_free() -> int | None:
+            release()  # as before a trial step
+            return _untried_bytes(limits(device, config.limit_bytes), device.type == "cpu")
+
+        held = limits(device, config.limit_bytes)[0]
+        options = _source_options(config, step) if loaders is None else _loader_options(config, loaders)
+        margin, noise = config.safety_margin, probe.meter.noise
+        search = Search(probe.attempt, measure_free, margin=margin, step=step, noise=noise, **options)
+        answer = search.run()
+        self.tried = [(units * step, peak, seconds) for units, peak, seconds in search.tried]
+        least = 1 if loaders is None else -(-loaders.least // step)
+        if answer.units < least:
+            return None
+        if config.min_speedup is None:  # nothing smaller is wanted
+            least = answer.units
+        heap = None
+        if device.type == "cpu":
+            on_heap = try_heap(probe, search, answer, least=least)
+            answer, heap = (answer, SMALLEST_HEAP) if on_heap is None else (on_heap, LARGEST_HEAP)
+        return FoundSize(answer.units * step, f"{answer.reason}; {_describe_peak(answer.peak, held)}", heap)
 
     # ------------------------------------------------------------------ after an out-of-memory error
 
@@ -247,8 +254,10 @@ class MicroBatchFinder(Callback):
             return
         self.reason = f"lowered from {self.micro_batch_size:,} after an OOM"
         self.micro_batch_size = size
-        limit_malloc(SMALLEST_HEAP)
-        self._sizes.put(self._key, FoundSize(size, self.reason))
+        if self._heap is not None:
+            self._heap = SMALLEST_HEAP
+            limit_malloc(self._heap)
+        self._sizes.put(self._key, FoundSize(size, self.reason, self._heap))
 
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
         """Keep the size in effect where it was lowered."""

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from lightning_bge.callbacks.micro_batch import cache as cache_module
+from lightning_bge.callbacks.micro_batch import finder as finder_module
 from lightning_bge.callbacks.micro_batch import heap
 from lightning_bge.callbacks.micro_batch.search import Answer, Search, TrialStep
 from lightning_bge.runtime.memory import LARGEST_HEAP, SMALLEST_HEAP
+from tests.helpers.trial_steps import Use, search
 
 ROW, HELD = 10, 100  # bytes of a step: of a unit, and those that each step takes
 FREE = 10_000  # of which 9,000 may be used with the margin
@@ -122,3 +125,25 @@ def test_without_a_limit_on_the_address_space_nothing_is_tried(monkeypatch: pyte
     monkeypatch.setattr(machine, "limit_malloc", lambda largest=None: False)
     assert machine.find(monkeypatch)[1] is None
     assert machine.tried == []
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.filterwarnings("ignore:Found . module.* in eval mode")
+@pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`")
+@pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
+def test_later_runs_take_what_was_found_until_a_step_ran_out_of_memory(
+    use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int | None] = []
+    monkeypatch.setattr(finder_module, "limit_malloc", asked.append)
+    monkeypatch.setattr(finder_module, "try_heap", lambda probe, search, answer, least: answer)
+    search(use)
+    assert asked == [SMALLEST_HEAP, LARGEST_HEAP]
+    cache_module.forget()  # but not the file
+    _, finder = search(use)
+    assert asked[2:] == [LARGEST_HEAP]
+    assert finder.micro_batch_size is not None
+    finder.lower(finder.micro_batch_size - 1)
+    assert asked[3:] == [SMALLEST_HEAP]
+    search(use)
+    assert asked[4:] == [SMALLEST_HEAP]
