@@ -55,8 +55,7 @@ class Search:
     Args:
         attempt: makes a trial step of a size, with a validation batch or without; None: out of memory.
         measure_free: bytes that a step may take; beyond them the process is killed or other processes suffer. It is
-            asked before each step and after it, as a step may leave caches behind. None: sizes are tried until an
-            allocation fails.
+            asked after each step, which may leave caches behind. None: sizes are tried until an allocation fails.
         margin: share of the activations' memory to leave free, 0 to below 1.
         min_speedup: stop where twice the size brings less than this share more units a second. None: memory decides.
         default: speed is not measured below so many units.
@@ -187,7 +186,7 @@ class Search:
     # ------------------------------------------------------------------ what is known
 
     def _try(self, units: int) -> bool:
-        free = self.measure_free()  # what the step leaves in its place is a part of its peak
+        free = self.free  # what the step leaves in its place is a part of its peak
         found = self.attempt(units, True)
         self.free = self.measure_free()
         log.debug("%d units: %s of %s bytes, %s afterwards", units, found, free, self.free)

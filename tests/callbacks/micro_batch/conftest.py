@@ -21,7 +21,8 @@ from tests.helpers.trial_steps import FakeMeter, Use
 def forgetful(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("LIGHTNING_BGE_CACHE", str(tmp_path / "cache"))
     # slow
-    monkeypatch.setattr(probe_module, "release", lambda: None)
+    for module in (probe_module, finder_module):
+        monkeypatch.setattr(module, "release", lambda: None)
     monkeypatch.setattr(probe_module, "gc", SimpleNamespace(collect=lambda: 0, get_freeze_count=lambda: 1))
     monkeypatch.setattr("lightning_bge.runtime.memory._caches", WeakSet())
     cache_module.forget()
