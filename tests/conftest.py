@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import warnings
@@ -18,6 +19,35 @@ def repeatable() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+class Frozen:
+    """Whether the garbage collector leaves out what was there before a test."""
+
+    now = False
+
+
+@pytest.fixture(autouse=True, scope="session")
+def noted_unfreeze() -> Iterator[None]:
+    """The program freezes what is there while trials run, and unfreezes it afterwards."""
+    original = gc.unfreeze
+
+    def unfreeze() -> None:
+        Frozen.now = False
+        original()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "unfreeze", unfreeze)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def quick_collections(noted_unfreeze: None) -> None:
+    """A collection would search all of pytest and the libraries, 0.2 s each time, and there are several in a trial."""
+    if not Frozen.now:
+        gc.collect()
+        gc.freeze()
+        Frozen.now = True
 
 
 @pytest.fixture(autouse=True)

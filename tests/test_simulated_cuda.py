@@ -20,6 +20,7 @@ FOR_A_GPU = (
     "models/test_loss_scaling.py",
     "models/memory_saving/test_gradient_checkpointing.py",
 )
+QUICK = ("test_choices", "test_device")
 COMPILED = "recomputed and True"  # torch.compile does not take the simulation's tensors
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -35,9 +36,17 @@ def run(*arguments: str) -> None:
     assert "skipped" not in done.stdout
 
 
-@pytest.mark.parametrize("path", sorted(HERE.glob("simulated_cuda/test_*.py")), ids=lambda path: path.stem)
-def test_its_own_tests(path: Path) -> None:
-    run(str(path))
+@pytest.mark.parametrize("name", QUICK)
+def test_its_own_tests(name: str) -> None:
+    run(str(HERE / "simulated_cuda" / f"{name}.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in HERE.glob("simulated_cuda/test_*.py") if path.stem not in QUICK)
+)
+def test_its_own_tests_that_take_long(name: str) -> None:
+    run(str(HERE / "simulated_cuda" / f"{name}.py"))
 
 
 @pytest.mark.slow

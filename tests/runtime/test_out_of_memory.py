@@ -91,6 +91,7 @@ def fit(folder: Path, name: str, mebibytes: int) -> tuple[dict[str, Any], str]:
     return load_file(folder / name / "model" / "model.safetensors"), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS binds on Linux alone")
 def test_fit_goes_on_with_smaller_micro_batches_to_the_same_weights(folder: Path) -> None:
     expected, words = fit(folder, "free", 0)
@@ -103,6 +104,7 @@ def test_fit_goes_on_with_smaller_micro_batches_to_the_same_weights(folder: Path
         assert (found[name] - weight).abs().max() <= most * max(1.0, weight.abs().max()), name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS binds on Linux alone")
 def test_a_search_prunes_what_cannot_fit_and_keeps_nothing_of_it(folder: Path) -> None:
     space = {"data.max_length": {"choices": [16, LONGEST]}, "model.optimizer.lr": {"low": 1e-4, "high": 1e-2}}
