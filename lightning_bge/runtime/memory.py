@@ -42,18 +42,20 @@ def release(host: bool = True) -> None:
 
 
 def limit_malloc(largest: int | None = None) -> bool:
-    """Where RLIMIT_AS or RLIMIT_DATA is set, have the C library take less address space than glibc does by itself.
+    """Where RLIMIT_AS or RLIMIT_DATA is set, decide which tensors come from the C library's heap.
 
     glibc gives threads arenas of their own and reserves 64 MiB for each, used or not: threads that read weights or
-    draw a progress bar then take more of such a limit than a small model does. And once tensors of up to 32 MiB were
-    freed, it serves such ones from its heap, which gets holes that larger ones do not fit into: a step that fitted
-    fails later. Tensors with pages of their own leave no holes, but each time the pages have to be asked for and
-    cleared. Twice the size of the largest tensor may stay free at the heap's end, as glibc has it where it sets both
-    itself: by its fixed 128 KiB each tensor that is freed there gives its pages back, and the next one asks for them.
+    draw a progress bar then take more of such a limit than a small model does. From now on all threads share one. And
+    once tensors of up to 32 MiB were freed, glibc serves such ones from its heap, which gets holes that larger ones do
+    not fit into: a step that fitted fails later. Tensors with pages of their own leave no holes, but each time the
+    pages have to be asked for and cleared. They get none where a free block of the heap is large enough.
+
+    Twice the size of the largest tensor may stay free at the heap's end, as glibc has it where it sets both itself: by
+    its fixed 128 KiB each tensor that is freed there gives its pages back, and the next one asks for them.
 
     Args:
-        largest: bytes. From now on tensors of at most this size come from the heap, between `SMALLEST_HEAP`, where
-            what a step takes is the same each time, and `LARGEST_HEAP`. None: 1/16 of what is free.
+        largest: bytes. From now on tensors of at most this size come from the heap, between `SMALLEST_HEAP`, with
+            which a step takes nearly the same each time, and `LARGEST_HEAP`. None: 1/16 of what is free.
 
     Returns:
         Whether there is such a limit, and glibc.

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from lightning_bge.errors import UserError
-from lightning_bge.runtime.memory import free_bytes, limits, release, shrink_caches
+from lightning_bge.runtime.memory import SMALLEST_HEAP, free_bytes, limit_malloc, limits, release, shrink_caches
 from lightning_bge.runtime.units import format_bytes
 
 # Texts of `RuntimeError`s that mean a failed allocation. torch gives them no class of their own.
@@ -144,6 +144,7 @@ def clean_up(error: BaseException | None = None) -> None:
 
     First go the local variables of the finished frames that the error, and what led to it, keep alive; then caches that
     only save time; then garbage, and what the allocators hold back. Gradients belong to who trains: drop them first.
+    Under a limit on the address space large tensors have pages of their own from then on, and leave no holes.
 
     Args:
         error: the error, where it is still being handled. None: it is gone.
@@ -155,3 +156,4 @@ def clean_up(error: BaseException | None = None) -> None:
         link = link.__cause__ or link.__context__
     shrink_caches()
     release()
+    limit_malloc(SMALLEST_HEAP)

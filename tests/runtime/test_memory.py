@@ -156,7 +156,7 @@ print(found >= size)
         ("RLIMIT_AS", LARGEST_HEAP, 40 * 2**20, True),
     ],
 )
-def test_large_tensors_leave_no_holes_in_the_heap_under_a_limit(
+def test_which_tensors_have_pages_of_their_own_under_a_limit(
     limit: str, largest: int | None, size: int, has_pages_of_its_own: bool
 ) -> None:
     command = [sys.executable, "-c", MAPPED, limit, str(largest or ""), str(size)]

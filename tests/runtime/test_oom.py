@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 from lightning_bge.runtime import oom
-from lightning_bge.runtime.memory import Limit, live_bytes
+from lightning_bge.runtime.memory import SMALLEST_HEAP, Limit, live_bytes
 from lightning_bge.runtime.oom import OutOfMemory, OutOfMemoryError, clean_up, find_oom, record_oom
 
 CUDA = (
@@ -143,6 +143,13 @@ def test_clean_up_frees_the_locals_of_what_led_to_an_error() -> None:
     assert live_bytes() - before == 8 * 10**6
     clean_up(caught.value)
     assert live_bytes() <= before
+
+
+def test_large_tensors_leave_no_holes_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("lightning_bge.runtime.oom.limit_malloc", asked.append)
+    clean_up()
+    assert asked == [SMALLEST_HEAP]
 
 
 def test_clean_up_ends_where_an_error_leads_to_itself() -> None:

@@ -45,8 +45,8 @@ class FoundSize(NamedTuple):
     heap: int | None = None
 
 
-def _size(found: FoundSize) -> int:
-    return found.micro_batch_size
+def _size(found: FoundSize) -> tuple[int, int]:
+    return found.micro_batch_size, found.heap or 0
 
 
 class MicroBatchSizes:

@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,12 @@ from torch import Tensor
 from lightning_bge.callbacks.micro_batch.cache import FoundSize, MicroBatchSizes, describe_step, digest
 from lightning_bge.callbacks.micro_batch.config import MemoryConfig
 from lightning_bge.callbacks.micro_batch.dataloader_source import DataLoaderSource
-from lightning_bge.callbacks.micro_batch.heap import try_heap
+from lightning_bge.callbacks.micro_batch.heap import choose_heap
 from lightning_bge.callbacks.micro_batch.probe import Probe, make_meter
 from lightning_bge.callbacks.micro_batch.search import Search
 from lightning_bge.runtime.cache_dir import default_cache_dir
 from lightning_bge.runtime.log_once import log_once
 from lightning_bge.runtime.memory import (
-    LARGEST_HEAP,
     SMALLEST_HEAP,
     Limit,
     cache_bytes,
@@ -93,7 +93,7 @@ class MicroBatchFinder(Callback):
         self.config, self.batch_arg_name = config, batch_arg_name
         folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
         self._sizes = MicroBatchSizes(folder if config.cache else None)
-        self._of_checkpoint: int | None = None
+        self._of_checkpoint: dict[str, Any] = {}
         self._reset()
 
     def _reset(self, reason: str = "no training step was made") -> None:
@@ -122,11 +122,11 @@ class MicroBatchFinder(Callback):
         if trainer.ckpt_path is None:
             self._set(trainer, pl_module, loaders)
         else:  # its loops count batches of the size that it was trained with
-            known = self._of_checkpoint if self._of_checkpoint in loaders.sizes else None
-            self.micro_batch_size, self.reason = known or loaders.micro_batch_size, "as in the checkpoint"
-            found = self._known(trainer, pl_module, loaders)
-            is_same = found is not None and found.micro_batch_size == self.micro_batch_size
-            limit_malloc(found.heap if found is not None and is_same else None)
+            size = self._of_checkpoint.get("micro_batch_size")
+            self.micro_batch_size = size if size in loaders.sizes else loaders.micro_batch_size
+            self.reason, self._heap = "as in the checkpoint", self._of_checkpoint.get("heap")
+            self._look_up(trainer, pl_module, loaders)  # makes the key
+            limit_malloc(self._heap)
             loaders.set_micro_batch_size(self.micro_batch_size)
         self._source = self._loaders = loaders
 
@@ -153,23 +153,24 @@ class MicroBatchFinder(Callback):
 
     def _set(self, trainer: Trainer, pl_module: LightningModule, source: SupportsMicroBatchSize) -> None:
         """Look the size up, or search it, and hand it to the batch source."""
-        found = self._known(trainer, pl_module, source)
+        limit_malloc()
+        found = self._look_up(trainer, pl_module, source)
         is_new = found is None
         if found is None:
             found = self._find(trainer, pl_module, source, limits(pl_module.device, self.config.limit_bytes))
-        self._heap = found.heap
+        size, self._heap = _smallest(found, pl_module.device)
+        self.reason = found.reason
         limit_malloc(self._heap)
-        size, self.reason = _smallest(found.micro_batch_size, pl_module.device), found.reason
         if isinstance(source, DataLoaderSource):
             size = source.largest_size(size)
         self.micro_batch_size = size
         source.set_micro_batch_size(size)
         if is_new and self.tried:
-            self._sizes.put(self._key, FoundSize(size, self.reason, found.heap))
+            self._sizes.put(self._key, FoundSize(size, self.reason, self._heap))
         level = logging.WARNING if self.reason.startswith(NOT_EVEN) else logging.INFO
         log_once(log, level, f"micro-batch size {size:,}: {self.reason}")
 
-    def _known(self, trainer: Trainer, module: LightningModule, source: SupportsMicroBatchSize) -> FoundSize | None:
+    def _look_up(self, trainer: Trainer, module: LightningModule, source: SupportsMicroBatchSize) -> FoundSize | None:
         """What was found before, by a key for all that the answer depends on."""
         known = limits(module.device, self.config.limit_bytes)
         # not the memory of the machine: it was not set for this process, and others use it too
@@ -229,17 +230,15 @@ class MicroBatchFinder(Callback):
         options = _source_options(config, step) if loaders is None else _loader_options(config, loaders)
         margin, noise = config.safety_margin, probe.meter.noise
         search = Search(probe.attempt, measure_free, margin=margin, step=step, noise=noise, **options)
-        answer = search.run()
+        answer, heap, least = search.run(), None, 1 if loaders is None else -(-loaders.least // step)
+        if answer.units >= least and device.type == "cpu":
+            trained = (lambda units: units) if loaders is None else partial(_trained_units, loaders, step)
+            # where as much as fits is wanted, nothing smaller is
+            smallest = least if config.min_speedup is not None else trained(answer.units)
+            answer, heap = choose_heap(probe, search, answer, least=smallest, trained=trained)
         self.tried = [(units * step, peak, seconds) for units, peak, seconds in search.tried]
-        least = 1 if loaders is None else -(-loaders.least // step)
         if answer.units < least:
             return None
-        if config.min_speedup is None:  # nothing smaller is wanted
-            least = answer.units
-        heap = None
-        if device.type == "cpu":
-            on_heap = try_heap(probe, search, answer, least=least)
-            answer, heap = (answer, SMALLEST_HEAP) if on_heap is None else (on_heap, LARGEST_HEAP)
         return FoundSize(answer.units * step, f"{answer.reason}; {_describe_peak(answer.peak, held)}", heap)
 
     # ------------------------------------------------------------------ after an out-of-memory error
@@ -255,8 +254,7 @@ class MicroBatchFinder(Callback):
         self.reason = f"lowered from {self.micro_batch_size:,} after an OOM"
         self.micro_batch_size = size
         if self._heap is not None:
-            self._heap = SMALLEST_HEAP
-            limit_malloc(self._heap)
+            self._heap = SMALLEST_HEAP  # as `clean_up` has set it
         self._sizes.put(self._key, FoundSize(size, self.reason, self._heap))
 
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
@@ -286,12 +284,14 @@ class MicroBatchFinder(Callback):
             self._loaders.restore_in(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
-        """The batch size that the trainer's loops count in."""
-        return {} if self._loaders is None else {"micro_batch_size": self._loaders.micro_batch_size}
+        """The batch size that the trainer's loops count in, and where its tensors come from."""
+        if self._loaders is None:
+            return {}
+        return {"micro_batch_size": self._loaders.micro_batch_size, "heap": self._heap}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep it for the `fit` that is about to go on."""
-        self._of_checkpoint = state_dict.get("micro_batch_size")
+        self._of_checkpoint = state_dict
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore what was asked for."""
@@ -300,7 +300,8 @@ class MicroBatchFinder(Callback):
     def _restore(self) -> None:
         if self._loaders is not None:
             self._loaders.restore()
-        self._source = self._loaders = self._of_checkpoint = None
+        self._source, self._loaders, self._of_checkpoint = None, None, {}
+        limit_malloc()
 
 
 def _is_own_source(trainer: Trainer, module: LightningModule) -> bool:
@@ -356,10 +357,17 @@ def others_share(device: torch.device) -> int:
     return -(-8 * max(0, others - CONTEXT_BYTES) // total)
 
 
-def _smallest(size: int, device: torch.device) -> int:
-    """The smallest size of all ranks."""
+def _smallest(found: FoundSize, device: torch.device) -> tuple[int, int | None]:
+    """The smallest size of all ranks, and the smallest setting of the heap."""
+    size, heap = found.micro_batch_size, found.heap
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return size
-    found = torch.tensor([size], device=device)
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
-    return int(found.item())
+        return size, heap
+    values = torch.tensor([size, heap or 0], device=device)
+    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MIN)
+    size, least = values.tolist()
+    return size, least or None
+
+
+def _trained_units(loaders: DataLoaderSource, step: int, units: int) -> int:
+    """Units of the batches that a loader makes where so many fit."""
+    return min(loaders.largest_size(units * step), loaders.rows) // step

@@ -1,53 +1,100 @@
 """Under a limit on the address space: whether a step's tensors come from the C library's heap."""
 
+from collections.abc import Callable
+
 from lightning_bge.callbacks.micro_batch.probe import Probe
-from lightning_bge.callbacks.micro_batch.search import Answer, Search
+from lightning_bge.callbacks.micro_batch.search import LONG_S, Answer, Search, TrialStep
 from lightning_bge.runtime.memory import LARGEST_HEAP, SMALLEST_HEAP, limit_malloc, process_bytes
 
-HEAP_GROWTH = 2.0  # times as much was the most that a step took on the heap, which gets holes: docs/log.md
-TIMED = 3  # steps, after one that grows the heap
+HEAP_GROWTH = 2.0  # times as much was the most that steps took with all tensors from the heap: docs/log.md
+TIMED = 3  # steps after the first, unless that is long
 
 
-def try_heap(probe: Probe, search: Search, answer: Answer, *, least: int) -> Answer | None:
+def choose_heap(
+    probe: Probe, search: Search, answer: Answer, *, least: int, trained: Callable[[int], int]
+) -> tuple[Answer, int | None]:
     """Try steps whose tensors come from the heap, which keeps their pages, where they are expected to fit.
 
     They are faster than steps whose tensors have pages of their own, often even in smaller batches, and gain more from
-    larger ones. They are taken where they leave the margin and train more units a second.
+    larger ones. They are taken where they leave the margin and train more units a second; where the size is not the
+    same, more by the search's `min_speedup` for each change.
 
     Args:
         probe: makes the steps.
         search: has run while tensors had pages of their own.
         answer: its answer.
-        least: units; below them the answer stays.
+        least: units; nothing smaller is tried.
+        trained: units that training takes of a size.
 
     Returns:
-        The size to train with tensors from the heap; None: tensors keep pages of their own, and the answer stays.
+        The size, and bytes for `limit_malloc`, which is in effect then. None: there is no such limit. The size of
+        steps that keep pages of their own is lowered where trying the heap has left less memory free.
     """
     free = search.measure_free()
-    if free is None or not limit_malloc(LARGEST_HEAP):
-        return None
-    fitting = min(int(search.largest_within(free / HEAP_GROWTH)), search.largest)
-    best, speed, size = None, search.speed(answer.units), min(answer.units, fitting)
-    while max(least, 1) <= size <= fitting:
-        found = _speed_on_heap(probe, size, (1 - search.margin) * free)
-        if found is None or found < speed * (1 + (0 if best is None else search.min_speedup or 0)):
+    if free is None or not limit_malloc(SMALLEST_HEAP):
+        return answer, None
+    room = (1 - search.margin) * free
+    fitting = min(int(search.largest_within(room / HEAP_GROWTH)), search.largest)
+    size = trained(min(answer.units, fitting)) if fitting > 0 else 0
+    if not least <= size <= fitting:
+        return answer, SMALLEST_HEAP
+    before = process_bytes()
+    pages = _measure(probe, trained(answer.units), before)
+    limit_malloc(LARGEST_HEAP)
+    best = None if pages is None else _climb(probe, search, pages, size, (fitting, room), trained, before)
+    if best is not None and pages is not None:
+        gain = _speed(best) / _speed(pages) - 1
+        own = f"{pages.units * search.step:,} with pages of their own, where {answer.reason}"
+        reason = f"{gain:+.0%} units a second with tensors from the heap over {own}"
+        return Answer(best.units, reason, best.peak), LARGEST_HEAP
+    limit_malloc(SMALLEST_HEAP)
+    left = search.measure_free()
+    most = answer.units if left is None else search.within_margin(left)
+    if most < answer.units:
+        answer = search.answer(max(trained(most), least), f"{answer.reason}, of what trials have left free")
+    return answer, SMALLEST_HEAP
+
+
+def _climb(
+    probe: Probe,
+    search: Search,
+    pages: TrialStep,
+    size: int,
+    most: tuple[int, float],
+    trained: Callable[[int], int],
+    before: dict[str, int],
+) -> TrialStep | None:
+    """The largest size that pays on the heap, doubling it; None: none does."""
+    fitting, room = most
+    more = 1 + (search.min_speedup or 0)
+    best, wanted = None, _speed(pages) * (1 if size == pages.units else more)
+    while size <= fitting:
+        found = _measure(probe, size, before)
+        search.tried.append((size, None, None) if found is None else (size, found.peak, found.seconds))
+        if found is None or found.peak > room or _speed(found) < wanted:
             break
-        best, speed, size = size, found, 2 * size
-    if best is None:
-        limit_malloc(SMALLEST_HEAP)
-        return None
-    if best >= answer.units:
-        return search.answer(best, answer.reason)
-    larger = f"{answer.units * search.step:,} ({answer.reason}), whose tensors do not fit into the heap"
-    return search.answer(best, f"more units a second than {larger}")
+        best, wanted, size = found, _speed(found) * more, trained(2 * size)
+        if size <= best.units:
+            break
+    return best
 
 
-def _speed_on_heap(probe: Probe, units: int, most: float) -> float | None:
-    """The most units a second of a few steps; None: they take more than `most` bytes."""
-    before = process_bytes()["VmSize"]
+def _measure(probe: Probe, units: int, before: dict[str, int]) -> TrialStep | None:
+    """The shortest of a few steps, and the most bytes that any took above what was held before; None: out of memory."""
     first = probe.attempt(units)
-    again = [] if first is None else [probe.attempt(units, False) for _ in range(TIMED)]
-    kept = process_bytes()["VmSize"] - before
-    if first is None or None in again or max(first.peak, kept) > most:
+    if first is None:
         return None
-    return units / min(step.seconds for step in again if step is not None)
+    seconds = first.seconds
+    for _ in range(TIMED if seconds <= LONG_S else 0):
+        again = probe.attempt(units, False)
+        if again is None:
+            return None
+        seconds = min(seconds, again.seconds)
+    now = process_bytes()
+    # can't be reset: where it is not a new one, steps with pages of their own took as much
+    peak = now["VmPeak"] if now["VmPeak"] > before["VmPeak"] else 0
+    return TrialStep(units, max(first.peak, peak - before["VmSize"], now["VmSize"] - before["VmSize"]), seconds)
+
+
+def _speed(step: TrialStep) -> float:
+    return step.units / max(step.seconds, 1e-9)

@@ -128,15 +128,14 @@ class Search:
                 break
         return units not in self._fitted or self._gain(half, units) >= self.min_speedup
 
-    def largest_within(self, free: float) -> float:
+    def largest_within(self, free: float, noise: int = 0) -> float:
         """Units whose step is predicted to take no more than `free` bytes; below 1 where none is."""
-        last, slope = self._line(self.noise)
-        return last.units + (free - last.peak - self.noise) / slope
+        last, slope = self._line(noise)
+        return last.units + (free - last.peak - noise) / slope
 
-    def speed(self, units: int) -> float:
-        """Units a second of the size nearest to this one, of those that fitted."""
-        nearest = min(self._fitted, key=lambda size: abs(math.log(size / units)))
-        return nearest / self._seconds[nearest]
+    def within_margin(self, free: float) -> int:
+        """Units whose step is predicted to leave the margin, although peaks may be wrong by `noise`."""
+        return int(self.largest_within(free, self.noise) * (1 - self.margin))
 
     def _gain(self, half: int, units: int) -> float:
         return 2 * self._seconds[half] / max(self._seconds[units], 1e-9) - 1
@@ -178,7 +177,7 @@ class Search:
             units = min(MAX_EXTRAPOLATION * low, self.default) if 2 <= low < self.default else 2 * low
             units = min(units, self.largest)
         if self.free is not None:
-            most = int(self.largest_within(self.free) * (1 - self.margin))
+            most = self.within_margin(self.free)
             if most < units:
                 return most if most > CLOSE * low else None
         return units

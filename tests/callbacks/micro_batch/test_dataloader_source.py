@@ -21,7 +21,7 @@ from lightning_bge.callbacks.micro_batch.config import MemoryConfig
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.callbacks.oom import OOMHandler
 from lightning_bge.errors import ConfigError
-from lightning_bge.runtime.memory import Limit
+from lightning_bge.runtime.memory import LARGEST_HEAP, Limit
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.small_models import quiet_trainer
 from tests.helpers.trial_steps import ALL, FakeMeter
@@ -278,7 +278,11 @@ def test_after_an_oom_the_next_fit_begins_with_half_the_size(measured: Any, tmp_
     assert (again.micro_batch_size, again.tried) == (3, [])
 
 
-def test_a_resumed_run_keeps_the_size_of_its_checkpoint(measured: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_size_and_the_heap_of_its_checkpoint(
+    measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finder_module, "choose_heap", lambda probe, search, answer, **_: (answer, LARGEST_HEAP))
+
     class Saved(Ordinary):
         def __init__(self, batch_size: int = 12, largest: int = 4) -> None:
             super().__init__(batch_size=batch_size, largest=largest)
@@ -297,6 +301,8 @@ def test_a_resumed_run_keeps_the_size_of_its_checkpoint(measured: Any, tmp_path:
     seen = Gradients()
     fit(module, MicroBatchFinder(NO_MARGIN), Save(), seen)
     assert torch.load(path, weights_only=True)["hyper_parameters"] == {"batch_size": 12}
+    asked: list[int | None] = []
+    monkeypatch.setattr(finder_module, "limit_malloc", lambda largest=None: asked.append(largest))
     resumed, finder, rest = Saved(largest=6), MicroBatchFinder(NO_MARGIN), Gradients()
     trainer = quiet_trainer(callbacks=[finder, rest], max_epochs=2)
     with warnings.catch_warnings():
@@ -305,6 +311,7 @@ def test_a_resumed_run_keeps_the_size_of_its_checkpoint(measured: Any, tmp_path:
     assert (finder.micro_batch_size, rest.options) == (4, [4, 3])
     assert trainer.global_step == 10
     assert finder.tried == []
+    assert asked == [LARGEST_HEAP, None]  # in training and after it
 
 
 @pytest.mark.parametrize(("rows", "largest", "size"), [(53, 5, 3), (53, 2, 3), (54, 5, 4), (49, 5, 12)])

@@ -24,7 +24,7 @@ from lightning_bge.data.datamodule import TextDataModule
 from lightning_bge.models.classifier import BGEClassifier
 from lightning_bge.models.encoder import TextClassifier, load_classifier
 from lightning_bge.models.optimizer import OptimizerConfig
-from lightning_bge.runtime.memory import Limit
+from lightning_bge.runtime.memory import LARGEST_HEAP, Limit
 from lightning_bge.types import MicroBatch
 from tests.helpers.rank_processes import run_ranks
 from tests.helpers.small_models import quiet_trainer, save_model
@@ -257,6 +257,11 @@ def test_all_ranks_take_the_smallest(use: Use, monkeypatch: pytest.MonkeyPatch, 
         for total in (10_000, 20_000):  # known, and new
             assert search(use, total=total)[0].set == [99]
         assert search(use, total=20_000)[0].made == []
+        settings: list[int | None] = []
+        monkeypatch.setattr(finder_module, "limit_malloc", lambda largest=None: settings.append(largest))
+        monkeypatch.setattr(finder_module, "choose_heap", lambda probe, search, answer, **_: (answer, LARGEST_HEAP))
+        search(use, total=30_000)
+        assert settings[-2:] == [99, None]  # in training and after it
     finally:
         torch.distributed.destroy_process_group()
 

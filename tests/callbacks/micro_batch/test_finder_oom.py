@@ -108,6 +108,7 @@ from lightning_bge.runtime.oom import find_oom
 from torch import nn
 
 room, width, manual = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "manual"
+min_speedup = 0.05 if sys.argv[3] == "fast" else None
 torch.set_num_threads(1)
 
 class Plain(LightningModule):
@@ -148,7 +149,7 @@ class Rows(LightningDataModule):
     def val_dataloader(self):
         return Batches([lambda: 2 * self.micro_batch_size] * 2)
 
-finder, data = MicroBatchFinder(MemoryConfig(min_speedup=None, cache=False)), Rows()
+finder, data = MicroBatchFinder(MemoryConfig(min_speedup=min_speedup, default_size=1024, cache=False)), Rows()
 off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 trainer = Trainer(**dict.fromkeys(off, False), max_epochs=1, accelerator="cpu", num_sanity_val_steps=0,
                   callbacks=[finder], val_check_interval=5, gradient_clip_val=None if manual else 1.0)
@@ -183,6 +184,13 @@ def check_limited(found: dict[str, Any]) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS binds on Linux alone")
 def test_the_answer_holds_under_a_real_limit(tmp_path: Path) -> None:
     check_limited(run_limited(100, 192, "auto", tmp_path))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS binds on Linux alone")
+def test_a_size_that_speed_has_ended_holds_too(tmp_path: Path) -> None:
+    found = run_limited(100, 192, "fast", tmp_path)
+    assert "(RLIMIT_AS)" in found["reason"]
+    assert found["batch"] == 10, found  # four times as many may fit, too
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS binds on Linux alone")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_bge.callbacks.micro_batch import finder as finder_module
+from lightning_bge.callbacks.micro_batch import probe as probe_module
 from lightning_bge.callbacks.micro_batch.config import MemoryConfig
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.callbacks.micro_batch.probe import HostMeter
@@ -121,3 +124,14 @@ def used_gb() -> float:
     status = Path("/proc/self/status").read_text()
     [line] = [line for line in status.splitlines() if line.startswith("VmRSS")]
     return int(line.split()[1]) / 2**20
+
+
+def test_what_was_there_before_a_search_is_left_out_of_its_collections(
+    use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    names = ("collect", "freeze", "unfreeze")
+    spy = SimpleNamespace(get_freeze_count=lambda: 0, **{name: partial(calls.append, name) for name in names})
+    monkeypatch.setattr(probe_module, "gc", spy)
+    search(use)
+    assert calls == ["collect", "freeze", "unfreeze"]
