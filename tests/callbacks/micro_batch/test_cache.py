@@ -13,10 +13,13 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from lightning_bge.callbacks.micro_batch import cache as cache_module
+from lightning_bge.callbacks.micro_batch import finder as finder_module
 from lightning_bge.callbacks.micro_batch.cache import FoundSize, MicroBatchSizes
 from lightning_bge.callbacks.micro_batch.config import MemoryConfig
 from lightning_bge.callbacks.micro_batch.finder import MicroBatchFinder
 from lightning_bge.runtime.cache_dir import MICRO_BATCH_SIZES
+from lightning_bge.runtime.memory import Limit
+from tests.helpers.small_models import quiet_trainer
 from tests.helpers.trial_steps import ALL, HELD, OPTIMIZERS, ROW, Foreign, Rows, Use, search, train
 
 pytestmark = [
@@ -65,6 +68,29 @@ def test_what_a_step_takes_decides_what_is_found_again(use: Use) -> None:
     assert not search(use, module=same)[0].made
     same.body[2].p = 0.0
     assert search(use, module=same)[0].made
+
+
+@pytest.mark.parametrize("stated", [False, True])
+def test_what_others_hold_of_a_gpu_makes_another_key(stated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = Limit("the GPU's memory", 10_000, 0, stated=stated, raises=True)
+    monkeypatch.setattr(finder_module, "limits", lambda *_: [limit])
+    keys = []
+    for share in (0, 3, 3):
+        monkeypatch.setattr(finder_module, "others_share", lambda device, share=share: share)
+        finder = MicroBatchFinder(ALL)
+        finder._look_up(quiet_trainer(), Foreign(), Rows())
+        keys.append(finder._key)
+    assert keys[1] == keys[2]
+    assert (keys[0] == keys[1]) == stated  # a limit that was set for this process is not shared
+
+
+@pytest.mark.parametrize(("used", "share"), [(0, 0), (1, 0), (1.5, 1), (2, 1), (11, 1), (12, 2), (80, 8)])
+def test_others_share_is_in_eighths(used: float, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 80 contexts, one of which this process needs itself."""
+    context = finder_module.CONTEXT_BYTES
+    monkeypatch.setattr(finder_module, "unreserved_use", lambda device: (int(used * context), 80 * context))
+    assert finder_module.others_share(torch.device("cuda")) == share
+    assert finder_module.others_share(torch.device("cpu")) == 0
 
 
 def test_without_a_cache_only_this_process_remembers(use: Use, tmp_path: Path) -> None:
@@ -125,6 +151,14 @@ def test_a_micro_batch_size_that_is_lowered_is_stored(use: Use, fails: bool) -> 
     [path] = finder._sizes.folder.iterdir()  # type: ignore[union-attr]
     path.write_text(json.dumps({**json.loads(path.read_text()), "micro_batch_size": 50}))
     assert search(use)[0].set == [50]
+
+
+def test_a_larger_size_of_another_process_does_not_replace_a_lowered_one(tmp_path: Path) -> None:
+    for found in (FoundSize(7, "found"), FoundSize(3, "lowered"), FoundSize(5, "found")):
+        cache_module.forget()  # as in another process
+        MicroBatchSizes(tmp_path).put("a", found)
+    cache_module.forget()
+    assert MicroBatchSizes(tmp_path).get("a") == FoundSize(3, "lowered")
 
 
 def test_the_smallest_size_is_taken(tmp_path: Path) -> None:
