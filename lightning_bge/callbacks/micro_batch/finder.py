@@ -35,7 +35,7 @@ from lightning_bge.runtime.units import format_bytes
 log = logging.getLogger(__name__)
 
 NOT_EVEN = "not even this fits"
-SHORTEST_S = 0.02  # Lightning's own work for a batch, about 1 ms, is no part of a trial step's time
+SHORTEST_S = 0.05  # what Lightning itself does for a batch, about 1 ms, is no part of the time of a trial step
 CONTEXT_BYTES = 2**30  # CUDA's own, of this process, at most
 
 

@@ -73,7 +73,9 @@ def _climb(
         search.tried.append((size, None, None) if found is None else (size, found.peak, found.seconds))
         if found is None or found.peak > room or _speed(found) < wanted:
             break
-        best, wanted, size = found, _speed(found) * more, trained(2 * size)
+        # what a short step takes is little compared with what surrounds it in training, which larger ones save
+        best, wanted = found, _speed(found) * (more if found.seconds >= search.shortest_s else 1 / more)
+        size = trained(2 * size)
         if size <= best.units:
             break
     return best
