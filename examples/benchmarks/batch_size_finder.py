@@ -46,7 +46,10 @@ def run(finder: str, kind: str, room: int, share: float) -> dict[str, Any]:
 
 
 def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each module and limit: the median samples per second of both, where all of their runs have finished."""
+    """For each module and limit: the samples per second of both, where all of their runs have finished.
+
+    The ratio is the median of those of the rounds: what slows the machine down for minutes slows both of a round.
+    """
     found = []
     for kind, room in dict.fromkeys((one["module"], one["room_mib"]) for one in runs):
         of = {
@@ -61,8 +64,9 @@ def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "ends": sorted({one["end"] for one in each}),
                 "samples_per_s": None if None in speeds else median(speeds),
             }
-        ours, theirs = (row[finder]["samples_per_s"] for finder in FINDERS)
-        row["ratio"] = None if None in (ours, theirs) else ours / theirs
+        ours, theirs = ([one["samples_per_s"] for one in of[finder]] for finder in FINDERS)
+        finished = None not in (*ours, *theirs)
+        row["ratio"] = median(own / other for own, other in zip(ours, theirs, strict=True)) if finished else None
         found.append(row)
     return found
 
@@ -123,7 +127,9 @@ def note(record: dict[str, Any]) -> str:
             markdown_table([*header, "ratio"], rows),
             "",
             "Speed is that of the training epoch after the search, the median of all rounds; sizes are those of each "
-            "round. Lowest ratio: " + ("none" if lowest is None else f"{lowest:.2f}") + ".",
+            "round. Ratios are medians of those of the rounds. Lowest ratio: "
+            + ("none" if lowest is None else f"{lowest:.2f}")
+            + ".",
             "",
         ]
     )
