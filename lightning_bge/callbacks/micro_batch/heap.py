@@ -73,7 +73,7 @@ def _climb(
         search.tried.append((size, None, None) if found is None else (size, found.peak, found.seconds))
         if found is None or found.peak > room or _speed(found) < wanted:
             break
-        # what a short step takes is little compared with what surrounds it in training, which larger ones save
+        # beside a short step Lightning's own work for each batch counts, which a larger size saves: it may be as slow
         best, wanted = found, _speed(found) * (more if found.seconds >= search.shortest_s else 1 / more)
         size = trained(2 * size)
         if size <= best.units:
